@@ -1,0 +1,20 @@
+"""Mamba-based image restoration (VmambaIR, DPMambaIR) for BasicSR.
+
+Importing this package is all it takes: as soon as BasicSR has been imported, before or after, `register` runs.
+Neither torch nor basicsr is imported from here, so `dpmambair_basicsr.ops` can be used without BasicSR.
+"""
+
+from dpmambair_basicsr import host
+
+__version__ = '0.1.0'
+
+
+def register() -> None:
+    """Registers our networks, data sets, losses, metrics and models with BasicSR and mends BasicSR. May be repeated."""
+    from dpmambair_basicsr import archs, data, losses, metrics, models  # noqa: F401  (imported to register)
+
+    host.mend()
+
+
+host.prepare()
+host.when_basicsr_is_imported(register)

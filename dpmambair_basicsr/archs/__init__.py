@@ -1,0 +1,7 @@
+"""Networks. Importing this package registers them in BasicSR's ARCH_REGISTRY."""
+
+from dpmambair_basicsr.archs.degradation_extractor_arch import DegradationAutoencoder, DegradationExtractor
+from dpmambair_basicsr.archs.dpmambair_arch import DPMambaIR
+from dpmambair_basicsr.archs.vmambair_arch import VmambaIR
+
+__all__ = ['DPMambaIR', 'DegradationAutoencoder', 'DegradationExtractor', 'VmambaIR']

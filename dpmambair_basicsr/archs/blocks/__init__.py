@@ -1,0 +1,9 @@
+"""Building blocks that two or more networks share. They depend on torch and on `dpmambair_basicsr.ops` only."""
+
+from dpmambair_basicsr.archs.blocks.checks import one_of
+from dpmambair_basicsr.archs.blocks.effn import EFFN
+from dpmambair_basicsr.archs.blocks.layer_norm import LayerNorm
+from dpmambair_basicsr.archs.blocks.planar_scan import PlanarScan, directional_scan, log_uniform_delta_bias
+from dpmambair_basicsr.archs.blocks.unet import UNet
+
+__all__ = ['EFFN', 'LayerNorm', 'PlanarScan', 'UNet', 'directional_scan', 'log_uniform_delta_bias', 'one_of']

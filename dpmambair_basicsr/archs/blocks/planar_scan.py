@@ -1,0 +1,106 @@
+"""Selective scan of an image along one, two or four directions.
+
+Shapes: B batch, D channels, H W height width, L = H*W, K directions, R rank of delta, N states.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from dpmambair_basicsr.ops import cross_merge, cross_scan, selective_scan
+
+
+class PlanarScan(nn.Module):
+    """Base of the OSS module (VmambaIR) and the DPSS module (DPMambaIR): the parameters of K selective scans and the scan.
+
+    The parameters sit directly on the module because that is where the published checkpoints have them:
+    `x_proj_weight` (K, R + 2N, D), `dt_projs_weight` (K, D, R), `dt_projs_bias` (K, D), `A_logs` (K*D, N), `Ds` (K*D,).
+    Initialisation is Mamba's: A = -(1..N) in each channel, D = 1, step sizes log-uniform in [1e-3, 1e-1].
+
+    Args:
+        channels: D.
+        d_state: N.
+        dt_rank: R.
+        directions: which scan orders, see `cross_scan`: 0 rows, 1 columns, 2 and 3 the same reversed.
+    """
+
+    def __init__(self, channels: int, d_state: int, dt_rank: int, directions: Sequence[int]):
+        super().__init__()
+        self.directions = tuple(directions)
+        k = len(self.directions)
+        self.x_proj_weight = nn.Parameter(torch.empty(k, dt_rank + 2 * d_state, channels))
+        nn.init.uniform_(self.x_proj_weight, -(channels**-0.5), channels**-0.5)  # as nn.Linear
+        self.dt_projs_weight = nn.Parameter(torch.empty(k, channels, dt_rank))
+        nn.init.uniform_(self.dt_projs_weight, -(dt_rank**-0.5), dt_rank**-0.5)
+        self.dt_projs_bias = nn.Parameter(log_uniform_delta_bias(k, channels))
+        self.A_logs = nn.Parameter(torch.arange(1.0, d_state + 1).log().repeat(k * channels, 1))
+        self.Ds = nn.Parameter(torch.ones(k * channels))
+
+    def scan(self, x: Tensor, prompt: Tensor | None = None) -> Tensor:
+        """Sum of the K scans of x.
+
+        Args:
+            x: (B, D, H, W).
+            prompt: (B, R + 2N), factors on the low-rank delta, B and C of each sample (DPMambaIR, Eq. 8); None for 1.
+
+        Returns:
+            (B, D, H, W).
+        """
+        return directional_scan(
+            x,
+            self.directions,
+            self.x_proj_weight,
+            self.dt_projs_weight,
+            self.dt_projs_bias,
+            self.A_logs,
+            self.Ds,
+            prompt,
+        )
+
+
+def directional_scan(
+    x: Tensor,
+    directions: Sequence[int],
+    x_proj_weight: Tensor,
+    dt_projs_weight: Tensor,
+    dt_projs_bias: Tensor,
+    A_logs: Tensor,
+    Ds: Tensor,
+    prompt: Tensor | None = None,
+) -> Tensor:
+    """Project each pixel to delta, B and C, scan along each direction, sum the results.
+
+    Args:
+        x: (B, D, H, W).
+        directions: K scan orders, see `cross_scan`.
+        x_proj_weight, dt_projs_weight, dt_projs_bias, A_logs, Ds: see `PlanarScan`.
+        prompt: (B, R + 2N) or None.
+
+    Returns:
+        (B, D, H, W).
+    """
+    xs = cross_scan(x, directions)  # (B, K, D, L)
+    rank, states = dt_projs_weight.shape[2], A_logs.shape[1]
+    if prompt is not None:  # scaling an output is scaling its row of weights: nothing of size L is touched
+        x_proj_weight = x_proj_weight * prompt[:, None, :, None]  # (B, K, R + 2N, D)
+    delta, B, C = torch.matmul(x_proj_weight, xs).split([rank, states, states], dim=2)  # (B, K, R | N | N, L)
+    delta = torch.matmul(dt_projs_weight, delta)  # (B, K, D, L)
+    ys = selective_scan(
+        xs.flatten(1, 2),
+        delta.flatten(1, 2),
+        -torch.exp(A_logs),
+        B,
+        C,
+        Ds,
+        dt_projs_bias.flatten(),
+        delta_softplus=True,
+    )
+    return cross_merge(ys.view_as(xs), x.shape[2:], directions)
+
+
+def log_uniform_delta_bias(*shape: int, low: float = 1e-3, high: float = 1e-1) -> Tensor:
+    """Biases whose softplus is log-uniform in [low, high], Mamba's initial step sizes."""
+    delta = torch.exp(torch.empty(shape).uniform_(math.log(low), math.log(high)))
+    return delta + torch.log(-torch.expm1(-delta))  # inverse of softplus

@@ -1,0 +1,112 @@
+"""The U-Net that VmambaIR and DPMambaIR share. Shapes: C = dim; level i has width C * 2**i and resolution H / 2**i."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+
+class UNet(nn.Module):
+    """Restormer's U-Net with any block: 3x3 stem, three encoder stages, latent, three decoder stages, refinement.
+
+    Module names are those of the published VmambaIR checkpoints. The last decoder stage and the refinement work at width
+    2C: the level-1 skip is concatenated and not reduced. Subclasses add what turns features into an image.
+
+    Args:
+        inp_channels: channels of the image.
+        dim: C, a multiple of 2.
+        num_blocks: blocks at levels 0..3; encoder and decoder have the same number.
+        num_refinement_blocks: blocks after the decoder.
+        bias: of the stem, the resampling and the reducing convolutions.
+        make_block: i -> a block for features of width C * 2**i.
+    """
+
+    stride = 8  # height and width of the input must be multiples of it
+
+    def __init__(
+        self,
+        inp_channels: int,
+        dim: int,
+        num_blocks: Sequence[int],
+        num_refinement_blocks: int,
+        bias: bool,
+        make_block: Callable[[int], nn.Module],
+    ):
+        super().__init__()
+        if len(num_blocks) != 4:
+            raise ValueError(f'num_blocks: {list(num_blocks)} has {len(num_blocks)} entries, needed are 4, one per level')
+
+        def stage(width: int, depth: int) -> nn.Sequential:
+            return nn.Sequential(*(make_block(width) for _ in range(depth)))
+
+        self.patch_embed = PatchEmbed(inp_channels, dim, bias)
+        self.encoder_level1 = stage(0, num_blocks[0])
+        self.down1_2 = Downsample(dim)
+        self.encoder_level2 = stage(1, num_blocks[1])
+        self.down2_3 = Downsample(dim * 2)
+        self.encoder_level3 = stage(2, num_blocks[2])
+        self.down3_4 = Downsample(dim * 4)
+        self.latent = stage(3, num_blocks[3])
+        self.up4_3 = Upsample(dim * 8)
+        self.reduce_chan_level3 = nn.Conv2d(dim * 8, dim * 4, 1, bias=bias)
+        self.decoder_level3 = stage(2, num_blocks[2])
+        self.up3_2 = Upsample(dim * 4)
+        self.reduce_chan_level2 = nn.Conv2d(dim * 4, dim * 2, 1, bias=bias)
+        self.decoder_level2 = stage(1, num_blocks[1])
+        self.up2_1 = Upsample(dim * 2)
+        self.decoder_level1 = stage(1, num_blocks[0])
+        self.refinement = stage(1, num_refinement_blocks)
+
+    def forward_features(self, image: Tensor, *context: Tensor) -> Tensor:
+        """(B, inp_channels, H, W) -> (B, 2C, H, W); `context` is handed to every block. H and W: multiples of 8."""
+        level1 = run(self.encoder_level1, self.patch_embed(image), *context)  # (B, C, H, W)
+        level2 = run(self.encoder_level2, self.down1_2(level1), *context)  # (B, 2C, H/2, W/2)
+        level3 = run(self.encoder_level3, self.down2_3(level2), *context)  # (B, 4C, H/4, W/4)
+        x = run(self.latent, self.down3_4(level3), *context)  # (B, 8C, H/8, W/8)
+
+        x = self.reduce_chan_level3(torch.cat([self.up4_3(x), level3], dim=1))
+        x = run(self.decoder_level3, x, *context)  # (B, 4C, H/4, W/4)
+        x = self.reduce_chan_level2(torch.cat([self.up3_2(x), level2], dim=1))
+        x = run(self.decoder_level2, x, *context)  # (B, 2C, H/2, W/2)
+        x = torch.cat([self.up2_1(x), level1], dim=1)
+        x = run(self.decoder_level1, x, *context)  # (B, 2C, H, W)
+        return run(self.refinement, x, *context)
+
+
+def run(stage: nn.Sequential, x: Tensor, *context: Tensor) -> Tensor:
+    for block in stage:
+        x = block(x, *context)
+    return x
+
+
+class PatchEmbed(nn.Module):
+    """3x3 convolution, (b, inp_channels, h, w) -> (b, dim, h, w)."""
+
+    def __init__(self, inp_channels: int, dim: int, bias: bool):
+        super().__init__()
+        self.proj = nn.Conv2d(inp_channels, dim, 3, padding=1, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(x)
+
+
+class Downsample(nn.Module):
+    """(b, c, h, w) -> (b, 2c, h/2, w/2) by a 3x3 convolution and pixel unshuffle."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(channels, channels // 2, 3, padding=1, bias=False), nn.PixelUnshuffle(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x)
+
+
+class Upsample(nn.Module):
+    """(b, c, h, w) -> (b, c/2, 2h, 2w) by a 3x3 convolution and pixel shuffle."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(channels, channels * 2, 3, padding=1, bias=False), nn.PixelShuffle(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x)

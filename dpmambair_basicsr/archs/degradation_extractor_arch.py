@@ -1,0 +1,175 @@
+"""Degradation extractor and the auto-encoder that pre-trains it (DPMambaIR, Sec. 3.4).
+
+Shapes: B batch, H W height width, E = embed_dim.
+From the paper: three central-difference convolutions of different scale beside one vanilla convolution, six layers,
+average pooling, re-parameterisation into one kernel per layer; an embedding of 512; reconstruction of the degraded image
+from the clean one and the embedding. Our inference (the paper gives no widths): channels, strides, head, and all of the
+reconstruction unit; chosen so that extractor and network together have the paper's 29.35 M parameters and 153.33 G.
+"""
+
+from collections.abc import Sequence
+from copy import deepcopy
+
+import torch
+from basicsr.utils.registry import ARCH_REGISTRY
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+CDC_SIZES = (3, 5, 7)
+KERNEL = max(CDC_SIZES)
+
+
+class CDCLayer(nn.Module):
+    """Sum of three central-difference convolutions (3x3, 5x5, 7x7), a vanilla 7x7 convolution and one bias.
+
+    A central-difference convolution of kernel w is conv(x; w) - sum(w) * x_centre (theta = 1). It is linear, so the four
+    branches are exactly one 7x7 convolution, `kernel()`; training computes that one, which costs 2.7 times less than the four.
+
+    Args:
+        in_channels, out_channels: widths.
+        stride: of every branch; padding keeps the centres aligned.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int):
+        super().__init__()
+        self.stride = stride
+        self.cdc = nn.ParameterList(torch.empty(out_channels, in_channels, size, size) for size in CDC_SIZES)
+        self.vanilla = nn.Parameter(torch.empty(out_channels, in_channels, KERNEL, KERNEL))
+        self.bias = nn.Parameter(torch.zeros(out_channels))
+        for weight in (*self.cdc, self.vanilla):
+            nn.init.kaiming_uniform_(weight, a=5**0.5)  # as nn.Conv2d
+
+    def kernel(self) -> Tensor:
+        """The one kernel the branches amount to, (out, in, 7, 7)."""
+        kernel = self.vanilla
+        for weight in self.cdc:
+            margin = (KERNEL - weight.shape[-1]) // 2
+            centre = F.pad(weight.sum(dim=(2, 3), keepdim=True), [KERNEL // 2] * 4)
+            kernel = kernel + F.pad(weight, [margin] * 4) - centre
+        return kernel
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, in, H, W) -> (B, out, ceil(H / stride), ceil(W / stride))."""
+        return F.conv2d(x, self.kernel(), self.bias, self.stride, KERNEL // 2)
+
+    def forward_branches(self, x: Tensor) -> Tensor:
+        """The definition of `forward`, branch by branch as in the paper's Fig. 3."""
+        y = F.conv2d(x, self.vanilla, self.bias, self.stride, KERNEL // 2)
+        for weight in self.cdc:
+            difference = F.conv2d(x, weight.sum(dim=(2, 3), keepdim=True), None, self.stride)
+            y = y + F.conv2d(x, weight, None, self.stride, weight.shape[-1] // 2) - difference
+        return y
+
+    def merge(self) -> nn.Conv2d:
+        """The same layer as a plain convolution."""
+        conv = plain_layer(self.vanilla.shape[1], self.vanilla.shape[0], self.stride).to(self.vanilla)
+        with torch.no_grad():
+            # Summed in fp64: the kernels of the branches cancel at the centre.
+            conv.weight.copy_(deepcopy(self).double().kernel())
+            conv.bias.copy_(self.bias)
+        return conv
+
+
+def plain_layer(in_channels: int, out_channels: int, stride: int) -> nn.Conv2d:
+    return nn.Conv2d(in_channels, out_channels, KERNEL, stride, KERNEL // 2)
+
+
+@ARCH_REGISTRY.register()
+class DegradationExtractor(nn.Module):
+    """Image -> embedding of its degradation.
+
+    Args:
+        embed_dim: E.
+        channels: widths of the layers (six in the paper). The second and the third layer halve the resolution.
+        merged: build the re-parameterised form, one 7x7 convolution per layer, which is what DPMambaIR deploys.
+    """
+
+    def __init__(
+        self, *, embed_dim: int = 512, channels: Sequence[int] = (64, 64, 64, 64, 64, 128), merged: bool = False
+    ):
+        super().__init__()
+        layer = plain_layer if merged else CDCLayer
+        widths = [3, *channels]
+        self.layers = nn.ModuleList(
+            layer(widths[i], widths[i + 1], stride=2 if i in (1, 2) else 1) for i in range(len(channels))
+        )
+        self.head = nn.Sequential(nn.Linear(widths[-1], embed_dim), nn.ReLU(), nn.Linear(embed_dim, embed_dim))
+
+    def forward(self, image: Tensor) -> Tensor:
+        """(B, 3, H, W) in [0, 1], any size -> (B, E)."""
+        x = image
+        for layer in self.layers:
+            x = F.relu(layer(x))
+        return self.head(x.mean(dim=(2, 3)))
+
+    def merge(self) -> 'DegradationExtractor':
+        """Re-parameterise in place: the same function with one 7x7 convolution per layer. Returns itself."""
+        for i, layer in enumerate(self.layers):
+            if isinstance(layer, CDCLayer):
+                self.layers[i] = layer.merge()
+        return self
+
+
+class FusionBlock(nn.Module):
+    """x + conv(relu(modulated conv(x))), the modulation x * (1 + gamma) + beta being read from the embedding."""
+
+    def __init__(self, channels: int, embed_dim: int, hidden: int = 128):
+        super().__init__()
+        self.conv_in = nn.Conv2d(channels, channels, 3, padding=1)
+        self.modulation = nn.Sequential(nn.Linear(embed_dim, hidden), nn.ReLU(), nn.Linear(hidden, 2 * channels))
+        self.conv_out = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        gamma, beta = self.modulation(embedding)[:, :, None, None].chunk(2, dim=1)
+        return x + self.conv_out(F.relu(self.conv_in(x) * (1 + gamma) + beta))
+
+
+class RefineBlock(nn.Module):
+    """x + conv(relu(conv(x)))."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(channels, channels, 3, padding=1), nn.ReLU(), nn.Conv2d(channels, channels, 3, padding=1)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.body(x)
+
+
+@ARCH_REGISTRY.register()
+class DegradationAutoencoder(nn.Module):
+    """What stage 1 trains: the extractor reads the degraded image, a reconstruction unit degrades the clean one with it.
+
+    Args:
+        embed_dim: E.
+        extractor_channels: see `DegradationExtractor`.
+        channels: width of the reconstruction unit.
+        num_fusion_blocks, num_refine_blocks: its depth.
+    """
+
+    stride = 1  # any size
+
+    def __init__(
+        self,
+        *,
+        embed_dim: int = 512,
+        extractor_channels: Sequence[int] = (64, 64, 64, 64, 64, 128),
+        channels: int = 64,
+        num_fusion_blocks: int = 4,
+        num_refine_blocks: int = 8,
+    ):
+        super().__init__()
+        self.extractor = DegradationExtractor(embed_dim=embed_dim, channels=extractor_channels)
+        self.stem = nn.Conv2d(3, channels, 3, padding=1)
+        self.fusion = nn.ModuleList(FusionBlock(channels, embed_dim) for _ in range(num_fusion_blocks))
+        self.refine = nn.Sequential(*(RefineBlock(channels) for _ in range(num_refine_blocks)))
+        self.output = nn.Conv2d(channels, 3, 3, padding=1)
+
+    def forward(self, clean: Tensor, degraded: Tensor) -> Tensor:
+        """Both (B, 3, H, W) in [0, 1], same size -> reconstruction of `degraded`, (B, 3, H, W), not clamped."""
+        embedding = self.extractor(degraded)  # (B, E)
+        x = self.stem(clean)
+        for block in self.fusion:
+            x = block(x, embedding)
+        return self.output(self.refine(x)) + clean

@@ -1,0 +1,297 @@
+"""DPMambaIR (arXiv 2504.17732): all-in-one restoration with a degradation-aware prompt state space model.
+
+Shapes: B batch, C width of a stage, D = d_inner of that stage, H W height width, R = ceil(C / 16) rank of delta, N states,
+E = embed_dim. The paper has no public code. What it states and what is our inference is said at each part; the
+configuration of the defaults reproduces its 29.35 M parameters and 153.33 G (fvcore, 1x3x256x256).
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from basicsr.utils.registry import ARCH_REGISTRY
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dpmambair_basicsr.archs.blocks import EFFN, LayerNorm, PlanarScan, UNet, one_of
+from dpmambair_basicsr.archs.degradation_extractor_arch import DegradationExtractor
+
+PROMPTS = ('delta', 'B', 'C')
+INSERTIONS = ('modulate', 'concat', 'attention', 'none')
+SCANS = {1: (0,), 2: (0, 2), 4: (0, 1, 2, 3)}  # number of directions -> scan orders of `cross_scan`
+
+
+class Modulation(nn.Module):
+    """Degradation-aware prompts P_delta, P_B, P_C (Eq. 8, 9): one linear layer of the embedding for each.
+
+    They multiply the low-rank delta, B and C of every position alike (the place of P_delta, before dt_proj, and one layer
+    per prompt are our inference: they fit the paper's Table VII). Initially all factors are exactly 1.
+
+    Args:
+        prompts: subset of ('delta', 'B', 'C'); the others stay 1.
+        embed_dim, dt_rank, d_state: E, R, N.
+    """
+
+    def __init__(self, prompts: Sequence[str], embed_dim: int, dt_rank: int, d_state: int):
+        super().__init__()
+        self.sizes = dict(zip(PROMPTS, (dt_rank, d_state, d_state), strict=True))
+        self.layers = nn.ModuleDict({name: nn.Linear(embed_dim, self.sizes[name]) for name in prompts})
+        for layer in self.layers.values():
+            nn.init.zeros_(layer.weight)
+            nn.init.ones_(layer.bias)
+
+    def forward(self, embedding: Tensor) -> Tensor:
+        """(B, E) -> (B, R + 2N)."""
+        return torch.cat(
+            [
+                self.layers[name](embedding) if name in self.layers else embedding.new_ones(len(embedding), size)
+                for name, size in self.sizes.items()
+            ],
+            dim=1,
+        )
+
+
+class ConcatInsertion(nn.Module):
+    """Ablation "Concat" (Table 4): the embedding is concatenated to the features and reduced by a 1x1 convolution.
+
+    Initially the identity. The paper gives no details: our inference.
+    """
+
+    def __init__(self, channels: int, embed_dim: int):
+        super().__init__()
+        self.embed = nn.Linear(embed_dim, channels)
+        self.reduce = nn.Conv2d(2 * channels, channels, 1, bias=False)
+        with torch.no_grad():
+            self.reduce.weight.zero_()
+            self.reduce.weight[:, :channels, 0, 0] = torch.eye(channels)
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        """(B, D, H, W), (B, E) -> (B, D, H, W)."""
+        return self.reduce(torch.cat([x, self.embed(embedding)[:, :, None, None].expand_as(x)], dim=1))
+
+
+class AttentionInsertion(nn.Module):
+    """Ablation "Attention" (Table 4): pixels attend to eight tokens made of the embedding, as in OneRestore.
+
+    Initially the identity. The paper gives no details: our inference.
+    """
+
+    def __init__(self, channels: int, embed_dim: int, num_tokens: int = 8):
+        super().__init__()
+        self.num_tokens = num_tokens
+        self.query = nn.Conv2d(channels, channels, 1, bias=False)
+        self.tokens = nn.Linear(embed_dim, num_tokens * 2 * channels)
+        self.project = nn.Conv2d(channels, channels, 1, bias=False)
+        nn.init.zeros_(self.project.weight)
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        """(B, D, H, W), (B, E) -> (B, D, H, W)."""
+        query = self.query(x).flatten(2).transpose(1, 2)  # (B, L, D)
+        key, value = self.tokens(embedding).unflatten(1, (self.num_tokens, -1)).chunk(2, dim=2)  # (B, tokens, D)
+        attended = F.scaled_dot_product_attention(query, key, value).transpose(1, 2)  # (B, D, L)
+        return x + self.project(attended.reshape(x.shape))
+
+
+class HighFrequencyEnhancement(nn.Module):
+    """HEB (Eq. 10): F + alpha * (F - GAP(F)), alpha one learnable scalar; 0 at first, the identity (our inference)."""
+
+    def __init__(self):
+        super().__init__()
+        self.alpha = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, D, H, W) -> same."""
+        return x + self.alpha * (x - x.mean(dim=(2, 3), keepdim=True))
+
+
+class DPSSModule(PlanarScan):
+    """Depthwise convolution, degradation-aware prompt selective scan (Sec. 3.5, Fig. 4a), HEB (Fig. 4b).
+
+    Args:
+        channels: C.
+        d_inner: D.
+        d_state: N.
+        embed_dim: E.
+        prompt, insertion, high_frequency, directions: see `DPMambaIR`.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        d_inner: int,
+        d_state: int,
+        embed_dim: int,
+        prompt: Sequence[str],
+        insertion: str,
+        high_frequency: bool,
+        directions: int,
+    ):
+        dt_rank = math.ceil(channels / 16)
+        super().__init__(d_inner, d_state, dt_rank, SCANS[directions])
+        # As in Mamba; VmambaIR's released training does decay them.
+        self.A_logs.no_weight_decay = True
+        self.Ds.no_weight_decay = True
+        self.in_conv = nn.Conv2d(channels, 2 * d_inner, 1, bias=False)
+        self.conv2d = nn.Conv2d(d_inner, d_inner, 3, padding=1, groups=d_inner)
+        self.modulation = Modulation(prompt, embed_dim, dt_rank, d_state) if insertion == 'modulate' else None
+        insertions = {'concat': ConcatInsertion, 'attention': AttentionInsertion}
+        self.insertion = insertions[insertion](d_inner, embed_dim) if insertion in insertions else None
+        self.out_norm = LayerNorm(d_inner)
+        self.high_frequency = HighFrequencyEnhancement() if high_frequency else nn.Identity()
+        self.out_conv = nn.Conv2d(d_inner, channels, 1, bias=False)
+
+    def forward(self, x: Tensor, embedding: Tensor | None = None) -> Tensor:
+        """(B, C, H, W), (B, E) -> (B, C, H, W)."""
+        features, gate = self.in_conv(x).chunk(2, dim=1)  # F1, F2 of Fig. 4: (B, D, H, W) each
+        features = F.silu(self.conv2d(features))
+        if self.insertion is not None:
+            features = self.insertion(features, embedding)
+        prompt = None if self.modulation is None else self.modulation(embedding)  # (B, R + 2N)
+        y = self.scan(features, prompt)
+        y = self.out_norm(y) * F.silu(gate)
+        return self.out_conv(self.high_frequency(y))
+
+
+class DPSSBlock(nn.Module):
+    """x + DPSS module(norm(x)); x + EFFN(norm(x)) (Fig. 2)."""
+
+    def __init__(self, channels: int, ffn_expansion_factor: float, attn: DPSSModule):
+        super().__init__()
+        self.norm1 = LayerNorm(channels)
+        self.attn = attn
+        self.norm2 = LayerNorm(channels)
+        self.ffn = EFFN(channels, ffn_expansion_factor, bias=False)
+
+    def forward(self, x: Tensor, embedding: Tensor | None = None) -> Tensor:
+        x = x + self.attn(self.norm1(x), embedding)
+        return x + self.ffn(self.norm2(x))
+
+
+@ARCH_REGISTRY.register()
+class DPMambaIR(UNet):
+    """DPMambaIR: U-Net of DPSS blocks, told by a frozen degradation extractor what to undo.
+
+    Values are in [0, 1]; the output is not clamped. Height and width must be multiples of 8 (`RestorationModel` pads).
+    `extractor` is in its merged form, frozen, and part of the state dict: one file, one call.
+
+    Args:
+        inp_channels, out_channels: of the images; equal, because the input is added to the output.
+        dim: C of the first stage.
+        num_blocks: DPSS blocks at the four levels, decoder like encoder.
+        num_refinement_blocks: DPSS blocks after the decoder.
+        ffn_expansion_factor: hidden width of the EFFN over C.
+        d_inner: D at widths C, 2C, 4C, 8C.
+        d_state: N.
+        embed_dim: E (Table VII of the paper's v3: 256, 384, 512, 1024).
+        prompt: which of 'delta', 'B', 'C' are modulated (Table 3); only for insertion 'modulate'.
+        insertion: 'modulate' (the paper's), 'concat', 'attention' (Table 4) or 'none', a network without any embedding.
+        high_frequency: HEB on or off (Table 3).
+        directions: 1 (the paper's) scan by rows; 2 adds the reverse; 4 adds columns and their reverse (Table 5, where P_C
+            is removed: prompt ['delta', 'B']).
+        degradation: 'extractor', or 'class' for an embedding of the true label (Table 4, "Classes").
+        num_degradations: labels for 'class'.
+        extractor_channels: see `DegradationExtractor`.
+
+    Raises:
+        ValueError: for a value that is not among the choices, naming the key.
+    """
+
+    def __init__(
+        self,
+        *,
+        inp_channels: int = 3,
+        out_channels: int = 3,
+        dim: int = 48,
+        num_blocks: Sequence[int] = (4, 6, 6, 8),
+        num_refinement_blocks: int = 4,
+        ffn_expansion_factor: float = 2.66,
+        d_inner: Sequence[int] = (64, 128, 256, 512),
+        d_state: int = 16,
+        embed_dim: int = 512,
+        prompt: Sequence[str] = PROMPTS,
+        insertion: str = 'modulate',
+        high_frequency: bool = True,
+        directions: int = 1,
+        degradation: str = 'extractor',
+        num_degradations: int = 7,
+        extractor_channels: Sequence[int] = (64, 64, 64, 64, 64, 128),
+    ):
+        one_of('insertion', insertion, INSERTIONS)
+        one_of('directions', directions, tuple(SCANS))
+        one_of('degradation', degradation, ('extractor', 'class'))
+        for name in prompt:
+            one_of('prompt', name, PROMPTS)
+        if len(d_inner) != 4:
+            raise ValueError(f'd_inner: {list(d_inner)} has {len(d_inner)} entries, needed are 4, one per level')
+        one_of('out_channels', out_channels, (inp_channels,))
+        if insertion == 'modulate' and not prompt:
+            insertion = 'none'
+
+        def make_block(level: int) -> DPSSBlock:
+            width = dim * 2**level
+            attn = DPSSModule(
+                width, d_inner[level], d_state, embed_dim, prompt, insertion, high_frequency, directions
+            )
+            return DPSSBlock(width, ffn_expansion_factor, attn)
+
+        super().__init__(inp_channels, dim, num_blocks, num_refinement_blocks, bias=False, make_block=make_block)
+        self.output = nn.Conv2d(dim * 2, out_channels, 3, padding=1, bias=False)
+        self.extractor = None
+        self.classes = None
+        if insertion != 'none' and degradation == 'extractor':
+            self.extractor = DegradationExtractor(embed_dim=embed_dim, channels=extractor_channels, merged=True)
+            self.extractor.requires_grad_(False).eval()
+        elif insertion != 'none':
+            self.classes = nn.Embedding(num_degradations, embed_dim)
+
+    @property
+    def needs_label(self) -> bool:
+        """Whether `forward` needs the true degradation."""
+        return self.classes is not None
+
+    def load_extractor(self, state_dict: dict[str, Tensor]) -> None:
+        """Take over the extractor that stage 1 trained, merged.
+
+        Args:
+            state_dict: of a DegradationAutoencoder.
+
+        Raises:
+            RuntimeError: if it holds no extractor, or one of other widths.
+        """
+        trained = DegradationExtractor(
+            embed_dim=self.extractor.head[-1].out_features,
+            channels=[layer.out_channels for layer in self.extractor.layers],
+        )
+        prefix = 'extractor.'
+        trained.load_state_dict({k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(prefix)})
+        self.extractor.load_state_dict(trained.merge().state_dict())
+
+    def embed(self, lq: Tensor, label: Tensor | None = None) -> Tensor | None:
+        """Embedding of the degradation, (B, E): of the image, or of `label` (B,) int64; None if the network uses none."""
+        if self.extractor is not None:
+            with torch.no_grad():
+                return self.extractor(lq)
+        if self.classes is not None:
+            if label is None:
+                raise ValueError("degradation: 'class' needs a label for each image, and the data set gives none")
+            return self.classes(label)
+        return None
+
+    def forward(self, lq: Tensor, label: Tensor | None = None) -> Tensor:
+        """Restore.
+
+        Args:
+            lq: (B, 3, H, W) RGB in [0, 1].
+            label: (B,) int64, only for degradation 'class'.
+
+        Returns:
+            (B, 3, H, W), about [0, 1].
+        """
+        features = self.forward_features(lq, self.embed(lq, label))  # (B, 2C, H, W)
+        return self.output(features) + lq
+
+    def train(self, mode: bool = True) -> 'DPMambaIR':
+        super().train(mode)
+        if self.extractor is not None:
+            self.extractor.eval()
+        return self

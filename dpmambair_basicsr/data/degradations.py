@@ -1,0 +1,275 @@
+"""The seven degradations of the all-in-one benchmark as pure functions of an image and a random generator.
+
+DPMambaIR (arXiv 2504.17732), Eq. (6), describes every one of them as I = Q((alpha J + beta gamma) * K): luminance alpha, artefacts
+beta gamma, blur kernel K, compression Q. `form_image` is that equation; each degradation below chooses its terms.
+
+Images are (H, W, 3) RGB float32 in [0, 1], in and out. Nothing is rounded to 8 bits, save by JPEG itself.
+A parameter is a number, or a pair (low, high) from which each call draws uniformly. A fixed number uses up the generator
+just as a pair does, so one seed gives one pattern at every strength.
+
+The paper gives no parameters: all defaults are ours. Two of them are fitted to its results (PSNR 28.25 dB after denoising is
+typical of sigma 50, 30.57 dB after JPEG restoration of quality 20 to 30); the others resemble the benchmark sets the paper trains on.
+"""
+
+import inspect
+import math
+from collections.abc import Sequence
+from numbers import Integral, Real
+
+import cv2
+import numpy as np
+
+DEGRADATIONS = ('haze', 'rain', 'snow', 'lowlight', 'blur', 'noise', 'jpeg')  # the index is the class label
+
+Range = float | Sequence[float]
+IntRange = int | Sequence[int]
+
+
+def degrade(image: np.ndarray, kind: str, rng: np.random.Generator, **parameters) -> np.ndarray:
+    """Applies the degradation `kind`, one of `DEGRADATIONS`, with the parameters of the function of that name.
+
+    Raises:
+        ValueError: unknown kind or parameter, value outside its meaning, or an image that is not (H, W, 3) float32.
+    """
+    if kind not in _FUNCTIONS:
+        raise ValueError(f'unknown degradation {kind!r}, choose from {", ".join(DEGRADATIONS)}')
+    choices = [name for name in inspect.signature(_FUNCTIONS[kind]).parameters if name not in ('image', 'rng')]
+    for name in parameters:
+        if name not in choices:
+            raise ValueError(f'degradation {kind} has no parameter {name!r}, choose from {", ".join(choices)}')
+    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.float32:
+        raise ValueError(f'degrade needs an (H, W, 3) float32 image, got {image.shape} {image.dtype}')
+    return _FUNCTIONS[kind](image, rng, **parameters)
+
+
+def form_image(
+    clean: np.ndarray,
+    alpha: np.ndarray | float = 1.0,
+    artefact: np.ndarray | float = 0.0,
+    kernel: np.ndarray | None = None,
+    quality: int | None = None,
+) -> np.ndarray:
+    """Eq. (6): Q((alpha J + beta gamma) * K), clipped to [0, 1].
+
+    Args:
+        clean: J, (H, W, 3).
+        alpha: luminance, broadcast against J.
+        artefact: the product beta gamma, broadcast against J.
+        kernel: K, odd sides, sums to 1; the border is mirrored. None is the identity.
+        quality: Q, the JPEG quality in [1, 100] (4:2:0 chroma, OpenCV's default). None is the identity.
+    """
+    image = clean * np.float32(alpha) + np.float32(artefact)
+    if kernel is not None:
+        image = cv2.filter2D(image, -1, kernel[::-1, ::-1])  # filter2D correlates: flipped, it convolves
+    image = np.clip(image, 0, 1)
+    if quality is not None:
+        _, code = cv2.imencode('.jpg', to_uint8(image[..., ::-1]), [cv2.IMWRITE_JPEG_QUALITY, quality])
+        image = cv2.imdecode(code, cv2.IMREAD_COLOR)[..., ::-1].astype(np.float32) / 255
+    return image
+
+
+def haze(
+    image: np.ndarray, rng: np.random.Generator, beta: Range = (0.6, 1.8), airlight: Range = (0.7, 1.0)
+) -> np.ndarray:
+    """Atmospheric scattering: alpha = t, artefact = A (1 - t), t = exp(-beta d).
+
+    The depth d is synthetic: smooth, between 0.25 and 1.25, farther towards the top.
+
+    Args:
+        beta: scattering per unit of depth, >= 0 (0.6 to 1.8: RESIDE, Li et al. 2019).
+        airlight: A, brightness of the veil, in [0, 1].
+    """
+    beta = _draw(rng, 'beta', beta, 0, math.inf)
+    airlight = _draw(rng, 'airlight', airlight, 0, 1)
+    height, width = image.shape[:2]
+    slope = np.linspace(1, 0, height, dtype=np.float32)[:, None]
+    depth = 0.25 + 0.6 * slope + 0.4 * _smooth_field(rng, height, width)
+    transmission = np.exp(-beta * depth)[..., None]
+    return form_image(image, alpha=transmission, artefact=airlight * (1 - transmission))
+
+
+def rain(
+    image: np.ndarray,
+    rng: np.random.Generator,
+    strength: Range = (0.4, 0.8),
+    density: Range = (0.001, 0.004),
+    length: Range = (15, 40),
+    width: Range = (0.6, 1.4),
+    angle: Range = (-30, 30),
+    layers: IntRange = (2, 4),
+) -> np.ndarray:
+    """Rain streaks: artefact = strength x the sum of layers of motion-blurred drops, each layer with its own length and width.
+
+    Args:
+        strength: brightness that the brightest streak adds, in [0, 1].
+        density: drops per pixel and layer, in [0, 1].
+        length: of a streak in pixels, >= 1.
+        width: of a streak in pixels, > 0.
+        angle: of a streak from the vertical in degrees, in [-90, 90].
+        layers: how many, in [1, 16].
+    """
+    strength = _draw(rng, 'strength', strength, 0, 1)
+    radians = math.radians(_draw(rng, 'angle', angle, -90, 90))
+    streaks = np.zeros(image.shape[:2], np.float32)
+    for _ in range(_draw_int(rng, 'layers', layers, 1, 16)):
+        pixels = _draw(rng, 'length', length, 1, 512)
+        sigma = _draw(rng, 'width', width, 0.01, 64) / 2
+        steps = np.linspace(-0.5, 0.5, _path_samples(pixels))[:, None] * (pixels - 1)
+        streak = _rasterise(steps * (math.cos(radians), math.sin(radians)), margin=math.ceil(2 * sigma))
+        streak = cv2.GaussianBlur(streak, (0, 0), sigma)
+        streaks += _scatter(rng, streak / streak.max(), *image.shape[:2], _draw(rng, 'density', density, 0, 1))
+    return form_image(image, artefact=strength * np.minimum(streaks, 1)[..., None])
+
+
+def snow(
+    image: np.ndarray,
+    rng: np.random.Generator,
+    strength: Range = (0.7, 1.0),
+    coverage: Range = (0.02, 0.08),
+    radius: Range = (0.7, 4),
+    layers: IntRange = (3, 5),
+) -> np.ndarray:
+    """Snow flakes: alpha = 1 - mask, artefact = mask (white flakes); the mask sums layers of blurred discs, one size per layer.
+
+    Args:
+        strength: opacity of the densest flake, in [0, 1].
+        coverage: share of the image that one layer's flakes would cover side by side, in [0, 1].
+        radius: of a flake in pixels, > 0.
+        layers: how many, in [1, 16].
+    """
+    strength = _draw(rng, 'strength', strength, 0, 1)
+    mask = np.zeros(image.shape[:2], np.float32)
+    for _ in range(_draw_int(rng, 'layers', layers, 1, 16)):
+        pixels = _draw(rng, 'radius', radius, 0.1, 128)
+        reach = math.ceil(2 * pixels)
+        distance = np.hypot(*np.mgrid[-reach : reach + 1, -reach : reach + 1])
+        flake = 1 / (1 + np.exp(4 * (distance / pixels - 1)))  # a disc whose edge is soft over half a radius
+        density = _draw(rng, 'coverage', coverage, 0, 1) / max(math.pi * pixels**2, 1)
+        mask += _scatter(rng, np.float32(flake / flake.max()), *image.shape[:2], density)
+    mask = strength * np.minimum(mask, 1)[..., None]
+    return form_image(image, alpha=1 - mask, artefact=mask)
+
+
+def lowlight(
+    image: np.ndarray,
+    rng: np.random.Generator,
+    illumination: Range = (0.1, 0.3),
+    variation: Range = (0.0, 0.5),
+    sigma: Range = (1, 4),
+) -> np.ndarray:
+    """Poor light: alpha = illumination (1 - variation f), f a smooth field in [0, 1]; artefact = sensor noise.
+
+    Args:
+        illumination: alpha at the brightest place, in [0, 1].
+        variation: how much darker the darkest place is, in [0, 1].
+        sigma: standard deviation of the noise, >= 0, in units of 1/255.
+    """
+    illumination = _draw(rng, 'illumination', illumination, 0, 1)
+    variation = _draw(rng, 'variation', variation, 0, 1)
+    sigma = _draw(rng, 'sigma', sigma, 0, math.inf)
+    alpha = illumination * (1 - variation * _smooth_field(rng, *image.shape[:2]))
+    return form_image(image, alpha=alpha[..., None], artefact=sigma / 255 * _gaussian(rng, image.shape))
+
+
+def blur(
+    image: np.ndarray, rng: np.random.Generator, length: Range = (9, 25), curvature: Range = (0.0, 0.15)
+) -> np.ndarray:
+    """Motion blur: K is the path of the camera during the exposure.
+
+    Args:
+        length: of the path in pixels, >= 1; 1 is no blur.
+        curvature: standard deviation of the change of direction over one pixel of path, in radians, >= 0. 0 is linear
+            motion, more is a random walk.
+    """
+    length = _draw(rng, 'length', length, 1, 512)
+    curvature = _draw(rng, 'curvature', curvature, 0, math.inf)
+    samples = _path_samples(length)
+    step = (length - 1) / max(samples - 1, 1)
+    turns = curvature * math.sqrt(step) * rng.standard_normal(samples)  # variances add along the path
+    direction = rng.uniform(0, 2 * math.pi) + np.cumsum(turns)
+    path = np.cumsum(step * np.stack([np.sin(direction), np.cos(direction)], axis=1), axis=0)
+    kernel = _rasterise(path - path.mean(axis=0))
+    return form_image(image, kernel=kernel / kernel.sum())
+
+
+def noise(image: np.ndarray, rng: np.random.Generator, sigma: Range = 50) -> np.ndarray:
+    """White Gaussian noise: artefact = beta gamma with beta = sigma / 255 and gamma ~ N(0, 1), independent in each channel.
+
+    Args:
+        sigma: standard deviation, >= 0, in units of 1/255.
+    """
+    sigma = _draw(rng, 'sigma', sigma, 0, math.inf)
+    return form_image(image, artefact=sigma / 255 * _gaussian(rng, image.shape))
+
+
+def jpeg(image: np.ndarray, rng: np.random.Generator, quality: IntRange = (20, 30)) -> np.ndarray:
+    """JPEG compression: Q. The result has 8-bit values.
+
+    Args:
+        quality: whole number in [1, 100].
+    """
+    return form_image(image, quality=_draw_int(rng, 'quality', quality, 1, 100))
+
+
+_FUNCTIONS = dict(zip(DEGRADATIONS, (haze, rain, snow, lowlight, blur, noise, jpeg), strict=True))
+
+
+def to_uint8(image: np.ndarray) -> np.ndarray:
+    """[0, 1] float to uint8, rounded to the nearest: what storing the image does."""
+    return np.rint(image * 255).astype(np.uint8)
+
+
+def _bounds(name: str, value: Range, minimum: float, maximum: float, number: type) -> tuple:
+    pair = (value, value) if isinstance(value, number) else value
+    valid = isinstance(pair, Sequence) and len(pair) == 2 and all(isinstance(v, number) for v in pair)
+    if not (valid and minimum <= pair[0] <= pair[1] <= maximum):
+        word = 'whole number' if number is Integral else 'number'
+        raise ValueError(f'{name} must be a {word} or (low, high), within [{minimum}, {maximum}], got {value!r}')
+    return tuple(pair)
+
+
+def _draw(rng: np.random.Generator, name: str, value: Range, minimum: float, maximum: float) -> float:
+    return rng.uniform(*_bounds(name, value, minimum, maximum, Real))
+
+
+def _draw_int(rng: np.random.Generator, name: str, value: IntRange, minimum: int, maximum: int) -> int:
+    return int(rng.integers(*_bounds(name, value, minimum, maximum, Integral), endpoint=True))
+
+
+def _gaussian(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    return rng.standard_normal(shape, dtype=np.float32)
+
+
+def _smooth_field(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
+    """(height, width) float32 that varies over about a quarter of the image and spans [0, 1]."""
+    field = cv2.resize(rng.random((4, 4), dtype=np.float32), (width, height), interpolation=cv2.INTER_CUBIC)
+    low, high = field.min(), field.max()
+    return (field - low) / max(high - low, np.finfo(np.float32).tiny)
+
+
+def _path_samples(length: float) -> int:
+    """Four samples per pixel draw a path of `length` pixels without gaps."""
+    return 4 * math.ceil(length - 1) + 1
+
+
+def _rasterise(points: np.ndarray, margin: int = 0) -> np.ndarray:
+    """Draws (row, column) points, relative to the centre, on the smallest odd-sided square grid, plus a margin, each spread bilinearly."""
+    reach = math.ceil(np.abs(points).max() - 1e-9) + margin
+    size = 2 * reach + 1
+    grid = np.zeros((size + 1, size + 1), np.float32)
+    corner = np.floor(points).astype(int)
+    fraction = points - corner
+    for row in (0, 1):
+        for column in (0, 1):
+            weight = np.abs(1 - row - fraction[:, 0]) * np.abs(1 - column - fraction[:, 1])
+            np.add.at(grid, (corner[:, 0] + row + reach, corner[:, 1] + column + reach), weight)
+    return grid[:size, :size]
+
+
+def _scatter(rng: np.random.Generator, stamp: np.ndarray, height: int, width: int, density: float) -> np.ndarray:
+    """(height, width) with copies of `stamp` at random places, also across the border, at 0.3 to 1 times its brightness."""
+    pad = stamp.shape[0] // 2
+    field = np.zeros((height + 2 * pad, width + 2 * pad), np.float32)
+    count = rng.binomial(field.size, density)
+    field.ravel()[rng.integers(field.size, size=count)] = rng.uniform(0.3, 1, count)
+    return cv2.filter2D(field, -1, stamp)[pad : pad + height, pad : pad + width]

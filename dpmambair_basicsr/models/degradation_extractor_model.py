@@ -1,0 +1,24 @@
+from basicsr.utils.registry import MODEL_REGISTRY
+from torch import Tensor
+
+from dpmambair_basicsr.models.restoration_model import RestorationModel
+
+
+@MODEL_REGISTRY.register()
+class DegradationExtractorModel(RestorationModel):
+    """Stage 1 of DPMambaIR (Sec. 3.4): the network, a DegradationAutoencoder, turns the clean image into the degraded one.
+
+    The target of losses, metrics and saved images is therefore the degraded image, `lq` of the data set. Options are
+    RestorationModel's.
+    """
+
+    def feed_data(self, data: dict) -> None:
+        super().feed_data(data)
+        self.clean = self.gt
+        self.gt = self.lq
+
+    def load_extractor(self) -> None:
+        """Nothing to load: this stage trains the extractor."""
+
+    def network_inputs(self) -> tuple[Tensor, ...]:
+        return self.clean, self.lq

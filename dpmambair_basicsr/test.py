@@ -1,0 +1,19 @@
+"""Test with BasicSR's own loop and arguments: `python -m dpmambair_basicsr.test -opt options/test_<what>.yml`.
+
+Writes to ./results: the current directory is BasicSR's root_path.
+"""
+
+from pathlib import Path
+
+from basicsr.test import test_pipeline
+
+import dpmambair_basicsr
+
+
+def main() -> None:
+    dpmambair_basicsr.register()  # here a failure to register is an error, not a warning
+    test_pipeline(str(Path.cwd()))
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,19 @@
+"""Train with BasicSR's own loop and arguments: `python -m dpmambair_basicsr.train -opt options/train_<what>.yml`.
+
+Writes to ./experiments and ./tb_logger: the current directory is BasicSR's root_path.
+"""
+
+from pathlib import Path
+
+from basicsr.train import train_pipeline
+
+import dpmambair_basicsr
+
+
+def main() -> None:
+    dpmambair_basicsr.register()  # here a failure to register is an error, not a warning
+    train_pipeline(str(Path.cwd()))
+
+
+if __name__ == '__main__':
+    main()

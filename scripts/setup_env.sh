@@ -1,0 +1,25 @@
+#!/usr/bin/env bash
+# Sourced by demo.sh and test.sh: makes a virtual environment once and activates it.
+# DPMAMBAIR_VENV names it (default: .venv in the checkout), so that several checkouts can share one.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+venv="${DPMAMBAIR_VENV:-$PWD/.venv}"
+stamp="$venv/.dpmambair_basicsr"
+recipe="$(cat setup.py scripts/setup_env.sh | cksum)"
+
+if [ ! -f "$stamp" ] || [ "$(cat "$stamp")" != "$recipe" ]; then
+    echo "Setting up $venv (once; downloads about 5 GB where PyTorch is not there yet)"
+    python3 -m venv "$venv"
+    pip="$venv/bin/python -m pip install --quiet --disable-pip-version-check"
+    $pip 'torch>=2.10' torchvision
+    # basicsr is a source distribution: isolated builds would fetch a second PyTorch, and its requirement tb-nightly is not needed.
+    $pip 'setuptools>=77' wheel cython numpy
+    "$venv/bin/python" -c 'import importlib.metadata as m; m.version("basicsr")' 2>/dev/null ||
+        $pip --no-build-isolation --no-deps basicsr==1.4.2
+    $pip addict future lmdb lpips opencv-python pyyaml requests scikit-image scipy tensorboard tqdm yapf \
+        fvcore hypothesis matplotlib pytest ruff scikit-learn
+    $pip --no-build-isolation --no-deps --editable .
+    echo "$recipe" > "$stamp"
+fi
+export PATH="$venv/bin:$PATH"
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"  # this checkout, whichever one the environment was made for

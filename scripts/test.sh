@@ -1,0 +1,6 @@
+#!/usr/bin/env bash
+# Sets up the environment, checks the style and runs the tests. Arguments go to pytest: bash scripts/test.sh -k scan
+source "$(dirname "$0")/setup_env.sh"
+ruff check .
+ruff format --check .
+exec python -m pytest "$@"

@@ -1,0 +1,169 @@
+"""DPMambaIR and its extractor: the paper's counts, the ablation switches, identity at the start, exact merging."""
+
+import copy
+
+import pytest
+import torch
+from fvcore.nn import FlopCountAnalysis
+
+from dpmambair_basicsr.archs import DegradationAutoencoder, DegradationExtractor, DPMambaIR
+
+TINY = dict(
+    dim=16, num_blocks=[1, 1, 1, 1], num_refinement_blocks=1, d_inner=[16, 32, 64, 128], d_state=4, embed_dim=24,
+    extractor_channels=[8, 8, 8],
+)  # fmt: skip
+
+
+def millions(net) -> float:
+    return sum(p.numel() for p in net.parameters()) / 1e6
+
+
+def build(**options):
+    with torch.device('meta'):
+        return DPMambaIR(**options)
+
+
+def tiny(seed=0, **options):
+    torch.manual_seed(seed)
+    return DPMambaIR(**{**TINY, **options}).eval()
+
+
+# Paper, Tables 5 and VII (v3); without prompts and extractor, and with P_delta + P_B: spec derived from the same counts.
+@pytest.mark.parametrize(
+    ('options', 'expected'),
+    [
+        ({}, 29.35),
+        ({'insertion': 'none'}, 26.85),
+        ({'prompt': ['delta', 'B']}, 28.99),
+        ({'embed_dim': 256}, 28.7),
+        ({'embed_dim': 384}, 29.0),
+        ({'embed_dim': 1024}, 30.6),
+        ({'directions': 4, 'prompt': ['delta', 'B']}, 31.43),
+    ],
+    ids=str,
+)
+def test_parameters_are_the_papers(options, expected):
+    assert millions(build(**options)) == pytest.approx(expected, rel=3e-3)
+
+
+def test_flops_are_the_papers():
+    """153.33 G at 1x3x256x256, 1 MAC = 1, without what the papers' hand-written norms and means hide from fvcore."""
+    net = build().eval()
+    flops = FlopCountAnalysis(net, torch.empty(1, 3, 256, 256, device='meta')).unsupported_ops_warnings(False)
+    by_operator = flops.by_operator()
+    counted = sum(n for name, n in by_operator.items() if name not in ('layer_norm', 'adaptive_avg_pool2d', 'mean'))
+    assert counted / 1e9 == pytest.approx(153.33, rel=3e-3)
+
+
+SWITCHES = [
+    {'prompt': prompt}
+    for prompt in (['delta'], ['B'], ['C'], ['delta', 'B'], ['delta', 'C'], ['B', 'C'], ['delta', 'B', 'C'])
+] + [
+    {'high_frequency': False},
+    {'degradation': 'class'},
+    {'insertion': 'concat'},
+    {'insertion': 'attention'},
+    {'directions': 2, 'prompt': ['delta', 'B']},
+    {'directions': 4, 'prompt': ['delta', 'B']},
+]
+
+
+@pytest.mark.parametrize('options', SWITCHES, ids=str)
+def test_identity_initialisation(options):
+    """At step 0 the embedding changes nothing, bit for bit: the network equals the one without prompts and HEB."""
+    net = tiny(**options)
+    plain = tiny(seed=1, insertion='none', high_frequency=False, directions=options.get('directions', 1))
+    own = net.state_dict()
+    plain.load_state_dict({name: own[name] for name in plain.state_dict()})
+    lq, label = torch.rand(2, 3, 24, 16), torch.tensor([1, 6])
+    assert torch.equal(net(lq, label), plain(lq))
+
+
+@pytest.mark.parametrize('options', [{'insertion': 'none'}, *SWITCHES], ids=str)
+def test_every_trainable_parameter_receives_a_gradient(options):
+    net = tiny(**options).train()
+    torch.manual_seed(2)
+    for parameter in net.parameters():  # away from the identity, where some gradients are zero by construction
+        parameter.data.add_(torch.randn_like(parameter), alpha=0.05)
+    net(torch.rand(2, 3, 16, 16), torch.tensor([0, 3])).square().sum().backward()
+    for name, parameter in net.named_parameters():
+        if name.startswith('extractor.'):
+            assert not parameter.requires_grad and parameter.grad is None, name
+        elif not (options.get('degradation') == 'class' and name == 'classes.weight'):
+            assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
+        else:
+            assert parameter.grad[[0, 3]].abs().max() > 0
+
+
+def test_the_prompt_acts_per_sample():
+    """After training has moved the modulators, each image's output depends on its own degradation only."""
+    net = tiny()
+    for name, parameter in net.named_parameters():
+        if '.modulation.' in name:
+            parameter.data.add_(torch.randn_like(parameter), alpha=0.1)
+    lq = torch.rand(3, 3, 16, 16)
+    together = net(lq)
+    alone = torch.cat([net(image[None]) for image in lq])
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
+    other_embedding = net.output(net.forward_features(lq, net.embed(lq).flip(0))) + lq
+    assert (together - other_embedding)[0].abs().max() > 1e-5
+
+
+@pytest.mark.parametrize(
+    ('options', 'key'),
+    [
+        ({'insertion': 'mix'}, 'insertion'),
+        ({'directions': 3}, 'directions'),
+        ({'degradation': 'clip'}, 'degradation'),
+        ({'prompt': ['A']}, 'prompt'),
+        ({'d_inner': [16]}, 'd_inner'),
+        ({'num_blocks': [1, 1]}, 'num_blocks'),
+        ({'out_channels': 1}, 'out_channels'),
+    ],
+    ids=str,
+)
+def test_bad_values_name_the_key(options, key):
+    with pytest.raises(ValueError, match=f'^{key}: '):
+        tiny(**options)
+
+
+def test_class_without_label_is_an_error():
+    with pytest.raises(ValueError, match='label'):
+        tiny(degradation='class')(torch.rand(1, 3, 8, 8))
+
+
+@pytest.mark.parametrize('size', [(1, 1), (5, 9), (33, 47)])
+def test_merge_is_exact(size):
+    """Paper, Fig. 3c: the four branches are one convolution, at borders, odd sizes and strides alike."""
+    torch.manual_seed(0)
+    extractor = DegradationExtractor(embed_dim=32, channels=[16, 16, 16, 24]).eval()
+    image = torch.rand(2, 3, *size)
+    x = image
+    for layer in extractor.layers:
+        x = torch.relu(layer.forward_branches(x))
+    branches = extractor.head(x.mean(dim=(2, 3)))
+    fast = extractor(image)
+    exact = copy.deepcopy(extractor).double()(image.double())
+    merged = copy.deepcopy(extractor).merge()
+    assert all(isinstance(layer, torch.nn.Conv2d) for layer in merged.layers)
+    for output in (branches, fast, merged(image), merged.merge()(image)):
+        assert (output - exact).abs().max() < 1e-5
+
+
+def test_load_extractor_takes_the_merged_weights():
+    torch.manual_seed(3)
+    autoencoder = DegradationAutoencoder(embed_dim=24, extractor_channels=[8, 8, 8], channels=8).eval()
+    net = tiny()
+    net.load_extractor(autoencoder.state_dict())
+    image = torch.rand(2, 3, 20, 12)
+    torch.testing.assert_close(net.embed(image), autoencoder.extractor(image), rtol=1e-5, atol=1e-6)
+    assert not net.train().extractor.training
+
+
+def test_autoencoder_reconstructs_from_both_images():
+    net = DegradationAutoencoder(embed_dim=24, extractor_channels=[8, 8, 8], channels=8)
+    clean, degraded = torch.rand(2, 3, 13, 7), torch.rand(2, 3, 13, 7, requires_grad=True)
+    output = net(clean, degraded)
+    assert output.shape == clean.shape
+    output.sum().backward()
+    assert degraded.grad.abs().max() > 0, 'the embedding must reach the output'
