@@ -1,6 +1,7 @@
 """Train with BasicSR's own loop and arguments: `python -m dpmambair_basicsr.train -opt options/train_<what>.yml`.
 
-Writes to ./experiments and ./tb_logger: the current directory is BasicSR's root_path.
+Writes to ./experiments and ./tb_logger: the current directory is BasicSR's root_path. For `--auto_resume` from another
+directory name the run's own in the option file, path.experiments_root.
 """
 
 from pathlib import Path

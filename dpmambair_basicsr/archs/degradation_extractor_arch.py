@@ -93,7 +93,8 @@ class DegradationExtractor(nn.Module):
         self.layers = nn.ModuleList(
             layer(widths[i], widths[i + 1], stride=2 if i in (1, 2) else 1) for i in range(len(channels))
         )
-        self.head = nn.Sequential(nn.Linear(widths[-1], embed_dim), nn.ReLU(), nn.Linear(embed_dim, embed_dim))
+        hidden = 4 * widths[-1]  # 512; it does not follow embed_dim, or Table VII's parameter counts would not fit
+        self.head = nn.Sequential(nn.Linear(widths[-1], hidden), nn.ReLU(), nn.Linear(hidden, embed_dim))
 
     def forward(self, image: Tensor) -> Tensor:
         """(B, 3, H, W) in [0, 1], any size -> (B, E)."""

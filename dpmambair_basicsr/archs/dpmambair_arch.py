@@ -236,6 +236,9 @@ class DPMambaIR(UNet):
 
         super().__init__(inp_channels, dim, num_blocks, num_refinement_blocks, bias=False, make_block=make_block)
         self.output = nn.Conv2d(dim * 2, out_channels, 3, padding=1, bias=False)
+        # Our inference: training starts near the degraded image, not at noise added to it.
+        with torch.no_grad():
+            self.output.weight.mul_(0.01)
         self.extractor = None
         self.classes = None
         if insertion != 'none' and degradation == 'extractor':

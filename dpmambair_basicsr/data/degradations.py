@@ -1,14 +1,14 @@
 """The seven degradations of the all-in-one benchmark as pure functions of an image and a random generator.
 
-DPMambaIR (arXiv 2504.17732), Eq. (6), describes every one of them as I = Q((alpha J + beta gamma) * K): luminance alpha, artefacts
-beta gamma, blur kernel K, compression Q. `form_image` is that equation; each degradation below chooses its terms.
+DPMambaIR (arXiv 2504.17732), Eq. (6), describes them all as I = Q((alpha J + beta gamma) * K): luminance alpha,
+artefacts beta gamma, blur kernel K, compression Q. `form_image` is that equation; the functions choose its terms.
 
 Images are (H, W, 3) RGB float32 in [0, 1], in and out. Nothing is rounded to 8 bits, save by JPEG itself.
-A parameter is a number, or a pair (low, high) from which each call draws uniformly. A fixed number uses up the generator
-just as a pair does, so one seed gives one pattern at every strength.
+A parameter is a number, or a pair (low, high) from which each call draws uniformly. A fixed number uses up the
+generator just as a pair does, so one seed gives one pattern at every strength.
 
-The paper gives no parameters: all defaults are ours. Two of them are fitted to its results (PSNR 28.25 dB after denoising is
-typical of sigma 50, 30.57 dB after JPEG restoration of quality 20 to 30); the others resemble the benchmark sets the paper trains on.
+The paper gives no parameters: all defaults are our choice. Two fit its results (28.25 dB after denoising is typical of
+sigma 50, 30.57 dB after JPEG restoration of quality 20 to 30), the others resemble the benchmark sets it trains on.
 """
 
 import inspect
@@ -98,7 +98,7 @@ def rain(
     angle: Range = (-30, 30),
     layers: IntRange = (2, 4),
 ) -> np.ndarray:
-    """Rain streaks: artefact = strength x the sum of layers of motion-blurred drops, each layer with its own length and width.
+    """Rain streaks: artefact = strength x layers of motion-blurred drops, each layer with its own length and width.
 
     Args:
         strength: brightness that the brightest streak adds, in [0, 1].
@@ -129,7 +129,7 @@ def snow(
     radius: Range = (0.7, 4),
     layers: IntRange = (3, 5),
 ) -> np.ndarray:
-    """Snow flakes: alpha = 1 - mask, artefact = mask (white flakes); the mask sums layers of blurred discs, one size per layer.
+    """White flakes: alpha = 1 - mask, artefact = mask; the mask sums layers of blurred discs, one size per layer.
 
     Args:
         strength: opacity of the densest flake, in [0, 1].
@@ -193,7 +193,7 @@ def blur(
 
 
 def noise(image: np.ndarray, rng: np.random.Generator, sigma: Range = 50) -> np.ndarray:
-    """White Gaussian noise: artefact = beta gamma with beta = sigma / 255 and gamma ~ N(0, 1), independent in each channel.
+    """White Gaussian noise, independent in each channel: beta = sigma / 255, gamma ~ N(0, 1).
 
     Args:
         sigma: standard deviation, >= 0, in units of 1/255.
@@ -253,7 +253,10 @@ def _path_samples(length: float) -> int:
 
 
 def _rasterise(points: np.ndarray, margin: int = 0) -> np.ndarray:
-    """Draws (row, column) points, relative to the centre, on the smallest odd-sided square grid, plus a margin, each spread bilinearly."""
+    """Draws (row, column) points, given relative to the centre, on the smallest odd-sided square grid plus a margin.
+
+    Each point adds 1, spread bilinearly over its four neighbours.
+    """
     reach = math.ceil(np.abs(points).max() - 1e-9) + margin
     size = 2 * reach + 1
     grid = np.zeros((size + 1, size + 1), np.float32)
@@ -267,7 +270,12 @@ def _rasterise(points: np.ndarray, margin: int = 0) -> np.ndarray:
 
 
 def _scatter(rng: np.random.Generator, stamp: np.ndarray, height: int, width: int, density: float) -> np.ndarray:
-    """(height, width) with copies of `stamp` at random places, also across the border, at 0.3 to 1 times its brightness."""
+    """(height, width) with copies of `stamp` at random places, across the border too, each dimmed by 0.3 to 1.
+
+    Args:
+        stamp: odd sides, square.
+        density: copies per pixel.
+    """
     pad = stamp.shape[0] // 2
     field = np.zeros((height + 2 * pad, width + 2 * pad), np.float32)
     count = rng.binomial(field.size, density)

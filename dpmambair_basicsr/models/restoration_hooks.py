@@ -1,10 +1,12 @@
 """What our models change in BasicSR's: inference at any size, labels, readable checkpoint errors, optimiser groups."""
 
 import torch
-
+from basicsr.utils import get_root_logger
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from dpmambair_basicsr.data import progressive
+from dpmambair_basicsr.models import lr_scheduler
 from dpmambair_basicsr.ops import pad_to_multiple
 
 
@@ -28,7 +30,7 @@ class RestorationHooks:
         return (self.lq,)
 
     def test(self) -> None:
-        """Set `output` from `lq`, padded to the network's stride and cropped back, by the EMA network if there is one."""
+        """Set `output` from `lq`, padded to the network's stride and cropped back, by the EMA network."""
         # The bare network: the DDP wrapper would broadcast buffers from rank 0 alone, and hang.
         net = getattr(self, 'net_g_ema', self.get_bare_model(self.net_g))
         was_training = net.training
@@ -54,13 +56,55 @@ class RestorationHooks:
         optim_opt = self.opt['train']['optim_g']
         self.optimizer_g = self.get_optimizer(optim_opt.pop('type'), params, **optim_opt)
         self.optimizers.append(self.optimizer_g)
+        if self.opt['train'].get('grad_clip_norm') is not None:
+            # A hook, because BasicSR's GAN models call step() deep inside optimize_parameters.
+            self.optimizer_g.register_step_pre_hook(self.clip_gradient)
 
-    def step(self, optimizer: torch.optim.Optimizer, net: nn.Module) -> None:
-        """One step of the optimiser, the gradient's norm clipped to `train.grad_clip_norm` if that is set."""
-        limit = self.opt['train'].get('grad_clip_norm')
-        if limit is not None:
-            nn.utils.clip_grad_norm_(net.parameters(), limit)
-        optimizer.step()
+    def clip_gradient(self, *_) -> None:
+        """Limit the norm of the network's gradient to `train.grad_clip_norm`."""
+        nn.utils.clip_grad_norm_(self.net_g.parameters(), self.opt['train']['grad_clip_norm'])
+
+    def setup_schedulers(self) -> None:
+        """One scheduler per optimiser, BasicSR's or one of `dpmambair_basicsr.models.lr_scheduler`.
+
+        `train.scheduler_d`, if given, is the discriminator's, `train.scheduler` otherwise.
+
+        Raises:
+            ValueError: if BasicSR's CosineAnnealingRestartLR is to go on after its periods, where it fails.
+        """
+        train_opt, optimizers = self.opt['train'], self.optimizers
+        of_generator = train_opt['scheduler']
+        of_discriminator = train_opt.get('scheduler_d') or of_generator
+        for optimizer, scheduler in zip(optimizers, (of_generator, of_discriminator), strict=False):
+            self.check_periods(scheduler)
+            kind, options = scheduler['type'], {key: value for key, value in scheduler.items() if key != 'type'}
+            if hasattr(lr_scheduler, kind):
+                self.schedulers.append(getattr(lr_scheduler, kind)(optimizer, **options))
+            else:
+                self.optimizers, train_opt['scheduler'] = [optimizer], dict(scheduler)
+                super().setup_schedulers()
+        self.optimizers = optimizers
+
+        warning = progressive.compare_lengths(self.opt)
+        if warning:
+            get_root_logger().warning(warning)
+
+    def check_periods(self, scheduler: dict) -> None:
+        total, planned = int(self.opt['train']['total_iter']), sum(scheduler.get('periods', ()))
+        if not planned or planned >= total:
+            return
+        message = f'train.scheduler.periods sum to {planned}, train.total_iter is {total}'
+        if scheduler['type'] == 'CosineAnnealingRestartLR':
+            raise ValueError(f'{message}: CosineAnnealingRestartLR ends there; lengthen periods')
+        get_root_logger().warning(f'{message}: the learning rate stays at the last of eta_mins.')
+
+    def update_learning_rate(self, current_iter: int, warmup_iter: int = -1) -> None:
+        progressive.report_iteration(current_iter)
+        super().update_learning_rate(current_iter, warmup_iter)
+
+    def resume_training(self, resume_state: dict) -> None:
+        progressive.report_iteration(resume_state['iter'])
+        super().resume_training(resume_state)
 
     def show_progress(self, current_iter: int) -> None:
         """Advance the bar of `train.pbar`."""
@@ -73,7 +117,9 @@ class RestorationHooks:
         if self.pbar.n >= self.pbar.total:
             self.pbar.close()
 
-    def load_network(self, net: nn.Module, load_path: str, strict: bool = True, param_key: str | None = 'params') -> None:
+    def load_network(
+        self, net: nn.Module, load_path: str, strict: bool = True, param_key: str | None = 'params'
+    ) -> None:
         """As BasicSR's.
 
         Raises:
@@ -114,5 +160,3 @@ def differences(net: nn.Module, state_dict: dict) -> str:
         if names
     ]
     return '\n'.join([f'does not fit {type(net).__name__}:', *lines]) if lines else ''
-
-

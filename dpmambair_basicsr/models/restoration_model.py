@@ -76,7 +76,7 @@ class RestorationModel(RestorationHooks, SRModel):
         self.output = self.net_g(*self.network_inputs())
         loss_dict = self.compute_losses(self.output, self.gt)
         sum(loss_dict.values()).backward()
-        self.step(self.optimizer_g, self.net_g)
+        self.optimizer_g.step()
 
         self.log_dict = self.reduce_loss_dict(loss_dict)
         if self.ema_decay > 0:

@@ -1,0 +1,39 @@
+"""What the datasets do with their options before using them."""
+
+from os import path as osp
+
+DEFAULTS = {'scale': 1, 'use_hflip': False, 'use_vflip': False, 'use_rot': False, 'pad_small': False}
+CROP_KEYS = frozenset({'gt_size', 'use_hflip', 'use_vflip', 'use_rot', 'pad_small', 'progressive'})
+PHASES = ('train', 'val', 'test')
+
+
+def complete_options(opt: dict, folder_keys: tuple[str, ...]) -> dict:
+    """A copy of a dataset's options with defaults filled in and '~' expanded.
+
+    `scale` defaults to 1, `io_backend` to {type: disk}, the flips and `pad_small` to false.
+
+    Raises:
+        ValueError: a missing folder, an unknown phase, a training set without a usable gt_size, or one of the colour
+            and normalisation keys of BasicSR's PairedImageDataset: the networks take RGB in [0, 1].
+    """
+    opt = {**DEFAULTS, **opt}
+    opt['io_backend'] = opt.get('io_backend') or {'type': 'disk'}
+    owner = opt.get('name') or opt.get('type')
+    if opt.get('phase') not in PHASES:
+        raise ValueError(f'dataset {owner}: phase must be one of {", ".join(PHASES)}, got {opt.get("phase")!r}')
+    for key in folder_keys:
+        if not isinstance(opt.get(key), str):
+            raise ValueError(f'dataset {owner}: {key} must be a path, got {opt.get(key)!r}')
+        opt[key] = osp.expanduser(opt[key])
+    if opt.get('meta_info_file'):
+        opt['meta_info_file'] = osp.expanduser(opt['meta_info_file'])
+    if opt['phase'] == 'train':
+        size = opt.get('gt_size')
+        if not isinstance(size, int) or size < 1 or size % opt['scale']:
+            raise ValueError(
+                f'dataset {owner}: gt_size must be a positive multiple of scale {opt["scale"]}, got {size!r}'
+            )
+    for key in ('color', 'mean', 'std'):
+        if opt.get(key) is not None:
+            raise ValueError(f'dataset {owner}: {key} is not supported, images are RGB in [0, 1]')
+    return opt

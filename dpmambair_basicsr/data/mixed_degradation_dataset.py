@@ -1,0 +1,118 @@
+import random
+from pathlib import Path
+
+import numpy as np
+from basicsr.utils import get_root_logger
+from basicsr.utils.registry import DATASET_REGISTRY
+from torch.utils.data import Dataset
+
+from dpmambair_basicsr.data.dataset_options import CROP_KEYS
+from dpmambair_basicsr.data.paired_degradation_dataset import PairedDegradationDataset
+from dpmambair_basicsr.data.progressive import ProgressiveBatches
+from dpmambair_basicsr.data.synthetic_degradation_dataset import SyntheticDegradationDataset
+
+INHERITED = CROP_KEYS - {'progressive'} | {'phase', 'scale', 'io_backend', 'filename_tmpl', 'seed'}
+SUB_DATASETS = {cls.__name__: cls for cls in (PairedDegradationDataset, SyntheticDegradationDataset)}
+
+
+@DATASET_REGISTRY.register()
+class MixedDegradationDataset(ProgressiveBatches, Dataset):
+    """Several degradations in one training (or validation) set. Items are those of the sub-datasets.
+
+    An epoch has as many items as the sub-datasets together. The paper does not say how it mixes its seven tasks; here:
+        concat: every image once per epoch.
+        uniform, or {name: weight}: the items of an epoch are shared out among the sub-datasets in these proportions,
+            exactly (to whole items); each shows an image of its sub-dataset at random (Python's `random`).
+
+    Outside training only concat is allowed, and `lq_path` has the sub-dataset's name put before the file's: BasicSR
+    names its output after it, and two sub-datasets may hold images of one name.
+
+    Options:
+        datasets: {name: options}. `type` is PairedDegradationDataset (default) or SyntheticDegradationDataset; phase,
+            scale, io_backend, gt_size, flips, pad_small, filename_tmpl and seed come from the mixed set unless given; a
+            paired set's `degradation` is its name unless given.
+        progressive: as PairedDegradationDataset's, for the whole set.
+        sampling: 'concat' (default), 'uniform', or positive weights for all names.
+
+    Raises:
+        ValueError: unknown key, type, sampling or name.
+    """
+
+    option_keys = CROP_KEYS | {'datasets', 'sampling', 'filename_tmpl', 'seed'}
+
+    def __init__(self, opt):
+        self.opt = opt
+        if not isinstance(opt.get('datasets'), dict) or not opt['datasets']:
+            raise ValueError(f'datasets must map names to options, got {opt.get("datasets")!r}')
+        self.names = list(opt['datasets'])
+        self.datasets = [self._build(name, dict(sub or {})) for name, sub in opt['datasets'].items()]
+
+        sizes = [len(dataset) for dataset in self.datasets]
+        weights = self._weights(opt.get('sampling', 'concat'))
+        self.at_random = weights is not None
+        draws = apportion(sum(sizes), weights) if self.at_random else sizes
+        self._ends = np.cumsum(draws)
+        share = ', '.join(
+            f'{name} {size} images, {count / sum(sizes):.1%} of draws'
+            for name, size, count in zip(self.names, sizes, draws, strict=True)
+        )
+        self.start_progressive()
+        get_root_logger().info(f'{opt.get("name", "MixedDegradationDataset")}: {sum(sizes)} items per epoch: {share}.')
+
+    def _build(self, name, sub):
+        kind = sub.setdefault('type', 'PairedDegradationDataset')
+        if kind not in SUB_DATASETS:
+            raise ValueError(f'datasets, {name}: type must be one of {", ".join(SUB_DATASETS)}, got {kind!r}')
+        accepted = SUB_DATASETS[kind].option_keys - {'progressive'}
+        for key in sub:
+            if key not in accepted | {'type', 'name', 'scale', 'io_backend'}:
+                raise ValueError(f'datasets, {name}: unknown key {key!r}, choose from {", ".join(sorted(accepted))}')
+        inherited = {key: self.opt[key] for key in INHERITED if key in self.opt}
+        options = {**inherited, 'name': name, **sub}
+        if 'degradation' in accepted:
+            options.setdefault('degradation', name)
+        return SUB_DATASETS[kind](options)
+
+    def _weights(self, sampling):
+        if sampling == 'concat':
+            return None
+        if self.opt['phase'] != 'train':
+            raise ValueError(f'sampling must be concat outside training, got {sampling!r}')
+        if sampling == 'uniform':
+            return [1] * len(self.names)
+        if not isinstance(sampling, dict):
+            raise ValueError(f'sampling must be concat, uniform or weights by name, got {sampling!r}')
+        if set(sampling) != set(self.names):
+            raise ValueError(f'sampling must weigh {", ".join(self.names)}, got {", ".join(map(str, sampling))}')
+        for name, weight in sampling.items():
+            if not isinstance(weight, int | float) or not 0 < weight < float('inf'):
+                raise ValueError(f'sampling, {name}: the weight must be positive, got {weight!r}')
+        return [sampling[name] for name in self.names]
+
+    def __len__(self):
+        return int(self._ends[-1])
+
+    def locate(self, index: int) -> tuple[int, int]:
+        """Which sub-dataset item `index` comes from, and where that one's items start in this set's numbering."""
+        task = int(np.searchsorted(self._ends, index, side='right'))
+        return task, int(self._ends[task - 1]) if task else 0
+
+    def __getitem__(self, index):
+        if not 0 <= index < len(self):
+            raise IndexError(f'item {index} of {len(self)}')
+        task, start = self.locate(index)
+        dataset = self.datasets[task]
+        item = dataset[random.randrange(len(dataset)) if self.at_random else index - start]
+        if self.opt['phase'] != 'train':
+            path = Path(item['lq_path'])
+            item['lq_path'] = str(path.with_name(f'{self.names[task]}_{path.name}'))
+        return item
+
+
+def apportion(total: int, weights: list[float]) -> list[int]:
+    """Whole numbers in proportion to the weights that sum to the total (largest remainders)."""
+    exact = total * np.asarray(weights, np.float64) / sum(weights)
+    counts = np.floor(exact).astype(int)
+    for task in np.argsort(counts - exact, kind='stable')[: total - counts.sum()]:
+        counts[task] += 1
+    return counts.tolist()

@@ -1,0 +1,85 @@
+from basicsr.data.data_util import paired_paths_from_meta_info_file
+from basicsr.data.paired_image_dataset import PairedImageDataset
+from basicsr.data.transforms import paired_random_crop
+from basicsr.utils.registry import DATASET_REGISTRY
+
+from dpmambair_basicsr.data.dataset_options import CROP_KEYS, complete_options
+from dpmambair_basicsr.data.degradations import DEGRADATIONS
+from dpmambair_basicsr.data.image_files import (
+    ImageReader,
+    fit_crop,
+    flip,
+    list_images,
+    list_keys,
+    pair_images,
+    to_float,
+    to_tensor,
+)
+from dpmambair_basicsr.data.progressive import ProgressiveBatches
+
+
+@DATASET_REGISTRY.register()
+class PairedDegradationDataset(ProgressiveBatches, PairedImageDataset):
+    """BasicSR's PairedImageDataset with the degradation's label, vertical flips and errors that name the file.
+
+    Items: `lq`, `gt` (3, h, w) RGB float32 in [0, 1]; `lq_path`, `gt_path`; `degradation` ('' if not given) and, if
+    given, its index `label`. In training a random crop of gt_size, then flips, the same for both; else the whole image.
+
+    Options beside BasicSR's:
+        degradation: one of DEGRADATIONS, what the LQ images suffer from.
+        use_vflip: vertical flips alone, as the paper has (use_rot transposes as well). Default false.
+        pad_small: images smaller than gt_size are mirrored at the bottom and on the right, as in Restormer; an error if
+            false, the default.
+        progressive: crop and batch sizes by phase of the training, see `progressive.Phases`.
+    `scale` defaults to 1 and `io_backend` to disk. Folders pair by stem, so a JPEG may be the partner of a PNG, in the
+    order of names. A GT image may exceed scale times its LQ image by less than scale pixels, which are cropped.
+
+    Raises:
+        ValueError: options or folders that do not fit; on access, a broken image or sizes that do not fit.
+    """
+
+    option_keys = CROP_KEYS | {'dataroot_gt', 'dataroot_lq', 'meta_info_file', 'filename_tmpl', 'degradation'}
+
+    def __init__(self, opt):
+        # Not BasicSR's constructor: it lists folders in the file system's order and fails without naming a file.
+        opt = self.opt = complete_options(opt, ('dataroot_gt', 'dataroot_lq'))
+        name = opt.get('degradation')
+        if name is not None and name not in DEGRADATIONS:
+            raise ValueError(f'degradation must be one of {", ".join(DEGRADATIONS)}, got {name!r}')
+        self.kind = {'degradation': ''} if name is None else {'degradation': name, 'label': DEGRADATIONS.index(name)}
+        folders = {'lq': opt['dataroot_lq'], 'gt': opt['dataroot_gt']}
+        template = opt.get('filename_tmpl', '{}')
+        if opt['io_backend']['type'] == 'lmdb':
+            self.paths = pair_images(*map(list_keys, folders.values()))
+        elif opt.get('meta_info_file'):
+            self.paths = paired_paths_from_meta_info_file(
+                list(folders.values()), list(folders), opt['meta_info_file'], template
+            )
+        else:
+            self.paths = pair_images(*map(list_images, folders.values()), template)
+        if not self.paths:
+            raise ValueError(f'no images in {opt.get("meta_info_file") or opt["dataroot_gt"]}')
+        self.images = ImageReader(opt['io_backend'], folders)
+        self.start_progressive()
+
+    def __getitem__(self, index):
+        scale, paths = self.opt['scale'], self.paths[index]
+        lq = self.images.read(paths['lq_path'], 'lq', index)
+        gt = self.images.read(paths['gt_path'], 'gt', index)
+
+        height, width = lq.shape[0] * scale, lq.shape[1] * scale
+        if not (0 <= gt.shape[0] - height < scale and 0 <= gt.shape[1] - width < scale):
+            raise ValueError(
+                f'item {index}: sizes do not fit at scale {scale}: lq {paths["lq_path"]} is '
+                f'{lq.shape[1]}x{lq.shape[0]}, gt {paths["gt_path"]} is {gt.shape[1]}x{gt.shape[0]} (width x height)'
+            )
+        gt = gt[:height, :width]
+
+        if self.opt['phase'] == 'train':
+            size, pad = self.opt['gt_size'], self.opt['pad_small']
+            gt = fit_crop(gt, size, pad, paths['gt_path'], index)
+            lq = fit_crop(lq, size // scale, pad, paths['lq_path'], index)
+            gt, lq = paired_random_crop(gt, lq, size, scale)
+            gt, lq = flip([gt, lq], self.opt)
+
+        return {'lq': to_tensor(to_float(lq)), 'gt': to_tensor(to_float(gt)), **paths, **self.kind}

@@ -1,0 +1,162 @@
+"""Progressive training as in Restormer (Zamir et al. 2022, Sec. 3.4): crops grow while batches shrink, phase by phase.
+
+Restormer's loader always makes batch_size_per_gpu crops of the last phase's size, and its model throws away what the
+phase does not use. Here the data set is asked for whole batches (`__getitems__`) and loads only what is used.
+
+The phase follows the training iteration. BasicSR's sampler runs in the training process and its indices reach the
+loader's workers, so the sampler is what can tell them: each index of a progressive data set is accompanied by its
+position in the epoch and by the number of iterations before the epoch, which our models report. Nothing is assumed about
+epochs, workers, prefetching or where training was resumed.
+"""
+
+import copy
+import functools
+from bisect import bisect_left
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import NamedTuple
+
+from basicsr.data.data_sampler import EnlargedSampler
+
+iterations_done = 0  # in the training process
+
+
+def report_iteration(iteration: int) -> None:
+    """For models: `iteration` is running (or, when training is resumed, was the last one)."""
+    global iterations_done
+    iterations_done = iteration
+
+
+@dataclass(frozen=True)
+class Phases:
+    """The option `progressive` of a training set: three lists of one length.
+
+    Args:
+        gt_sizes: crop size in GT pixels, shared by the crops of a batch, at most gt_size.
+        batch_sizes: per GPU, at most batch_size_per_gpu.
+        iters: length in iterations. The last phase lasts as long as training does.
+    """
+
+    gt_sizes: list[int]
+    batch_sizes: list[int]
+    iters: list[int]
+
+    def at(self, iteration: int) -> tuple[int, int]:
+        """(crop size, batch size per GPU) of a training iteration, which count from 1 as in BasicSR."""
+        phase = bisect_left(list(accumulate(self.iters))[:-1], iteration)
+        return self.gt_sizes[phase], self.batch_sizes[phase]
+
+
+def read_phases(opt: dict) -> Phases | None:
+    """The phases of a data set with these options, None if it has none (or is not for training).
+
+    Raises:
+        ValueError: naming the key.
+    """
+    if opt.get('progressive') is None or opt['phase'] != 'train':
+        return None
+    keys = ('gt_sizes', 'batch_sizes', 'iters')
+    given = opt['progressive']
+    if not isinstance(given, dict) or sorted(given) != sorted(keys):
+        raise ValueError(f'progressive: must have the keys {", ".join(keys)}, got {given!r}')
+    for key in keys:
+        values = given[key]
+        if not isinstance(values, list) or not values or not all(type(v) is int and v > 0 for v in values):
+            raise ValueError(f'progressive.{key}: must be a list of positive whole numbers, got {values!r}')
+        if len(values) != len(given['gt_sizes']):
+            raise ValueError(f'progressive.{key}: has {len(values)} entries, gt_sizes has {len(given["gt_sizes"])}')
+    multiple = 8 * opt.get('scale', 1)
+    for size in given['gt_sizes']:
+        if size % multiple:
+            raise ValueError(f'progressive.gt_sizes: {size} is not a multiple of {multiple} (8 x scale)')
+    if max(given['gt_sizes']) != opt['gt_size']:
+        raise ValueError(f'gt_size: {opt["gt_size"]} is not the largest of progressive.gt_sizes {given["gt_sizes"]}')
+    if 'batch_size_per_gpu' not in opt:
+        raise ValueError('progressive: belongs into the set that is trained with, not into a part of it')
+    for size in given['batch_sizes']:
+        if size > opt['batch_size_per_gpu']:
+            raise ValueError(
+                f'progressive.batch_sizes: {size} is more than batch_size_per_gpu {opt["batch_size_per_gpu"]}'
+            )
+    return Phases(**given)
+
+
+def compare_lengths(opt: dict) -> str:
+    """What to warn of in the options of a training run: that its phases and total_iter disagree; '' if they do not."""
+    given = opt['datasets']['train'].get('progressive')
+    total, planned = int(opt['train']['total_iter']), sum(given['iters']) if given else 0
+    if not given or planned == total:
+        return ''
+    last = Phases(**given).at(total)
+    consequence = f'training ends in the phase of gt_size {last[0]}, batch size {last[1]}'
+    if total > planned:
+        consequence = (
+            f'the last phase (gt_size {last[0]}, batch size {last[1]}) lasts {total - planned} iterations longer'
+        )
+    return f'datasets.train.progressive.iters sum to {planned}, train.total_iter is {total}: {consequence}.'
+
+
+class Draw(NamedTuple):
+    """What the sampler hands to a progressive data set."""
+
+    index: int
+    position: int  # in this epoch's order
+    done: int  # training iterations before this epoch
+
+
+class ProgressiveBatches:
+    """Mix-in for data sets with `opt` and `__getitem__`; the constructor has to call `start_progressive`."""
+
+    def start_progressive(self) -> None:
+        """Read the option `progressive`; None: batches are what the loader asks for."""
+        self.phases = read_phases(self.opt)
+        if self.phases is not None:
+            report_iteration(0)
+            accompany_indices()
+
+    def __getitems__(self, draws: list) -> list[dict]:
+        """The items of a batch, fewer than asked for in a phase of smaller batches.
+
+        Which ones is random, and new in every epoch, because the sampler's order is.
+        """
+        if self.phases is None:
+            return [self[index] for index in draws]
+        first = draws[0]
+        gt_size, batch_size = self.phases.at(first.done + first.position // len(draws) + 1)
+        # Without a distributed launcher the loader's batch is for all GPUs.
+        used = batch_size * len(draws) // self.opt['batch_size_per_gpu']
+        view = with_gt_size(self, gt_size)
+        return [view[draw.index] for draw in draws[:used]]
+
+
+def with_gt_size(dataset, gt_size: int):
+    """The data set with another crop size; a copy, because a prefetching thread may be working with the original.
+
+    Everything else is shared, opened files included.
+    """
+    view = copy.copy(dataset)
+    view.opt = {**dataset.opt, 'gt_size': gt_size}
+    if hasattr(dataset, 'datasets'):
+        view.datasets = [with_gt_size(part, gt_size) for part in dataset.datasets]
+    return view
+
+
+def accompany_indices() -> None:
+    """Let BasicSR's sampler yield a Draw in place of an index, for progressive data sets only. May be repeated."""
+    original = EnlargedSampler.__iter__
+    if hasattr(original, 'accompanies_indices'):
+        return
+
+    @functools.wraps(original)
+    def draws(self) -> Iterator:
+        indices = original(self)
+        if getattr(self.dataset, 'phases', None) is None:
+            return indices
+        if self.epoch > 0 and iterations_done == 0:
+            raise RuntimeError('progressive: the model does not report its iterations; use one of dpmambair_basicsr')
+        done = iterations_done
+        return (Draw(index, position, done) for position, index in enumerate(indices))
+
+    draws.accompanies_indices = True
+    EnlargedSampler.__iter__ = draws

@@ -1,0 +1,106 @@
+import random
+import zlib
+from pathlib import Path
+
+import numpy as np
+from basicsr.utils.registry import DATASET_REGISTRY
+from torch.utils.data import Dataset
+
+from dpmambair_basicsr.data.dataset_options import CROP_KEYS, complete_options
+from dpmambair_basicsr.data.degradations import DEGRADATIONS, degrade, to_uint8
+from dpmambair_basicsr.data.image_files import ImageReader, fit_crop, flip, list_images, list_keys, to_float, to_tensor
+from dpmambair_basicsr.data.progressive import ProgressiveBatches
+
+
+@DATASET_REGISTRY.register()
+class SyntheticDegradationDataset(ProgressiveBatches, Dataset):
+    """Clean images, degraded on the fly by `dpmambair_basicsr.data.degradations`.
+
+    Items: `lq`, `gt` (3, h, w) RGB float32 in [0, 1], `lq` rounded to 8 bits as a stored file would be; `lq_path`,
+    `gt_path`; `degradation` and its index `label`.
+
+    Training: one item per image: a random crop of gt_size, flips, then one of the kinds at random. All randomness comes
+    from Python's `random`, which BasicSR seeds in every worker.
+    Otherwise: one item per image and kind, image by image, on the whole image, the same in every run and process: the
+    degradation is seeded from `seed`, the image's name and the kind. With several kinds `lq_path` is the GT's path with
+    the kind added to the stem: no such file exists, but BasicSR names its output after it.
+
+    Options:
+        dataroot_gt, meta_info_file, io_backend, gt_size, use_hflip, use_vflip, use_rot, pad_small, progressive: as
+            PairedDegradationDataset's.
+        degradations: list of names from DEGRADATIONS, or a mapping from name to parameters of that function.
+        seed: whole number >= 0, default 0; not used in training.
+
+    Raises:
+        ValueError: options that do not fit; on access, a broken image or one smaller than gt_size (file and item).
+    """
+
+    option_keys = CROP_KEYS | {'dataroot_gt', 'meta_info_file', 'degradations', 'seed'}
+
+    def __init__(self, opt):
+        opt = self.opt = complete_options(opt, ('dataroot_gt',))
+        if opt['scale'] != 1:
+            raise ValueError(f'SyntheticDegradationDataset keeps the size: scale must be 1, got {opt["scale"]!r}')
+        self.parameters = _parse_degradations(opt.get('degradations'))
+        self.kinds = list(self.parameters)
+        self.seed = opt.get('seed', 0)
+        if not isinstance(self.seed, int) or self.seed < 0:
+            raise ValueError(f'seed must be a whole number >= 0, got {self.seed!r}')
+        folder = opt['dataroot_gt']
+        if opt['io_backend']['type'] == 'lmdb':
+            self.paths = list(list_keys(folder))
+        elif opt.get('meta_info_file'):
+            lines = Path(opt['meta_info_file']).read_text(encoding='utf-8').splitlines()
+            self.paths = [str(Path(folder, line.split(' ')[0])) for line in lines if line.strip()]
+        else:
+            self.paths = list(list_images(folder).values())
+        if not self.paths:
+            raise ValueError(f'no images in {opt.get("meta_info_file") or folder}')
+        self.images = ImageReader(opt['io_backend'], {'gt': folder})
+        self.start_progressive()
+
+    def __len__(self):
+        return len(self.paths) * (1 if self.opt['phase'] == 'train' else len(self.kinds))
+
+    def __getitem__(self, index):
+        if self.opt['phase'] == 'train':
+            path, kind = self.paths[index], random.choice(self.kinds)
+            gt = self._random_crop(self.images.read(path, 'gt', index), path, index)
+            (gt,) = flip([gt], self.opt)
+            rng = np.random.default_rng(random.getrandbits(64))
+        else:
+            image, kind = divmod(index, len(self.kinds))
+            path, kind = self.paths[image], self.kinds[kind]
+            gt = self.images.read(path, 'gt', index)
+            rng = np.random.default_rng([self.seed, zlib.crc32(Path(path).stem.encode()), DEGRADATIONS.index(kind)])
+
+        gt = to_float(gt)
+        lq = to_float(to_uint8(degrade(gt, kind, rng, **self.parameters[kind])))
+        lq_path = path if len(self.kinds) == 1 else str(Path(path).with_stem(f'{Path(path).stem}_{kind}'))
+        return {
+            'lq': to_tensor(lq),
+            'gt': to_tensor(gt),
+            'lq_path': lq_path,
+            'gt_path': path,
+            'degradation': kind,
+            'label': DEGRADATIONS.index(kind),
+        }
+
+    def _random_crop(self, image, path, index):
+        size = self.opt['gt_size']
+        image = fit_crop(image, size, self.opt['pad_small'], path, index)
+        top, left = random.randint(0, image.shape[0] - size), random.randint(0, image.shape[1] - size)
+        return image[top : top + size, left : left + size]
+
+
+def _parse_degradations(choice: list | dict | None) -> dict[str, dict]:
+    """{kind: parameters}; every kind is tried once, so that a bad value is reported now and not hours into a run."""
+    if not isinstance(choice, list | dict) or not choice:
+        raise ValueError(f'degradations must name some of {", ".join(DEGRADATIONS)}, got {choice!r}')
+    parameters = {kind: dict((choice[kind] if isinstance(choice, dict) else None) or {}) for kind in choice}
+    for kind, values in parameters.items():
+        try:
+            degrade(np.zeros((16, 16, 3), np.float32), kind, np.random.default_rng(0), **values)
+        except ValueError as error:
+            raise ValueError(f'degradations, {kind}: {error}') from error
+    return parameters

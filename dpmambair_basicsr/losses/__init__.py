@@ -1,0 +1,7 @@
+"""Losses: called as loss(pred, target), BasicSR's way."""
+
+from dpmambair_basicsr.losses.fft_loss import FFTLoss
+from dpmambair_basicsr.losses.lpips_loss import LPIPSLoss
+from dpmambair_basicsr.losses.vgg_perceptual_loss import VGGPerceptualLoss
+
+__all__ = ['FFTLoss', 'LPIPSLoss', 'VGGPerceptualLoss']

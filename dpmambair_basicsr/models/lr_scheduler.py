@@ -1,0 +1,52 @@
+"""Learning rate schedulers that BasicSR does not have; `RestorationHooks.setup_schedulers` finds them by name."""
+
+import math
+from bisect import bisect_left
+from collections.abc import Sequence
+from itertools import accumulate
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+
+class CosineAnnealingRestartCyclicLR(LRScheduler):
+    """Restormer's schedule: cosine annealing with restarts, and for each period its own lowest rate.
+
+    In period i, t iterations after its restart (its last iteration is t = periods[i]), the rate is
+    eta_mins[i] + restart_weights[i] / 2 * (lr - eta_mins[i]) * (1 + cos(pi * t / periods[i])).
+    After the last period it stays at the last eta_min, where Restormer's and BasicSR's schedulers end with a TypeError.
+
+    Args:
+        optimizer: its initial rate is lr.
+        periods: lengths in iterations.
+        restart_weights, eta_mins: as many as periods.
+
+    Raises:
+        ValueError: if the three are not of one length.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        periods: Sequence[int],
+        restart_weights: Sequence[float] = (1,),
+        eta_mins: Sequence[float] = (0,),
+    ):
+        if not len(periods) == len(restart_weights) == len(eta_mins):
+            raise ValueError(
+                f'scheduler: periods, restart_weights and eta_mins must be of one length, got {len(periods)}, '
+                f'{len(restart_weights)} and {len(eta_mins)}'
+            )
+        self.periods = list(periods)
+        self.restart_weights = list(restart_weights)
+        self.eta_mins = list(eta_mins)
+        super().__init__(optimizer)
+
+    def get_lr(self) -> list[float]:
+        ends = list(accumulate(self.periods))
+        if self.last_epoch > ends[-1]:
+            return [self.eta_mins[-1] for _ in self.base_lrs]
+        i = bisect_left(ends, self.last_epoch)
+        progress = (self.last_epoch - (ends[i] - self.periods[i])) / self.periods[i]
+        factor = self.restart_weights[i] * (1 + math.cos(math.pi * progress)) / 2
+        return [self.eta_mins[i] + factor * (lr - self.eta_mins[i]) for lr in self.base_lrs]

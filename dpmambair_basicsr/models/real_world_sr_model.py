@@ -1,0 +1,13 @@
+from basicsr.models.realesrnet_model import RealESRNetModel
+from basicsr.utils.registry import MODEL_REGISTRY
+
+from dpmambair_basicsr.models.restoration_model import RestorationModel
+from dpmambair_basicsr.models.two_order_degradation import TwoOrderDegradation
+
+
+@MODEL_REGISTRY.register()
+class RealWorldSRModel(RestorationModel, TwoOrderDegradation, RealESRNetModel):
+    """VmambaIR's real-world SR, first stage: RestorationModel on the LQ images of Real-ESRGAN's two-order degradation.
+
+    Options: RestorationModel's and TwoOrderDegradation's.
+    """

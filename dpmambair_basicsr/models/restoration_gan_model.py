@@ -1,0 +1,43 @@
+from basicsr.models.srgan_model import SRGANModel
+from basicsr.utils.registry import MODEL_REGISTRY
+
+from dpmambair_basicsr.models.restoration_hooks import RestorationHooks
+
+LOSSES = ('pixel_opt', 'perceptual_opt', 'gan_opt')
+
+
+@MODEL_REGISTRY.register()
+class RestorationGANModel(RestorationHooks, SRGANModel):
+    """SRGANModel (pixel, perceptual and adversarial loss, EMA) with inference at any size: VmambaIR's single-image SR.
+
+    Options beside SRGANModel's:
+        train.scheduler_d: the discriminator's scheduler; default: the generator's, `scheduler`.
+        train.grad_clip_norm: limit of the norm of the generator's gradient; default: none.
+        train.pbar: show a progress bar.
+
+    Raises:
+        ValueError: a part that GAN training needs is missing, or a loss is named that BasicSR's loop would pass over.
+    """
+
+    option_keys = {'train': frozenset({'scheduler_d'})}
+
+    def init_training_settings(self) -> None:
+        train_opt = self.opt['train']
+        parts = {'network_d': self.opt, 'train.optim_d': train_opt, 'train.gan_opt': train_opt}
+        for name, section in parts.items():
+            if not section.get(name.removeprefix('train.')):
+                raise ValueError(f'{name}: missing, {type(self).__name__} needs it')
+        for name in train_opt:
+            if name.endswith('_opt') and name not in LOSSES:
+                raise ValueError(f'train.{name}: {type(self).__name__} has {", ".join(LOSSES)} only')
+        super().init_training_settings()
+
+    def setup_optimizers(self) -> None:
+        super().setup_optimizers()
+        optim_opt = self.opt['train']['optim_d']
+        self.optimizer_d = self.get_optimizer(optim_opt.pop('type'), self.net_d.parameters(), **optim_opt)
+        self.optimizers.append(self.optimizer_d)
+
+    def optimize_parameters(self, current_iter: int) -> None:
+        super().optimize_parameters(current_iter)
+        self.show_progress(current_iter)

@@ -1,0 +1,65 @@
+"""Real-ESRGAN's degradation for training (Wang et al. 2021, Sec. 3), as BasicSR's models do it, on any device."""
+
+import torch
+from basicsr.models.sr_model import SRModel
+from basicsr.utils import DiffJPEG
+from torch import nn
+
+FIRST_ORDER = (
+    'resize_prob',
+    'resize_range',
+    'gaussian_noise_prob',
+    'noise_range',
+    'poisson_scale_range',
+    'gray_noise_prob',
+    'jpeg_range',
+)
+DEGRADATION = (*FIRST_ORDER, *(f'{key}2' for key in FIRST_ORDER), 'second_blur_prob', 'gt_size')
+SHARPENING = ('gt_usm', 'l1_gt_usm', 'percep_gt_usm', 'gan_gt_usm')
+
+
+class TwoOrderDegradation:
+    """Mix-in before RealESRNetModel or RealESRGANModel, whose `feed_data` makes LQ images from GT images and kernels.
+
+    BasicSR's own constructors and their pool of training pairs call .cuda(); here everything is on the model's device.
+
+    Options at the top level of the file, as in BasicSR: those of the two orders (but the blur kernels' are the data set's,
+    BasicSR's RealESRGANDataset), `gt_size` of the final crop, and
+        queue_size: size of the pool of training pairs, from which batches of mixed degradations are drawn; default 180.
+        high_order_degradation: false to train on the data set's own `lq` and `gt`; default true.
+    There is no sharpening (USM): VmambaIR uses none, and BasicSR's keys for it may be absent or false.
+
+    Raises:
+        ValueError: naming the keys that are missing or do not fit.
+    """
+
+    option_keys = {'top': frozenset({*DEGRADATION, *SHARPENING, 'queue_size', 'high_order_degradation'})}
+
+    def __init__(self, opt: dict):
+        for key in SHARPENING:
+            if opt.setdefault(key, False):
+                raise ValueError(f'{key}: {opt[key]}, but {type(self).__name__} does not sharpen; write false')
+        self.queue_size = opt.get('queue_size', 180)
+        if opt['is_train'] and opt.get('high_order_degradation', True):
+            missing = [key for key in DEGRADATION if key not in opt]
+            if missing:
+                raise ValueError(f'{", ".join(missing)}: missing, the two-order degradation needs them')
+            batch_size = opt['datasets']['train']['batch_size_per_gpu']
+            if not opt['dist']:
+                batch_size *= max(opt['num_gpu'], 1)
+            if self.queue_size % batch_size:
+                raise ValueError(
+                    f'queue_size: {self.queue_size} is not a multiple of the batch size {batch_size} '
+                    '(datasets.train.batch_size_per_gpu, times the number of GPUs where one process uses them all)'
+                )
+        SRModel.__init__(self, opt)  # passing over BasicSR's constructor, which adds what follows, with .cuda()
+        self.jpeger = DiffJPEG(differentiable=False).to(self.device)
+        self.usm_sharpener = nn.Identity()
+
+    @torch.no_grad()
+    def _dequeue_and_enqueue(self) -> None:
+        if not hasattr(self, 'queue_lr'):
+            self.queue_lr = self.lq.new_zeros(self.queue_size, *self.lq.shape[1:])
+            self.queue_gt = self.gt.new_zeros(self.queue_size, *self.gt.shape[1:])
+            self.queue_ptr = 0
+        super()._dequeue_and_enqueue()

@@ -1,0 +1,7 @@
+"""Functions on tensors. They need torch only: importing this brings in neither basicsr nor any kernel language."""
+
+from dpmambair_basicsr.ops.cross_scan import cross_merge, cross_scan
+from dpmambair_basicsr.ops.pad import pad_to_multiple
+from dpmambair_basicsr.ops.selective_scan import selective_scan
+
+__all__ = ['cross_merge', 'cross_scan', 'pad_to_multiple', 'selective_scan']

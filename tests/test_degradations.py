@@ -1,0 +1,207 @@
+import inspect
+
+import cv2
+import numpy as np
+import pytest
+
+import dpmambair_basicsr.data.degradations as degradations
+from dpmambair_basicsr.data.degradations import DEGRADATIONS, degrade, form_image, to_uint8
+
+
+def textured(height=96, width=80):
+    """Smooth colour plus detail, in [0.1, 0.9]."""
+    rng = np.random.default_rng(7)
+    coarse = cv2.resize(rng.random((6, 5, 3), dtype=np.float32), (width, height), interpolation=cv2.INTER_CUBIC)
+    return np.clip(0.6 * coarse + 0.3 * rng.random((height, width, 3), dtype=np.float32), 0.1, 0.9)
+
+
+CLEAN = textured()
+
+
+def psnr(degraded, clean=CLEAN):
+    return 10 * np.log10(1 / np.mean((degraded - clean) ** 2))
+
+
+def run(kind, seed=0, image=CLEAN, **parameters):
+    return degrade(image, kind, np.random.default_rng(seed), **parameters)
+
+
+@pytest.mark.parametrize('kind', DEGRADATIONS)
+def test_contract(kind):
+    before = CLEAN.copy()
+    degraded = run(kind)
+    assert degraded.shape == CLEAN.shape and degraded.dtype == np.float32
+    assert degraded.min() >= 0 and degraded.max() <= 1
+    assert np.array_equal(CLEAN, before), 'the input was written to'
+    assert psnr(degraded) < 40, 'the image is hardly changed'
+    assert np.array_equal(degraded, run(kind)), 'one seed gave two results'
+
+
+@pytest.mark.parametrize('kind', [kind for kind in DEGRADATIONS if kind != 'jpeg'])
+def test_seeds_differ(kind):
+    assert not np.array_equal(run(kind, seed=1), run(kind, seed=2))
+
+
+@pytest.mark.parametrize('kind', DEGRADATIONS)
+@pytest.mark.parametrize('size', [(1, 1), (7, 3), (33, 130)])
+def test_any_size(kind, size):
+    image = textured(*size)
+    degraded = run(kind, image=image)
+    assert degraded.shape == image.shape and np.isfinite(degraded).all()
+
+
+ZERO_STRENGTH = {
+    'haze': {'beta': 0},  # transmission 1
+    'rain': {'strength': 0},
+    'snow': {'strength': 0},
+    'lowlight': {'illumination': 1, 'variation': 0, 'sigma': 0},  # alpha 1
+    'blur': {'length': 1},  # a kernel of one pixel
+    'noise': {'sigma': 0},
+}
+
+
+@pytest.mark.parametrize('kind', ZERO_STRENGTH)
+def test_zero_strength_is_the_identity(kind):
+    np.testing.assert_allclose(run(kind, **ZERO_STRENGTH[kind]), CLEAN, atol=1e-7)
+
+
+# kind: parameter, values of growing severity. Each is a fixed number, so one seed keeps the pattern.
+SEVERITY = [
+    ('haze', 'beta', [0.2, 0.6, 1.2, 2.4]),
+    ('rain', 'strength', [0.1, 0.3, 0.6, 1.0]),
+    ('rain', 'density', [0.0005, 0.002, 0.008]),
+    ('snow', 'strength', [0.1, 0.4, 0.7, 1.0]),
+    ('snow', 'coverage', [0.01, 0.05, 0.2]),
+    ('lowlight', 'illumination', [0.9, 0.5, 0.2, 0.05]),
+    ('blur', 'length', [2, 5, 11, 25]),
+    ('noise', 'sigma', [5, 15, 25, 50]),
+    ('jpeg', 'quality', [95, 50, 20, 5]),
+]
+
+
+@pytest.mark.parametrize(('kind', 'name', 'values'), SEVERITY)
+def test_severity(kind, name, values):
+    results = [np.mean([psnr(run(kind, seed, **{name: value})) for seed in range(4)]) for value in values]
+    assert all(np.diff(results) < 0), dict(zip(values, results, strict=True))
+
+
+def test_equation_6_by_hand():
+    rng = np.random.default_rng(0)
+    alpha, artefact = rng.random((96, 80, 1), dtype=np.float32), rng.random((96, 80, 3), dtype=np.float32) / 8
+    kernel = np.zeros((3, 3), np.float32)
+    kernel[0, 1], kernel[2, 2] = 0.25, 0.75  # not symmetric: a correlation would move the image the other way
+    inside = 0.5 * (alpha * CLEAN + artefact)
+    expected = 0.25 * inside[2:, 1:-1] + 0.75 * inside[:-2, :-2]
+    got = form_image(0.5 * CLEAN, alpha=alpha, artefact=0.5 * artefact, kernel=kernel)
+    np.testing.assert_allclose(got[1:-1, 1:-1], expected, atol=1e-6)
+
+
+def test_haze_tends_to_the_airlight():
+    np.testing.assert_allclose(run('haze', beta=100, airlight=0.8), 0.8, atol=1e-4)
+
+
+def test_haze_is_scattering():
+    """I - A = (J - A) t with one t for all colours, falling towards the top of the image."""
+    degraded = run('haze', beta=1, airlight=0.95)
+    transmission = (degraded - 0.95) / (CLEAN - 0.95)
+    assert np.ptp(transmission, axis=2).max() < 1e-3
+    assert transmission[:10].mean() < transmission[-10:].mean()
+
+
+def test_rain_and_snow_only_add_light_to_a_black_image():
+    black = np.zeros_like(CLEAN)
+    for kind in ('rain', 'snow'):
+        degraded = run(kind, image=black)
+        assert 0.005 < (degraded > 0.2).mean() < 0.5
+        assert np.ptp(degraded, axis=2).max() == 0, 'drops and flakes are grey'
+
+
+@pytest.mark.parametrize(('angle', 'axis'), [(0, 0), (90, 1)])
+def test_rain_falls_along_its_angle(angle, axis):
+    """Streaks are smooth along themselves: 0 degrees is vertical (axis 0)."""
+    streaks = run('rain', image=np.zeros((128, 128, 3), np.float32), angle=angle, length=25)[..., 0]
+    along, across = (np.abs(np.diff(streaks, axis=a)).mean() for a in (axis, 1 - axis))
+    assert along < across / 3
+
+
+def test_snow_coverage():
+    black = np.zeros((256, 256, 3), np.float32)
+    mask = run('snow', image=black, coverage=0.1, layers=1, radius=3, strength=1)
+    assert (mask > 0.65 / 2).mean() == pytest.approx(0.1, rel=0.2)  # half of the mean brightness of a flake: its edge
+
+
+def test_lowlight_is_darker_by_the_illumination():
+    degraded = run('lowlight', illumination=0.2, variation=0, sigma=0)
+    np.testing.assert_allclose(degraded, 0.2 * CLEAN, atol=1e-6)
+    varied = run('lowlight', illumination=0.2, variation=0.5, sigma=0)
+    assert (varied / CLEAN).min() == pytest.approx(0.1, abs=1e-3)
+    assert (varied / CLEAN).max() == pytest.approx(0.2, abs=1e-3)
+
+
+@pytest.mark.parametrize('curvature', [0, 0.3])
+def test_blur_spreads_a_point_over_its_path(curvature):
+    point = np.zeros((65, 65, 3), np.float32)
+    point[32, 32] = 1
+    for seed in range(5):
+        spread = run('blur', seed, image=point, length=20, curvature=curvature)[..., 0].astype(np.float64)
+        assert spread.sum() == pytest.approx(1, abs=1e-5), 'a blur keeps the light'
+        rows, columns = np.nonzero(spread > 1e-6)
+        extent = np.hypot(np.ptp(rows), np.ptp(columns))
+        assert extent <= 20 + 2 and (curvature or extent >= 19)  # bilinear: up to a pixel more at each end
+        weights = spread / spread.sum()
+        centre = [(weights * axis).sum() for axis in np.mgrid[:65, :65]]
+        assert centre == pytest.approx([32, 32], abs=0.05), 'the image must not shift'
+
+
+def test_noise_has_its_sigma():
+    grey = np.full((128, 128, 3), 0.5, np.float32)
+    error = (run('noise', image=grey, sigma=25) - grey) * 255
+    assert error.std() == pytest.approx(25, rel=0.02) and abs(error.mean()) < 0.5
+    channels = np.corrcoef(error.reshape(-1, 3).T)
+    assert np.abs(channels - np.eye(3)).max() < 0.03
+
+
+def test_jpeg_is_opencvs():
+    code = cv2.imencode('.jpg', to_uint8(CLEAN[..., ::-1]), [cv2.IMWRITE_JPEG_QUALITY, 17])[1]
+    expected = cv2.imdecode(code, cv2.IMREAD_COLOR)[..., ::-1]
+    assert np.array_equal(to_uint8(run('jpeg', quality=17)), expected)
+
+
+def test_a_pair_is_drawn_from_and_a_number_is_not():
+    rng = np.random.default_rng(0)
+    grey = np.full((64, 64, 3), 0.5, np.float32)
+    sigmas = [(degrade(grey, 'noise', rng, sigma=(5, 20)) - grey).std() * 255 for _ in range(20)]
+    assert 4.5 < min(sigmas) < 9 and 16 < max(sigmas) < 21
+
+
+@pytest.mark.parametrize(
+    ('kind', 'parameters', 'message'),
+    [
+        ('fog', {}, "unknown degradation 'fog', choose from haze, rain"),
+        ('noise', {'sgima': 3}, "noise has no parameter 'sgima', choose from sigma"),
+        ('noise', {'sigma': -1}, 'sigma must be a number or .* got -1'),
+        ('noise', {'sigma': (30, 20)}, 'sigma must be'),
+        ('noise', {'sigma': '50'}, 'sigma must be'),
+        ('noise', {'sigma': float('nan')}, 'sigma must be'),
+        ('haze', {'airlight': 1.5}, r'airlight must be .* within \[0, 1\]'),
+        ('rain', {'layers': 2.5}, 'layers must be a whole number'),
+        ('jpeg', {'quality': 0}, r'quality must be .* within \[1, 100\]'),
+        ('jpeg', {'quality': (10, 101)}, 'quality must be'),
+        ('blur', {'length': 0.5}, 'length must be'),
+    ],
+)
+def test_errors_name_the_key(kind, parameters, message):
+    with pytest.raises(ValueError, match=message):
+        run(kind, **parameters)
+
+
+def test_errors_name_the_image():
+    with pytest.raises(ValueError, match=r'\(8, 8\) float32'):
+        run('noise', image=np.zeros((8, 8), np.float32))
+    with pytest.raises(ValueError, match='uint8'):
+        run('noise', image=np.zeros((8, 8, 3), np.uint8))
+
+
+def test_every_kind_has_a_function_of_its_name():
+    for kind in DEGRADATIONS:
+        assert list(inspect.signature(getattr(degradations, kind)).parameters)[:2] == ['image', 'rng']

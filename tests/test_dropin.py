@@ -1,0 +1,163 @@
+"""`dropin` makes the literal `python basicsr/train.py` work in BasicSR's own source; removed, it leaves no trace."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from basicsr_runs import PACKAGE_PARENT, basicsr_source, python, stock_options, write_images, write_options
+
+SHIMS = ['basicsr/.dpmambair_dropin.json', 'basicsr/archs/dpmambair_arch.py', 'basicsr/basicsr.py']
+OPTIONS = sorted(f'options/{file.name}' for file in (PACKAGE_PARENT / 'options').glob('*.yml'))
+
+
+@pytest.fixture(scope='module')
+def source(tmp_path_factory):
+    return basicsr_source(tmp_path_factory.mktemp('source'))
+
+
+@pytest.fixture
+def checkout(source, tmp_path):
+    return shutil.copytree(source, tmp_path / 'checkout')
+
+
+def tree(folder: Path) -> dict[str, bytes | None]:
+    """Path -> content, None for a folder."""
+    paths = sorted(folder.rglob('*'))
+    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in paths}
+
+
+def dropin(checkout, *arguments):
+    return python('-m', 'dpmambair_basicsr.dropin', checkout, *arguments, cwd=checkout.parent)
+
+
+def test_round_trip(checkout):
+    before = tree(checkout)
+    first = dropin(checkout)
+    assert first.returncode == 0, first.stdout
+    after = tree(checkout)
+    assert sorted(after.keys() - before.keys()) == sorted([*SHIMS, 'options', *OPTIONS])
+    assert {name: after[name] for name in before} == before
+    assert all(f'wrote {checkout / name}' in first.stdout for name in (*SHIMS, *OPTIONS))
+    assert str(checkout / 'basicsr') in first.stdout.partition('will use')[2]
+
+    assert dropin(checkout).returncode == 0
+    assert tree(checkout) == after
+
+    removed = dropin(checkout, '--remove')
+    assert removed.returncode == 0, removed.stdout
+    assert tree(checkout) == before
+    again = dropin(checkout, '--remove')
+    assert again.returncode != 0 and 'nothing to remove' in again.stdout
+
+
+def test_files_of_the_user_stay(checkout):
+    (checkout / 'options').mkdir()
+    (checkout / 'options' / 'mine.yml').write_text('mine')
+    before = tree(checkout)
+    assert dropin(checkout).returncode == 0
+    assert dropin(checkout, '--remove').returncode == 0
+    assert tree(checkout) == before
+
+    (checkout / 'options' / 'mine.yml').unlink()
+    (checkout / 'options').rmdir()
+    assert dropin(checkout).returncode == 0
+    (checkout / 'options' / 'mine.yml').write_text('mine')
+    assert f'kept {checkout / "options"}' in dropin(checkout, '--remove').stdout
+    assert tree(checkout) == before
+
+
+@pytest.mark.parametrize('name', [*SHIMS[1:], *OPTIONS[:1], 'options'])
+def test_nothing_is_overwritten(checkout, name):
+    (checkout / name).parent.mkdir(exist_ok=True)
+    (checkout / name).write_text('mine')
+    before = tree(checkout)
+    result = dropin(checkout)
+    assert result.returncode != 0 and 'nothing written' in result.stdout and name in result.stdout
+    assert tree(checkout) == before
+
+
+def test_changed_files_are_neither_removed_nor_updated(checkout):
+    assert dropin(checkout).returncode == 0
+    (checkout / OPTIONS[0]).write_text('mine now')
+    before = tree(checkout)
+    for arguments in ([], ['--remove']):
+        result = dropin(checkout, *arguments)
+        assert result.returncode != 0 and OPTIONS[0] in result.stdout
+        assert tree(checkout) == before
+    (checkout / OPTIONS[0]).unlink()  # moved away
+    assert dropin(checkout, '--remove').returncode == 0
+
+
+def test_own_files_are_updated(checkout):
+    before = tree(checkout)
+    assert dropin(checkout).returncode == 0
+    after = tree(checkout)
+    record = json.loads((checkout / SHIMS[0]).read_text())
+    old = checkout / 'options' / 'train_of_an_older_version.yml'
+    old.write_bytes((checkout / OPTIONS[0]).read_bytes())
+    record['files'][f'options/{old.name}'] = record['files'][OPTIONS[0]]
+    (checkout / SHIMS[0]).write_text(json.dumps(record))
+    assert dropin(checkout).returncode == 0
+    assert tree(checkout) == after
+    assert dropin(checkout, '--remove').returncode == 0
+    assert tree(checkout) == before
+
+
+def test_a_record_cannot_point_outside(checkout):
+    outside = checkout.parent / 'outside'
+    outside.touch()
+    (checkout / SHIMS[0]).write_text(json.dumps({'files': {'../outside': 'e3b0'}, 'folders': []}))
+    result = dropin(checkout, '--remove')
+    assert result.returncode != 0 and '../outside' in result.stdout
+    assert outside.exists()
+
+
+def test_a_fork_without_registry_is_refused(checkout):
+    (checkout / 'basicsr/utils/registry.py').unlink()
+    before = tree(checkout)
+    result = dropin(checkout)
+    assert result.returncode != 0
+    assert result.stdout.count('\n') == 1 and 'basicsr/utils/registry.py is missing' in result.stdout
+    assert tree(checkout) == before
+
+
+def test_the_literal_commands(checkout, tmp_path):
+    """They use the checkout's BasicSR though another one is installed, and ours is registered and mends it."""
+    (checkout / 'basicsr/version.py').unlink()  # as in a raw clone
+    (checkout / 'VERSION').write_text('1.4.2+this.checkout\n')
+    files = tree(checkout)
+    assert dropin(checkout).returncode == 0
+    opt = stock_options(write_images(tmp_path / 'images'))
+    write_options(opt, checkout / 'options' / 'x.yml')
+    result = python('basicsr/train.py', '-opt', 'options/x.yml', cwd=checkout, PYTHONDONTWRITEBYTECODE='')
+    assert result.returncode == 0, result.stdout  # with AdamW, which only our mend knows
+    assert 'BasicSR: 1.4.2+this.checkout' in result.stdout
+    assert (checkout / 'experiments/tiny/training_states/2.state').is_file()
+
+    elsewhere = tmp_path / 'elsewhere'
+    elsewhere.mkdir()
+    resume = ('-opt', checkout / 'options/x.yml', '--auto_resume', '--force_yml', 'train:total_iter=4')
+    result = python(checkout / 'basicsr/train.py', *resume, cwd=elsewhere)
+    assert result.returncode == 0, result.stdout
+    assert 'Start training from epoch: 0, iter: 2' in result.stdout
+    assert 'iter:       3,' in result.stdout and 'iter:       2,' not in result.stdout
+    assert (checkout / 'experiments/tiny/training_states/4.state').is_file()
+    assert not list(elsewhere.iterdir()) and [path.name for path in (checkout / 'experiments').iterdir()] == ['tiny']
+
+    opt |= {'model_type': 'RestorationMdel', 'val': {'save_img': True, 'suffix': None}}
+    write_options(opt, checkout / 'options' / 'wrong.yml')
+    wrong = 'model_type: unknown type RestorationMdel, did you mean RestorationModel?'
+    python_path = {'PYTHONPATH': f'.:{PACKAGE_PARENT}'}
+    for command, environment in ((['basicsr/test.py'], python_path), (['-m', 'basicsr.train'], {})):
+        result = python(*command, '-opt', 'options/wrong.yml', cwd=checkout, **environment)
+        assert result.returncode != 0 and wrong in result.stdout, result.stdout
+
+    (checkout / 'options/x.yml').unlink()
+    (checkout / 'options/wrong.yml').unlink()
+    assert dropin(checkout, '--remove').returncode == 0
+    left = tree(checkout)
+    assert {name: left[name] for name in files} == files
+    made = {name for name in left.keys() - files.keys() if '__pycache__' not in name}
+    assert {name.split('/')[0] for name in made} == {'experiments'}
+    assert not any('dpmambair' in name or name.startswith('basicsr/__pycache__/basicsr.') for name in left)

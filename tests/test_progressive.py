@@ -1,0 +1,237 @@
+"""Progressive training in BasicSR's own loop: each iteration has its phase's crop and batch size, and loads no more."""
+
+import re
+import runpy
+import sys
+
+import in_process
+import pytest
+import torch
+import yaml
+from basicsr.data import build_dataloader, build_dataset
+from basicsr.data.data_sampler import EnlargedSampler
+from basicsr.utils.registry import MODEL_REGISTRY
+from basicsr_runs import run
+
+from dpmambair_basicsr.data.progressive import Phases, report_iteration
+from dpmambair_basicsr.models import RestorationModel
+
+PHASES = {'gt_sizes': [8, 16, 24, 32], 'batch_sizes': [4, 3, 2, 1], 'iters': [3, 4, 3, 2]}
+SCHEDULE = [(8, 4)] * 3 + [(16, 3)] * 4 + [(24, 2)] * 3 + [(32, 1)] * 4  # the last phase stays: 14 iterations
+OPTIONS = """
+name: progressive
+model_type: TracingModel
+scale: 1
+num_gpu: 0
+manual_seed: 0
+datasets:
+  train:
+    name: tiny
+    type: PairedDegradationDataset
+    gt_size: 32
+    use_hflip: true
+    num_worker_per_gpu: 0
+    batch_size_per_gpu: 4
+    prefetch_mode: ~
+    persistent_workers: false
+network_g: {type: VmambaIR, dim: 4, num_blocks: [1, 1, 1, 1], num_refinement_blocks: 1, d_state: 2}
+path: {resume_state: ~}
+train:
+  optim_g: {type: AdamW, lr: 1.0e-3}
+  scheduler: {type: CosineAnnealingRestartCyclicLR, periods: [3, 9], restart_weights: [1, 1], eta_mins: [1.0e-3, 1.0e-6]}
+  total_iter: 14
+  pixel_opt: {type: L1Loss}
+logger: {print_freq: 1, save_checkpoint_freq: 5, use_tb_logger: false}
+"""
+
+
+@MODEL_REGISTRY.register()
+class TracingModel(RestorationModel):
+    """Notes (iteration, crop size, batch size)."""
+
+    trace = []
+
+    def optimize_parameters(self, current_iter):
+        assert self.gt.shape == self.lq.shape and self.gt.shape[2] == self.gt.shape[3]
+        self.trace.append((current_iter, self.gt.shape[2], self.gt.shape[0]))
+        super().optimize_parameters(current_iter)
+
+
+@pytest.fixture
+def options(tmp_path):
+    """Options with eight pairs: two iterations per epoch."""
+    opt = yaml.safe_load(OPTIONS)
+    pairs = in_process.write_pairs(tmp_path / 'pairs', [(40, 36)] * 8)
+    opt['datasets']['train'] |= pairs | {'progressive': PHASES}
+    return opt
+
+
+def train(opt, folder, *arguments):
+    """Returns the trace and the log."""
+    (folder / 'progressive.yml').write_text(yaml.safe_dump(opt))
+    TracingModel.trace.clear()
+    log = in_process.train(folder / 'progressive.yml', *arguments, cwd=folder)
+    return list(TracingModel.trace), log
+
+
+def schedule(first, last):
+    return [(iteration, *SCHEDULE[iteration - 1]) for iteration in range(first, last + 1)]
+
+
+def test_phases_count_iterations_from_1():
+    phases = Phases(**PHASES)
+    assert [phases.at(iteration) for iteration in range(1, 15)] == SCHEDULE
+
+
+@pytest.mark.parametrize(
+    ('workers', 'prefetch', 'persistent'),
+    [(0, None, False), (2, None, False), (2, None, True), (0, 'cpu', False), (2, 'cpu', True)],
+)
+def test_training_follows_the_schedule_also_after_a_resume(options, tmp_path, workers, prefetch, persistent):
+    options['datasets']['train'] |= {
+        'num_worker_per_gpu': workers, 'prefetch_mode': prefetch, 'persistent_workers': persistent
+    }  # fmt: skip
+    trace, _ = train(options, tmp_path)
+    assert trace == schedule(1, 14)
+
+    states = tmp_path / 'experiments/progressive/training_states'
+    (states / '10.state').unlink()
+    assert torch.load(states / '5.state', weights_only=True)['epoch'] == 2, 'iteration 5 is amid an epoch'
+    trace, _ = train(options, tmp_path, '--auto_resume')
+    assert trace == schedule(6, 14)
+
+
+@pytest.mark.parametrize(
+    ('total', 'message'),
+    [
+        (14, 'iters sum to 12, train.total_iter is 14: the last phase .gt_size 32, batch size 1. lasts 2 iterations'),
+        (8, 'iters sum to 12, train.total_iter is 8: training ends in the phase of gt_size 24, batch size 2'),
+        (12, None),
+    ],
+)
+def test_disagreement_with_total_iter_is_said_at_the_start(options, tmp_path, total, message):
+    options['train']['total_iter'] = total
+    _, log = train(options, tmp_path)
+    before, start, _ = log.partition('Start training from')
+    assert start
+    assert ('sum to' not in log) if message is None else re.search(message, before)
+
+
+def test_distributed(options, tmp_path):
+    """Two processes: both follow the schedule, with images of their own."""
+    options['model_type'] = 'RestorationModel'
+    options['datasets']['train'] |= {'dataset_enlarge_ratio': 2}
+    options['train']['total_iter'] = 5
+    options['datasets']['train']['progressive'] = {'gt_sizes': [8, 32], 'batch_sizes': [4, 1], 'iters': [3, 2]}
+    (tmp_path / 'progressive.yml').write_text(yaml.safe_dump(options))
+    program = """
+import sys
+import dpmambair_basicsr
+from basicsr.train import train_pipeline
+dpmambair_basicsr.register()
+from dpmambair_basicsr.models import RestorationModel
+original = RestorationModel.optimize_parameters
+def optimize_parameters(self, current_iter):
+    sys.stdout.write(f'TRACE {self.opt["rank"]} {current_iter} {self.gt.shape[2]} {self.gt.shape[0]}\\n')
+    original(self, current_iter)
+RestorationModel.optimize_parameters = optimize_parameters
+if __name__ == '__main__':
+    train_pipeline('.')
+"""
+    (tmp_path / 'program.py').write_text(program)
+    command = (sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2', '--master_port=29617', 'program.py')
+    result = run(*command, '-opt', 'progressive.yml', '--launcher', 'pytorch', cwd=tmp_path)
+    assert result.returncode == 0, result.stdout
+    lines = sorted(line.split('TRACE ')[1] for line in result.stdout.splitlines() if 'TRACE ' in line)
+    expected = [f'{rank} {i} {8 if i <= 3 else 32} {4 if i <= 3 else 1}' for rank in (0, 1) for i in range(1, 6)]
+    assert lines == expected
+
+
+def epochs(dataset_options, count, done=0):
+    """The batches of some epochs, as BasicSR's loop loads them when every batch is an iteration."""
+    dataset_options = {'phase': 'train', 'scale': 1} | dataset_options
+    dataset = build_dataset(dataset_options)
+    sampler = EnlargedSampler(dataset, 1, 0)
+    loader = build_dataloader(dataset, dataset_options, num_gpu=0, sampler=sampler, seed=0)
+    for epoch in range(count):
+        sampler.set_epoch(epoch)
+        report_iteration(done)
+        for batch in loader:
+            done += 1
+            yield batch
+
+
+def test_all_images_are_seen_although_most_of_a_batch_is_left_out(options):
+    used = set()
+    for batch in epochs(options['datasets']['train'], 20, done=11):
+        assert batch['gt'].shape == (1, 3, 32, 32)
+        used |= set(batch['gt_path'])
+    assert len(used) == 8
+
+
+def test_one_crop_size_per_batch_and_a_position_per_image(options, tmp_path):
+    """The pictures are all alike, so equal crops are at equal positions."""
+    options['datasets']['train']['use_hflip'] = False
+    folder = tmp_path / 'pairs' / 'GT'
+    content = (folder / '00.png').read_bytes()
+    for path in folder.iterdir():
+        path.write_bytes(content)
+    batch = next(epochs(options['datasets']['train'], 1))
+    assert batch['gt'].shape == (4, 3, 8, 8)
+    assert len({tuple(crop.flatten().tolist()) for crop in batch['gt']}) == 4
+
+
+def test_mixed_sets_are_progressive_as_a_whole(options, tmp_path):
+    train_set = options['datasets']['train']
+    parts = {key: train_set.pop(key) for key in ('dataroot_gt', 'dataroot_lq')}
+    train_set |= {'type': 'MixedDegradationDataset', 'datasets': {'rain': parts, 'noise': dict(parts)}}
+    batches = list(epochs(train_set, 4))
+    assert [batch['gt'].shape for batch in batches[:14]] == [(n, 3, size, size) for size, n in SCHEDULE]
+    assert {name for batch in batches for name in batch['degradation']} == {'rain', 'noise'}
+
+
+def test_without_the_option_nothing_changes(options):
+    del options['datasets']['train']['progressive']
+    assert [batch['gt'].shape for batch in epochs(options['datasets']['train'], 1)] == [(4, 3, 32, 32)] * 2
+
+
+def test_a_model_that_does_not_report_is_an_error(options, tmp_path):
+    """BasicSR's SRModel tells nobody its iteration: every epoch would begin with the first phase."""
+    options['model_type'] = 'SRModel'
+    options['train']['scheduler'] = {'type': 'MultiStepLR', 'milestones': [10]}
+    with pytest.raises(RuntimeError, match='progressive: the model does not report its iterations'):
+        train(options, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ('change', 'message'),
+    [
+        ({'gt_sizes': [8, 16, 20, 32]}, r'progressive\.gt_sizes: 20 is not a multiple of 8'),
+        ({'gt_sizes': [8, 16, 24, 24]}, r'gt_size: 32 is not the largest of progressive\.gt_sizes'),
+        ({'batch_sizes': [4, 3, 2]}, r'progressive\.batch_sizes: has 3 entries, gt_sizes has 4'),
+        ({'iters': [3, 4, 3, 2, 1]}, r'progressive\.iters: has 5 entries, gt_sizes has 4'),
+        ({'batch_sizes': [5, 3, 2, 1]}, r'progressive\.batch_sizes: 5 is more than batch_size_per_gpu 4'),
+        ({'iters': [3, 0, 3, 2]}, r'progressive\.iters: must be a list of positive whole numbers'),
+        ({'iters': 3}, r'progressive\.iters: must be a list'),
+        ({'sizes': [1]}, 'progressive: must have the keys gt_sizes, batch_sizes, iters'),
+    ],
+)
+def test_bad_values_name_the_key(options, change, message):
+    train_set = options['datasets']['train'] | {'phase': 'train', 'progressive': PHASES | change}
+    with pytest.raises(ValueError, match=message):
+        build_dataset(train_set)
+
+
+def test_gt_sizes_fit_the_network_at_scale_4(options):
+    train_set = options['datasets']['train'] | {'phase': 'train', 'scale': 4, 'progressive': PHASES}
+    with pytest.raises(ValueError, match=r'8 is not a multiple of 32 \(8 x scale\)'):
+        build_dataset(train_set)
+
+
+def test_one_image_is_decoded_per_used_crop(options):
+    """Restormer's way: as many as the full batch has."""
+    compare = runpy.run_path(str(in_process.ROOT / 'scripts' / 'benchmark_progressive.py'))['compare']
+    rows = compare(options['datasets']['train'] | {'phase': 'train', 'scale': 1}, batches=2)
+    assert [row[:2] for row in rows] == list(zip(PHASES['gt_sizes'], PHASES['batch_sizes'], strict=True))
+    assert [row[2] for row in rows] == [1.0] * 4
+    assert [row[4] for row in rows] == [4 / batch for batch in PHASES['batch_sizes']]

@@ -1,0 +1,137 @@
+"""Importing dpmambair_basicsr registers everything, whatever is imported first, and imports nothing needlessly."""
+
+import json
+
+import pytest
+from basicsr_runs import basicsr_source, python
+
+# Imports torch and torchvision once, then runs each case in a forked copy of itself: separate interpreters, but quick.
+DRIVER = """
+import json, os, sys, traceback, warnings
+import cv2, scipy.stats, torch, torchvision
+warnings.simplefilter('error', RuntimeWarning)  # the hook warns where it cannot register
+outcomes = {}
+for name, code in json.loads(sys.argv[1]).items():
+    receiver, sender = os.pipe()
+    if os.fork() == 0:
+        try:
+            exec(code, {'__name__': 'case'})
+            outcome = 'ok'
+        except BaseException:
+            outcome = traceback.format_exc()
+        os.write(sender, outcome[-4000:].encode())
+        os._exit(0)
+    os.close(sender)
+    outcomes[name] = os.fdopen(receiver).read()
+    os.wait()
+print(json.dumps(outcomes))
+"""
+
+EVERYTHING_IS_REGISTERED = """
+import basicsr.test, basicsr.train
+from basicsr.utils import options, registry
+expected = {
+    'ARCH': 'DPMambaIR DegradationAutoencoder DegradationExtractor VmambaIR',
+    'DATASET': 'MixedDegradationDataset PairedDegradationDataset SyntheticDegradationDataset',
+    'LOSS': 'FFTLoss LPIPSLoss',
+    'METRIC': 'calculate_lpips',
+    'MODEL': 'DegradationExtractorModel RestorationModel RestorationGANModel RealWorldSRModel RealWorldSRGANModel',
+}
+for kind, names in expected.items():
+    missing = set(names.split()) - set(getattr(registry, f'{kind}_REGISTRY').keys())
+    assert not missing, f'{kind}: {missing}'
+assert options.parse_options.mended_by == 'dpmambair_basicsr.host'
+assert basicsr.train.parse_options is basicsr.test.parse_options is options.parse_options
+"""
+
+# BasicSR 1.4.2 alone cannot be imported with today's torchvision.
+FUNCTIONAL_TENSOR = """
+import sys, types
+from torchvision.transforms import functional
+module = types.ModuleType('torchvision.transforms.functional_tensor')
+module.rgb_to_grayscale = functional.rgb_to_grayscale
+sys.modules[module.__name__] = module
+"""
+
+ORDERS = {
+    'ours first': 'import dpmambair_basicsr, basicsr',
+    'basicsr first': FUNCTIONAL_TENSOR + 'import basicsr, dpmambair_basicsr',
+    'basicsr.archs first': FUNCTIONAL_TENSOR + 'import basicsr.archs, dpmambair_basicsr',
+    'twice and reloaded': """
+import importlib, dpmambair_basicsr, basicsr, dpmambair_basicsr
+dpmambair_basicsr.register()
+importlib.reload(dpmambair_basicsr.host)
+importlib.reload(dpmambair_basicsr)
+importlib.reload(basicsr.utils.options)
+dpmambair_basicsr.register()
+importlib.reload(basicsr.train), importlib.reload(basicsr.test)
+""",
+    'our archs first': 'import dpmambair_basicsr.archs',
+    'our data first': 'import dpmambair_basicsr.data',
+    'our losses first': 'import dpmambair_basicsr.losses',
+    'our metrics first': 'import dpmambair_basicsr.metrics',
+    'our models first': 'import dpmambair_basicsr.models',
+    'by a file in basicsr/archs': "import sys; sys.path.insert(0, 'in_archs'); import basicsr",
+    'by a file in basicsr/models': FUNCTIONAL_TENSOR + "sys.path.insert(0, 'in_models'); import basicsr",
+}
+FORKS = {
+    'without registry': """
+import sys; sys.path.insert(0, 'without_registry')
+import dpmambair_basicsr, basicsr.models
+assert not any(name.startswith('dpmambair_basicsr.') for name in sys.modules if name != 'dpmambair_basicsr.host')
+""",
+    'with another registry': """
+import sys, warnings; sys.path.insert(0, 'with_another_registry')
+import dpmambair_basicsr
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter('always')
+    import basicsr
+assert basicsr.models.here
+assert 'is not registered with' in str(caught[-1].message) and 'with_another_registry' in str(caught[-1].message)
+""",
+}
+
+
+@pytest.fixture(scope='module')
+def outcomes(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('registration')
+    for kind in ('archs', 'models'):
+        source = basicsr_source(folder)
+        (source / 'basicsr' / kind / f'zz_{kind[:-1]}.py').write_text('import dpmambair_basicsr\n')
+        source.rename(folder / f'in_{kind}')
+    files = {'__init__.py': 'from .models import *\n', 'models/__init__.py': 'here = True\n', 'utils/__init__.py': ''}
+    write_package(folder / 'without_registry' / 'basicsr', files)
+    write_package(folder / 'with_another_registry' / 'basicsr', files | {'utils/registry.py': 'ARCHS = {}\n'})
+    cases = {name: code + EVERYTHING_IS_REGISTERED for name, code in ORDERS.items()} | FORKS
+    result = python('-c', DRIVER, json.dumps(cases), cwd=folder)
+    assert result.returncode == 0, result.stdout
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def write_package(folder, files):
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(content)
+
+
+@pytest.mark.parametrize('order', ORDERS)
+def test_everything_is_registered_in_any_order_of_imports(outcomes, order):
+    assert outcomes[order] == 'ok', outcomes[order]
+
+
+@pytest.mark.parametrize('fork', FORKS)
+def test_a_fork_that_we_do_not_fit_can_still_be_imported(outcomes, fork):
+    assert outcomes[fork] == 'ok', outcomes[fork]
+
+
+def test_importing_the_package_imports_nothing_large(tmp_path):
+    code = """
+import sys, dpmambair_basicsr
+large = {'torch', 'torchvision', 'basicsr', 'numpy', 'cv2', 'yaml'} & set(sys.modules)
+assert not large, large
+import dpmambair_basicsr.ops
+large = {'basicsr', 'cv2', 'triton'} & set(sys.modules)
+assert not large, large
+"""
+    result = python('-c', code, cwd=tmp_path)
+    assert result.returncode == 0, result.stdout
