@@ -6,17 +6,19 @@ results/demo/table.md and results/demo/comparison.png.
 
 from pathlib import Path
 
+import dpmambair_basicsr  # noqa: F401  (before basicsr: it makes BasicSR importable, and registers our networks)
+
+# isort: split
 import cv2
 import numpy as np
 import torch
 import yaml
+from basicsr.archs import build_network
+from basicsr.metrics import calculate_psnr, calculate_ssim
+from basicsr.utils import img2tensor
 from tqdm import tqdm
 
-import dpmambair_basicsr  # noqa: F401  (before basicsr: mends what today's libraries broke)
-from basicsr.archs import build_network  # isort: skip
-from basicsr.metrics import calculate_psnr, calculate_ssim  # isort: skip
-from basicsr.utils import img2tensor  # isort: skip
-from dpmambair_basicsr.data.degradations import DEGRADATIONS, degrade  # isort: skip
+from dpmambair_basicsr.data.degradations import DEGRADATIONS, degrade
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT / 'datasets' / 'demo'
@@ -34,11 +36,11 @@ def main() -> None:
         rows.append((before, after))
         pictures.append(triples[len(rows) % len(triples)])
     accuracy, count = extractor_accuracy()
-    report = '\n'.join(
-        [*table(rows), '']
-        + [f'The extractor of stage 1 names the degradation of {accuracy:.0%} of {count} images made from photographs it']
-        + ['never saw: nearest mean of the embeddings of the training photographs, chance is 14%.']
+    footer = (
+        f'Stage 1 alone names the degradation of {accuracy:.0%} of {count} images made from photographs it never saw '
+        '(nearest mean of the embeddings of the training photographs; chance: 14%).'
     )
+    report = '\n'.join([*table(rows), '', footer])
     OUTPUT.mkdir(parents=True, exist_ok=True)
     (OUTPUT / 'table.md').write_text(report + '\n', encoding='utf-8')
     cv2.imwrite(str(OUTPUT / 'comparison.png'), comparison(pictures))

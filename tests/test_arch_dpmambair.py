@@ -9,9 +9,14 @@ from fvcore.nn import FlopCountAnalysis
 from dpmambair_basicsr.archs import DegradationAutoencoder, DegradationExtractor, DPMambaIR
 
 TINY = dict(
-    dim=16, num_blocks=[1, 1, 1, 1], num_refinement_blocks=1, d_inner=[16, 32, 64, 128], d_state=4, embed_dim=24,
+    dim=16,
+    num_blocks=[1, 1, 1, 1],
+    num_refinement_blocks=1,
+    d_inner=[16, 32, 64, 128],
+    d_state=4,
+    embed_dim=24,
     extractor_channels=[8, 8, 8],
-)  # fmt: skip
+)
 
 
 def millions(net) -> float:
@@ -30,7 +35,7 @@ def tiny(seed=0, **options):
     return net
 
 
-# Paper, Tables 5 and VII (v3); without prompts and extractor, and with P_delta + P_B: spec derived from the same counts.
+# Paper, Tables 5 and VII (v3). Without prompts and extractor, and with P_delta + P_B: derived from the same counts.
 @pytest.mark.parametrize(
     ('options', 'expected'),
     [

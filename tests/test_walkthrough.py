@@ -13,9 +13,14 @@ from dpmambair_basicsr.data.degradations import degrade, to_uint8
 
 EXTRACTOR = {'embed_dim': 16, 'extractor_channels': [4, 4, 6]}
 NETWORK = {
-    'type': 'DPMambaIR', 'dim': 16, 'num_blocks': [1, 1, 1, 1], 'num_refinement_blocks': 1, 'd_inner': [16, 16, 16, 16],
-    'd_state': 2, **EXTRACTOR,
-}  # fmt: skip
+    'type': 'DPMambaIR',
+    'dim': 16,
+    'num_blocks': [1, 1, 1, 1],
+    'num_refinement_blocks': 1,
+    'd_inner': [16, 16, 16, 16],
+    'd_state': 2,
+    **EXTRACTOR,
+}
 STAGE_1 = yaml.safe_load("""
 name: stage1
 model_type: DegradationExtractorModel
@@ -68,29 +73,40 @@ def project(tmp_path_factory):
     STAGE_1['datasets']['train']['dataroot_gt'] = str(folder / 'GT')
     STAGE_1['network_g'].update(EXTRACTOR)
     pairs = {
-        'name': 'pairs', 'type': 'PairedDegradationDataset', 'degradation': 'noise',
-        'dataroot_gt': str(folder / 'GT'), 'dataroot_lq': str(folder / 'LQ'),
-    }  # fmt: skip
+        'name': 'pairs',
+        'type': 'PairedDegradationDataset',
+        'degradation': 'noise',
+        'dataroot_gt': str(folder / 'GT'),
+        'dataroot_lq': str(folder / 'LQ'),
+    }
     val = {'save_img': True, 'suffix': None, 'metrics': {'psnr': {'type': 'calculate_psnr', 'crop_border': 0}}}
     stage_2 = {
-        **STAGE_1, 'name': 'stage2', 'model_type': 'RestorationModel', 'network_g': NETWORK, 'train': STAGE_2_TRAIN,
-        'datasets': {**STAGE_1['datasets'], 'val': pairs}, 'val': {**val, 'val_freq': 4},
+        **STAGE_1,
+        'name': 'stage2',
+        'model_type': 'RestorationModel',
+        'network_g': NETWORK,
+        'train': STAGE_2_TRAIN,
+        'datasets': {**STAGE_1['datasets'], 'val': pairs},
+        'val': {**val, 'val_freq': 4},
         'path': {
-            'pretrain_network_g': None, 'pretrain_network_e': str(folder / 'experiments/stage1/models/net_g_2.pth'),
+            'pretrain_network_g': None,
+            'pretrain_network_e': str(folder / 'experiments/stage1/models/net_g_2.pth'),
             'experiments_root': str(folder / 'experiments' / 'stage2'),
         },
-    }  # fmt: skip
+    }
     write_options(STAGE_1, folder / 'stage1.yml')
     write_options(stage_2, folder / 'stage2.yml')
     checkpoint = str(folder / 'experiments/stage2/models/net_g_4.pth')
     write_options(
         {
             **{key: stage_2[key] for key in ('model_type', 'scale', 'num_gpu', 'manual_seed', 'network_g')},
-            'name': 'test', 'datasets': {'test': pairs}, 'val': val,
+            'name': 'test',
+            'datasets': {'test': pairs},
+            'val': val,
             'path': {'pretrain_network_g': checkpoint, 'param_key_g': 'params_ema'},
         },
         folder / 'test.yml',
-    )  # fmt: skip
+    )
     logs = {}
     for stage in ('stage1', 'stage2'):
         process = python('-m', 'dpmambair_basicsr.train', '-opt', f'{stage}.yml', cwd=folder)
@@ -125,7 +141,7 @@ def test_the_extractor_of_stage_1_is_in_the_checkpoint_unchanged(project):
 
 
 def test_the_checkpoint_gives_the_tested_images(project):
-    """test.py, and the network in three lines of somebody's own program, give the same image at a size that is no multiple of 8."""
+    """test.py and three lines of somebody's own program give the same image, at a size that is no multiple of 8."""
     from dpmambair_basicsr.archs import DPMambaIR
     from dpmambair_basicsr.ops import pad_to_multiple
 
@@ -147,9 +163,15 @@ def test_the_checkpoint_gives_the_tested_images(project):
 def test_auto_resume_continues_from_any_directory(project, tmp_path):
     folder, _ = project
     process = python(
-        '-m', 'dpmambair_basicsr.train', '-opt', folder / 'stage2.yml', '--auto_resume',
-        '--force_yml', 'train:total_iter=6', cwd=tmp_path,
-    )  # fmt: skip
+        '-m',
+        'dpmambair_basicsr.train',
+        '-opt',
+        folder / 'stage2.yml',
+        '--auto_resume',
+        '--force_yml',
+        'train:total_iter=6',
+        cwd=tmp_path,
+    )
     assert process.returncode == 0, process.stdout
     assert 'Resuming training from epoch: 0, iter: 4' in process.stdout
     assert re.findall(r'iter: +(\d+), lr', process.stdout) == ['5', '6']

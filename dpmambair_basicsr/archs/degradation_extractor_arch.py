@@ -2,9 +2,9 @@
 
 Shapes: B batch, H W height width, E = embed_dim.
 From the paper: three central-difference convolutions of different scale beside one vanilla convolution, six layers,
-average pooling, re-parameterisation into one kernel per layer; an embedding of 512; reconstruction of the degraded image
-from the clean one and the embedding. Our inference (the paper gives no widths): channels, strides, head, and all of the
-reconstruction unit; chosen so that extractor and network together have the paper's 29.35 M parameters and 153.33 G.
+average pooling, re-parameterisation into one kernel per layer; an embedding of 512; reconstruction of the degraded
+image from the clean one and the embedding. Our inference (the paper gives no widths): channels, strides, head, and all
+of the reconstruction unit; chosen so that extractor and network together have the paper's 29.35 M parameters and 153.33 G.
 """
 
 from collections.abc import Sequence
@@ -22,8 +22,8 @@ KERNEL = max(CDC_SIZES)
 class CDCLayer(nn.Module):
     """Sum of three central-difference convolutions (3x3, 5x5, 7x7), a vanilla 7x7 convolution and one bias.
 
-    A central-difference convolution of kernel w is conv(x; w) - sum(w) * x_centre (theta = 1). It is linear, so the four
-    branches are exactly one 7x7 convolution, `kernel()`; training computes that one, which costs 2.7 times less than the four.
+    A central-difference convolution of kernel w is conv(x; w) - sum(w) * x_centre (theta = 1). It is linear, so the
+    four branches are exactly one 7x7 convolution, `kernel()`; training computes that one: 2.7 times less work.
 
     Args:
         in_channels, out_channels: widths.
@@ -140,7 +140,7 @@ class RefineBlock(nn.Module):
 
 @ARCH_REGISTRY.register()
 class DegradationAutoencoder(nn.Module):
-    """What stage 1 trains: the extractor reads the degraded image, a reconstruction unit degrades the clean one with it.
+    """What stage 1 trains: the extractor reads the degraded image, a reconstruction unit degrades the clean one so.
 
     Args:
         embed_dim: E.

@@ -1,8 +1,8 @@
 """DPMambaIR (arXiv 2504.17732): all-in-one restoration with a degradation-aware prompt state space model.
 
-Shapes: B batch, C width of a stage, D = d_inner of that stage, H W height width, R = ceil(C / 16) rank of delta, N states,
-E = embed_dim. The paper has no public code. What it states and what is our inference is said at each part; the
-configuration of the defaults reproduces its 29.35 M parameters and 153.33 G (fvcore, 1x3x256x256).
+Shapes: B batch, C width of a stage, D = d_inner of that stage, H W height width, R = ceil(C / 16) rank of delta,
+N states, E = embed_dim. The paper has no public code. What it states and what is our inference is said at each part;
+the configuration of the defaults reproduces its 29.35 M parameters and 153.33 G (fvcore, 1x3x256x256).
 """
 
 import math
@@ -24,8 +24,8 @@ SCANS = {1: (0,), 2: (0, 2), 4: (0, 1, 2, 3)}  # number of directions -> scan or
 class Modulation(nn.Module):
     """Degradation-aware prompts P_delta, P_B, P_C (Eq. 8, 9): one linear layer of the embedding for each.
 
-    They multiply the low-rank delta, B and C of every position alike (the place of P_delta, before dt_proj, and one layer
-    per prompt are our inference: they fit the paper's Table VII). Initially all factors are exactly 1.
+    They multiply the low-rank delta, B and C of every position alike (the place of P_delta, before dt_proj, and one
+    layer per prompt are our inference: they fit the paper's Table VII). Initially all factors are exactly 1.
 
     Args:
         prompts: subset of ('delta', 'B', 'C'); the others stay 1.
@@ -186,8 +186,8 @@ class DPMambaIR(UNet):
         prompt: which of 'delta', 'B', 'C' are modulated (Table 3); only for insertion 'modulate'.
         insertion: 'modulate' (the paper's), 'concat', 'attention' (Table 4) or 'none', a network without any embedding.
         high_frequency: HEB on or off (Table 3).
-        directions: 1 (the paper's) scan by rows; 2 adds the reverse; 4 adds columns and their reverse (Table 5, where P_C
-            is removed: prompt ['delta', 'B']).
+        directions: 1 (the paper's) scan by rows; 2 adds the reverse; 4 adds columns and their reverse (Table 5, where
+            P_C is removed: prompt ['delta', 'B']).
         degradation: 'extractor', or 'class' for an embedding of the true label (Table 4, "Classes").
         num_degradations: labels for 'class'.
         extractor_channels: see `DegradationExtractor`.
@@ -229,9 +229,7 @@ class DPMambaIR(UNet):
 
         def make_block(level: int) -> DPSSBlock:
             width = dim * 2**level
-            attn = DPSSModule(
-                width, d_inner[level], d_state, embed_dim, prompt, insertion, high_frequency, directions
-            )
+            attn = DPSSModule(width, d_inner[level], d_state, embed_dim, prompt, insertion, high_frequency, directions)
             return DPSSBlock(width, ffn_expansion_factor, attn)
 
         super().__init__(inp_channels, dim, num_blocks, num_refinement_blocks, bias=False, make_block=make_block)
@@ -270,7 +268,7 @@ class DPMambaIR(UNet):
         self.extractor.load_state_dict(trained.merge().state_dict())
 
     def embed(self, lq: Tensor, label: Tensor | None = None) -> Tensor | None:
-        """Embedding of the degradation, (B, E): of the image, or of `label` (B,) int64; None if the network uses none."""
+        """Embedding of the degradation, (B, E): of the image or of `label` (B,) int64; None if there is none."""
         if self.extractor is not None:
             with torch.no_grad():
                 return self.extractor(lq)

@@ -1,8 +1,8 @@
 """VmambaIR (arXiv 2403.11423): a U-Net of omni selective scan blocks for deraining and super-resolution.
 
 Shapes: B batch, C width of a stage, H W height width, S lifted channels of the channel scan, R rank of delta, N states.
-Parameter names and shapes are those of the released checkpoints. Where paper and released code differ, the code is followed
-and the docstring says so.
+Parameter names and shapes are those of the released checkpoints. Where paper and released code differ, the code is
+followed and the docstring says so.
 """
 
 import math
@@ -28,7 +28,7 @@ LIFTED_CHANNELS, LIFTED_RANK = 4, 6
 
 
 class PixelLinear(nn.Linear):
-    """Ablation V4 (Table 4): a linear layer with reshapes in place of a 1x1 convolution, (b, c, h, w) -> (b, c', h, w)."""
+    """Ablation V4 (Table 4): a linear layer with reshapes instead of a 1x1 convolution, (b, c, h, w) -> same."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)

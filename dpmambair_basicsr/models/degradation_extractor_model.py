@@ -6,7 +6,7 @@ from dpmambair_basicsr.models.restoration_model import RestorationModel
 
 @MODEL_REGISTRY.register()
 class DegradationExtractorModel(RestorationModel):
-    """Stage 1 of DPMambaIR (Sec. 3.4): the network, a DegradationAutoencoder, turns the clean image into the degraded one.
+    """Stage 1 of DPMambaIR (Sec. 3.4): a DegradationAutoencoder turns the clean image into the degraded one.
 
     The target of losses, metrics and saved images is therefore the degraded image, `lq` of the data set. Options are
     RestorationModel's.

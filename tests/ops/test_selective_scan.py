@@ -255,6 +255,12 @@ def test_torch_agrees_with_the_definition_however_the_work_is_divided(monkeypatc
     assert_agrees('torch', scan_inputs(d=10, length=203, g=2))
 
 
+def test_torch_is_a_well_formed_operator():
+    """PyTorch's own checks: nothing is mutated or aliased, shapes without data and torch.compile's tracing are right."""
+    inputs = [x.requires_grad_() for x in scan_inputs(d=4, length=9, g=2).values()]
+    torch.library.opcheck(torch_chunked._scan, (*inputs, True, True))
+
+
 def test_torch_refuses_a_second_derivative():
     inputs = scan_inputs(length=5)
     u = inputs.pop('u').requires_grad_()

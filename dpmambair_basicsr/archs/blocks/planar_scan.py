@@ -13,7 +13,7 @@ from dpmambair_basicsr.ops import cross_merge, cross_scan, selective_scan
 
 
 class PlanarScan(nn.Module):
-    """Base of the OSS module (VmambaIR) and the DPSS module (DPMambaIR): the parameters of K selective scans and the scan.
+    """Base of the OSS (VmambaIR) and the DPSS module (DPMambaIR): K selective scans and their parameters.
 
     The parameters sit directly on the module because that is where the published checkpoints have them:
     `x_proj_weight` (K, R + 2N, D), `dt_projs_weight` (K, D, R), `dt_projs_bias` (K, D), `A_logs` (K*D, N), `Ds` (K*D,).

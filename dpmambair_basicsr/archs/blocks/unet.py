@@ -7,10 +7,10 @@ from torch import Tensor, nn
 
 
 class UNet(nn.Module):
-    """Restormer's U-Net with any block: 3x3 stem, three encoder stages, latent, three decoder stages, refinement.
+    """Restormer's U-Net with any block: stem, three encoder stages, latent, three decoder stages, refinement.
 
-    Module names are those of the published VmambaIR checkpoints. The last decoder stage and the refinement work at width
-    2C: the level-1 skip is concatenated and not reduced. Subclasses add what turns features into an image.
+    Module names are those of the published VmambaIR checkpoints. The last decoder stage and the refinement work at
+    width 2C: the level-1 skip is concatenated and not reduced. Subclasses add what turns features into an image.
 
     Args:
         inp_channels: channels of the image.
@@ -34,7 +34,9 @@ class UNet(nn.Module):
     ):
         super().__init__()
         if len(num_blocks) != 4:
-            raise ValueError(f'num_blocks: {list(num_blocks)} has {len(num_blocks)} entries, needed are 4, one per level')
+            raise ValueError(
+                f'num_blocks: {list(num_blocks)} has {len(num_blocks)} entries, needed are 4, one per level'
+            )
 
         def stage(width: int, depth: int) -> nn.Sequential:
             return nn.Sequential(*(make_block(width) for _ in range(depth)))
