@@ -3,8 +3,8 @@
 
     python scripts/benchmark_progressive.py [--side 512] [--batches 4]
 
-Restormer's loader makes a full batch of the largest crops in every phase, of which its model then uses a part. Pictures
-are random, JPEG-like in size (PNG, --side pixels); one process, no workers. Phases are those of train_vmambair_derain.yml.
+Restormer's loader makes a full batch of the largest crops in every phase, of which its model then uses a part. Here:
+made-up pictures of --side x --side pixels, no workers, the phases of options/train_vmambair_derain.yml.
 """
 
 import argparse
@@ -45,9 +45,8 @@ def measure(options: dict, iteration: int, batches: int, keep=None) -> tuple[flo
         Images decoded per used crop, milliseconds per batch.
     """
     dataset = build_dataset(options)
-    dataset.images = CountingReader(
-        dataset.opt['io_backend'], {'lq': options['dataroot_lq'], 'gt': options['dataroot_gt']}
-    )
+    folders = {role: options[f'dataroot_{role}'] for role in ('lq', 'gt')}
+    dataset.images = CountingReader(dataset.opt['io_backend'], folders)
     report_iteration(iteration)
     loader = build_dataloader(dataset, options, num_gpu=0, sampler=EnlargedSampler(dataset, 1, 0), seed=0)
     used, start = 0, time.perf_counter()
@@ -58,7 +57,7 @@ def measure(options: dict, iteration: int, batches: int, keep=None) -> tuple[flo
 
 
 def compare(options: dict, batches: int) -> list[tuple]:
-    """For each phase: crop size, batch size, then decoded images per used crop and ms per batch, here and Restormer's."""
+    """For each phase: crop and batch size, then decoded images per used crop and ms per batch, here and Restormer's."""
     plain = {key: value for key, value in options.items() if key != 'progressive'}
     phases, start, rows = options['progressive'], 0, []
     for size, batch, length in zip(phases['gt_sizes'], phases['batch_sizes'], phases['iters'], strict=True):

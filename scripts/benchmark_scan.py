@@ -30,9 +30,8 @@ def main():
 
     device = torch.device(args.device)
     backends = available_backends(device)
-    print(
-        f'{datetime.date.today()}, {machine(device)}, PyTorch {torch.__version__}, fp32, medians of {args.repeats} runs'
-    )
+    setting = f'{datetime.date.today()}, {machine(device)}, PyTorch {torch.__version__}'
+    print(f'{setting}, fp32, medians of {args.repeats} runs')
     print()
     print('| b x d x n x l | pass | ' + ' | '.join(backends) + ' |')
     print('|---|---|' + '---|' * len(backends))
@@ -96,7 +95,7 @@ def machine(device):
     cpuinfo = Path('/proc/cpuinfo')
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     names = [line.split(':', 1)[1].strip() for line in lines if line.startswith('model name')]
-    return f'{names[0] if names else platform.processor() or platform.machine()}, {torch.get_num_threads()} threads'
+    return f'{names[0] if names else platform.processor() or platform.machine()}, {torch.get_num_threads()} thread(s)'
 
 
 if __name__ == '__main__':

@@ -1,4 +1,4 @@
-"""For tests that run BasicSR's own pipelines in this process: `python -m dpmambair_basicsr.train` without its start-up."""
+"""For tests that run BasicSR's own pipelines in this process: the commands without their start-up."""
 
 import logging
 import os
@@ -11,6 +11,7 @@ import dpmambair_basicsr
 # isort: split
 import cv2
 import numpy as np
+import skimage.data
 from basicsr.test import test_pipeline
 from basicsr.train import train_pipeline
 
@@ -27,6 +28,7 @@ def logged():
     handler.emit = lambda record: records.append(record.getMessage())
     logger = logging.getLogger('basicsr')
     logger.addHandler(handler)
+    logger.setLevel(logging.INFO)  # BasicSR leaves it alone once a logger was asked for without a file
     try:
         yield records
     finally:
@@ -59,17 +61,26 @@ test.__test__ = False  # not a test, for pytest
 
 
 def write_pairs(folder: Path, sizes: list[tuple[int, int]], scale: int = 1) -> dict[str, str]:
-    """Smooth colour pictures of the given (height, width) as GT, shrunk or noisy as LQ; the options that name them."""
-    rng = np.random.default_rng(len(sizes))
+    """Parts of a photograph, of the given (height, width), as GT, noisy or shrunk as LQ; the options that name them."""
+    photo, rng = skimage.data.astronaut()[..., ::-1], np.random.default_rng(0)
     for kind in ('GT', 'LQ'):
         (folder / kind).mkdir(parents=True)
     for index, (height, width) in enumerate(sizes):
-        coarse = rng.integers(0, 256, (5, 5, 3)).astype(np.float32)
-        gt = cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC).clip(0, 255)
+        top, left = 40 * index, 100 + 30 * index
+        gt = photo[top : top + height, left : left + width]
         if scale == 1:
-            lq = (gt + rng.normal(0, 20, gt.shape)).clip(0, 255)
+            lq = (gt + rng.normal(0, 20, gt.shape)).clip(0, 255).astype(np.uint8)
         else:
             lq = cv2.resize(gt, (width // scale, height // scale), interpolation=cv2.INTER_AREA)
         for kind, image in (('GT', gt), ('LQ', lq)):
-            assert cv2.imwrite(str(folder / kind / f'{index:02}.png'), image.astype(np.uint8))
+            assert cv2.imwrite(str(folder / kind / f'{index:02}.png'), image)
     return {'dataroot_gt': str(folder / 'GT'), 'dataroot_lq': str(folder / 'LQ')}
+
+
+def write_photos(folder: Path) -> dict[str, str]:
+    """Photographs with BasicSR's list of them; the options that name both."""
+    folder.mkdir()
+    for name in ('astronaut', 'coffee'):
+        assert cv2.imwrite(str(folder / f'{name}.png'), getattr(skimage.data, name)()[..., ::-1])
+    (folder / 'meta_info.txt').write_text('astronaut.png (512,512,3)\ncoffee.png (400,600,3)\n')
+    return {'dataroot_gt': str(folder), 'meta_info': str(folder / 'meta_info.txt')}

@@ -18,7 +18,7 @@ def optimizer(*rates):
 
 
 def rates(scheduler, steps):
-    """The first parameter group's rate in iterations 1, 2, ... of BasicSR's loop, which steps before all but the first."""
+    """The first group's rate in iterations 1, 2, ... of BasicSR's loop, which steps before all but the first."""
     found = []
     for iteration in range(1, steps + 1):
         if iteration > 1:

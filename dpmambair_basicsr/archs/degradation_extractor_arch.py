@@ -3,8 +3,8 @@
 Shapes: B batch, H W height width, E = embed_dim.
 From the paper: three central-difference convolutions of different scale beside one vanilla convolution, six layers,
 average pooling, re-parameterisation into one kernel per layer; an embedding of 512; reconstruction of the degraded
-image from the clean one and the embedding. Our inference (the paper gives no widths): channels, strides, head, and all
-of the reconstruction unit; chosen so that extractor and network together have the paper's 29.35 M parameters and 153.33 G.
+image from the clean one and the embedding. Our inference (the paper gives no widths): channels, strides, padding, head,
+and all of the reconstruction unit; chosen so that extractor and network together have the paper's 29.35 M and 153.33 G.
 """
 
 from collections.abc import Sequence
@@ -50,14 +50,14 @@ class CDCLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, in, H, W) -> (B, out, ceil(H / stride), ceil(W / stride))."""
-        return F.conv2d(x, self.kernel(), self.bias, self.stride, KERNEL // 2)
+        return F.conv2d(extend(x), self.kernel(), self.bias, self.stride)
 
     def forward_branches(self, x: Tensor) -> Tensor:
         """The definition of `forward`, branch by branch as in the paper's Fig. 3."""
-        y = F.conv2d(x, self.vanilla, self.bias, self.stride, KERNEL // 2)
+        y = F.conv2d(extend(x), self.vanilla, self.bias, self.stride)
         for weight in self.cdc:
-            difference = F.conv2d(x, weight.sum(dim=(2, 3), keepdim=True), None, self.stride)
-            y = y + F.conv2d(x, weight, None, self.stride, weight.shape[-1] // 2) - difference
+            centre = F.conv2d(x, weight.sum(dim=(2, 3), keepdim=True), None, self.stride)
+            y = y + F.conv2d(extend(x, weight.shape[-1] // 2), weight, None, self.stride) - centre
         return y
 
     def merge(self) -> nn.Conv2d:
@@ -70,8 +70,14 @@ class CDCLayer(nn.Module):
         return conv
 
 
+def extend(x: Tensor, margin: int = KERNEL // 2) -> Tensor:
+    """Repeat the border. Zeros would be edges, the strongest signal there is to central differences: the embedding
+    of a crop would then differ from that of its image (measured: by a factor of 1.7 in norm, 64 against 256 pixels)."""
+    return F.pad(x, [margin] * 4, mode='replicate')
+
+
 def plain_layer(in_channels: int, out_channels: int, stride: int) -> nn.Conv2d:
-    return nn.Conv2d(in_channels, out_channels, KERNEL, stride, KERNEL // 2)
+    return nn.Conv2d(in_channels, out_channels, KERNEL, stride, KERNEL // 2, padding_mode='replicate')
 
 
 @ARCH_REGISTRY.register()

@@ -61,13 +61,11 @@ class ConcatInsertion(nn.Module):
         super().__init__()
         self.embed = nn.Linear(embed_dim, channels)
         self.reduce = nn.Conv2d(2 * channels, channels, 1, bias=False)
-        with torch.no_grad():
-            self.reduce.weight.zero_()
-            self.reduce.weight[:, :channels, 0, 0] = torch.eye(channels)
+        nn.init.zeros_(self.reduce.weight)
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         """(B, D, H, W), (B, E) -> (B, D, H, W)."""
-        return self.reduce(torch.cat([x, self.embed(embedding)[:, :, None, None].expand_as(x)], dim=1))
+        return x + self.reduce(torch.cat([x, self.embed(embedding)[:, :, None, None].expand_as(x)], dim=1))
 
 
 class AttentionInsertion(nn.Module):

@@ -1,4 +1,6 @@
+import warnings
 from os import path as osp
+from pickle import UnpicklingError
 
 import torch
 import torchvision
@@ -37,10 +39,12 @@ class VGGPerceptualLoss(PerceptualLoss):
         usual_path = vgg_arch.VGG_PRETRAIN_PATH
         vgg_arch.VGG_PRETRAIN_PATH = find_vgg_weights(vgg_type, weights)
         try:
-            super().__init__(
-                layer_weights, vgg_type, use_input_norm, range_norm, perceptual_weight, style_weight, criterion
-            )
-        except RuntimeError as error:
+            with warnings.catch_warnings():
+                warnings.filterwarnings('ignore', module='torchvision')  # BasicSR passes the old argument `pretrained`
+                super().__init__(
+                    layer_weights, vgg_type, use_input_norm, range_norm, perceptual_weight, style_weight, criterion
+                )
+        except (RuntimeError, UnpicklingError) as error:
             raise ValueError(f'{vgg_arch.VGG_PRETRAIN_PATH} does not hold {vgg_type}: {error}') from error
         finally:
             vgg_arch.VGG_PRETRAIN_PATH = usual_path

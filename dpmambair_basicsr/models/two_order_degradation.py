@@ -23,8 +23,8 @@ class TwoOrderDegradation:
 
     BasicSR's own constructors and their pool of training pairs call .cuda(); here everything is on the model's device.
 
-    Options at the top level of the file, as in BasicSR: those of the two orders (but the blur kernels' are the data set's,
-    BasicSR's RealESRGANDataset), `gt_size` of the final crop, and
+    Options at the top level of the file, as in BasicSR: those of the two orders (blur kernels come with
+    the images of RealESRGANDataset), `gt_size` of the final crop, and
         queue_size: size of the pool of training pairs, from which batches of mixed degradations are drawn; default 180.
         high_order_degradation: false to train on the data set's own `lq` and `gt`; default true.
     There is no sharpening (USM): VmambaIR uses none, and BasicSR's keys for it may be absent or false.
@@ -54,6 +54,8 @@ class TwoOrderDegradation:
                 )
         SRModel.__init__(self, opt)  # passing over BasicSR's constructor, which adds what follows, with .cuda()
         self.jpeger = DiffJPEG(differentiable=False).to(self.device)
+        # On a CPU, padding keeps DiffJPEG's permuted layout, and view() fails in BasicSR's filter2D.
+        self.jpeger.register_forward_hook(lambda module, inputs, image: image.contiguous())
         self.usm_sharpener = nn.Identity()
 
     @torch.no_grad()

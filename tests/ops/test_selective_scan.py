@@ -256,7 +256,7 @@ def test_torch_agrees_with_the_definition_however_the_work_is_divided(monkeypatc
 
 
 def test_torch_is_a_well_formed_operator():
-    """PyTorch's own checks: nothing is mutated or aliased, shapes without data and torch.compile's tracing are right."""
+    """PyTorch's own checks: nothing mutated or aliased, right shapes without data, traced rightly by torch.compile."""
     inputs = [x.requires_grad_() for x in scan_inputs(d=4, length=9, g=2).values()]
     torch.library.opcheck(torch_chunked._scan, (*inputs, True, True))
 
