@@ -4,8 +4,12 @@ import json
 import shutil
 from pathlib import Path
 
+import cv2
+import numpy as np
 import pytest
 from basicsr_runs import PACKAGE_PARENT, basicsr_source, python, stock_options, write_images, write_options
+
+from dpmambair_basicsr.data.degradations import DEGRADATIONS
 
 SHIMS = ['basicsr/.dpmambair_dropin.json', 'basicsr/archs/dpmambair_arch.py', 'basicsr/basicsr.py']
 OPTIONS = sorted(f'options/{file.name}' for file in (PACKAGE_PARENT / 'options').glob('*.yml'))
@@ -161,3 +165,40 @@ def test_the_literal_commands(checkout, tmp_path):
     made = {name for name in left.keys() - files.keys() if '__pycache__' not in name}
     assert {name.split('/')[0] for name in made} == {'experiments'}
     assert not any('dpmambair' in name or name.startswith('basicsr/__pycache__/basicsr.') for name in left)
+
+
+def test_dpmambair_in_a_checkout(checkout):
+    """The two commands of the README, and stage 1 before them, on the shipped option files made small."""
+    before = tree(checkout)
+    assert dropin(checkout).returncode == 0
+    rng = np.random.default_rng(0)
+    data = checkout / 'datasets' / 'all_in_one'
+    folders = [
+        f'{phase}/{kind}/{side}' for phase in ('train', 'test') for kind in DEGRADATIONS for side in ('LQ', 'GT')
+    ]
+    for folder in (*folders, 'train/clean'):
+        (data / folder).mkdir(parents=True)
+        for number in range(2):
+            image = rng.integers(0, 256, (27, 34, 3), dtype=np.uint8)
+            assert cv2.imwrite(str(data / folder / f'{number}.png'), image)
+
+    extractor = 'embed_dim=8'
+    network = ['dim=16', 'num_blocks=[1,1,1,1]', 'num_refinement_blocks=1', 'd_inner=[8,8,8,8]', 'd_state=2', extractor]
+    small = ['total_iter=1', 'scheduler:periods=[1]', 'lpips_opt=~']
+    loader = ['gt_size=16', 'batch_size_per_gpu=2', 'num_worker_per_gpu=0']
+    train = [f'train:{x}' for x in small] + [f'datasets:train:{x}' for x in loader] + ['val:val_freq=1']
+    for script, options, reduced in (
+        ('train', 'train_degradation_extractor', [*train, f'network_g:{extractor}']),
+        ('train', 'train_dpmambair', [*train, *(f'network_g:{x}' for x in network)]),
+        ('test', 'test_gopro', [f'network_g:{x}' for x in network]),
+    ):
+        command = (f'basicsr/{script}.py', '-opt', f'options/{options}.yml', '--force_yml', *reduced)
+        result = python(*command, cwd=checkout)
+        assert result.returncode == 0, result.stdout
+        assert 'Validation GoPro' in result.stdout
+    assert len(list((checkout / 'results/test_gopro/visualization/GoPro').glob('*.png'))) == 2
+
+    assert dropin(checkout, '--remove').returncode == 0
+    for made in ('datasets', 'experiments', 'results', 'tb_logger'):
+        shutil.rmtree(checkout / made)
+    assert tree(checkout) == before

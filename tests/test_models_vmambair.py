@@ -284,13 +284,13 @@ def test_cosine_that_ends_too_early_is_refused():
 # The real-world models.
 
 
-def degraded_batches(model, count, level=None):
-    """Feeds `count` batches of two pictures and yields after each; `level` makes them uniformly grey."""
+def degraded_batches(model, count, level=lambda index: 0.5):
+    """Feeds `count` batches of two noise pictures of mean `level(index)` and yields after each."""
     set_random_seed(0)
     kernel = torch.zeros(2, 21, 21)
     kernel[:, 10, 10] = 1
     for index in range(count):
-        gt = torch.rand(2, 3, 48, 48) if level is None else torch.full((2, 3, 48, 48), level(index))
+        gt = level(index) + 0.3 * (torch.rand(2, 3, 96, 96) - 0.5)
         model.feed_data({'gt': gt, 'kernel1': kernel, 'kernel2': kernel, 'sinc_kernel': kernel})
         yield model.lq, model.gt
 

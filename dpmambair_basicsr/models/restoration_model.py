@@ -33,7 +33,7 @@ class RestorationModel(RestorationHooks, SRModel):
         self.losses = {
             LOG_NAMES.get(key, f'l_{key.removesuffix("_opt")}'): build_loss(opt).to(self.device)
             for key, opt in train_opt.items()
-            if key.endswith('_opt')
+            if key.endswith('_opt') and opt is not None
         }
         if not self.losses:
             raise ValueError('train: names no loss; give at least one, e.g. pixel_opt: {type: L1Loss}')

@@ -1,34 +1,62 @@
-"""Selective scan on the CPU by numba's kernels, fp32, any size and strides; needs `pip install dpmambair_basicsr[cpu]`.
+"""Selective scan on the CPU by numba's kernels: fp32, any size and strides. Needs `pip install dpmambair_basicsr[cpu]`.
 
-The work is cut into units, 16 channels of one sample (forward) or a few such blocks of one group (backward), by the shapes
-alone. Threads take equal runs of units and every sum has a fixed order, so results are bitwise the same for any number of
-threads. The threads are our own: numba's either die in a forked process or abort when two Python threads call them.
+The shapes alone cut the work into units: 16 channels of a sample in the forward pass, a few such blocks of a group in the
+backward pass. Each thread takes a run of units and every sum has a fixed order, so results are bitwise the same for any
+number of threads. The threads are our own: numba's kill a forked process, or abort when two Python threads call them.
 
-Both directions are PyTorch operators, which is what lets torch.compile and torch.export pass. Extra memory: n / 64 of u for
-the states kept for the backward pass, and the gradients.
+Both passes are PyTorch operators, so that torch.compile and torch.export take them as they are. Extra memory: n / 64 of u for
+the states that the backward pass starts from, its gradients, and a buffer whose size does not depend on l.
 """
 
 import functools
 import logging
+import math
 import os
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
 
-# Units that backward aims at where there are enough blocks: what bounds the number of threads it can use.
-_BACKWARD_UNITS = 16
-# Positions for which the units' own sums for the gradients of B and C are held before they are added up.
-_WINDOW = 8192
-# State updates that are worth a second thread; one thread makes about 5 * 10^9 of them per second.
+# Units of the backward pass, if there are as many blocks: it can use so many threads. Each unit sums dB and dC for itself,
+# and that for so many positions before the sums are added up.
+_BACKWARD_UNITS, _BACKWARD_POSITIONS = 16, 8192
+# State updates that are worth waking up another thread, about 50 microseconds' work.
 _STATES_PER_THREAD = 2**18
 
-_pools: dict[tuple[int, int], ThreadPoolExecutor] = {}
+_LOG2_E = math.log2(math.e)
+_pools = {}
+
+
+def scan(u, delta, A, B, C, D, delta_bias, delta_softplus):
+    """`selective_scan`'s contract, with B, C (b, g, n, l) and every tensor fp32 on the CPU."""
+    inputs = (u, delta, A, B, C, D, delta_bias)
+    differentiable = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+    keep = differentiable or torch.jit.is_tracing()  # a trace, which may be taken without gradients, fixes this value
+    return _forward(*inputs, delta_softplus, keep)[0]
+
+
+def why_not(device, dtype):
+    """What keeps it from running there."""
+    if device.type != 'cpu' or dtype != torch.float32:
+        return f'it computes float32 on a CPU, not {str(dtype).removeprefix("torch.")} on {device.type}'
+    return _numba_trouble()
+
+
+@functools.cache
+def _numba_trouble():
+    try:
+        _kernels()
+    except Exception as error:  # any: numba relies on inner parts of Python, NumPy and LLVM that change between versions
+        reason = str(error).strip().splitlines()[-1]
+        reason = f'numba does not work ({type(error).__name__}: {reason}); pip install dpmambair_basicsr[cpu]'
+        logging.getLogger('basicsr').warning('selective_scan: could be ten times faster on this CPU, but %s', reason)
+        return reason
+    return None
 
 
 @functools.cache
 def _kernels():
-    """The compiled kernels; the first call on a machine compiles them, later processes load them from numba's cache."""
+    """The compiled kernels. The first process to ask compiles them, later ones load them from numba's cache."""
     from numba.core import event
 
     class Notice(event.Listener):
@@ -36,7 +64,7 @@ def _kernels():
 
         def on_start(self, event):
             if not self.told:
-                logging.getLogger('basicsr').info('selective_scan: compiling the numba kernels, once, about 10 s')
+                logging.getLogger('basicsr').warning('selective_scan: compiling the CPU kernels, once, for some 10 s')
             self.told = True
 
         def on_end(self, event):
@@ -47,38 +75,119 @@ def _kernels():
     return numba_kernels
 
 
-@functools.cache
-def _import_error():
-    try:
-        _kernels()
-    except Exception as error:  # whatever it is: numba builds on parts of itself and of LLVM that change between versions
-        reason = f'{type(error).__name__}: {str(error).strip().splitlines()[-1]}'
-        reason = f'numba does not work ({reason}); install it with: pip install dpmambair_basicsr[cpu]'
-        logging.getLogger('basicsr').warning('selective_scan: six times faster on this CPU with numba, but %s', reason)
-        return reason
-    return None
+def _layout(u, B):
+    """What the kernels call sizes (groups, channels per group, n, l), the blocks of a group and the chunks of l."""
+    groups, n, length = B.shape[1:]
+    width = u.shape[1] // groups
+    return (groups, width, n, length), -(-width // _kernels().LANES), -(-length // _kernels().CHUNK)
 
 
-def why_not(device, dtype):
-    """What keeps it from running there."""
-    if device.type != 'cpu' or dtype != torch.float32:
-        return f'it computes float32 on cpu, not {str(dtype).removeprefix("torch.")} on {device.type}'
-    return _import_error()
+def _results(u, B, keep):
+    """Room for what `_forward` returns."""
+    (groups, _, n, _), blocks, chunks = _layout(u, B)
+    states = (u.shape[0], groups * blocks, chunks, n, _kernels().LANES) if keep else (0,)
+    return torch.empty_like(u), u.new_empty(states)
 
 
-def scan(u, delta, A, B, C, D, delta_bias, delta_softplus):
-    """`selective_scan`'s contract, with B, C (b, g, n, l) and every tensor fp32."""
-    inputs = (u, delta, A, B, C, D, delta_bias)
-    differentiable = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
-    keep = differentiable or torch.jit.is_tracing()  # a trace, which may be taken without gradients, fixes this value
-    return _forward(*inputs, delta_softplus, keep)[0]
-
-
-def _sizes(u, A, B):
-    """Groups, channels per group, n, l; blocks in a group; chunks of the sequence."""
-    groups, width, length = B.shape[1], u.shape[1] // B.shape[1], u.shape[2]
+@torch.library.custom_op('dpmambair_basicsr::selective_scan_numba', mutates_args=(), device_types='cpu')
+def _forward(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+    keep: bool,
+) -> tuple[Tensor, Tensor]:
+    """y, in the layout of u, and the states that `_backward` starts from, if `keep`."""
     kernels = _kernels()
-    return (groups, width, A.shape[1], length), -(-width // kernels.LANES), -(-length // kernels.CHUNK)
+    sizes, blocks, _ = _layout(u, B)
+    y, states = _results(u, B, keep)
+    parameters = _pack(A, D, delta_bias, *sizes[:2], blocks)
+    inputs = sizes, delta_softplus, _view(u), _view(delta), parameters.data_ptr(), _view(B), _view(C)
+    arguments = *inputs, _view(y), states.data_ptr() if keep else 0
+    units = u.shape[0] * sizes[0] * blocks
+    _run(kernels.forward, arguments, units, u.numel() * A.shape[1], kernels.forward_scratch(A.shape[1]))
+    return y, states
+
+
+@_forward.register_fake
+def _(u, delta, A, B, C, D, delta_bias, delta_softplus, keep):
+    return _results(u, B, keep)
+
+
+@torch.library.custom_op('dpmambair_basicsr::selective_scan_numba_backward', mutates_args=(), device_types='cpu')
+def _backward(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+    states: Tensor,
+    dy: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of the seven tensors, D and delta_bias counting as zeros where they are None."""
+    kernels = _kernels()
+    sizes, blocks, chunks = _layout(u, B)
+    b, (groups, _, n, length) = u.shape[0], sizes
+    work, rows = u.numel() * n, b * groups * n  # work in state updates
+    parameters = _pack(A, D, delta_bias, *sizes[:2], blocks)
+    dparameters = parameters.new_zeros(b, *parameters.shape)
+    adjoints = u.new_zeros(b, groups * blocks, n, kernels.LANES)
+    du, ddelta, dB, dC = torch.empty_like(u), torch.empty_like(delta), B.new_empty(B.shape), C.new_empty(C.shape)
+    parts = min(blocks, -(-_BACKWARD_UNITS // (b * groups)))
+    window = chunks if parts == 1 else min(chunks, _BACKWARD_POSITIONS // kernels.CHUNK)
+    if parts == 1:
+        sums = dB.view(1, rows, length), dC.view(1, rows, length)
+    else:
+        sums = B.new_empty(2, parts, rows, window * kernels.CHUNK).unbind()
+    arguments = (
+        *(sizes, delta_softplus, _view(u), _view(delta), parameters.data_ptr(), _view(B), _view(C), _view(dy)),
+        *(states.data_ptr(), _view(du), _view(ddelta), dparameters.data_ptr(), adjoints.data_ptr()),
+        *(_view(sums[0]), _view(sums[1]), parts),
+    )
+    for last in range(chunks, 0, -window):
+        first = max(0, last - window)
+        states_seen = work * (last - first) // chunks
+        units, scratch = b * groups * parts, kernels.backward_scratch(n)
+        _run(kernels.backward, (*arguments, first, last), units, 2 * states_seen, scratch)
+        if parts > 1:
+            positions = slice(first * kernels.CHUNK, min(length, last * kernels.CHUNK))
+            for source, target in zip(sums, (dB, dC), strict=True):
+                _add_parts(source, target.view(rows, length)[:, positions])
+    total = torch.empty_like(parameters)
+    _add_parts(dparameters.flatten(2), total.flatten(1))
+    dA, dD, ddelta_bias = _unpack(total, *sizes[:2])
+    return du, ddelta, dA, dB, dC, dD, ddelta_bias
+
+
+@_backward.register_fake
+def _(u, delta, A, B, C, D, delta_bias, delta_softplus, states, dy):
+    d = u.shape[1]
+    contiguous = (x.new_empty(x.shape) for x in (A, B, C))
+    return torch.empty_like(u), torch.empty_like(delta), *contiguous, u.new_empty(d), u.new_empty(d)
+
+
+def _setup_context(ctx, inputs, output):
+    *tensors, ctx.delta_softplus, ctx.keep = inputs
+    ctx.save_for_backward(*tensors, output[1])
+
+
+def _gradients(ctx, dy, dstates):
+    if not ctx.keep:
+        raise RuntimeError('selective_scan: no gradients through a call that was recorded with gradients switched off')
+    *tensors, states = ctx.saved_tensors
+    gradients = _backward(*tensors, ctx.delta_softplus, states, dy)
+    needed = ctx.needs_input_grad[: len(tensors)]
+    return *(x if need else None for x, need in zip(gradients, needed, strict=True)), None, None
+
+
+_forward.register_autograd(_gradients, setup_context=_setup_context)
 
 
 def _view(x):
@@ -86,11 +195,61 @@ def _view(x):
     return x.data_ptr(), *(4 * stride for stride in x.stride())
 
 
-def _pack(A, D, delta_bias, groups, blocks):
-    """The channels' parameters as the kernels read them, (g * blocks, n + 2, 16): A * log2(e), D, delta_bias."""
-    lanes = _kernels().LANES
-    d, n = A.shape
+def _pack(A, D, delta_bias, groups, width, blocks):
+    """The parameters of the channels as the kernels read them, (g * blocks, n + 2, 16): A * log2(e), D, delta_bias."""
+    n, lanes = A.shape[1], _kernels().LANES
     packed = A.new_zeros(groups, blocks * lanes, n + 2)
-    channels = packed[:, : d // groups]
-    torch.mul(A.view(groups, -1, n), math.log2(math.e), out=channels[..., :n])
-    ...
+    channels = packed[:, :width]
+    channels[..., :n] = A.unflatten(0, (groups, width)) * _LOG2_E
+    if D is not None:
+        channels[..., n] = D.view(groups, width)
+    if delta_bias is not None:
+        channels[..., n + 1] = delta_bias.view(groups, width)
+    return packed.view(groups * blocks, lanes, n + 2).transpose(1, 2).contiguous()
+
+
+def _unpack(packed, groups, width):
+    """The inverse of `_pack` for gradients: those of A, D and delta_bias, each in memory of its own."""
+    channels = packed.transpose(1, 2).reshape(groups, -1, packed.shape[1])[:, :width].flatten(0, 1)
+    columns = channels[:, :-2], channels[:, -2], channels[:, -1]
+    return tuple(x.clone(memory_format=torch.contiguous_format) for x in columns)
+
+
+def _add_parts(source, target):
+    """target (rows, columns) = the sum of source (parts, rows, >= columns), in order; columns next to one another."""
+    parts, rows, _ = source.shape
+    (_, part_stride, row_stride, _), (start, target_stride, _) = _view(source), _view(target)
+    arguments = parts, source.data_ptr(), part_stride, row_stride, start, target_stride, target.shape[1]
+    _run(_kernels().add_parts, arguments, rows, parts * target.numel() // 2)
+
+
+def _run(kernel, arguments, units, states, scratch=0):
+    """Call kernel(*arguments, first, last, scratch memory) so that it does all units, in as many threads as pays off.
+
+    Args:
+        states: the work, as so many state updates.
+        scratch: floats of scratch memory per call; 0: the kernel does not take any.
+    """
+    threads = max(1, min(torch.get_num_threads(), units, states // _STATES_PER_THREAD))
+    memory = torch.empty(threads, scratch)
+    bounds = [units * i // threads for i in range(threads + 1)]
+    calls = [
+        (*arguments, bounds[i], bounds[i + 1], *([memory[i].data_ptr()] if scratch else [])) for i in range(threads)
+    ]
+    futures = [_pool().submit(kernel, *call) for call in calls[1:]]
+    try:
+        kernel(*calls[0])
+    finally:  # whatever happens, no thread may still use memory that the caller is about to free
+        for future, call in zip(futures, calls[1:], strict=True):
+            if future.cancel():  # not begun: the threads are busy elsewhere
+                kernel(*call)
+            else:
+                future.result()
+
+
+def _pool():
+    """Threads of this process; a forked one has none of its parent's."""
+    threads = torch.get_num_threads()
+    key = os.getpid(), threads
+    # setdefault: of two threads that come here at once, both use the first one's
+    return _pools.get(key) or _pools.setdefault(key, ThreadPoolExecutor(threads - 1, 'selective_scan'))

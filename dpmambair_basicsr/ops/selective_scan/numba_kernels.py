@@ -407,7 +407,7 @@ def backward_scratch(n):
 
 @_kernel(
     *(_sizes, types.boolean, _view_u, _view_u, _address, _view_B, _view_B, _view_u, _address),
-    *(_view_u, _view_u, _address, _address, types.UniTuple(_integer, 4)),
+    *(_view_u, _view_u, _address, _address, _view_u, _view_u),
     *(_integer, _integer, _integer, _integer, _integer, _address),
 )
 def backward(
@@ -424,7 +424,8 @@ def backward(
     ddelta,
     dparameters,
     adjoints,
-    sums,
+    dB,
+    dC,
     parts,
     first_chunk,
     last_chunk,
@@ -440,8 +441,7 @@ def backward(
         parameters, states: as in `forward`, states filled.
         dparameters: (b * g * blocks, n + 2, 16), zeros at first; the gradients of A, D, delta_bias are added.
         adjoints: (b * g * blocks, n, 16), zeros at first; the gradients of the states that the last seen chunk starts from.
-        sums: addresses of the gradients of B and C, and the bytes from part to part and from row to row; their columns are
-            the positions in these chunks, their rows (b, g, n). Each part writes its own.
+        dB, dC: (parts, b * g * n, positions in these chunks); each part writes the sums over its blocks.
     """
     groups, width, n, length = sizes
     blocks, chunks = (width + LANES - 1) // LANES, (length + CHUNK - 1) // CHUNK
@@ -541,9 +541,11 @@ def backward(
                 ddelta_block = ddelta[0] + sample * ddelta[1] + channel * ddelta[2] + start * ddelta[3]
                 _scatter(du_block, du[3], du[2], tile_ddrive, _VECTOR, steps, lanes)
                 _scatter(ddelta_block, ddelta[3], ddelta[2], tile_dlog, _VECTOR, steps, lanes)
-            row = (sample * groups + group) * n * sums[3] + part * sums[2] + (start - first_chunk * CHUNK) * _FLOAT_BYTES
-            _scatter(sums[0] + row, sums[3], _FLOAT_BYTES, tile_dB, _ROW, n, steps)
-            _scatter(sums[1] + row, sums[3], _FLOAT_BYTES, tile_dC, _ROW, n, steps)
+            row, column = (sample * groups + group) * n, start - first_chunk * CHUNK
+            target = dB[0] + part * dB[1] + row * dB[2] + column * dB[3]
+            _scatter(target, dB[2], dB[3], tile_dB, _ROW, n, steps)
+            target = dC[0] + part * dC[1] + row * dC[2] + column * dC[3]
+            _scatter(target, dC[2], dC[3], tile_dC, _ROW, n, steps)
 
 
 @_kernel(_integer, _address, _integer, _integer, _address, _integer, _integer, _integer, _integer)
