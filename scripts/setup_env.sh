@@ -17,7 +17,7 @@ if [ ! -f "$stamp" ] || [ "$(cat "$stamp")" != "$recipe" ]; then
     "$venv/bin/python" -c 'import importlib.metadata as m; m.version("basicsr")' 2>/dev/null ||
         $pip --no-build-isolation --no-deps basicsr==1.4.2
     $pip addict future lmdb lpips opencv-python pyyaml requests scikit-image scipy tensorboard tqdm yapf \
-        fvcore hypothesis matplotlib pytest ruff scikit-learn
+        fvcore hypothesis matplotlib numba pytest ruff scikit-learn
     $pip --no-build-isolation --no-deps --editable .
     echo "$recipe" > "$stamp"
 fi

@@ -58,7 +58,9 @@ def test_flops_are_the_papers():
 
     Counted at 64x64, for the time a forward pass takes on a CPU: convolutions and projections are per pixel, exactly.
     """
-    flops = FlopCountAnalysis(DPMambaIR().eval(), torch.rand(1, 3, 64, 64)).unsupported_ops_warnings(False).by_operator()
+    flops = (
+        FlopCountAnalysis(DPMambaIR().eval(), torch.rand(1, 3, 64, 64)).unsupported_ops_warnings(False).by_operator()
+    )
     per_pixel = flops['conv'] + flops['matmul']
     assert set(flops) <= {'conv', 'matmul', 'linear', 'layer_norm'}
     assert (16 * per_pixel + flops['linear']) / 1e9 == pytest.approx(153.33, rel=3e-3)

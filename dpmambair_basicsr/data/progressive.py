@@ -5,8 +5,8 @@ phase does not use. Here the data set is asked for whole batches (`__getitems__`
 
 The phase follows the training iteration. BasicSR's sampler runs in the training process and its indices reach the
 loader's workers, so the sampler is what can tell them: each index of a progressive data set is accompanied by its
-position in the epoch and by the number of iterations before the epoch, which our models report. Nothing is assumed about
-epochs, workers, prefetching or where training was resumed.
+position in the epoch and by the number of iterations before the epoch, which our models report. Nothing is assumed
+about epochs, workers, prefetching or where training was resumed.
 """
 
 import copy

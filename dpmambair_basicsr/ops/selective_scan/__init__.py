@@ -20,7 +20,7 @@ from torch import Tensor
 # only. A name without a module is kept for a backend that this version does not have.
 BACKENDS = {
     'triton': None,
-    'numba': None,
+    'numba': 'numba_backend',
     'torch': 'torch_chunked',
     'reference': 'reference',
     'mamba_ssm': None,
@@ -62,14 +62,17 @@ def selective_scan(
     tensors = {'u': u, 'delta': delta, 'A': A, 'B': B, 'C': C, 'D': D, 'delta_bias': delta_bias}
     _check(**tensors)
     dtype = torch.promote_types(u.dtype, torch.float32)
-    module = _choose(backend, u.device, dtype)
+    name = _choose(backend, u.device, dtype)
     inputs = (None if x is None else x.to(dtype) for x in tensors.values())
-    return module.scan(*inputs, delta_softplus).to(u.dtype)
+    return _scans[name](*inputs, delta_softplus).to(u.dtype)
 
 
 def available_backends(device: torch.device | str = 'cpu', dtype: torch.dtype = torch.float32) -> list[str]:
     """The backends that can compute on this device in this type (torch.float32 or float64), the best first."""
     return [name for name in BACKENDS if _why_not(name, torch.device(device), dtype) is None]
+
+
+_scans = {}
 
 
 def _choose(backend, device, dtype):
@@ -83,7 +86,13 @@ def _choose(backend, device, dtype):
             f'selective_scan: backend {backend!r} is not available: {reason}. Available here: {available}'
         )
     _log_once(backend, device.type)
-    return _module(backend)
+    _scans[backend] = _module(backend).scan
+    return backend
+
+
+# torch.compile takes its result as it is and does not look inside. torch.compiler.assume_constant_result does just
+# this, but imports the compiler, which takes a second.
+_choose._dynamo_marked_constant = True
 
 
 def _why_not(backend, device, dtype):

@@ -1,11 +1,11 @@
 """Selective scan on the CPU by numba's kernels: fp32, any size and strides. Needs `pip install dpmambair_basicsr[cpu]`.
 
-The shapes alone cut the work into units: 16 channels of a sample in the forward pass, a few such blocks of a group in the
-backward pass. Each thread takes a run of units and every sum has a fixed order, so results are bitwise the same for any
-number of threads. The threads are our own: numba's kill a forked process, or abort when two Python threads call them.
+The shapes alone cut the work into units: a block of 16 channels of a sample in the forward pass, a few blocks of a
+group in the backward pass. Units share nothing and every sum has a fixed order: results are bitwise the same for any
+number of threads. The threads are our own; numba's kill a forked process, or abort when two Python threads call them.
 
-Both passes are PyTorch operators, so that torch.compile and torch.export take them as they are. Extra memory: n / 64 of u for
-the states that the backward pass starts from, its gradients, and a buffer whose size does not depend on l.
+Both passes are PyTorch operators, so that torch.compile and torch.export take them as they are. Extra memory: n / 64 of
+u for the states that the backward pass starts from, the gradients, and a buffer whose size does not depend on l.
 """
 
 import functools
@@ -17,14 +17,18 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-# Units of the backward pass, if there are as many blocks: it can use so many threads. Each unit sums dB and dC for itself,
-# and that for so many positions before the sums are added up.
-_BACKWARD_UNITS, _BACKWARD_POSITIONS = 16, 8192
-# State updates that are worth waking up another thread, about 50 microseconds' work.
+# The backward pass has at least so many units, and so can use as many threads, if there are as many blocks.
+_BACKWARD_UNITS = 16
+# Units of the same group sum dB and dC each for itself. After so many positions the sums are added up and their memory
+# is free again.
+_BACKWARD_POSITIONS = 8192
+# State updates that are worth waking up another thread: about 50 microseconds' work.
 _STATES_PER_THREAD = 2**18
+# A thread whose core has other things to do leaves some of its runs of units to the others.
+_RUNS_PER_THREAD = 4
 
 _LOG2_E = math.log2(math.e)
-_pools = {}
+_pools = {}  # (process, threads) -> ThreadPoolExecutor; never emptied, threads take few values
 
 
 def scan(u, delta, A, B, C, D, delta_bias, delta_softplus):
@@ -46,10 +50,10 @@ def why_not(device, dtype):
 def _numba_trouble():
     try:
         _kernels()
-    except Exception as error:  # any: numba relies on inner parts of Python, NumPy and LLVM that change between versions
-        reason = str(error).strip().splitlines()[-1]
-        reason = f'numba does not work ({type(error).__name__}: {reason}); pip install dpmambair_basicsr[cpu]'
-        logging.getLogger('basicsr').warning('selective_scan: could be ten times faster on this CPU, but %s', reason)
+    except Exception as error:  # any: numba relies on inner parts of Python and LLVM, which change between versions
+        reason = ' '.join(f'{type(error).__name__}: {error}'.split())  # on one line
+        reason = f'numba does not work ({reason}); pip install dpmambair_basicsr[cpu]'
+        logging.getLogger('basicsr').warning('selective_scan: six times faster on this CPU with numba, but %s', reason)
         return reason
     return None
 
@@ -62,12 +66,12 @@ def _kernels():
     class Notice(event.Listener):
         told = False
 
-        def on_start(self, event):
+        def on_start(self, _):
             if not self.told:
-                logging.getLogger('basicsr').warning('selective_scan: compiling the CPU kernels, once, for some 10 s')
-            self.told = True
+                self.told = True
+                logging.getLogger('basicsr').warning('selective_scan: compiling the CPU kernels, some 10 s, once')
 
-        def on_end(self, event):
+        def on_end(self, _):
             pass
 
     with event.install_listener('numba:compile', Notice()):
@@ -109,7 +113,7 @@ def _forward(
     inputs = sizes, delta_softplus, _view(u), _view(delta), parameters.data_ptr(), _view(B), _view(C)
     arguments = *inputs, _view(y), states.data_ptr() if keep else 0
     units = u.shape[0] * sizes[0] * blocks
-    _run(kernels.forward, arguments, units, u.numel() * A.shape[1], kernels.forward_scratch(A.shape[1]))
+    _run(kernels.forward, arguments, units, u.numel() * B.shape[2], kernels.forward_scratch(B.shape[2]))
     return y, states
 
 
@@ -135,7 +139,7 @@ def _backward(
     kernels = _kernels()
     sizes, blocks, chunks = _layout(u, B)
     b, (groups, _, n, length) = u.shape[0], sizes
-    work, rows = u.numel() * n, b * groups * n  # work in state updates
+    rows = b * groups * n
     parameters = _pack(A, D, delta_bias, *sizes[:2], blocks)
     dparameters = parameters.new_zeros(b, *parameters.shape)
     adjoints = u.new_zeros(b, groups * blocks, n, kernels.LANES)
@@ -153,9 +157,8 @@ def _backward(
     )
     for last in range(chunks, 0, -window):
         first = max(0, last - window)
-        states_seen = work * (last - first) // chunks
-        units, scratch = b * groups * parts, kernels.backward_scratch(n)
-        _run(kernels.backward, (*arguments, first, last), units, 2 * states_seen, scratch)
+        work = 2 * u.numel() * n * (last - first) // chunks  # a step back is worth two forward
+        _run(kernels.backward, (*arguments, first, last), b * groups * parts, work, kernels.backward_scratch(n))
         if parts > 1:
             positions = slice(first * kernels.CHUNK, min(length, last * kernels.CHUNK))
             for source, target in zip(sums, (dB, dC), strict=True):
@@ -176,9 +179,10 @@ def _(u, delta, A, B, C, D, delta_bias, delta_softplus, states, dy):
 def _setup_context(ctx, inputs, output):
     *tensors, ctx.delta_softplus, ctx.keep = inputs
     ctx.save_for_backward(*tensors, output[1])
+    ctx.set_materialize_grads(False)  # the states would get one, of zeros
 
 
-def _gradients(ctx, dy, dstates):
+def _gradients(ctx, dy, _):
     if not ctx.keep:
         raise RuntimeError('selective_scan: no gradients through a call that was recorded with gradients switched off')
     *tensors, states = ctx.saved_tensors
@@ -223,33 +227,33 @@ def _add_parts(source, target):
     _run(_kernels().add_parts, arguments, rows, parts * target.numel() // 2)
 
 
-def _run(kernel, arguments, units, states, scratch=0):
-    """Call kernel(*arguments, first, last, scratch memory) so that it does all units, in as many threads as pays off.
+def _run(kernel, arguments, units, work, scratch=0):
+    """Call kernel(*arguments, first, last) so that it does all units, in as many threads as pays off.
 
     Args:
-        states: the work, as so many state updates.
-        scratch: floats of scratch memory per call; 0: the kernel does not take any.
+        work: in state updates.
+        scratch: floats of memory that the kernel gets as its last argument; 0: it takes none.
     """
-    threads = max(1, min(torch.get_num_threads(), units, states // _STATES_PER_THREAD))
-    memory = torch.empty(threads, scratch)
-    bounds = [units * i // threads for i in range(threads + 1)]
-    calls = [
-        (*arguments, bounds[i], bounds[i + 1], *([memory[i].data_ptr()] if scratch else [])) for i in range(threads)
-    ]
-    futures = [_pool().submit(kernel, *call) for call in calls[1:]]
+    threads = max(1, min(torch.get_num_threads(), units, work // _STATES_PER_THREAD))
+    runs = min(units, _RUNS_PER_THREAD * threads) if threads > 1 else 1
+    bounds = [units * i // runs for i in range(runs + 1)]
+    pending = iter([bounds[i : i + 2] for i in range(runs)])
+
+    def do_pending():
+        memory = torch.empty(scratch, dtype=torch.float32, device='cpu')
+        for run in pending:
+            kernel(*arguments, *run, *([memory.data_ptr()] if scratch else []))
+
+    futures = [_pool().submit(do_pending) for _ in range(threads - 1)]
     try:
-        kernel(*calls[0])
-    finally:  # whatever happens, no thread may still use memory that the caller is about to free
-        for future, call in zip(futures, calls[1:], strict=True):
-            if future.cancel():  # not begun: the threads are busy elsewhere
-                kernel(*call)
-            else:
+        do_pending()
+    finally:  # whatever happens, no thread may go on using memory that the caller is about to free
+        for future in futures:
+            if not future.cancel():  # it has begun
                 future.result()
 
 
 def _pool():
-    """Threads of this process; a forked one has none of its parent's."""
-    threads = torch.get_num_threads()
-    key = os.getpid(), threads
-    # setdefault: of two threads that come here at once, both use the first one's
-    return _pools.get(key) or _pools.setdefault(key, ThreadPoolExecutor(threads - 1, 'selective_scan'))
+    """Threads of this process: a fork has its parent's pools but not their threads."""
+    key = os.getpid(), torch.get_num_threads()
+    return _pools.get(key) or _pools.setdefault(key, ThreadPoolExecutor(key[1] - 1, 'selective_scan'))
