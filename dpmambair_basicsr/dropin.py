@@ -48,10 +48,11 @@ if __name__ == 'basicsr':
     importlib.import_module('basicsr')
     dpmambair_basicsr.register()
 '''
-# Run without this folder and PYTHONPATH: what a new Python finds by itself.
+# Run without this folder: what a new Python finds by itself and in PYTHONPATH.
 FIND = """
 import sys, importlib.util
-sys.path.pop(0)
+if not getattr(sys.flags, 'safe_path', False):
+    sys.path.pop(0)
 for name in ('dpmambair_basicsr', 'basicsr'):
     spec = importlib.util.find_spec(name)
     print(spec.origin or '' if spec else '')
@@ -170,13 +171,15 @@ def remove_if_empty(folder: Path) -> None:
 
 def report(root: Path) -> None:
     """Says which BasicSR the command will load, and whether it will find us."""
-    environment = {name: value for name, value in os.environ.items() if name not in ('PYTHONPATH', 'PYTHONSAFEPATH')}
     command = [sys.executable, '-c', FIND]
-    found = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    found = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout
     ours, installed = found.splitlines()[-2:]
     print(f'In {root}, python basicsr/train.py will use')
-    otherwise = f'the installed {Path(installed).parent}' if installed else 'none'
-    print(f'  {root.resolve() / "basicsr"} (without basicsr/basicsr.py: {otherwise})')
+    otherwise = str(Path(installed).parent) if installed else 'no BasicSR'
+    if os.environ.get('PYTHONSAFEPATH') and sys.version_info >= (3, 11):
+        print(f'  {otherwise}, because PYTHONSAFEPATH is set: unset it, or basicsr/basicsr.py is not found')
+    else:
+        print(f'  {root.resolve() / "basicsr"} (without basicsr/basicsr.py: {otherwise})')
     if ours:
         print(f'  {Path(ours).parent}')
     else:

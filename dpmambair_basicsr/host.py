@@ -178,17 +178,22 @@ def checked_options(original):
         file, forced = command_line()
         if file is None:  # BasicSR's own message
             return original(root_path, is_train)
-        from dpmambair_basicsr.options import check_forced, check_options, check_structure, refuse
+        from dpmambair_basicsr.options import apply_forced, check_options, check_root, check_structure, refuse
 
         raw = read_options(file)
-        refuse(file, check_structure(raw, is_train) or check_forced(raw, forced))
+        refuse(file, apply_forced(raw, forced) or check_structure(raw, is_train))
         opt, args = original(root_path, is_train)
-        obey_experiments_root(opt, raw['path'])
-        refuse(file, check_options(opt))
-        # BasicSR's train.py runs as __main__, so its function is not reached through the module basicsr.train
+        problems = []
+        if not args.debug:  # whose runs must not take the place of the real ones: they have a folder of their own
+            obey_experiments_root(opt, raw['path'])
+            problems = check_root(opt, raw['path'])
+        refuse(file, problems + check_options(opt))
+        # BasicSR's train.py runs as __main__, so its functions are not reached through the module basicsr.train
         caller = sys._getframe(1).f_globals
         if 'load_resume_state' in caller:
             caller['load_resume_state'] = load_resume_state
+        if 'create_train_val_dataloader' in caller:
+            caller['create_train_val_dataloader'] = whole_epochs(caller['create_train_val_dataloader'])
         return opt, args
 
     return parse_options
@@ -215,7 +220,7 @@ def read_options(file: str):
     """The option file as BasicSR reads it.
 
     Raises:
-        SystemExit: if it cannot be read, is no YAML, or holds a tag that would call Python (see `safe_yaml`).
+        SystemExit: if it cannot be read, is no text or no YAML, or holds a tag that would call Python, see `safe_yaml`.
     """
     import yaml
     from basicsr.utils import options
@@ -225,14 +230,16 @@ def read_options(file: str):
             return yaml.load(stream, Loader=options.ordered_yaml()[0])
     except OSError as error:
         raise SystemExit(f'{file}: {error.strerror}') from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise SystemExit(f'{file}: {error}') from None
 
 
 def obey_experiments_root(opt: dict, wanted: dict) -> None:
     """`path.experiments_root` and `path.results_root` of the option file are overwritten, utils/options.py:158, 172.
 
-    Without them a run is found again only from the directory it was started in. Can go with 1.4.2: master obeys them.
+    Without them a run is found again only from the directory it was started in. A relative one is taken from the
+    current directory, `~` is expanded. With `--debug` they are not asked: BasicSR's debug_<name> is used. Can go with
+    1.4.2: master obeys them.
     """
     root = 'experiments_root' if opt['is_train'] else 'results_root'
     if wanted.get(root) is None:
@@ -247,46 +254,110 @@ def load_resume_state(opt: dict) -> dict | None:
     """Resuming needs a GPU (train.py:85), unpickles anything, and `--auto_resume` looks below the current directory.
 
     train.py:71: from another directory it starts again at 0. A name such as `best.state` stops it, and so does a
-    truncated file. Here: the experiment's own directory, the highest number whose state and net_g can be read, on any
-    device, weights_only. Can go when BasicSR does so.
+    truncated file. Here: the experiment's own directory, the highest number whose state and networks can be read, on
+    any device, weights_only. Can go when BasicSR does so.
 
     Raises:
-        SystemExit: if there are states but none can be used: starting from 0 would be a surprise.
+        SystemExit: if there are states but none can be used: starting from 0 would be a surprise. So too if the state
+            that path.resume_state names cannot be used.
     """
-    import torch
     from basicsr.utils import check_resume
 
     if opt['auto_resume']:
         file = newest_usable_state(opt)
-        if file is None:
-            return None
-        opt['path']['resume_state'] = str(file)
-    elif not opt['path'].get('resume_state'):
+        opt['path']['resume_state'] = None if file is None else str(file)
+    file = opt['path'].get('resume_state')
+    if not file:
         return None
-    state = torch.load(opt['path']['resume_state'], map_location='cpu', weights_only=True)
+    try:
+        state = read_state(opt, file)
+    except ValueError as error:
+        raise SystemExit(f'path.resume_state: cannot resume from {error}') from None
     check_resume(opt, state['iter'])
     return state
 
 
 def newest_usable_state(opt: dict) -> Path | None:
-    import torch
-
     folder = Path(opt['path']['training_states'])
     files = [file for file in folder.glob('*.state') if file.stem.isdecimal()]
     for file in sorted(files, key=lambda file: int(file.stem), reverse=True):
-        needed = [file]
-        if 'network_g' not in (opt['path'].get('ignore_resume_networks') or ()):
-            needed.append(Path(opt['path']['models']) / f'net_g_{file.stem}.pth')
         try:
-            for checkpoint in needed:
-                torch.load(checkpoint, map_location='cpu', weights_only=True, mmap=True)
+            read_state(opt, file)
             return file
-        except Exception as error:  # torch.load raises many kinds
-            reason = str(error).splitlines()[0]
-            print(f'Cannot resume from {file}: {checkpoint.name}: {reason}. Trying the one before.', flush=True)
+        except ValueError as error:
+            print(f'Cannot resume from {error}. Trying the one before.', flush=True)
     if files:
         raise SystemExit(f'{folder}: none of its {len(files)} training states can be resumed from')
+    if opt.get('rank', 0) == 0:
+        print(
+            f'WARNING: --auto_resume finds no training state in {folder}: training starts at iteration 0.', flush=True
+        )
     return None
+
+
+def read_state(opt: dict, file) -> dict:
+    """A training state, on the CPU, of which every network of the options has its checkpoint beside it.
+
+    Raises:
+        ValueError: naming the state, and what of it cannot be read.
+    """
+    state = read_on_cpu(file)
+    if not (isinstance(state, dict) and {'epoch', 'iter', 'optimizers', 'schedulers'} <= state.keys()):
+        raise ValueError(f'{file}: is no training state')
+    ignored = opt['path'].get('ignore_resume_networks') or ()
+    for network in (key for key in opt if key.startswith('network_') and key not in ignored):
+        checkpoint = Path(opt['path']['models']) / f'net_{network.removeprefix("network_")}_{state["iter"]}.pth'
+        try:
+            read_on_cpu(checkpoint)
+        except ValueError as error:
+            raise ValueError(f'{file}: {error}') from None
+    return state
+
+
+def read_on_cpu(file):
+    """What torch.save has written, weights_only; storage is mapped, not read. ValueError, naming the file, if not."""
+    import zipfile
+
+    import torch
+
+    try:  # the format before torch 1.6 is no zip file and cannot be mapped
+        return torch.load(file, map_location='cpu', weights_only=True, mmap=zipfile.is_zipfile(file))
+    except Exception as error:  # torch.load raises many kinds
+        reason = ' '.join(str(error).split()).partition('. ')[0]
+        raise ValueError(f'{file}: {type(error).__name__}: {reason}') from None
+
+
+def whole_epochs(original):
+    """Epochs are planned as if incomplete batches were used (train.py:41), but the loader leaves them out.
+
+    Training ends early: 13 images in batches of 8, total_iter 40: after 21. The same happens after `--auto_resume` with
+    larger batches. Here: as many epochs as are left to do. Can go when BasicSR divides by len(train_loader).
+
+    Raises:
+        ValueError: if there is not a single batch; BasicSR would end at once, without a word.
+    """
+    if hasattr(original, 'mended_by'):
+        return original
+
+    @functools.wraps(original)
+    def create_train_val_dataloader(opt, logger):
+        from dpmambair_basicsr.options import no_batch
+
+        train_loader, train_sampler, val_loaders, planned, total_iters = original(opt, logger)
+        per_epoch = len(train_loader)
+        if per_epoch == 0:
+            ratio = opt['datasets']['train'].get('dataset_enlarge_ratio', 1)
+            message = no_batch(len(train_loader.dataset), train_loader.batch_size, ratio, opt['world_size'])
+            raise ValueError(f'datasets.train: {message}')
+        state = opt['path'].get('resume_state')
+        state = read_on_cpu(state) if state else {'epoch': 0, 'iter': 0}
+        total_epochs = state['epoch'] - (state['iter'] - total_iters) // per_epoch
+        if total_epochs != planned:
+            logger.info(f'Incomplete batches are left out: {per_epoch} iterations per epoch, {total_epochs} epochs.')
+        return train_loader, train_sampler, val_loaders, total_epochs, total_iters
+
+    create_train_val_dataloader.mended_by = __name__
+    return create_train_val_dataloader
 
 
 @replaces('basicsr.utils.options', 'ordered_yaml')
@@ -319,12 +390,16 @@ def forced_value(original):
     def postprocess_yml_value(text):
         import yaml
 
-        from dpmambair_basicsr.options import NUMBER
+        from dpmambair_basicsr.options import is_number_as_text
 
-        value = yaml.safe_load(text) if text.startswith('[') else original(text)
-        if isinstance(value, str) and NUMBER.fullmatch(value):
-            value = int(value) if value.lstrip('+-').isdecimal() else float(value)
-        return value
+        def convert(value):
+            if isinstance(value, list):
+                return [convert(part) for part in value]
+            if not is_number_as_text(value):
+                return value
+            return int(value) if value.lstrip('+-').isdecimal() else float(value)
+
+        return convert(yaml.safe_load(text) if text.startswith('[') else original(text))
 
     return postprocess_yml_value
 

@@ -1,23 +1,35 @@
 """Checks an option file against the code that will read it, before anything is created.
 
-`host.py` calls this when BasicSR parses its options. A file for one of BasicSR's own models gets only the checks that
-no working file fails; the others need to know which keys are read, which our classes declare:
+`host.py` calls this when BasicSR parses its options. What takes no time and no memory is made on trial: our networks
+(without storage), our data sets, optimisers, schedulers. A file for one of BasicSR's own models gets only the checks
+that no working file fails; the others need to know which keys are read, which our classes declare:
     a model class: `option_keys = {'train': frozenset({...}), 'val': ..., 'path': ..., 'logger': ..., 'top': ...}`,
     what it reads beside KNOWN; those of its base classes are added;
     a data set class: `option_keys = frozenset({...})`, what it reads beside LOADER.
 """
 
+import collections.abc
 import difflib
 import inspect
+import math
 import re
+import types
+import typing
+import warnings
 from copy import deepcopy
 from pathlib import Path
 
 import torch
+import yaml
 from basicsr.models import lr_scheduler as basicsr_schedulers
+from basicsr.utils import options as basicsr_options
 from basicsr.utils import registry
 
+from dpmambair_basicsr.losses import vgg_perceptual_loss
+from dpmambair_basicsr.losses.lpips_network import BACKBONES, backbone_path
 from dpmambair_basicsr.models import lr_scheduler as our_schedulers
+from dpmambair_basicsr.models.checkpoints import differences, read_weights
+from dpmambair_basicsr.models.restoration_hooks import RestorationHooks
 
 # What BasicSR (1.4.2 and master) reads in each section, and what parse_options adds. In train also <name>_opt, a loss.
 KNOWN = {
@@ -35,6 +47,7 @@ LOADER = (
 )
 # What BasicSR reads without a default, in training and in testing.
 SECTIONS = {True: ('datasets', 'path', 'train', 'logger'), False: ('datasets', 'path', 'val')}
+OPTIONAL_SECTIONS = ('val', 'dist_params')
 REQUIRED = {
     True: {
         'train': 'total_iter scheduler optim_g',
@@ -42,6 +55,35 @@ REQUIRED = {
         'val': 'val_freq save_img',
     },
     False: {'val': 'save_img'},
+}
+# What is compared or divided by: least and greatest value, and whether a float will do (BasicSR's files have 5.0e+3).
+LIMITS = {
+    'num_gpu': (0, math.inf, int),
+    'scale': (1, math.inf, int),
+    'train.total_iter': (1, math.inf, float),
+    'train.warmup_iter': (-1, math.inf, float),
+    'train.ema_decay': (0, 1, float),
+    'train.grad_clip_norm': (0, math.inf, float),
+    'train.net_d_iters': (1, math.inf, float),
+    'train.net_d_init_iters': (0, math.inf, float),
+    'val.val_freq': (1, math.inf, float),
+    'logger.print_freq': (1, math.inf, float),
+    'logger.save_checkpoint_freq': (1, math.inf, float),
+}
+LOADER_LIMITS = {
+    'batch_size_per_gpu': (1, math.inf, int),
+    'num_worker_per_gpu': (0, math.inf, int),
+    'num_prefetch_queue': (1, math.inf, int),
+    'dataset_enlarge_ratio': (0, math.inf, float),
+}
+MAY_BE_EMPTY = ('train.grad_clip_norm',)
+KINDS = {
+    int: 'a whole number',
+    float: 'a number',
+    str: 'text',
+    bool: 'true or false',
+    dict: 'a section',
+    type(None): '~',
 }
 NUMBER = re.compile(r'[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?')
 TEXT_KEYS = re.compile(r'name|type|project|resume_id|dataroot.*|pretrain.*|(.*_)?(suffix|tmpl|root|file|state)')
@@ -54,44 +96,97 @@ def refuse(file: str, problems: list[str]) -> None:
         raise SystemExit('\n  '.join([f'{file}: {count} in the options:', *problems]))
 
 
+def apply_forced(opt, forced: list[str]) -> list[str]:
+    """Carries out `--force_yml section:key=value` on the file's options as BasicSR will, and returns its problems.
+
+    BasicSR runs the keys as Python (utils/options.py:128), so nothing else than keys may be there.
+    """
+    problems = []
+    for entry in forced if isinstance(opt, dict) else ():
+        if not re.fullmatch(r'\s*[\w-]+(:[\w-]+)*\s*=[^=]*', entry):
+            problems.append(f'--force_yml {entry}: is not of the form key=value or section:key=value')
+            continue
+        keys, _, text = entry.partition('=')
+        *sections, key = keys.strip().split(':')
+        section = opt
+        for name in sections:
+            section = section.get(name) if isinstance(section, dict) else None
+        if not isinstance(section, dict):
+            problems.append(f'--force_yml {entry}: the file has no such section')
+            continue
+        try:
+            section[key] = basicsr_options._postprocess_yml_value(text.strip())
+        except (ValueError, yaml.YAMLError) as error:
+            problems.append(describe(f'--force_yml {entry}', error))
+    return problems
+
+
 def check_structure(opt, is_train: bool) -> list[str]:
-    """Problems with what BasicSR's parse_options itself reads; without it, it ends with a bare KeyError."""
+    """Problems with what BasicSR's parse_options itself reads, where it ends with a bare KeyError or TypeError."""
     if not isinstance(opt, dict):
         return ['the file is not a mapping of keys to values']
     sections = {name: opt.get(name) for name in SECTIONS[is_train]}
+    texts = {'name': opt.get('name')}
     if isinstance(opt.get('datasets'), dict):
         sections |= {f'datasets.{phase}': dataset for phase, dataset in opt['datasets'].items()}
         if is_train:
             sections.setdefault('datasets.train', None)
-    problems = [f'{key}: missing' for key in ('name', 'model_type', 'num_gpu') if key not in opt]
+        for phase, dataset in opt['datasets'].items():
+            if isinstance(dataset, dict):
+                texts |= {f'datasets.{phase}.{key}': dataset.get(key) for key in ('dataroot_gt', 'dataroot_lq')}
+    if isinstance(opt.get('path'), dict):
+        files = re.compile(r'experiments_root|results_root|.*(resume_state|pretrain_network).*')
+        texts |= {f'path.{key}': value for key, value in opt['path'].items() if files.fullmatch(str(key))}
+    problems = [f'{key}: missing' for key in ('name', 'model_type', 'num_gpu') if opt.get(key) is None]
     problems += [f'{path}: missing' for path, section in sections.items() if section is None]
+    sections |= {name: opt[name] for name in OPTIONAL_SECTIONS if name in opt}
     wrong = {path: section for path, section in sections.items() if not isinstance(section, dict | None)}
-    return problems + [f'{path}: has to be a section, not {value!r}' for path, value in wrong.items()]
-
-
-def check_forced(opt: dict, forced: list[str]) -> list[str]:
-    """Problems with `--force_yml section:key=value`; BasicSR runs the keys as Python (utils/options.py:128)."""
-    problems = []
-    for entry in forced:
-        section = opt
-        for key in entry.partition('=')[0].strip().split(':')[:-1]:
-            section = section.get(key) if isinstance(section, dict) else None
-        if not re.fullmatch(r'\s*[\w-]+(:[\w-]+)*\s*=[^=]*', entry):
-            problems.append(f'--force_yml {entry}: is not of the form key=value or section:key=value')
-        elif not isinstance(section, dict):
-            problems.append(f'--force_yml {entry}: the file has no such section')
+    problems += [f'{path}: has to be a section, not {value!r}' for path, value in wrong.items()]
+    problems += [
+        f'{path}: has to be text, not {value!r}' for path, value in texts.items() if not isinstance(value, str | None)
+    ]
+    if type(opt.get('manual_seed', 0)) is not int and opt['manual_seed'] is not None:
+        problems.append(f'manual_seed: has to be a whole number, not {opt["manual_seed"]!r}')
     return problems
+
+
+def check_root(opt: dict, wanted: dict) -> list[str]:
+    """Problem if `path.experiments_root` or `results_root` of the file, `wanted`, is no folder of BasicSR's.
+
+    A folder that exists is renamed as a whole when a run starts: one that holds other things must not be.
+    """
+    key, signs = ('results_root', ('visualization', 'test_*.log'))
+    if opt['is_train']:
+        key, signs = 'experiments_root', ('models', 'training_states', '*.yml')
+    folder = Path(opt['path'][key])
+    if wanted.get(key) is None or not folder.exists():
+        return []
+    if not folder.is_dir():
+        return [f'path.{key}: {folder} is a file']
+    if any(folder.iterdir()) and not any(is_of_a_run(file) for sign in signs for file in folder.glob(sign)):
+        return [f'path.{key}: {folder} holds other things than a run, and would be renamed; name a folder of its own']
+    return []
+
+
+def is_of_a_run(file: Path) -> bool:
+    """Not any yml file: the copy that BasicSR puts there."""
+    return file.suffix != '.yml' or file.read_bytes().startswith(b'# GENERATE TIME')
 
 
 def check_options(opt: dict) -> list[str]:
     """Problems of the options that parse_options returns, each 'section.key: what is wrong'; `opt` stays as it is."""
     opt = deepcopy(opt)
-    problems = check_devices(opt)
-    model, problem = look_up(registered('MODEL'), 'model_type', opt['model_type'])
-    if not hasattr(model, 'option_keys'):
-        return problems + problem
-    networks = [key for key in opt if key.startswith('network_')]
-    problems += check_sections(opt, model, networks)
+    model, problems = look_up(registered('MODEL'), 'model_type', opt['model_type'])
+    if hasattr(model, 'option_keys'):
+        problems = check_keys(opt, model)
+    problems = check_loaders(opt, model) + problems
+    return problems + check_on_trial(opt, model, problems)
+
+
+def check_keys(opt: dict, model: type) -> list[str]:
+    """Unknown and missing keys, unknown types, values of the wrong kind, files that do not exist."""
+    networks = [key for key in opt if str(key).startswith('network_')]
+    problems = check_sections(opt, model, networks)
     for network in networks:
         problems += check_call(registered('ARCH'), network, opt[network])
     for phase, dataset in opt['datasets'].items():
@@ -103,23 +198,48 @@ def check_options(opt: dict) -> list[str]:
             problems += check_call(optimizers(), f'train.{key}', value, given=('params',), required=('lr',))
         elif key.startswith('scheduler') and value is not None:
             problems += check_call(schedulers(), f'train.{key}', value, given=('optimizer',))
-    for name, metric in ((opt.get('val') or {}).get('metrics') or {}).items():
-        given = ('img', 'img2')
-        problems += check_call(registered('METRIC'), f'val.metrics.{name}', metric, given, open_ended=False)
+    metrics = (opt.get('val') or {}).get('metrics') or {}
+    if not isinstance(metrics, dict):
+        problems.append(f'val.metrics: has to be a section, not {metrics!r}')
+        metrics = {}
+    for name, metric in metrics.items():
+        problems += check_metric(f'val.metrics.{name}', metric)
+    problems += check_renamed(opt)
     files = ('resume_state',) if will_resume(opt) else ('resume_state', 'pretrain_network')
+    problems += check_limits('', opt, {key: limits for key, limits in LIMITS.items() if '.' not in key})
+    for section in ('train', 'val', 'logger'):
+        limits = {key.partition('.')[2]: value for key, value in LIMITS.items() if key.startswith(f'{section}.')}
+        problems += check_limits(f'{section}.', opt.get(section) or {}, limits)
     return problems + check_files('path', opt['path'], files) + check_numbers('', opt)
 
 
-def check_devices(opt: dict) -> list[str]:
-    """CUDA asked for where there is none: otherwise a raw CUDA error, late (models/base_model.py:18)."""
-    if torch.cuda.is_available():
-        return []
-    problems = []
-    if opt['num_gpu'] != 0:
+def check_loaders(opt: dict, model: type | None) -> list[str]:
+    """What ends any model's run after folders were renamed, or later: devices and loaders that do not work so."""
+    problems, cuda = [], torch.cuda.is_available()
+    if not cuda and opt['num_gpu'] != 0:
         problems.append(f'num_gpu: {opt["num_gpu"]}, but PyTorch finds no CUDA device; write 0 or auto')
     for phase, dataset in opt['datasets'].items():
-        if dataset.get('prefetch_mode') == 'cuda':
-            problems.append(f'datasets.{phase}.prefetch_mode: cuda, but PyTorch finds no CUDA device; write ~')
+        path, mode = f'datasets.{phase}', dataset.get('prefetch_mode')
+        kinds = ('val',) if opt['is_train'] else ('test', 'val')
+        if dataset['phase'] not in kinds and not (opt['is_train'] and phase == 'train'):
+            choices = ['train'] * opt['is_train'] + [name for kind in kinds for name in (kind, f'{kind}_<name>')]
+            problems.append(f'{path}: unknown data set; choices: {", ".join(choices)}')
+        if mode not in (None, 'cpu', 'cuda'):
+            problems.append(f'{path}.prefetch_mode: {mode!r} is none of cpu, cuda, ~')
+        if mode == 'cuda' and not cuda:
+            problems.append(f'{path}.prefetch_mode: cuda, but PyTorch finds no CUDA device; write ~')
+        elif mode == 'cuda' and phase == 'train' and dataset.get('pin_memory') is not True:
+            problems.append(f'{path}.pin_memory: prefetch_mode cuda needs true')
+        if dataset.get('persistent_workers'):
+            if mode == 'cpu':  # its threads share the workers' one iterator
+                problems.append(
+                    f'{path}.persistent_workers: crashes at random with prefetch_mode cpu; write false or ~'
+                )
+            elif phase != 'train' or dataset.get('num_worker_per_gpu') == 0:
+                problems.append(f'{path}.persistent_workers: true, but this loader has no workers; write false')
+        if dataset.get('progressive') is not None and model is not None and not issubclass(model, RestorationHooks):
+            known = ', '.join(sorted(name for name, value in registered('MODEL').items() if is_ours(value)))
+            problems.append(f'{path}.progressive: {opt["model_type"]} does not report its iterations; choices: {known}')
     return problems
 
 
@@ -150,12 +270,32 @@ def check_dataset(path: str, opt: dict) -> list[str]:
     dataset, problems = look_up(registered('DATASET'), f'{path}.type', opt.get('type'))
     required = ('name', 'batch_size_per_gpu', 'num_worker_per_gpu') if opt['phase'] == 'train' else ('name',)
     problems += [f'{path}.{key}: missing' for key in required if key not in opt]
+    problems += check_limits(f'{path}.', opt, LOADER_LIMITS)
     if hasattr(dataset, 'option_keys'):
         problems += unknown_keys(f'{path}.', opt, {*LOADER.split(), *dataset.option_keys})
-    parts = {path: opt} | {f'{path}.datasets.{name}': part for name, part in (opt.get('datasets') or {}).items()}
-    for name, part in parts.items():  # a mixed data set has parts
-        if isinstance(part, dict) and (part.get('io_backend') or {}).get('type', 'disk') in ('disk', 'lmdb'):
+    parts = opt.get('datasets') or {}  # a mixed data set has parts
+    if not isinstance(parts, dict):
+        return [*problems, f'{path}.datasets: has to be a section, not {parts!r}']
+    for name, part in {path: opt, **{f'{path}.datasets.{name}': part for name, part in parts.items()}}.items():
+        backend = part.get('io_backend') if isinstance(part, dict) else None
+        if not isinstance(part, dict | None):
+            problems.append(f'{name}: has to be a section, not {part!r}')
+        elif not isinstance(backend, dict | None) or (backend and 'type' not in backend):
+            problems.append(f'{name}.io_backend: has to be a section with a type, not {backend!r}')
+        elif part and (backend or {'type': 'disk'})['type'] in ('disk', 'lmdb'):
             problems += check_files(name, part, ('dataroot', 'meta_info'))
+    return problems
+
+
+def check_metric(path: str, opt) -> list[str]:
+    problems = check_call(registered('METRIC'), path, opt, given=('img', 'img2'), open_ended=False)
+    if problems:
+        return problems
+    better = inspect.signature(look_up(registered('METRIC'), path, opt['type'])[0]).parameters.get('better')
+    if better is not None and 'better' not in opt:
+        problems = [f'{path}.better: missing; without better: {better.default} BasicSR takes the worst for the best']
+    elif opt.get('better', 'higher') not in ('higher', 'lower'):
+        problems = [f'{path}.better: {opt["better"]!r} is none of higher, lower']
     return problems
 
 
@@ -169,7 +309,7 @@ def check_call(known: dict, path: str, opt, given=(), required=(), open_ended=Tr
     """
     if not isinstance(opt, dict):
         return [f'{path}: has to be a section with a type, not {opt!r}']
-    target, problems = look_up(known, f'{path}.type', opt.pop('type', None))
+    target, problems = look_up(known, f'{path}.type', opt.get('type'))
     if target is None:
         return problems
     parameters = inspect.signature(target).parameters.values()
@@ -179,15 +319,212 @@ def check_call(known: dict, path: str, opt, given=(), required=(), open_ended=Tr
     }
     missing = [name for name, p in named.items() if name not in opt and (p.default is p.empty or name in required)]
     problems += [f'{path}.{name}: missing' for name in missing]
+    arguments = arguments_of(opt)
     if not takes_any:
-        problems += unknown_keys(f'{path}.', opt, {*named})
+        problems += unknown_keys(f'{path}.', arguments, {*named})
     elif not open_ended:
-        problems += unknown_keys(f'{path}.', opt, {*named, 'better'})  # BasicSR's key, passed on to the metric
+        problems += unknown_keys(f'{path}.', arguments, {*named, 'better'})  # BasicSR's key, passed on to the metric
+    if is_ours(target):
+        for name, value in arguments.items():
+            if name in named:
+                problems += check_kind(f'{path}.{name}', value, named[name].annotation)
+    return problems or check_weights(path, target, arguments)
+
+
+def check_weights(path: str, target, arguments: dict) -> list[str]:
+    """Pre-trained weights that a loss or a metric will look for: whether there is such a file."""
+    if target is vgg_perceptual_loss.VGGPerceptualLoss:
+        try:
+            vgg_perceptual_loss.find_vgg_weights(arguments.get('vgg_type', 'vgg19'), arguments.get('weights'))
+        except (ValueError, FileNotFoundError) as error:
+            return [describe(path, error)]
+    elif getattr(target, '__name__', '') in ('LPIPSLoss', 'calculate_lpips') and is_ours(target):
+        net = arguments.get('net', 'alex')
+        if net not in BACKBONES:
+            return [f'{path}.net: {net!r} is none of {", ".join(BACKBONES)}']
+        file = Path(arguments.get('weights') or backbone_path(net)).expanduser()
+        if not file.is_file():
+            return [f'{path}: needs the ImageNet weights {BACKBONES[net].url}; download them, {file} does not exist']
+    return []
+
+
+def check_kind(path: str, value, wanted) -> list[str]:
+    """Problem if a value is not of the kind that a function of ours declares; numbers as text: see `check_numbers`."""
+    if wanted is inspect.Parameter.empty or is_kind(value, wanted) or is_number_as_text(value):
+        return []
+    return [f'{path}: has to be {kind_in_words(wanted)}, not {value!r}']
+
+
+def is_kind(value, wanted) -> bool:
+    origin, parts = typing.get_origin(wanted), typing.get_args(wanted)
+    if origin in (types.UnionType, typing.Union):
+        return any(is_kind(value, part) for part in parts)
+    if origin in (collections.abc.Sequence, list):
+        return isinstance(value, list) and all(is_kind(part, parts[0]) or is_number_as_text(part) for part in value)
+    if wanted in (int, float):
+        return isinstance(value, int | wanted) and not isinstance(value, bool)
+    return (origin or wanted) not in KINDS or isinstance(value, origin or wanted)
+
+
+def kind_in_words(wanted) -> str:
+    origin, parts = typing.get_origin(wanted), typing.get_args(wanted)
+    if origin in (types.UnionType, typing.Union):
+        return ' or '.join(kind_in_words(part) for part in parts)
+    if origin in (collections.abc.Sequence, list):
+        return f'a list, each {KINDS[parts[0]]}'
+    return KINDS[origin or wanted]
+
+
+def is_number_as_text(value) -> bool:
+    return isinstance(value, str) and NUMBER.fullmatch(value) is not None
+
+
+def check_limits(prefix: str, section: dict, limits: dict[str, tuple]) -> list[str]:
+    """Values that are no numbers or out of range; numbers as text: see `check_numbers`."""
+    problems = []
+    for key, value in section.items():
+        low, high, kind = limits.get(key, (None, None, None))
+        if kind is None or is_number_as_text(value) or (value is None and prefix + key in MAY_BE_EMPTY):
+            continue
+        if not is_kind(value, kind) or not low <= value <= high:
+            bounds = f'of at least {low}' if high == math.inf else f'from {low} to {high}'
+            problems.append(f'{prefix}{key}: has to be {KINDS[kind]} {bounds}, not {value!r}')
     return problems
+
+
+def check_on_trial(opt: dict, model: type | None, reported: list[str]) -> list[str]:
+    """What shows only when things are made or read. What is already reported for a section is not looked at again."""
+    problems = []
+
+    def attempt(path: str, make, *arguments):
+        if any(re.match(rf'{re.escape(path)}[.:\[]', problem) for problem in reported):
+            return None
+        try:
+            with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+                warnings.simplefilter('ignore')
+                return make(*arguments)
+        except Exception as error:  # whatever it is, it would end the run later
+            problems.append(describe(path, error))
+            return None
+
+    is_checked = hasattr(model, 'option_keys')
+    networks = {}
+    for key, section in opt.items():
+        target = our_type('ARCH', section) if str(key).startswith('network_') else None
+        if target is not None:
+            networks[key] = attempt(key, make_without_storage, target, arguments_of(section))
+            scale = getattr(networks[key], 'scale', None)
+            if isinstance(scale, int) and scale != opt.get('scale', 1):
+                problems.append(f'{key}.scale: {scale}, but scale is {opt.get("scale", 1)}')
+    for phase, section in opt['datasets'].items():
+        target = our_type('DATASET', section)
+        dataset = None if target is None else attempt(f'datasets.{phase}', target, deepcopy(section))
+        if phase == 'train' and dataset is not None:
+            attempt('datasets.train', check_batches, opt, len(dataset))
+    if is_checked:
+        for key, section in (opt.get('train') or {}).items():
+            if key.startswith('optim_'):
+                attempt(f'train.{key}', make_optimizer, section)
+            elif key.startswith('scheduler') and section is not None:
+                attempt(f'train.{key}', make_scheduler, section)
+    if not will_resume(opt):
+        for key, file in opt['path'].items():
+            network = key.removeprefix('pretrain_')
+            if file is None or not key.startswith('pretrain_network_') or network == 'network_e':
+                continue
+            if networks.get(network) is not None or (is_checked and network in opt):
+                attempt(f'path.{key}', check_checkpoint, opt['path'], network, networks.get(network))
+        if opt['is_train'] and is_checked and networks.get('network_g') is not None:
+            attempt('path.pretrain_network_e', check_extractor, opt['path'], networks['network_g'])
+    return problems
+
+
+def make_without_storage(target: type, arguments: dict) -> torch.nn.Module:
+    with torch.device('meta'):
+        return target(**arguments)
+
+
+def make_optimizer(section: dict) -> torch.optim.Optimizer:
+    return optimizers()[section['type']]([torch.nn.Parameter(torch.zeros(1))], **arguments_of(section))
+
+
+def make_scheduler(section: dict) -> torch.optim.lr_scheduler.LRScheduler:
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    return schedulers()[section['type']](optimizer, **arguments_of(section))
+
+
+def check_batches(opt: dict, items: int) -> None:
+    """Raises ValueError if not a single batch can be made: BasicSR leaves incomplete ones out."""
+    train = opt['datasets']['train']
+    ratio, size = train.get('dataset_enlarge_ratio', 1), train['batch_size_per_gpu']
+    if not opt['dist']:
+        size *= max(opt['num_gpu'], 1)
+    if math.ceil(items * ratio / opt['world_size']) < size:
+        raise ValueError(no_batch(items, size, ratio, opt['world_size']))
+
+
+def no_batch(items: int, batch_size: int, ratio: float, processes: int) -> str:
+    return (
+        f'{items} items times dataset_enlarge_ratio {ratio}, shared by {processes} process(es), '
+        f'are less than one batch of {batch_size}; raise dataset_enlarge_ratio or lower batch_size_per_gpu'
+    )
+
+
+def check_checkpoint(path: dict, network: str, net: torch.nn.Module | None) -> None:
+    """Raises ValueError if `pretrain_<network>` cannot be read, or does not fit the network, if that is ours."""
+    file, name = path[f'pretrain_{network}'], network.removeprefix('network_')
+    weights = read_weights(file, path.get(f'param_key_{name}', 'params'), 'params')
+    report = differences(net, weights) if net is not None and path.get(f'strict_load_{name}', True) else ''
+    if report:
+        raise ValueError(f'{file}: {report}')
+
+
+def check_extractor(path: dict, net: torch.nn.Module) -> None:
+    """Raises ValueError if a network does not get the frozen extractor it needs, see `RestorationHooks.load_extractor`.
+
+    Whether `pretrain_network_g` brings one is left to that.
+    """
+    file, whole = path.get('pretrain_network_e'), path.get('pretrain_network_g')
+    if not getattr(net, 'needs_extractor', False):
+        if file is not None:
+            raise ValueError(f'this {type(net).__name__} takes no extractor; write ~')
+    elif file is not None:
+        try:
+            with torch.device('meta'):
+                net.load_extractor(read_weights(file, 'params_ema', 'params', None))
+        except RuntimeError as error:
+            raise ValueError(f'{file}: not a checkpoint of stage 1 for this network: {error}') from error
+    elif whole is None:
+        raise ValueError(
+            'missing; the degradation extractor is frozen: pre-train it with options/train_degradation_extractor.yml'
+        )
+
+
+def describe(path: str, error: Exception) -> str:
+    """One line about an exception; torch's can list every parameter of a network."""
+    text = ' '.join(str(error).split())
+    text = text if len(text) <= 500 else f'{text[:500]} ...'
+    return f'{path}: {text}' if isinstance(error, ValueError | OSError) else f'{path}: {type(error).__name__}: {text}'
+
+
+def arguments_of(section: dict) -> dict:
+    return {key: value for key, value in section.items() if key != 'type'}
+
+
+def our_type(kind: str, section):
+    """The class of ours that a section with a `type` names, otherwise None."""
+    target = look_up(registered(kind), '', section.get('type'))[0] if isinstance(section, dict) else None
+    return target if is_ours(target) else None
+
+
+def is_ours(target) -> bool:
+    return getattr(target, '__module__', None) is not None and target.__module__.startswith('dpmambair_basicsr.')
 
 
 def look_up(known: dict, path: str, name) -> tuple[object, list[str]]:
     """What is known under `name`, or None, and the problem."""
+    if not isinstance(name, str | None):
+        return None, [f'{path}: has to be text, not {name!r}']
     target = known.get(name, known.get(f'{name}_basicsr'))  # BasicSR's suffix for its own, see Registry.get
     if target is not None:
         return target, []
@@ -196,8 +533,9 @@ def look_up(known: dict, path: str, name) -> tuple[object, list[str]]:
 
 def will_resume(opt: dict) -> bool:
     """Whether BasicSR will ignore path.pretrain_network_*: a run may outlive the files it started from."""
-    states = Path(opt['path'].get('training_states', '')).glob('*.state') if opt['auto_resume'] else ()
-    return any(states) or bool(opt['path'].get('resume_state'))
+    if opt['auto_resume']:
+        return any(Path(opt['path'].get('training_states', '')).glob('*.state'))
+    return bool(opt['path'].get('resume_state'))
 
 
 def unknown_keys(prefix: str, given, known: set[str]) -> list[str]:
@@ -216,6 +554,23 @@ def check_files(path: str, opt: dict, prefixes: tuple[str, ...]) -> list[str]:
     return [f'{path}.{key}: {name} does not exist' for key, name in pairs if not Path(str(name)).expanduser().exists()]
 
 
+def check_renamed(opt: dict) -> list[str]:
+    """Checkpoints in the folder that BasicSR renames when this training starts: it would not find them any more."""
+    folder = opt['path'].get('experiments_root')
+    if not opt['is_train'] or folder is None or will_resume(opt):
+        return []
+    inside = [
+        (key, file)
+        for key, file in opt['path'].items()
+        if key.startswith('pretrain_network_') and file is not None
+        if Path(file).resolve().is_relative_to(Path(folder).resolve()) and Path(file).exists()
+    ]
+    return [
+        f'path.{key}: {file} is in the folder of this run, which is renamed when it starts; change the name of the run'
+        for key, file in inside
+    ]
+
+
 def check_numbers(path: str, value) -> list[str]:
     """Numbers that YAML 1.1 reads as text: it wants a point and a sign, 3.0e-4; a quoted number is text as well."""
     if isinstance(value, dict):
@@ -223,7 +578,7 @@ def check_numbers(path: str, value) -> list[str]:
         return [problem for name, part in parts.items() for problem in check_numbers(name, part)]
     if isinstance(value, list):
         return [problem for index, part in enumerate(value) for problem in check_numbers(f'{path}[{index}]', part)]
-    if not (isinstance(value, str) and NUMBER.fullmatch(value)):
+    if not is_number_as_text(value):
         return []
     mantissa, _, exponent = value.lower().partition('e')
     number = f'{mantissa if "." in mantissa else mantissa + ".0"}e{int(exponent):+d}' if exponent else mantissa

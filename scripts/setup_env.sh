@@ -9,16 +9,18 @@ recipe="$(cat setup.py scripts/setup_env.sh | cksum)"
 
 if [ ! -f "$stamp" ] || [ "$(cat "$stamp")" != "$recipe" ]; then
     echo "Setting up $venv (once; downloads about 5 GB where PyTorch is not there yet)"
+    python3 -c 'import sys; (3, 10) <= sys.version_info[:2] <= (3, 12) or sys.exit(
+        "Python 3.10, 3.11 or 3.12 is needed, python3 is %d.%d: BasicSR 1.4.2 cannot be built on 3.13" % sys.version_info[:2])'
     python3 -m venv "$venv"
-    pip="$venv/bin/python -m pip install --quiet --disable-pip-version-check"
-    $pip 'torch>=2.10' torchvision
+    install() { "$venv/bin/python" -m pip install --quiet --disable-pip-version-check "$@"; }
+    install 'torch>=2.10' torchvision
     # basicsr is a source distribution: isolated builds would fetch a second PyTorch, and its requirement tb-nightly is not needed.
-    $pip 'setuptools>=77' wheel cython numpy
+    install 'setuptools>=77' wheel cython numpy
     "$venv/bin/python" -c 'import importlib.metadata as m; m.version("basicsr")' 2>/dev/null ||
-        $pip --no-build-isolation --no-deps basicsr==1.4.2
-    $pip addict future lmdb lpips opencv-python pyyaml requests scikit-image scipy tensorboard tqdm yapf \
-        fvcore hypothesis matplotlib numba pytest ruff scikit-learn
-    $pip --no-build-isolation --no-deps --editable .
+        install --no-build-isolation --no-deps basicsr==1.4.2
+    install addict future lmdb lpips opencv-python pyyaml requests scikit-image scipy tensorboard tqdm yapf \
+        fvcore numba pytest ruff scikit-learn
+    install --no-build-isolation --no-deps --editable .
     echo "$recipe" > "$stamp"
 fi
 export PATH="$venv/bin:$PATH"

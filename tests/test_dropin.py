@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import cv2
@@ -31,8 +32,8 @@ def tree(folder: Path) -> dict[str, bytes | None]:
     return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in paths}
 
 
-def dropin(checkout, *arguments):
-    return python('-m', 'dpmambair_basicsr.dropin', checkout, *arguments, cwd=checkout.parent)
+def dropin(checkout, *arguments, **environment):
+    return python('-m', 'dpmambair_basicsr.dropin', checkout, *arguments, cwd=checkout.parent, **environment)
 
 
 def test_round_trip(checkout):
@@ -43,7 +44,9 @@ def test_round_trip(checkout):
     assert sorted(after.keys() - before.keys()) == sorted([*SHIMS, 'options', *OPTIONS])
     assert {name: after[name] for name in before} == before
     assert all(f'wrote {checkout / name}' in first.stdout for name in (*SHIMS, *OPTIONS))
-    assert str(checkout / 'basicsr') in first.stdout.partition('will use')[2]
+    report = first.stdout.partition('will use')[2]
+    assert f'  {checkout / "basicsr"} (' in report
+    assert f'  {PACKAGE_PARENT / "dpmambair_basicsr"}\n' in report  # found by PYTHONPATH
 
     assert dropin(checkout).returncode == 0
     assert tree(checkout) == after
@@ -108,6 +111,17 @@ def test_own_files_are_updated(checkout):
     assert tree(checkout) == before
 
 
+@pytest.mark.skipif(sys.version_info < (3, 11), reason='PYTHONSAFEPATH came with Python 3.11')
+def test_report_with_a_safe_path(checkout):
+    """Python leaves the script's folder out, so the launcher is not found: the report tells what the command does."""
+    result = dropin(checkout, PYTHONSAFEPATH=1)
+    assert result.returncode == 0, result.stdout
+    installed = result.stdout.partition('will use\n  ')[2].partition(', because PYTHONSAFEPATH is set')[0]
+    assert installed and installed != str(checkout / 'basicsr'), result.stdout
+    find = python('-c', 'import dpmambair_basicsr, basicsr; print(basicsr.__path__[0])', cwd=checkout, PYTHONSAFEPATH=1)
+    assert find.stdout.splitlines()[-1] == installed
+
+
 def test_a_record_cannot_point_outside(checkout):
     outside = checkout.parent / 'outside'
     outside.touch()
@@ -133,6 +147,7 @@ def test_the_literal_commands(checkout, tmp_path):
     files = tree(checkout)
     assert dropin(checkout).returncode == 0
     opt = stock_options(write_images(tmp_path / 'images'))
+    opt['datasets']['train']['batch_size_per_gpu'] = 3  # of four images: BasicSR plans too few epochs
     write_options(opt, checkout / 'options' / 'x.yml')
     result = python('basicsr/train.py', '-opt', 'options/x.yml', cwd=checkout, PYTHONDONTWRITEBYTECODE='')
     assert result.returncode == 0, result.stdout  # with AdamW, which only our mend knows
@@ -141,12 +156,12 @@ def test_the_literal_commands(checkout, tmp_path):
 
     elsewhere = tmp_path / 'elsewhere'
     elsewhere.mkdir()
-    resume = ('-opt', checkout / 'options/x.yml', '--auto_resume', '--force_yml', 'train:total_iter=4')
+    resume = ('-opt', checkout / 'options/x.yml', '--auto_resume', '--force_yml', 'train:total_iter=8')
     result = python(checkout / 'basicsr/train.py', *resume, cwd=elsewhere)
     assert result.returncode == 0, result.stdout
-    assert 'Start training from epoch: 0, iter: 2' in result.stdout
+    assert 'Start training from epoch: 1, iter: 2' in result.stdout
     assert 'iter:       3,' in result.stdout and 'iter:       2,' not in result.stdout
-    assert (checkout / 'experiments/tiny/training_states/4.state').is_file()
+    assert (checkout / 'experiments/tiny/training_states/8.state').is_file()
     assert not list(elsewhere.iterdir()) and [path.name for path in (checkout / 'experiments').iterdir()] == ['tiny']
 
     opt |= {'model_type': 'RestorationMdel', 'val': {'save_img': True, 'suffix': None}}
@@ -196,6 +211,9 @@ def test_dpmambair_in_a_checkout(checkout):
         result = python(*command, cwd=checkout)
         assert result.returncode == 0, result.stdout
         assert 'Validation GoPro' in result.stdout
+    for name in ('train_degradation_extractor', 'train_dpmambair'):  # the check of the options has not opened the log
+        (log,) = (checkout / 'experiments' / name).glob('train_*.log')
+        assert 'End of training' in log.read_text()
     assert len(list((checkout / 'results/test_gopro/visualization/GoPro').glob('*.png'))) == 2
 
     assert dropin(checkout, '--remove').returncode == 0

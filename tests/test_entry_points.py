@@ -1,9 +1,15 @@
 """Our own entry points, as commands: they train, resume and test with BasicSR's loop, on CPUs and several of them."""
 
+import os
+import re
+import shlex
+import shutil
 import sys
 
 import pytest
-from basicsr_runs import python, run, stock_options, write_images, write_options
+from basicsr_runs import PACKAGE_PARENT, python, run, stock_options, write_images, write_options
+
+import dpmambair_basicsr
 
 
 @pytest.fixture(scope='module')
@@ -65,3 +71,54 @@ def test_a_wrong_option_ends_it_before_anything_is_written(tmp_path):
         'wrong.yml: 1 problem in the options:\n  model_type: unknown type SRMdel, did you mean SRModel?\n'
     )
     assert sorted(tmp_path.rglob('*')) == before
+
+
+# Stands in for the system's python3: of the given version, and its virtual environments only write down what they do.
+PYTHON3 = """#!/bin/sh
+if [ "$1" = -c ]; then
+    exec {python} -c 'import sys; sys.version_info = {version}; exec(sys.argv[1])' "$2"
+fi
+mkdir -p "$3/bin"
+printf '#!/bin/sh\\necho "$@" >> "{log}"\\n' > "$3/bin/python"
+chmod +x "$3/bin/python"
+"""
+
+
+@pytest.fixture(params=['', 'a b'])
+def setup(request, tmp_path):
+    """Runs scripts/setup_env.sh of a copy, in a path without and with a space; returns the outcome and the commands."""
+    checkout = tmp_path / 'check' / request.param / 'out'
+    (checkout / 'scripts').mkdir(parents=True)
+    for name in ('setup.py', 'scripts/setup_env.sh'):
+        shutil.copy(PACKAGE_PARENT / name, checkout / name)
+    (tmp_path / 'bin').mkdir()
+
+    def run_it(version):
+        log, python3 = checkout / 'commands', tmp_path / 'bin' / 'python3'
+        python3.write_text(PYTHON3.format(python=shlex.quote(sys.executable), version=version, log=log))
+        python3.chmod(0o755)
+        environment = {'PATH': f'{tmp_path}/bin{os.pathsep}{os.environ["PATH"]}', 'DPMAMBAIR_VENV': checkout / 'venv'}
+        result = run('bash', 'scripts/setup_env.sh', cwd=checkout, **environment)
+        return result, log.read_text() if log.exists() else ''
+
+    return run_it
+
+
+def test_setup_works_in_any_path(setup):
+    result, commands = setup((3, 12, 1))
+    assert result.returncode == 0, result.stdout
+    for part in ('torch>=2.10', 'basicsr', '--editable .'):
+        assert part in commands
+
+
+def test_setup_refuses_other_pythons(setup):
+    for version in ((3, 9, 18), (3, 13, 0)):
+        result, commands = setup(version)
+        assert result.returncode != 0 and not commands
+        assert re.search(r'3.10, 3.11 or 3.12 .*python3 is 3.(9|13)', result.stdout), result.stdout
+
+
+def test_the_version_is_written_once():
+    result = python('setup.py', '--version', cwd=PACKAGE_PARENT)
+    assert result.stdout.splitlines()[-1] == dpmambair_basicsr.__version__
+    assert dpmambair_basicsr.__version__ not in (PACKAGE_PARENT / 'setup.py').read_text()

@@ -1,5 +1,6 @@
 """Each mend mends what BasicSR 1.4.2 fails at on today's stack. Training runs are in test_entry_points.py."""
 
+import copy
 import os
 import pkgutil
 import random
@@ -20,6 +21,8 @@ from basicsr.data.prefetch_dataloader import CPUPrefetcher, PrefetchDataLoader
 from basicsr.metrics import calculate_niqe
 from basicsr.models.base_model import BaseModel
 from basicsr.utils import dist_util, options
+from basicsr_runs import stock_options, write_images, write_options
+from in_process import train
 
 from dpmambair_basicsr import host
 
@@ -178,6 +181,7 @@ def test_options_run_no_code(attack, tmp_path, monkeypatch):
 
 def test_forced_numbers_are_numbers():
     values = {'-1': -1, '1e-4': 1e-4, '2': 2, '0.5': 0.5, 'none': None, 'true': True, '[1, 2]': [1, 2], 'x1': 'x1'}
+    values |= {'[1e-06, x, [2e3]]': [1e-6, 'x', [2e3]]}
     assert {text: options._postprocess_yml_value(text) for text in values} == values
 
 
@@ -190,6 +194,87 @@ def test_experiments_root_is_obeyed(tmp_path, monkeypatch):
     assert opt['path']['log'] == opt['path']['experiments_root'] == f'{tmp_path}/here'
     assert args.local_rank == 1  # the spelling of torch.distributed.launch
 
+    sys.argv += ['--force_yml', f'path:experiments_root={tmp_path}/there']
+    opt, _ = options.parse_options('root', is_train=True)
+    assert opt['path']['models'] == f'{tmp_path}/there/models'
+    sys.argv += ['--debug']
+    opt, _ = options.parse_options('root', is_train=True)
+    assert opt['path']['models'] == 'root/experiments/debug_x/models'
+
+
+def test_a_file_that_is_no_text_is_named(tmp_path, monkeypatch):
+    file = tmp_path / 'options.yml'
+    file.write_bytes('name: Größe'.encode('latin-1'))
+    monkeypatch.setattr(sys, 'argv', ['train.py', '-opt', str(file)])
+    with pytest.raises(SystemExit, match=f'^{file}: [^\n]*utf-8[^\n]*$'):
+        options.parse_options('root', is_train=True)
+
+
+def tree(folder) -> dict:
+    return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob('*')}
+
+
+@pytest.fixture(scope='module')
+def images(tmp_path_factory):
+    return write_images(tmp_path_factory.mktemp('host') / 'images')
+
+
+def test_training_reaches_its_last_iteration_though_batches_are_left_out(images, tmp_path):
+    """Four images in batches of three are one iteration per epoch; BasicSR plans two, and ends after five."""
+    opt = stock_options(images)
+    opt['datasets']['train']['batch_size_per_gpu'] = 3
+    opt['train']['total_iter'] = 7
+    opt['logger'] |= {'save_checkpoint_freq': 3}
+    del opt['val'], opt['datasets']['val']
+    file = write_options(opt, tmp_path / 'options.yml')
+    log = train(file, cwd=tmp_path)
+    assert 'iter:       7,' in log and 'iter:       8,' not in log
+    assert '1 iterations per epoch, 7 epochs' in log
+
+    state_file = tmp_path / 'experiments/tiny/training_states/6.state'
+    state = torch.load(state_file, weights_only=True)
+    for epoch in (state['epoch'], 90):  # 90: as if the epochs had been much shorter before
+        torch.save(state | {'epoch': epoch}, state_file)
+        forced = ('--force_yml', 'train:total_iter=11', f'path:resume_state={state_file}')
+        log = train(file, *forced, cwd=tmp_path)
+        assert 'iter:       7,' in log and 'iter:      11,' in log and 'iter:      12,' not in log
+
+    before = tree(tmp_path)
+    opt['datasets']['train']['batch_size_per_gpu'] = 5
+    write_options(opt, file)
+    with pytest.raises(ValueError, match='datasets.train: 4 items times dataset_enlarge_ratio 1, .* batch of 5;'):
+        train(file, '--auto_resume', cwd=tmp_path)
+    assert not [path for path in tree(tmp_path).keys() - before.keys() if path.suffix != '.log']
+
+
+@pytest.mark.parametrize('resume', [[], ['--auto_resume']])
+def test_a_refused_run_touches_nothing(images, tmp_path, resume):
+    run = tmp_path / 'experiments/tiny'
+    (run / 'training_states').mkdir(parents=True)
+    (run / 'options.yml').write_text('the copy of the run that is there')
+    opt = stock_options(images) | {'model_type': 'RestorationModel', 'scale': 1}
+    opt['network_g'] = {'type': 'DPMambaIR', 'insertion': 'mix'}
+    opt['datasets']['train'] |= {'type': 'PairedDegradationDataset', 'gt_size': 16}
+    file = write_options(opt, tmp_path / 'options.yml')
+    before = tree(tmp_path)
+    with pytest.raises(SystemExit, match='network_g: insertion'):
+        train(file, *resume, cwd=tmp_path)
+    assert tree(tmp_path) == before
+
+
+def test_a_common_folder_is_not_renamed(images, tmp_path):
+    opt = stock_options(images)
+    (tmp_path / 'all' / 'other run').mkdir(parents=True)
+    opt['path']['experiments_root'] = str(tmp_path / 'all')
+    file = write_options(opt, tmp_path / 'options.yml')
+    before = tree(tmp_path)
+    with pytest.raises(SystemExit, match='path.experiments_root: .* other things than a run'):
+        train(file, cwd=tmp_path)
+    assert tree(tmp_path) == before
+
+
+STATE = {'epoch': 0, 'optimizers': [], 'schedulers': []}
+
 
 @pytest.fixture
 def run_folder(tmp_path):
@@ -197,7 +282,7 @@ def run_folder(tmp_path):
     (tmp_path / 'states').mkdir()
     (tmp_path / 'models').mkdir()
     for iteration in (2, 4, 10):
-        torch.save({'epoch': 0, 'iter': iteration}, tmp_path / 'states' / f'{iteration}.state')
+        torch.save(STATE | {'iter': iteration}, tmp_path / 'states' / f'{iteration}.state')
         torch.save({'params': {}}, tmp_path / 'models' / f'net_g_{iteration}.pth')
     (tmp_path / 'states' / 'best.state').write_text('')
     newest = tmp_path / 'states' / '10.state'
@@ -208,18 +293,40 @@ def run_folder(tmp_path):
 
 
 def test_auto_resume_takes_the_newest_state_that_can_be_used(run_folder, capsys):
-    assert host.load_resume_state(run_folder) == {'epoch': 0, 'iter': 2}
+    assert host.load_resume_state(run_folder) == STATE | {'iter': 2}
     assert run_folder['path']['pretrain_network_g'] == f'{run_folder["path"]["models"]}/net_g_2.pth'
     output = capsys.readouterr().out
     assert '10.state' in output and 'net_g_4.pth' in output
 
 
-def test_auto_resume_never_starts_again_silently(run_folder, tmp_path):
+def test_auto_resume_asks_for_every_network(run_folder, tmp_path, capsys):
+    run_folder['network_d'] = {}
+    for iteration in (2, 4):
+        torch.save({'params': {}}, tmp_path / 'models' / f'net_g_{iteration}.pth')
+    torch.save({'params': {}}, tmp_path / 'models' / 'net_d_2.pth')
+    (tmp_path / 'models' / 'net_d_4.pth').write_text('')
+    assert host.load_resume_state(copy.deepcopy(run_folder))['iter'] == 2
+    assert 'net_d_4.pth' in capsys.readouterr().out
+    run_folder['path']['ignore_resume_networks'] = ['network_d']
+    assert host.load_resume_state(run_folder)['iter'] == 4
+
+
+def test_auto_resume_never_starts_again_silently(run_folder, tmp_path, capsys):
     (tmp_path / 'models' / 'net_g_2.pth').unlink()
     with pytest.raises(SystemExit, match='none of its 3 training states'):
         host.load_resume_state(run_folder)
     run_folder['path']['training_states'] = str(tmp_path / 'not there yet')
     assert host.load_resume_state(run_folder) is None
+    assert f'finds no training state in {tmp_path}/not there yet' in capsys.readouterr().out
+
+
+def test_a_state_that_cannot_be_resumed_from_is_named(run_folder, tmp_path):
+    (tmp_path / 'text.state').write_text('nothing of torch')
+    torch.save({'params': {}}, tmp_path / 'network.state')
+    for name, reason in (('text.state', 'UnpicklingError'), ('network.state', 'no training state'), ('none', 'none')):
+        path = run_folder['path'] | {'resume_state': str(tmp_path / name)}
+        with pytest.raises(SystemExit, match=f'^path.resume_state: cannot resume from {tmp_path}/{name}: .*{reason}'):
+            host.load_resume_state(run_folder | {'auto_resume': False, 'path': path})
 
 
 def test_a_state_that_would_run_code_is_refused(tmp_path):
@@ -228,6 +335,6 @@ def test_a_state_that_would_run_code_is_refused(tmp_path):
             return os.system, (f'touch {tmp_path}/marker',)
 
     torch.save({'iter': Attack()}, tmp_path / '2.state')
-    with pytest.raises(Exception, match='[Ww]eights.only'):
+    with pytest.raises(SystemExit, match='[Ww]eights.only'):
         host.load_resume_state({'auto_resume': False, 'path': {'resume_state': str(tmp_path / '2.state')}})
     assert not (tmp_path / 'marker').exists()

@@ -112,6 +112,11 @@ def random_backbones(tmp_path_factory):
     return folder
 
 
+@pytest.fixture
+def random_squeeze(random_backbones):
+    return str(random_backbones / 'squeeze.pth')
+
+
 def test_lpips_measures_distance(squeezenet):
     loss = LPIPSLoss(net='squeeze', weights=squeezenet)
     clean = torch.nn.functional.interpolate(images(0, (1, 3, 8, 8)), size=64, mode='bicubic').clamp(0, 1)
@@ -121,17 +126,17 @@ def test_lpips_measures_distance(squeezenet):
 
 
 @pytest.mark.filterwarnings('ignore::UserWarning')  # lpips calls torchvision the old way
-def test_lpips_equals_the_package(squeezenet):
+def test_lpips_equals_the_package(random_squeeze):
     """Built by hand from torchvision's network: same slices, same heads."""
     reference = lpips.LPIPS(net='squeeze', pnet_rand=True, verbose=False)
     trunk = torchvision.models.squeezenet1_1()
-    trunk.load_state_dict(torch.load(squeezenet))
+    trunk.load_state_dict(torch.load(random_squeeze))
     for name, weight in trunk.features.state_dict().items():
         owner = next(part for part in reference.net.children() if name.split('.')[0] in dict(part.named_children()))
         owner.get_parameter(name).data = weight
     pred, target = images(0, (2, 3, 40, 44)), images(1, (2, 3, 40, 44))
     expected = 0.5 * reference(2 * pred - 1, 2 * target - 1).mean()
-    torch.testing.assert_close(LPIPSLoss(0.5, 'squeeze', squeezenet)(pred, target), expected)
+    torch.testing.assert_close(LPIPSLoss(0.5, 'squeeze', random_squeeze)(pred, target), expected)
 
 
 @pytest.mark.parametrize('net', BACKBONES)
@@ -147,8 +152,8 @@ def test_lpips_loads_every_backbone_strictly(net, random_backbones, capsys):
     assert all(torch.equal(network.state_dict()[name], value) for name, value in heads.items())
 
 
-def test_lpips_is_frozen_and_stays_in_eval_mode(squeezenet):
-    loss = build_loss({'type': 'LPIPSLoss', 'net': 'squeeze', 'weights': squeezenet}).train()
+def test_lpips_is_frozen_and_stays_in_eval_mode(random_squeeze):
+    loss = build_loss({'type': 'LPIPSLoss', 'net': 'squeeze', 'weights': random_squeeze}).train()
     assert not any(parameter.requires_grad for parameter in loss.parameters())
     assert not any(module.training for module in loss.modules())
     pred = images(0, (1, 3, 32, 32)).requires_grad_()
@@ -158,9 +163,9 @@ def test_lpips_is_frozen_and_stays_in_eval_mode(squeezenet):
     assert pred.grad.isfinite().all() and pred.grad.abs().sum() > 0
 
 
-def test_lpips_gradient_is_finite_at_equality(squeezenet):
+def test_lpips_gradient_is_finite_at_equality(random_squeeze):
     pred = images(0, (1, 3, 32, 32)).requires_grad_()
-    LPIPSLoss(net='squeeze', weights=squeezenet)(pred, pred.detach()).backward()
+    LPIPSLoss(net='squeeze', weights=random_squeeze)(pred, pred.detach()).backward()
     assert pred.grad.isfinite().all()
 
 
@@ -178,13 +183,13 @@ def test_missing_weights_name_the_place(tmp_path, monkeypatch):
         LPIPSLoss(net='vgg', weights=str(tmp_path / 'nowhere.pth'))
 
 
-def test_weights_are_found_in_torchs_cache(squeezenet, tmp_path, monkeypatch):
+def test_weights_are_found_in_torchs_cache(random_squeeze, tmp_path, monkeypatch):
     monkeypatch.setenv('TORCH_HOME', str(tmp_path))
     path = Path(backbone_path('squeeze'))
     path.parent.mkdir(parents=True)
-    path.write_bytes(Path(squeezenet).read_bytes())
+    path.write_bytes(Path(random_squeeze).read_bytes())
     pred, target = images(0, (1, 3, 32, 32)), images(1, (1, 3, 32, 32))
-    assert LPIPSLoss(net='squeeze')(pred, target) == LPIPSLoss(net='squeeze', weights=squeezenet)(pred, target)
+    assert LPIPSLoss(net='squeeze')(pred, target) == LPIPSLoss(net='squeeze', weights=random_squeeze)(pred, target)
 
 
 @pytest.mark.parametrize(('net', 'file'), [('alex', 'squeeze'), ('vgg', 'alex'), ('squeeze', 'vgg')])

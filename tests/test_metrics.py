@@ -1,5 +1,3 @@
-from pathlib import Path
-
 import dpmambair_basicsr  # noqa: F401  (first: it makes BasicSR importable, and registers the metric)
 
 # isort: split
@@ -7,22 +5,20 @@ import cv2
 import numpy as np
 import pytest
 import torch
+import torchvision
 from basicsr.metrics import calculate_metric
 from basicsr.utils import tensor2img
 
 from dpmambair_basicsr.losses.lpips_network import build_lpips
 from dpmambair_basicsr.metrics.lpips import calculate_lpips
 
-SQUEEZENET = Path(__file__).parents[2] / 'shared' / 'weights' / 'squeezenet1_1_caffe_as_torchvision.npz'
-
 
 @pytest.fixture(scope='module')
 def option(tmp_path_factory):
-    if not SQUEEZENET.is_file():
-        pytest.skip(f'no SqueezeNet weights in {SQUEEZENET}')
+    """With a random backbone; even that measures a distance. For values of a trained one see test_losses.py."""
     path = tmp_path_factory.mktemp('weights') / 'squeezenet.pth'
-    with np.load(SQUEEZENET) as arrays:
-        torch.save({name: torch.from_numpy(arrays[name]) for name in arrays.files}, path)
+    torch.manual_seed(0)
+    torch.save(torchvision.models.SqueezeNet('1_1').state_dict(), path)
     return {'type': 'calculate_lpips', 'crop_border': 0, 'net': 'squeeze', 'weights': str(path), 'better': 'lower'}
 
 
@@ -40,7 +36,7 @@ def noisy(image, sigma):
 def test_zero_for_equal_images_and_rising_with_noise(option):
     clean = photo()
     values = [calculate_metric({'img': noisy(clean, sigma), 'img2': clean}, option) for sigma in (0, 5, 20, 60)]
-    assert values[0] == 0 and all(np.diff(values) > 0.005), values
+    assert values[0] == 0 and all(np.diff(values) > 0.002), values
     assert all(type(value) is float for value in values), 'a numpy or torch scalar would not survive a checkpoint'
 
 

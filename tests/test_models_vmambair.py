@@ -7,6 +7,7 @@ import in_process
 import pytest
 import torch
 import yaml
+from basicsr.archs import build_network
 from basicsr.losses import build_loss
 from basicsr.models import build_model
 from basicsr.utils import set_random_seed
@@ -166,6 +167,112 @@ def test_recipe_trains_resumes_and_tests(recipe, data, weights, tmp_path):
     assert sorted(path.name for path in images.iterdir()) == [f'{i:02}_test_vmambair_{task}.png' for i in range(4)]
 
 
+# The released option files (28 for deraining) and, where its code overrides them, what the code does: the real-world
+# generator's rate, 1e-4 * 0.5 ** (iteration // 300000). Dots separate keys.
+SCHEDULE = {'train.scheduler.type': 'MultiStepLR', 'train.scheduler.gamma': 0.5}
+ADAM = {'type': 'Adam', 'weight_decay': 0, 'betas': [0.9, 0.99]}
+SISR = {
+    'scale': 4, 'manual_seed': 0, 'network_g.scale': 4,
+    'network_g.num_blocks': [15, 1, 1, 1], 'network_g.num_refinement_blocks': 15,
+    'network_g.channel_scan': 'lifted', 'network_g.channel_fusion': 'modulate',
+    'datasets.train.gt_size': 256, 'datasets.train.batch_size_per_gpu': 8, 'datasets.train.dataset_enlarge_ratio': 100,
+    'datasets.train.use_hflip': True, 'datasets.train.use_rot': True,
+    'train.ema_decay': 0.999, 'train.optim_g': ADAM | {'lr': 2e-4},
+    'train.pixel_opt': {'type': 'L1Loss', 'loss_weight': 1.0}, 'train.grad_clip_norm': None,
+    'val.val_freq': 10_000, 'logger.save_checkpoint_freq': 10_000,
+}  # fmt: skip
+KERNELS = ['iso', 'aniso', 'generalized_iso', 'generalized_aniso', 'plateau_iso', 'plateau_aniso']
+BLUR = {
+    'blur_kernel_size': 21, 'kernel_list': KERNELS, 'kernel_prob': [0.45, 0.25, 0.12, 0.03, 0.12, 0.03],
+    'sinc_prob': 0.1, 'betag_range': [0.5, 4], 'betap_range': [1, 2],
+}  # fmt: skip
+REALSR = {
+    'scale': 4, 'manual_seed': 0, 'network_g.scale': 4,
+    'network_g.num_blocks': [6, 2, 2, 1], 'network_g.num_refinement_blocks': 6,
+    'network_g.channel_scan': 'scalar', 'network_g.channel_fusion': 'modulate',
+    'gt_size': 256, 'queue_size': 180,
+    'gt_usm': None, 'l1_gt_usm': None, 'percep_gt_usm': None, 'gan_gt_usm': None,  # false where absent
+    'resize_prob': [0.2, 0.7, 0.1], 'resize_range': [0.15, 1.5], 'resize_prob2': [0.3, 0.4, 0.3],
+    'resize_range2': [0.3, 1.2], 'gaussian_noise_prob': 0.5, 'gaussian_noise_prob2': 0.5, 'noise_range': [1, 30],
+    'noise_range2': [1, 25], 'poisson_scale_range': [0.05, 3], 'poisson_scale_range2': [0.05, 2.5],
+    'gray_noise_prob': 0.4, 'gray_noise_prob2': 0.4, 'jpeg_range': [30, 95], 'jpeg_range2': [30, 95],
+    'second_blur_prob': 0.8, 'datasets.train.final_sinc_prob': 0.8,
+    'datasets.train.blur_sigma': [0.2, 3], 'datasets.train.blur_sigma2': [0.2, 1.5],
+    **{f'datasets.train.{key}{order}': value for key, value in BLUR.items() for order in ('', '2')},
+    'datasets.train.batch_size_per_gpu': 9, 'datasets.train.use_hflip': True, 'datasets.train.use_rot': False,
+    'train.ema_decay': 0.999, 'train.pixel_opt': {'type': 'L1Loss', 'loss_weight': 1.0}, 'train.grad_clip_norm': None,
+}  # fmt: skip
+GAN = {
+    'network_d': {'type': 'UNetDiscriminatorSN', 'num_in_ch': 3, 'num_feat': 64, 'skip_connection': True},
+    'path.param_key_g': 'params_ema', 'train.optim_d': ADAM | {'lr': 1e-4},
+    'train.net_d_iters': 1, 'train.net_d_init_iters': 0,
+    'train.gan_opt': {
+        'type': 'GANLoss', 'gan_type': 'vanilla', 'real_label_val': 1.0, 'fake_label_val': 0.0, 'loss_weight': 1.0,
+    },
+    'train.perceptual_opt.layer_weights': {
+        'conv1_2': 0.1, 'conv2_2': 0.1, 'conv3_4': 1, 'conv4_4': 1, 'conv5_4': 1,
+    },
+    'train.perceptual_opt.vgg_type': 'vgg19', 'train.perceptual_opt.use_input_norm': True,
+    'train.perceptual_opt.range_norm': False, 'train.perceptual_opt.perceptual_weight': 1.0,
+    'train.perceptual_opt.style_weight': 0, 'train.perceptual_opt.criterion': 'l1',
+}  # fmt: skip
+PSNR_0 = {'psnr': {'type': 'calculate_psnr', 'crop_border': 0, 'test_y_channel': True}}
+PSNR_4 = {'psnr': {'type': 'calculate_psnr', 'crop_border': 4, 'test_y_channel': True}}
+SSIM_4 = {'ssim': {'type': 'calculate_ssim', 'crop_border': 4, 'test_y_channel': True}}
+RELEASED = {
+    'derain': {
+        'scale': 1, 'manual_seed': 100,
+        'network_g.num_blocks': [3, 5, 7, 9], 'network_g.num_refinement_blocks': 2,
+        'network_g.channel_scan': 'lifted', 'network_g.channel_fusion': 'add',
+        'datasets.train.gt_size': 384, 'datasets.train.batch_size_per_gpu': 8, 'datasets.train.pad_small': True,
+        'datasets.train.use_hflip': True, 'datasets.train.use_rot': True,
+        'datasets.train.progressive': {
+            'gt_sizes': [128, 160, 192, 256, 320, 384], 'batch_sizes': [8, 5, 3, 2, 1, 1],
+            'iters': [92_000, 64_000, 48_000, 36_000, 36_000, 24_000],
+        },
+        'train.total_iter': 300_000, 'train.ema_decay': 0, 'train.grad_clip_norm': 0.01,
+        'train.optim_g': {'type': 'AdamW', 'lr': 3e-4, 'weight_decay': 1e-4, 'betas': [0.9, 0.999]},
+        'train.scheduler': {
+            'type': 'CosineAnnealingRestartCyclicLR', 'periods': [92_000, 208_000], 'restart_weights': [1, 1],
+            'eta_mins': [3e-4, 1e-6],
+        },
+        'train.pixel_opt': {'type': 'L1Loss', 'loss_weight': 1.0},
+        'val.val_freq': 4000, 'logger.save_checkpoint_freq': 4000, 'val.metrics': PSNR_0,
+    },
+    'sisr_x4': SISR | SCHEDULE | {
+        'train.scheduler.milestones': [50_000, 70_000], 'train.total_iter': 100_000, 'val.metrics': PSNR_4,
+    },
+    'sisr_x4_gan': SISR | GAN | SCHEDULE | {
+        'train.scheduler.milestones': [150_000], 'train.scheduler_d': None, 'train.total_iter': 300_000,
+        'val.metrics': PSNR_0,
+    },
+    'realsr_x4': REALSR | SCHEDULE | {
+        'train.optim_g': ADAM | {'lr': 2e-4}, 'train.scheduler.milestones': [250_000, 350_000],
+        'train.total_iter': 500_000, 'val.val_freq': 5000, 'logger.save_checkpoint_freq': 5000, 'val.metrics': PSNR_0,
+    },
+    'realsr_x4_gan': REALSR | GAN | SCHEDULE | {
+        'train.optim_g': ADAM | {'lr': 1e-4}, 'train.scheduler.milestones': [300_000],
+        'train.scheduler_d': {'type': 'MultiStepLR', 'milestones': [400_000], 'gamma': 0.5},
+        'train.total_iter': 400_000, 'val.val_freq': 10_000, 'logger.save_checkpoint_freq': 10_000,
+        'val.metrics': PSNR_4 | SSIM_4,
+    },
+}  # fmt: skip
+COMMON = {
+    'network_g.type': 'VmambaIR', 'network_g.dim': 48, 'network_g.ffn_expansion_factor': 2.66,
+    'train.warmup_iter': -1,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize('recipe', RELEASED)
+def test_values_are_the_released_ones(recipe):
+    given = options('train', recipe)
+    for path, value in (COMMON | RELEASED[recipe]).items():
+        found = given
+        for key in path.split('.'):
+            found = None if found is None else found.get(key)
+        assert found == value, path
+
+
 def load_test_model(recipe, file, param_key='params_ema', **changes):
     opt = reduced(options('test', recipe))
     opt['network_g'] |= changes
@@ -264,6 +371,7 @@ def test_gradient_of_the_generator_is_clipped():
         ('train', 'optim_d', None, r'^train\.optim_d: missing'),
         ('train', 'gan_opt', None, r'^train\.gan_opt: missing'),
         ('train', 'fft_opt', {'type': 'FFTLoss'}, r'^train\.fft_opt: .* pixel_opt, perceptual_opt, gan_opt only'),
+        ('train', 'ldl_opt', {'type': 'L1Loss'}, r'^train\.ldl_opt: .* only'),
     ],
 )
 def test_incomplete_gan_options_name_the_key(section, key, value, message):
@@ -273,11 +381,48 @@ def test_incomplete_gan_options_name_the_key(section, key, value, message):
         build_model(opt)
 
 
+def test_a_loss_without_a_value_is_no_loss():
+    assert sisr_gan_model(fft_opt=None).cri_pix
+
+
+def dpmambair_gan_options():
+    opt = reduced(options('train', 'sisr_x4_gan'))
+    opt['scale'] = 1
+    opt['network_g'] = TINY_NET | {'type': 'DPMambaIR', 'd_inner': [4] * 4, 'd_state': 2}
+    opt['network_g'] |= {'embed_dim': 8, 'extractor_channels': [4] * 6}
+    return opt
+
+
+def test_a_frozen_extractor_of_random_numbers_is_refused(tmp_path):
+    opt = dpmambair_gan_options()
+    with pytest.raises(ValueError, match=r'^path\.pretrain_network_e: missing'):
+        build_model(copy.deepcopy(opt))
+    stage_1 = {'embed_dim': 8, 'extractor_channels': [4] * 6, 'channels': 4}
+    stage_1 = build_network({'type': 'DegradationAutoencoder'} | stage_1).state_dict()
+    torch.save({'params': stage_1}, tmp_path / 'stage_1.pth')
+    net = build_network(copy.deepcopy(opt['network_g']))
+    net.load_extractor(stage_1)
+    opt['path']['pretrain_network_e'] = str(tmp_path / 'stage_1.pth')
+    model = build_model(opt)
+    for trained in (model.net_g, model.net_g_ema):
+        for name, value in net.extractor.state_dict().items():
+            assert torch.equal(trained.extractor.state_dict()[name], value), name
+    model.feed_data({'lq': torch.rand(1, 3, 16, 16), 'gt': torch.rand(1, 3, 16, 16)})
+    model.optimize_parameters(1)
+
+
+def test_a_network_that_needs_labels_is_refused():
+    opt = dpmambair_gan_options()
+    opt['network_g']['degradation'] = 'class'
+    with pytest.raises(ValueError, match='^network_g: DPMambaIR needs labels, which RestorationGANModel does not give'):
+        build_model(opt)
+
+
 def test_cosine_that_ends_too_early_is_refused():
-    """BasicSR's would fail with a TypeError at the end of its periods."""
+    """BasicSR's fails with a TypeError after its periods; 99999 would do, iteration i asks for position i - 1."""
     opt = reduced(options('train', 'sisr_x4'))
-    opt['train']['scheduler'] = {'type': 'CosineAnnealingRestartLR', 'periods': [99999], 'eta_min': 1e-6}
-    with pytest.raises(ValueError, match=r'periods sum to 99999, train\.total_iter is 100000'):
+    opt['train']['scheduler'] = {'type': 'CosineAnnealingRestartLR', 'periods': [99998], 'eta_min': 1e-6}
+    with pytest.raises(ValueError, match=r'periods sum to 99998, train\.total_iter is 100000'):
         build_model(opt)
 
 
@@ -304,6 +449,17 @@ def test_degradation_on_the_cpu(recipe):
         assert torch.equal(lq, (lq * 255).round() / 255) and 0 <= lq.min() <= lq.max() <= 1
         model.optimize_parameters(1)
         assert all(value == value for value in model.log_dict.values())
+
+
+def test_artefact_loss_of_the_real_world_model():
+    opt = reduced(options('train', 'realsr_x4_gan'))
+    opt['train']['ldl_opt'] = {'type': 'L1Loss'}
+    with pytest.raises(ValueError, match=r'^train\.ema_decay: missing, train\.ldl_opt needs it'):
+        build_model(copy.deepcopy(opt) | {'train': copy.deepcopy(opt['train']) | {'ema_decay': 0}})
+    model = build_model(opt)
+    for _ in degraded_batches(model, 1):
+        model.optimize_parameters(1)
+    assert model.log_dict['l_g_ldl'] >= 0
 
 
 def test_pool_mixes_batches_and_keeps_pairs_together():

@@ -1,6 +1,8 @@
 """The option check names every kind of mistake with its key, and lets through what works."""
 
 import copy
+import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -15,7 +17,8 @@ from basicsr.utils import options as basicsr_options
 from basicsr.utils.registry import ARCH_REGISTRY, DATASET_REGISTRY, METRIC_REGISTRY, MODEL_REGISTRY
 from basicsr_runs import stock_options, write_images
 
-from dpmambair_basicsr.options import check_forced, check_options, check_structure, did_you_mean, refuse
+from dpmambair_basicsr.archs import DegradationAutoencoder, DPMambaIR
+from dpmambair_basicsr.options import apply_forced, check_options, check_root, check_structure, did_you_mean, refuse
 
 ROOT = Path(dpmambair_basicsr.__file__).parents[1]
 OPTION_FILES = sorted((ROOT / 'options').glob('*.yml'))
@@ -44,6 +47,11 @@ class CheckedDataset(torch.utils.data.Dataset):
 
 @METRIC_REGISTRY.register()
 def checked_metric(img, img2, border, mode='rgb', **kwargs):
+    return 0.0
+
+
+@METRIC_REGISTRY.register()
+def checked_metric_with_better(img, img2, better='lower'):
     return 0.0
 
 
@@ -79,6 +87,8 @@ def change(opt: dict, path: str, value) -> None:
         opt = opt[section]
     if value is None:
         del opt[key]
+    elif isinstance(value, dict) and isinstance(opt.get(key), dict) and 'type' not in value:
+        opt[key].update(value)
     else:
         opt[key] = value
 
@@ -128,6 +138,58 @@ MISTAKES = {
     'val key': ('val.tyle', 5, 'unknown key, did you mean tile?'),
     'path key': ('path.strict_load_q', True, 'unknown key, did you mean strict_load_g?'),
     'logger key': ('logger.print_frq', 5, 'unknown key, did you mean print_freq?'),
+    'network type is a list': ('network_g.type', ['CheckedNet'], "has to be text, not ['CheckedNet']"),
+    'model type is a list': ('model_type', ['CheckedModel'], "has to be text, not ['CheckedModel']"),
+    'backend is no section': (
+        'datasets.train.io_backend',
+        'disk',
+        "has to be a section with a type, not 'disk'",
+    ),
+    'parts are a list': ('datasets.train.datasets', ['rain'], "has to be a section, not ['rain']"),
+    'a part is text': (
+        'datasets.train.datasets',
+        {'rain': 'x'},
+        "has to be a section, not 'x'",
+        'datasets.train.datasets.rain',
+    ),
+    'metrics are a list': ('val.metrics', ['psnr'], "has to be a section, not ['psnr']"),
+    'no best': (
+        'val.metrics.m',
+        {'type': 'checked_metric_with_better'},
+        'missing; without better: lower BasicSR takes the worst for the best',
+        'val.metrics.m.better',
+    ),
+    'no iterations': ('train.total_iter', 'many', "has to be a number of at least 1, not 'many'"),
+    'no decay': ('train.ema_decay', 'high', "has to be a number from 0 to 1, not 'high'"),
+    'a large decay': ('train.ema_decay', 999, 'has to be a number from 0 to 1, not 999'),
+    'no norm': ('train.clip_norm', 'x', 'unknown key, did you mean clip?'),
+    'never printed': ('logger.print_freq', 0, 'has to be a number of at least 1, not 0'),
+    'never validated': ('val.val_freq', 'x', "has to be a number of at least 1, not 'x'"),
+    'half a batch': ('datasets.train.batch_size_per_gpu', 1.5, 'has to be a whole number of at least 1, not 1.5'),
+    'optimizer value': ('train.optim_g.lr', -1.0, 'Invalid learning rate: -1.0', 'train.optim_g'),
+    'scheduler value': (
+        'train.scheduler',
+        {'type': 'CosineAnnealingRestartCyclicLR', 'periods': 5},
+        'has to be a list, each a whole number, not 5',
+        'train.scheduler.periods',
+    ),
+    'prefetching': (
+        'datasets.train',
+        {'prefetch_mode': 'cpu', 'persistent_workers': True},
+        'crashes at random with prefetch_mode cpu; write false or ~',
+        'datasets.train.persistent_workers',
+    ),
+    'phase': (
+        'datasets.test_1',
+        {'name': 'x', 'type': 'CheckedDataset', 'phase': 'test'},
+        'unknown data set; choices: train, val, val_<name>',
+    ),
+    'prefetch mode': ('datasets.train.prefetch_mode', 'gpu', "'gpu' is none of cpu, cuda, ~"),
+    'no workers to keep': (
+        'datasets.train.persistent_workers',
+        True,
+        'true, but this loader has no workers; write false',
+    ),
     'no folder': ('datasets.val.dataroot_gt', '/no/such', '/no/such does not exist'),
     'no folder of a part': (
         'datasets.train.datasets',
@@ -183,6 +245,7 @@ def test_cuda_without_cuda(opt):
     opt['datasets']['train']['prefetch_mode'] = 'cuda'
     for model in ('CheckedModel', 'SRModel'):
         opt |= {'model_type': model, 'path': {}}
+        opt['datasets']['train']['pin_memory'] = True
         assert check_options(opt) == [
             'num_gpu: 1, but PyTorch finds no CUDA device; write 0 or auto',
             'datasets.train.prefetch_mode: cuda, but PyTorch finds no CUDA device; write ~',
@@ -227,6 +290,21 @@ STRUCTURES = {
             'datasets.val: has to be a section, not 3',
         ],
     ),
+    'wrong kinds': (
+        {
+            **dict.fromkeys(('train', 'logger'), {}),
+            **{'name': 1, 'model_type': 'x', 'num_gpu': 0, 'manual_seed': 'x', 'val': 'x'},
+            **{'datasets': {'train': {'dataroot_gt': ['a']}}, 'path': {'pretrain_network_g': 5}},
+        },
+        True,
+        [
+            "val: has to be a section, not 'x'",
+            'name: has to be text, not 1',
+            "datasets.train.dataroot_gt: has to be text, not ['a']",
+            'path.pretrain_network_g: has to be text, not 5',
+            "manual_seed: has to be a whole number, not 'x'",
+        ],
+    ),
 }
 
 
@@ -238,9 +316,19 @@ def test_structure(name):
 
 def test_forced_options():
     opt = {'name': 'x', 'train': {'total_iter': 1}}
-    assert check_forced(opt, ['name=y', 'train:total_iter=4', 'train:new=[1, 2]']) == []
-    wrong = ['name', 'name=a=b', 'train.total_iter=4', 'name:part=3', 'tran:x=1', 'x"]=1']
-    assert len(check_forced(opt, wrong)) == len(wrong)
+    assert apply_forced(opt, ['name=y', 'train:total_iter=4', 'train:new=[1, 2e-1]']) == []
+    assert opt == {'name': 'y', 'train': {'total_iter': 4, 'new': [1, 0.2]}}
+    wrong = ['name', 'name=a=b', 'train.total_iter=4', 'name:part=3', 'tran:x=1', 'x"]=1', 'name=[1']
+    assert len(apply_forced(opt, wrong)) == len(wrong)
+
+
+FORCED_AWAY = {'train=~ train:total_iter=1': 'section', 'name=[1]': 'name', 'path:pretrain_network_g=5': 'pretrain'}
+
+
+@pytest.mark.parametrize('forced', FORCED_AWAY)
+def test_forced_options_are_checked_like_those_of_the_file(opt, forced):
+    (problem,) = apply_forced(opt, forced.split(' ')) or check_structure(opt, is_train=True)
+    assert FORCED_AWAY[forced] in problem
 
 
 def test_refusal_is_one_message_and_a_failure():
@@ -264,4 +352,179 @@ def test_our_option_files_have_no_problems_but_absent_data(file, monkeypatch):
     is_train = 'train' in yaml.safe_load(file.read_text())
     assert check_structure(yaml.safe_load(file.read_text()), is_train) == []
     opt, _ = basicsr_options.parse_options.__wrapped__('root', is_train=is_train)
-    assert [problem for problem in check_options(opt) if not problem.endswith('does not exist')] == []
+    assert [problem for problem in check_options(opt) if not re.search('does not exist|Download', problem)] == []
+
+
+NETWORK = {
+    'type': 'DPMambaIR',
+    **{'dim': 8, 'num_blocks': [1, 1, 1, 1], 'num_refinement_blocks': 1, 'd_inner': [8, 8, 8, 8], 'd_state': 2},
+    **{'embed_dim': 8, 'extractor_channels': [4, 4]},
+}
+STAGE_1 = {'embed_dim': 8, 'extractor_channels': [4, 4], 'channels': 4, 'num_fusion_blocks': 1, 'num_refine_blocks': 1}
+
+
+@pytest.fixture(scope='module')
+def checkpoints(tmp_path_factory):
+    """Of stage 1 and of a whole network, which has one refinement block."""
+    folder = tmp_path_factory.mktemp('checkpoints')
+    network = DPMambaIR(**{key: value for key, value in NETWORK.items() if key != 'type'})
+    torch.save({'params': DegradationAutoencoder(**STAGE_1).state_dict()}, folder / 'stage_1.pth')
+    torch.save({'params': network.state_dict()}, folder / 'whole.pth')
+    (folder / 'cut.pth').write_bytes((folder / 'whole.pth').read_bytes()[:-100])
+    return folder
+
+
+@pytest.fixture
+def ours(opt, images, checkpoints):
+    """Parsed options of a training that works, with classes of this package, which are made on trial."""
+    gt = {'dataroot_gt': images['dataroot_gt']}
+    parts = {
+        'rain': {'dataroot_lq': images['dataroot_gt'], **gt},
+        'noise': {'type': 'SyntheticDegradationDataset', 'degradations': {'noise': {'sigma': 3}}, **gt},
+    }
+    train = {'name': 'x', 'type': 'MixedDegradationDataset', 'gt_size': 16, 'datasets': parts, 'sampling': 'uniform'}
+    del opt['extra'], opt['train']['clip'], opt['val']['tile']
+    opt |= {'model_type': 'RestorationModel', 'network_g': copy.deepcopy(NETWORK), 'scale': 1}
+    opt['datasets'] = {
+        'train': train | {'phase': 'train', 'scale': 1, 'batch_size_per_gpu': 2, 'num_worker_per_gpu': 0}
+    }
+    opt['path'] |= {'pretrain_network_e': str(checkpoints / 'stage_1.pth')}
+    return opt
+
+
+def test_what_works_is_made_on_trial_without_a_trace(ours):
+    torch.manual_seed(0)
+    expected = torch.rand(1)
+    torch.manual_seed(0)
+    before = copy.deepcopy(ours)
+    assert check_options(ours) == []
+    assert ours == before
+    assert torch.equal(torch.rand(1), expected)
+
+
+# What is changed, to what, and the whole of what is said.
+FOUND_ON_TRIAL = {
+    'misspelt key of a part': (
+        'datasets.train.datasets.rain.use_hflp',
+        True,
+        "datasets.train: datasets, rain: unknown key 'use_hflp'",
+    ),
+    'sampling': ('datasets.train.sampling', 'unifrm', 'datasets.train: sampling must be concat, uniform or weights'),
+    'degradation': (
+        'datasets.train.datasets.noise.degradations',
+        {'noise': {'sgima': 3}},
+        'datasets.train: .*noise.*sgima',
+    ),
+    'choice': ('network_g.insertion', 'mix', "network_g: insertion: 'mix' is not one of"),
+    'no list': ('network_g.num_blocks', 4, 'network_g.num_blocks: has to be a list, each a whole number, not 4'),
+    'short list': ('network_g.d_inner', [8], r'network_g: d_inner: \[8\] has 1 entries'),
+    'no number': ('network_g.dim', 'wide', "network_g.dim: has to be a whole number, not 'wide'"),
+    'too few images': (
+        'datasets.train.batch_size_per_gpu',
+        9,
+        'datasets.train: 8 items times dataset_enlarge_ratio 1,',
+    ),
+    'norm': ('train.grad_clip_norm', 'x', "train.grad_clip_norm: has to be a number of at least 0, not 'x'"),
+    'no extractor': (
+        'path.pretrain_network_e',
+        None,
+        'path.pretrain_network_e: missing; .*train_degradation_extractor',
+    ),
+    'wrong extractor': ('path.pretrain_network_e', 'whole.pth', 'path.pretrain_network_e: .*whole.pth'),
+    'wrong checkpoint': (
+        'path.pretrain_network_g',
+        'stage_1.pth',
+        'path.pretrain_network_g: .*stage_1.pth: does not fit DPMambaIR: [0-9]+ missing in the file',
+    ),
+    'cut short': ('path.pretrain_network_g', 'cut.pth', 'path.pretrain_network_g: .*cut.pth'),
+    'no such weights': (
+        'train.lpips_opt',
+        {'type': 'LPIPSLoss', 'weights': '/no.pth'},
+        'train.lpips_opt: .*/no.pth does not exist',
+    ),
+    'no VGG weights': (
+        'train.perceptual_opt',
+        {'type': 'VGGPerceptualLoss', 'layer_weights': {'conv1_2': 1.0}, 'weights': '/no.pth'},
+        'train.perceptual_opt: .*there is no /no.pth',
+    ),
+    'weight': (
+        'train.fft_opt',
+        {'type': 'FFTLoss', 'loss_weight': 'x'},
+        "train.fft_opt.loss_weight: has to be a number, not 'x'",
+    ),
+}
+
+
+@pytest.mark.parametrize('mistake', FOUND_ON_TRIAL)
+def test_what_shows_only_when_things_are_made_is_found_before(ours, checkpoints, mistake):
+    path, value, message = FOUND_ON_TRIAL[mistake]
+    change(ours, path, str(checkpoints / value) if str(value).endswith('.pth') else value)
+    (problem,) = check_options(ours)
+    assert re.match(message, problem), problem
+    assert '\n' not in problem
+
+
+def test_images_without_partners_are_found_before(ours, images, tmp_path):
+    shutil.copytree(images['dataroot_gt'], tmp_path / 'lq')
+    (tmp_path / 'lq' / '0.png').unlink()
+    ours['datasets']['train']['datasets']['rain']['dataroot_lq'] = str(tmp_path / 'lq')
+    (problem,) = check_options(ours)
+    assert re.match('datasets.train: images do not pair', problem) and '0.png' in problem
+
+
+def test_scales_agree(ours):
+    ours['network_g'] = {'type': 'VmambaIR', 'dim': 8, 'num_blocks': [1, 1, 1, 1], 'scale': 2}
+    del ours['path']['pretrain_network_e']
+    assert check_options(ours) == ['network_g.scale: 2, but scale is 1']
+
+
+def test_our_parts_are_made_on_trial_for_models_of_basicsr_too(ours):
+    ours['model_type'] = 'SRModel'
+    ours['network_g']['insertion'] = 'mix'
+    ours['datasets']['train']['sampling'] = 'unifrm'
+    network, dataset = check_options(ours)
+    assert network.startswith('network_g: insertion') and dataset.startswith('datasets.train: sampling')
+
+
+def test_progressive_needs_a_model_that_reports(ours):
+    phases = {'gt_sizes': [8, 16], 'batch_sizes': [2, 1], 'iters': [5, 5]}
+    ours['datasets']['train']['progressive'] = phases
+    assert check_options(ours) == []
+    ours['model_type'] = 'SRModel'
+    (problem,) = check_options(ours)
+    assert problem.startswith(
+        'datasets.train.progressive: SRModel does not report its iterations; choices: Degradation'
+    )
+
+
+def test_checking_does_not_open_the_log(ours, monkeypatch):
+    """BasicSR's log opened here would have no file."""
+    monkeypatch.setattr('basicsr.utils.logger.initialized_logger', {})
+    assert check_options(ours) == []
+    assert sys.modules['basicsr.utils.logger'].initialized_logger == {}
+
+
+def test_a_checkpoint_in_the_folder_that_is_renamed(ours, tmp_path, checkpoints):
+    (tmp_path / 'models').mkdir()
+    file = shutil.copy(checkpoints / 'whole.pth', tmp_path / 'models')
+    ours['path'] |= {'experiments_root': str(tmp_path), 'pretrain_network_g': str(file), 'pretrain_network_e': None}
+    (problem,) = check_options(ours)
+    assert 'in the folder of this run, which is renamed' in problem
+    ours['path']['experiments_root'] = str(tmp_path / 'other')
+    assert check_options(ours) == []
+
+
+def test_only_a_folder_of_a_run_may_be_renamed(tmp_path):
+    opt = {'is_train': True, 'path': {'experiments_root': str(tmp_path / 'root')}}
+    assert check_root(opt, opt['path']) == []
+    (tmp_path / 'root').mkdir()
+    assert check_root(opt, opt['path']) == []
+    (tmp_path / 'root' / 'mine.yml').write_text('x: 1')
+    (problem,) = check_root(opt, opt['path'])
+    assert problem.startswith('path.experiments_root: ') and 'other things than a run' in problem
+    assert check_root(opt, {}) == []  # BasicSR's own place
+    (tmp_path / 'root' / 'copy.yml').write_text('# GENERATE TIME: now\n')
+    assert check_root(opt, opt['path']) == []
+    (tmp_path / 'root' / 'copy.yml').unlink()
+    (tmp_path / 'root' / 'training_states').mkdir()
+    assert check_root(opt, opt['path']) == []

@@ -1,5 +1,6 @@
 """Progressive training in BasicSR's own loop: each iteration has its phase's crop and batch size, and loads no more."""
 
+import random
 import re
 import runpy
 import sys
@@ -10,6 +11,7 @@ import torch
 import yaml
 from basicsr.data import build_dataloader, build_dataset
 from basicsr.data.data_sampler import EnlargedSampler
+from basicsr.models.sr_model import SRModel
 from basicsr.utils.registry import MODEL_REGISTRY
 from basicsr_runs import run
 
@@ -54,6 +56,15 @@ class TracingModel(RestorationModel):
     def optimize_parameters(self, current_iter):
         assert self.gt.shape == self.lq.shape and self.gt.shape[2] == self.gt.shape[3]
         self.trace.append((current_iter, self.gt.shape[2], self.gt.shape[0]))
+        super().optimize_parameters(current_iter)
+
+
+@MODEL_REGISTRY.register()
+class SilentModel(SRModel):
+    """BasicSR's, which reports nothing."""
+
+    def optimize_parameters(self, current_iter):
+        TracingModel.trace.append(current_iter)
         super().optimize_parameters(current_iter)
 
 
@@ -118,33 +129,46 @@ def test_disagreement_with_total_iter_is_said_at_the_start(options, tmp_path, to
 
 
 def test_distributed(options, tmp_path):
-    """Two processes: both follow the schedule, with images of their own."""
+    """Two processes with a worker each, resumed amid an epoch: both follow the schedule, with images of their own."""
+    train_set = options['datasets']['train']
+    train_set |= in_process.write_pairs(tmp_path / 'twelve', [(40, 36)] * 12) | {'batch_size_per_gpu': 3}
+    train_set['progressive'] = {'gt_sizes': [8, 32], 'batch_sizes': [3, 1], 'iters': [5, 2]}
+    options['logger']['save_checkpoint_freq'] = options['train']['total_iter'] = 3
+    train(options, tmp_path)
+
+    # Persistent: BasicSR's distributed training spawns workers, and each takes seconds to import PyTorch.
+    train_set |= {'num_worker_per_gpu': 1, 'persistent_workers': True}
     options['model_type'] = 'RestorationModel'
-    options['datasets']['train'] |= {'dataset_enlarge_ratio': 2}
-    options['train']['total_iter'] = 5
-    options['datasets']['train']['progressive'] = {'gt_sizes': [8, 32], 'batch_sizes': [4, 1], 'iters': [3, 2]}
+    options['train']['total_iter'] = 7
     (tmp_path / 'progressive.yml').write_text(yaml.safe_dump(options))
     program = """
+import os
 import sys
 import dpmambair_basicsr
 from basicsr.train import train_pipeline
 dpmambair_basicsr.register()
 from dpmambair_basicsr.models import RestorationModel
-original = RestorationModel.optimize_parameters
-def optimize_parameters(self, current_iter):
-    sys.stdout.write(f'TRACE {self.opt["rank"]} {current_iter} {self.gt.shape[2]} {self.gt.shape[0]}\\n')
-    original(self, current_iter)
-RestorationModel.optimize_parameters = optimize_parameters
+original = RestorationModel.feed_data
+def feed_data(self, data):
+    original(self, data)
+    images = ','.join(map(os.path.basename, data['gt_path']))
+    sys.stdout.write(f'TRACE {self.opt["rank"]} {self.gt.shape[2]} {images}\\n')
+RestorationModel.feed_data = feed_data
 if __name__ == '__main__':
     train_pipeline('.')
 """
     (tmp_path / 'program.py').write_text(program)
-    command = (sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2', '--master_port=29617', 'program.py')
-    result = run(*command, '-opt', 'progressive.yml', '--launcher', 'pytorch', cwd=tmp_path)
+    command = (sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', 'program.py')
+    result = run(*command, '-opt', 'progressive.yml', '--launcher', 'pytorch', '--auto_resume', cwd=tmp_path)
     assert result.returncode == 0, result.stdout
-    lines = sorted(line.split('TRACE ')[1] for line in result.stdout.splitlines() if 'TRACE ' in line)
-    expected = [f'{rank} {i} {8 if i <= 3 else 32} {4 if i <= 3 else 1}' for rank in (0, 1) for i in range(1, 6)]
-    assert lines == expected
+    traces = [], []
+    for rank, size, images in re.findall(r'TRACE (\d) (\d+) (\S+)', result.stdout):
+        traces[int(rank)].append((int(size), images.split(',')))
+    for trace in traces:
+        assert [(size, len(images)) for size, images in trace] == [(8, 3)] * 2 + [(32, 1)] * 2, 'iterations 4 to 7'
+    for epoch, number in ((slice(0, 2), 12), (slice(2, 4), 4)):
+        images = [image for trace in traces for _, batch in trace[epoch] for image in batch]
+        assert len(images) == len(set(images)) == number, 'no image twice in an epoch'
 
 
 def epochs(dataset_options, count, done=0):
@@ -171,6 +195,7 @@ def test_all_images_are_seen_although_most_of_a_batch_is_left_out(options):
 
 def test_one_crop_size_per_batch_and_a_position_per_image(options, tmp_path):
     """The pictures are all alike, so equal crops are at equal positions."""
+    random.seed(0)
     options['datasets']['train']['use_hflip'] = False
     folder = tmp_path / 'pairs' / 'GT'
     content = (folder / '00.png').read_bytes()
@@ -195,12 +220,28 @@ def test_without_the_option_nothing_changes(options):
     assert [batch['gt'].shape for batch in epochs(options['datasets']['train'], 1)] == [(4, 3, 32, 32)] * 2
 
 
-def test_a_model_that_does_not_report_is_an_error(options, tmp_path):
-    """BasicSR's SRModel tells nobody its iteration: every epoch would begin with the first phase."""
-    options['model_type'] = 'SRModel'
-    options['train']['scheduler'] = {'type': 'MultiStepLR', 'milestones': [10]}
-    with pytest.raises(RuntimeError, match='progressive: the model does not report its iterations'):
+@pytest.mark.parametrize('resumed', [False, True])
+def test_a_model_that_does_not_report_is_an_error_before_it_trains(options, tmp_path, resumed):
+    """BasicSR's SRModel tells nobody its iteration: every epoch, and what is resumed, would begin with phase 1."""
+    options['train'] |= {'scheduler': {'type': 'MultiStepLR', 'milestones': [10]}, 'total_iter': 1}
+    options['logger']['save_checkpoint_freq'] = 1
+    if resumed:
         train(options, tmp_path)
+    options |= {'model_type': 'SilentModel'}
+    options['train']['total_iter'] = 2
+    with pytest.raises((RuntimeError, SystemExit), match='progressive'):
+        train(options, tmp_path, *['--auto_resume'] * resumed)
+    assert not TracingModel.trace
+
+
+def test_an_epoch_without_a_batch_is_not_blamed_on_the_model(options):
+    dataset = build_dataset(options['datasets']['train'] | {'phase': 'train'})
+    sampler = EnlargedSampler(dataset, 1, 0)
+    with pytest.raises(RuntimeError, match='the model does not report'):
+        iter(sampler)
+    report_iteration(0)
+    sampler.set_epoch(1)
+    assert sorted(draw.index for draw in sampler) == list(range(8))
 
 
 @pytest.mark.parametrize(
@@ -220,6 +261,13 @@ def test_bad_values_name_the_key(options, change, message):
     train_set = options['datasets']['train'] | {'phase': 'train', 'progressive': PHASES | change}
     with pytest.raises(ValueError, match=message):
         build_dataset(train_set)
+
+
+def test_crop_size_of_a_part_alone_names_the_key(options):
+    train_set = options['datasets']['train'] | {'phase': 'train', 'type': 'MixedDegradationDataset'}
+    part = {key: train_set.pop(key) for key in ('dataroot_gt', 'dataroot_lq', 'gt_size')}
+    with pytest.raises(ValueError, match='^gt_size: missing beside progressive'):
+        build_dataset(train_set | {'datasets': {'rain': part}})
 
 
 def test_gt_sizes_fit_the_network_at_scale_4(options):

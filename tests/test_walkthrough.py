@@ -79,6 +79,13 @@ def project(tmp_path_factory):
         'dataroot_gt': str(folder / 'GT'),
         'dataroot_lq': str(folder / 'LQ'),
     }
+    parts = {
+        'noise': {key: pairs[key] for key in ('dataroot_gt', 'dataroot_lq')},
+        'clean': {'type': 'SyntheticDegradationDataset', 'dataroot_gt': str(folder / 'GT'), 'degradations': ['rain']},
+    }
+    mixed = {key: value for key, value in STAGE_1['datasets']['train'].items() if not key.startswith('d')}
+    mixed |= {'name': 'mixture', 'type': 'MixedDegradationDataset', 'sampling': 'uniform', 'datasets': parts}
+    mixed['dataset_enlarge_ratio'] = 10
     val = {'save_img': True, 'suffix': None, 'metrics': {'psnr': {'type': 'calculate_psnr', 'crop_border': 0}}}
     stage_2 = {
         **STAGE_1,
@@ -86,7 +93,7 @@ def project(tmp_path_factory):
         'model_type': 'RestorationModel',
         'network_g': NETWORK,
         'train': STAGE_2_TRAIN,
-        'datasets': {**STAGE_1['datasets'], 'val': pairs},
+        'datasets': {'train': mixed, 'val': pairs},
         'val': {**val, 'val_freq': 4},
         'path': {
             'pretrain_network_g': None,
@@ -126,6 +133,13 @@ def test_every_loss_is_logged_by_name(project):
     assert 'l_pix' in logs['stage1'] and 'l_mse' not in logs['stage1']
 
 
+def test_the_shares_of_the_mixture_are_in_the_log_file_once(project):
+    folder, _ = project
+    file = min((folder / 'experiments/stage2').glob('train_stage2_*.log'))  # resuming adds more
+    shares = 'mixture: 6 items per epoch: noise 3 images, 50.0% of draws, clean 3 images, 50.0% of draws.'
+    assert file.read_text().count(shares) == 1
+
+
 def test_the_extractor_of_stage_1_is_in_the_checkpoint_unchanged(project):
     from dpmambair_basicsr.archs import DegradationAutoencoder
 
@@ -136,7 +150,7 @@ def test_the_extractor_of_stage_1_is_in_the_checkpoint_unchanged(project):
     saved = load(folder / 'experiments/stage2/models/net_g_4.pth')
     for name, value in expected.items():
         assert torch.equal(saved['params'][f'extractor.{name}'], value), name
-        torch.testing.assert_close(saved['params_ema'][f'extractor.{name}'], value)  # an average of equal values
+        assert torch.equal(saved['params_ema'][f'extractor.{name}'], value), name
     assert not torch.equal(saved['params']['output.weight'], saved['params_ema']['output.weight'])
 
 

@@ -248,6 +248,11 @@ class DPMambaIR(UNet):
         """Whether `forward` needs the true degradation."""
         return self.classes is not None
 
+    @property
+    def needs_extractor(self) -> bool:
+        """Whether `load_extractor`, or a checkpoint of the whole network, has to come before training."""
+        return self.extractor is not None
+
     def load_extractor(self, state_dict: dict[str, Tensor]) -> None:
         """Take over the extractor that stage 1 trained, merged.
 

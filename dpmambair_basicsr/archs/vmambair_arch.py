@@ -143,11 +143,12 @@ class VmambaIR(UNet):
 
     Args:
         inp_channels, out_channels: of the images; equal, because the (upsampled) input is added to the output.
-        dim: C of the first stage.
+        dim: C of the first stage, even.
         num_blocks: OSS blocks at the four levels, decoder like encoder.
         num_refinement_blocks: OSS blocks after the decoder.
         ffn_expansion_factor: hidden width of the EFFN over C.
-        bias: of the U-Net's and the EFFN's convolutions.
+        bias: of the stem, the reducing convolutions, the EFFN and the last convolution at scale 1. The resampling
+            ones never have one, those of the OSS module and of the SR tail always, as released.
         scale: 1, 2, 3, 4 or 8. The released code has 1 and 4 only.
         d_state: N.
         channel_scan: 'lifted' to four channels, 'scalar', or 'none' (Table 4, V2).

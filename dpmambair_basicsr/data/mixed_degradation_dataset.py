@@ -1,8 +1,8 @@
+import logging
 import random
 from pathlib import Path
 
 import numpy as np
-from basicsr.utils import get_root_logger
 from basicsr.utils.registry import DATASET_REGISTRY
 from torch.utils.data import Dataset
 
@@ -57,7 +57,9 @@ class MixedDegradationDataset(ProgressiveBatches, Dataset):
             for name, size, count in zip(self.names, sizes, draws, strict=True)
         )
         self.start_progressive()
-        get_root_logger().info(f'{opt.get("name", "MixedDegradationDataset")}: {sum(sizes)} items per epoch: {share}.')
+        # Not get_root_logger, which would open BasicSR's log without its file if it is not open yet.
+        name = opt.get('name', 'MixedDegradationDataset')
+        logging.getLogger('basicsr').info(f'{name}: {sum(sizes)} items per epoch: {share}.')
 
     def _build(self, name, sub):
         kind = sub.setdefault('type', 'PairedDegradationDataset')

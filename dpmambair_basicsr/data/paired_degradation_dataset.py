@@ -1,7 +1,7 @@
 from basicsr.data.data_util import paired_paths_from_meta_info_file
-from basicsr.data.paired_image_dataset import PairedImageDataset
 from basicsr.data.transforms import paired_random_crop
 from basicsr.utils.registry import DATASET_REGISTRY
+from torch.utils.data import Dataset
 
 from dpmambair_basicsr.data.dataset_options import CROP_KEYS, complete_options
 from dpmambair_basicsr.data.degradations import DEGRADATIONS
@@ -19,8 +19,8 @@ from dpmambair_basicsr.data.progressive import ProgressiveBatches
 
 
 @DATASET_REGISTRY.register()
-class PairedDegradationDataset(ProgressiveBatches, PairedImageDataset):
-    """BasicSR's PairedImageDataset with the degradation's label, vertical flips and errors that name the file.
+class PairedDegradationDataset(ProgressiveBatches, Dataset):
+    """BasicSR's PairedImageDataset, plus the degradation's label, vertical flips and errors that name the file.
 
     Items: `lq`, `gt` (3, h, w) RGB float32 in [0, 1]; `lq_path`, `gt_path`; `degradation` ('' if not given) and, if
     given, its index `label`. In training a random crop of gt_size, then flips, the same for both; else the whole image.
@@ -41,7 +41,6 @@ class PairedDegradationDataset(ProgressiveBatches, PairedImageDataset):
     option_keys = CROP_KEYS | {'dataroot_gt', 'dataroot_lq', 'meta_info_file', 'filename_tmpl', 'degradation'}
 
     def __init__(self, opt):
-        # Not BasicSR's constructor: it lists folders in the file system's order and fails without naming a file.
         opt = self.opt = complete_options(opt, ('dataroot_gt', 'dataroot_lq'))
         name = opt.get('degradation')
         if name is not None and name not in DEGRADATIONS:
@@ -61,6 +60,9 @@ class PairedDegradationDataset(ProgressiveBatches, PairedImageDataset):
             raise ValueError(f'no images in {opt.get("meta_info_file") or opt["dataroot_gt"]}')
         self.images = ImageReader(opt['io_backend'], folders)
         self.start_progressive()
+
+    def __len__(self):
+        return len(self.paths)
 
     def __getitem__(self, index):
         scale, paths = self.opt['scale'], self.paths[index]

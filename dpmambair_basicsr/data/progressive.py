@@ -6,7 +6,7 @@ phase does not use. Here the data set is asked for whole batches (`__getitems__`
 The phase follows the training iteration. BasicSR's sampler runs in the training process and its indices reach the
 loader's workers, so the sampler is what can tell them: each index of a progressive data set is accompanied by its
 position in the epoch and by the number of iterations before the epoch, which our models report. Nothing is assumed
-about epochs, workers, prefetching or where training was resumed.
+about epochs, workers, prefetching or where training was resumed. A model that reports nothing is an error at once.
 """
 
 import copy
@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 from basicsr.data.data_sampler import EnlargedSampler
 
-iterations_done = 0  # in the training process
+iterations_done: int | None = None  # in the training process; None until a model has announced itself
 
 
 def report_iteration(iteration: int) -> None:
@@ -70,6 +70,8 @@ def read_phases(opt: dict) -> Phases | None:
     for size in given['gt_sizes']:
         if size % multiple:
             raise ValueError(f'progressive.gt_sizes: {size} is not a multiple of {multiple} (8 x scale)')
+    if 'gt_size' not in opt:
+        raise ValueError(f'gt_size: missing beside progressive, should be the largest of gt_sizes {given["gt_sizes"]}')
     if max(given['gt_sizes']) != opt['gt_size']:
         raise ValueError(f'gt_size: {opt["gt_size"]} is not the largest of progressive.gt_sizes {given["gt_sizes"]}')
     if 'batch_size_per_gpu' not in opt:
@@ -83,7 +85,12 @@ def read_phases(opt: dict) -> Phases | None:
 
 
 def compare_lengths(opt: dict) -> str:
-    """What to warn of in the options of a training run: that its phases and total_iter disagree; '' if they do not."""
+    """For models that report their iterations, to be called once, when they are made for training: announces them.
+
+    Returns:
+        What to warn of in the training's options: that phases and total_iter disagree; '' if they do not.
+    """
+    report_iteration(0)
     given = opt['datasets']['train'].get('progressive')
     total, planned = int(opt['train']['total_iter']), sum(given['iters']) if given else 0
     if not given or planned == total:
@@ -110,9 +117,10 @@ class ProgressiveBatches:
 
     def start_progressive(self) -> None:
         """Read the option `progressive`; None: batches are what the loader asks for."""
+        global iterations_done
         self.phases = read_phases(self.opt)
         if self.phases is not None:
-            report_iteration(0)
+            iterations_done = None  # what an earlier model has said is not about the training that begins
             accompany_indices()
 
     def __getitems__(self, draws: list) -> list[dict]:
@@ -153,8 +161,10 @@ def accompany_indices() -> None:
         indices = original(self)
         if getattr(self.dataset, 'phases', None) is None:
             return indices
-        if self.epoch > 0 and iterations_done == 0:
-            raise RuntimeError('progressive: the model does not report its iterations; use one of dpmambair_basicsr')
+        if iterations_done is None:
+            raise RuntimeError(
+                'progressive: the model does not report its iterations; model_type has to be one of dpmambair_basicsr'
+            )
         done = iterations_done
         return (Draw(index, position, done) for position, index in enumerate(indices))
 

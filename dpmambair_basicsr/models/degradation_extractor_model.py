@@ -17,8 +17,5 @@ class DegradationExtractorModel(RestorationModel):
         self.clean = self.gt
         self.gt = self.lq
 
-    def load_extractor(self) -> None:
-        """Nothing to load: this stage trains the extractor."""
-
     def network_inputs(self) -> tuple[Tensor, ...]:
         return self.clean, self.lq

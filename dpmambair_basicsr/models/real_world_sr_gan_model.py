@@ -9,5 +9,17 @@ from dpmambair_basicsr.models.two_order_degradation import TwoOrderDegradation
 class RealWorldSRGANModel(RestorationGANModel, TwoOrderDegradation, RealESRGANModel):
     """VmambaIR's real-world SR, second stage: RestorationGANModel on Real-ESRGAN's two-order degradation.
 
-    Options: RestorationGANModel's and TwoOrderDegradation's.
+    Options: RestorationGANModel's and TwoOrderDegradation's, and
+        train.ldl_opt: loss on artefacts (LDL, Liang et al. 2022), as RealESRGANModel has it; VmambaIR has none.
+
+    Raises:
+        ValueError: `ldl_opt` without the average of the network that it compares with.
     """
+
+    loss_keys = (*RestorationGANModel.loss_keys, 'ldl_opt')
+
+    def init_training_settings(self) -> None:
+        train_opt = self.opt['train']
+        if train_opt.get('ldl_opt') and not train_opt.get('ema_decay'):
+            raise ValueError('train.ema_decay: missing, train.ldl_opt needs it')
+        super().init_training_settings()

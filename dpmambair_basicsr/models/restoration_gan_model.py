@@ -3,8 +3,6 @@ from basicsr.utils.registry import MODEL_REGISTRY
 
 from dpmambair_basicsr.models.restoration_hooks import RestorationHooks
 
-LOSSES = ('pixel_opt', 'perceptual_opt', 'gan_opt')
-
 
 @MODEL_REGISTRY.register()
 class RestorationGANModel(RestorationHooks, SRGANModel):
@@ -16,10 +14,12 @@ class RestorationGANModel(RestorationHooks, SRGANModel):
         train.pbar: show a progress bar.
 
     Raises:
-        ValueError: a part that GAN training needs is missing, or a loss is named that BasicSR's loop would pass over.
+        ValueError: a part that GAN training needs is missing, a loss is named that BasicSR's code would pass over, or
+            the network needs labels, which that code does not give it.
     """
 
     option_keys = {'train': frozenset({'scheduler_d'})}
+    loss_keys = ('pixel_opt', 'perceptual_opt', 'gan_opt')  # what optimize_parameters of the base class reads
 
     def init_training_settings(self) -> None:
         train_opt = self.opt['train']
@@ -27,9 +27,14 @@ class RestorationGANModel(RestorationHooks, SRGANModel):
         for name, section in parts.items():
             if not section.get(name.removeprefix('train.')):
                 raise ValueError(f'{name}: missing, {type(self).__name__} needs it')
-        for name in train_opt:
-            if name.endswith('_opt') and name not in LOSSES:
-                raise ValueError(f'train.{name}: {type(self).__name__} has {", ".join(LOSSES)} only')
+        for name, loss in train_opt.items():
+            if name.endswith('_opt') and loss is not None and name not in self.loss_keys:
+                raise ValueError(f'train.{name}: {type(self).__name__} has {", ".join(self.loss_keys)} only')
+        net = self.get_bare_model(self.net_g)
+        if getattr(net, 'needs_label', False):
+            raise ValueError(
+                f'network_g: {type(net).__name__} needs labels, which {type(self).__name__} does not give it'
+            )
         super().init_training_settings()
 
     def setup_optimizers(self) -> None:

@@ -1,10 +1,8 @@
 from collections import OrderedDict
 from copy import deepcopy
 
-import torch
 from basicsr.losses import build_loss
 from basicsr.models.sr_model import SRModel
-from basicsr.utils import get_root_logger
 from basicsr.utils.registry import MODEL_REGISTRY
 from torch import Tensor
 
@@ -31,7 +29,7 @@ class RestorationModel(RestorationHooks, SRModel):
         self.net_g.train()
         self.load_extractor()
         self.losses = {
-            LOG_NAMES.get(key, f'l_{key.removesuffix("_opt")}'): build_loss(opt).to(self.device)
+            key: build_loss(opt).to(self.device)
             for key, opt in train_opt.items()
             if key.endswith('_opt') and opt is not None
         }
@@ -49,28 +47,6 @@ class RestorationModel(RestorationHooks, SRModel):
         self.setup_optimizers()
         self.setup_schedulers()
 
-    def load_extractor(self) -> None:
-        """Give the network stage 1's extractor. A checkpoint of the whole network brings its own.
-
-        Raises:
-            ValueError: if the network needs one and no checkpoint holds one, or if the file does not fit.
-        """
-        net = self.get_bare_model(self.net_g)
-        path = self.opt['path'].get('pretrain_network_e')
-        if getattr(net, 'extractor', None) is None or self.opt['path'].get('pretrain_network_g') is not None:
-            return
-        if path is None:
-            raise ValueError(
-                "path.pretrain_network_e: missing. The network's degradation extractor is frozen during training: "
-                'pre-train it with options/train_degradation_extractor.yml and name the checkpoint here'
-            )
-        checkpoint = torch.load(path, map_location='cpu', weights_only=True)
-        try:
-            net.load_extractor(checkpoint.get('params_ema', checkpoint.get('params')))
-        except Exception as error:
-            raise ValueError(f'{path}: not a checkpoint of stage 1 for this network: {error}') from error
-        get_root_logger().info(f'Loading the degradation extractor from {path}; it stays frozen.')
-
     def optimize_parameters(self, current_iter: int) -> None:
         self.optimizer_g.zero_grad()
         self.output = self.net_g(*self.network_inputs())
@@ -84,13 +60,20 @@ class RestorationModel(RestorationHooks, SRModel):
         self.show_progress(current_iter)
 
     def compute_losses(self, output: Tensor, target: Tensor) -> 'OrderedDict[str, Tensor]':
-        """Log name -> weighted loss."""
-        loss_dict = OrderedDict()
-        for name, loss in self.losses.items():
+        """Log name -> weighted loss.
+
+        Raises:
+            ValueError: if two losses have one log name.
+        """
+        loss_dict, origin = OrderedDict(), {}
+        for key, loss in self.losses.items():
+            names = (LOG_NAMES.get(key, f'l_{key.removesuffix("_opt")}'), 'l_style')
             value = loss(output, target)
-            if isinstance(value, tuple):  # BasicSR's PerceptualLoss: (perceptual, style), either may be None
-                values = {name: value[0], 'l_style': value[1]}
-                loss_dict.update({key: part for key, part in values.items() if part is not None})
-            else:
-                loss_dict[name] = value
+            # BasicSR's PerceptualLoss returns (perceptual, style), either may be None.
+            for name, part in zip(names, value if isinstance(value, tuple) else (value,), strict=False):
+                if part is None:
+                    continue
+                if name in origin:
+                    raise ValueError(f'train.{key}: logged as {name}, as train.{origin[name]} is; rename one of them')
+                loss_dict[name], origin[name] = part, key
         return loss_dict

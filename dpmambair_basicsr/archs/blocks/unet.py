@@ -14,11 +14,14 @@ class UNet(nn.Module):
 
     Args:
         inp_channels: channels of the image.
-        dim: C, a multiple of 2.
+        dim: C, even: the resampling halves it.
         num_blocks: blocks at levels 0..3; encoder and decoder have the same number.
         num_refinement_blocks: blocks after the decoder.
-        bias: of the stem, the resampling and the reducing convolutions.
+        bias: of the stem and the reducing convolutions; the resampling ones have none, as published.
         make_block: i -> a block for features of width C * 2**i.
+
+    Raises:
+        ValueError: for an odd dim or another number of levels, naming the key.
     """
 
     stride = 8  # height and width of the input must be multiples of it
@@ -33,6 +36,8 @@ class UNet(nn.Module):
         make_block: Callable[[int], nn.Module],
     ):
         super().__init__()
+        if dim < 2 or dim % 2:
+            raise ValueError(f'dim: {dim} is not a positive even number')
         if len(num_blocks) != 4:
             raise ValueError(
                 f'num_blocks: {list(num_blocks)} has {len(num_blocks)} entries, needed are 4, one per level'

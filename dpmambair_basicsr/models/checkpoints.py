@@ -1,0 +1,69 @@
+"""Checkpoint files as BasicSR writes them, {'params': state dict, ...}, read with errors that name the file."""
+
+import torch
+from torch import Tensor, nn
+
+
+def read_checkpoint(path: str) -> dict:
+    """What the file holds, on the CPU.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: naming the file, if it is none of PyTorch's or does not hold a dictionary.
+    """
+    try:
+        checkpoint = torch.load(path, map_location='cpu', weights_only=True)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # torch.load raises many kinds, and their messages name no file
+        raise ValueError(f'{path}: is no checkpoint that torch.load can read ({type(error).__name__})') from error
+    if not isinstance(checkpoint, dict):
+        raise ValueError(f'{path}: holds no dictionary but a {type(checkpoint).__name__}')
+    return checkpoint
+
+
+def read_weights(path: str, *keys: str | None) -> dict[str, Tensor]:
+    """The state dict in a file under the first of the keys that is there, without the `module.` of parallel training.
+
+    Args:
+        keys: None stands for the file itself, a bare state dict.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: naming the file and the keys it has, if there is no state dict under any of these.
+    """
+    checkpoint = read_checkpoint(path)
+    key = next((key for key in keys if key is None or key in checkpoint), keys[0])
+    weights = checkpoint if key is None else checkpoint.get(key)
+    if not is_state_dict(weights):
+        found = ', '.join(map(str, list(checkpoint)[:5])) + (', ...' if len(checkpoint) > 5 else '')
+        if key is None or key in checkpoint:
+            place = 'it' if key is None else f'its key {key!r}'
+            raise ValueError(f'{path}: {place} is no state dict; keys of the file: {found}')
+        advice = 'it is a bare state dict, for which path.param_key_g is ~; ' if is_state_dict(checkpoint) else ''
+        raise ValueError(f'{path}: holds no key {key!r}; {advice}keys of the file: {found}')
+    return {name.removeprefix('module.'): value for name, value in weights.items()}
+
+
+def is_state_dict(value) -> bool:
+    return isinstance(value, dict) and all(isinstance(part, Tensor) for part in value.values())
+
+
+def differences(net: nn.Module, state_dict: dict) -> str:
+    """One readable report of how a state dict does not fit a network; '' if it fits."""
+    own = net.state_dict()
+    parts = {
+        'missing in the file': sorted(own.keys() - state_dict.keys()),
+        'not in the network': sorted(state_dict.keys() - own.keys()),
+        'of another shape': [
+            f'{name} {tuple(state_dict[name].shape)} instead of {tuple(own[name].shape)}'
+            for name in own
+            if name in state_dict and own[name].shape != state_dict[name].shape
+        ],
+    }
+    lines = [
+        f'  {len(names)} {what}: {", ".join(names[:5])}{", ..." if len(names) > 5 else ""}'
+        for what, names in parts.items()
+        if names
+    ]
+    return '\n'.join([f'does not fit {type(net).__name__}:', *lines]) if lines else ''

@@ -1,0 +1,372 @@
+"""RestorationModel: losses, optimiser groups, clipping, average, scale, checkpoints, the degradation extractor."""
+
+import copy
+import re
+
+import dpmambair_basicsr  # noqa: F401  (first: it makes BasicSR importable)
+
+# isort: split
+import pytest
+import torch
+from basicsr.models import build_model
+from basicsr.utils.registry import LOSS_REGISTRY
+from torch.nn.utils import parameters_to_vector
+
+from dpmambair_basicsr.archs import DegradationAutoencoder, DPMambaIR
+
+EXTRACTOR = {'embed_dim': 8, 'extractor_channels': [4, 4]}
+NETWORK = {
+    'dim': 16,
+    'num_blocks': [1, 1, 1, 1],
+    'num_refinement_blocks': 1,
+    'd_inner': [16, 16, 16, 16],
+    'd_state': 2,
+    **EXTRACTOR,
+}
+VMAMBAIR = {'type': 'VmambaIR', 'dim': 4, 'num_blocks': [1, 1, 1, 1], 'num_refinement_blocks': 1}
+SGD = {'type': 'SGD', 'lr': 1.0}  # moves the parameters by the gradient
+
+
+@LOSS_REGISTRY.register()
+class PairOfLosses(torch.nn.Module):
+    """Returns what BasicSR's PerceptualLoss returns: (perceptual, style)."""
+
+    def __init__(self, content: float = 1.0, style: float = 1.0):
+        super().__init__()
+        self.weights = content, style
+
+    def forward(self, pred, target):
+        distance = (pred - target).abs().mean()
+        return tuple(weight * distance if weight else None for weight in self.weights)
+
+
+def options(network=None, path=None, **train):
+    """Parsed options of a model on the CPU; by default of a DPMambaIR without extractor."""
+    schedule = {'type': 'CosineAnnealingRestartLR', 'periods': [10], 'restart_weights': [1], 'eta_min': 1e-6}
+    defaults = {'optim_g': {'type': 'AdamW', 'lr': 1e-3, 'weight_decay': 0.1}, 'scheduler': schedule, 'total_iter': 10}
+    return {
+        'name': 'model',
+        'model_type': 'RestorationModel',
+        'num_gpu': 0,
+        'dist': False,
+        'rank': 0,
+        'is_train': True,
+        'datasets': {'train': {}},
+        'network_g': network or {'type': 'DPMambaIR', **NETWORK, 'insertion': 'none'},
+        'path': path or {},
+        'train': copy.deepcopy({**defaults, 'pixel_opt': {'type': 'L1Loss'}, **train}),
+    }
+
+
+def build(*args, **kwargs):
+    torch.manual_seed(0)
+    model = build_model(options(*args, **kwargs))
+    model.feed_data({'lq': torch.rand(2, 3, 16, 16), 'gt': torch.rand(2, 3, 16, 16), 'label': torch.tensor([2, 5])})
+    return model
+
+
+def vector(net):
+    return parameters_to_vector(net.parameters()).detach().clone()
+
+
+# Losses
+
+
+def test_the_sum_of_all_losses_is_minimised_and_each_is_logged():
+    losses = {
+        'mse_opt': {'type': 'MSELoss', 'loss_weight': 0.5},
+        'fft_opt': {'type': 'FFTLoss', 'loss_weight': 0.001},
+        'perceptual_opt': {'type': 'PairOfLosses', 'style': 0.25},
+    }
+    model = build(optim_g=SGD, **losses)
+    before, output = vector(model.net_g), model.net_g(model.lq)
+    distance = output - model.gt
+    spectrum = torch.view_as_real(torch.fft.fft2(distance)).abs().mean()
+    total = 2.25 * distance.abs().mean() + 0.5 * distance.square().mean() + 0.001 * spectrum
+    gradient = torch.cat([g.flatten() for g in torch.autograd.grad(total, list(model.net_g.parameters()))])
+    model.optimize_parameters(1)
+    torch.testing.assert_close(before - vector(model.net_g), gradient, rtol=1e-3, atol=1e-5)
+    l1 = distance.abs().mean().item()
+    log = {'l_pix': l1, 'l_mse': 0.5 * distance.square().mean().item(), 'l_fft': 0.001 * spectrum.item()}
+    assert model.log_dict == pytest.approx(log | {'l_percep': l1, 'l_style': 0.25 * l1}, rel=1e-4)
+
+
+def test_a_loss_that_is_none_is_not_logged():
+    model = build(pixel_opt=None, perceptual_opt={'type': 'PairOfLosses', 'style': 0})
+    model.optimize_parameters(1)
+    assert list(model.log_dict) == ['l_percep']
+
+
+@pytest.mark.parametrize(
+    ('losses', 'message'),
+    [
+        ({'pix_opt': {'type': 'MSELoss'}}, r'^train\.pix_opt: logged as l_pix, as train\.pixel_opt is'),
+        ({'style_opt': {'type': 'MSELoss'}, 'perceptual_opt': {'type': 'PairOfLosses'}}, r'^train\.perc.* l_style, as'),
+        (
+            {'a_opt': {'type': 'PairOfLosses'}, 'b_opt': {'type': 'PairOfLosses'}},
+            r'^train\.b_opt: logged as l_style, as train\.a_opt is',
+        ),
+    ],
+)
+def test_two_losses_of_one_log_name_are_refused(losses, message):
+    with pytest.raises(ValueError, match=message):
+        build(**losses).optimize_parameters(1)
+
+
+def test_no_loss_is_refused():
+    with pytest.raises(ValueError, match='^train: names no loss'):
+        build(pixel_opt=None)
+
+
+# Optimiser, average, schedule
+
+
+def test_marked_parameters_are_not_decayed():
+    model = build()
+    names = {id(parameter): name for name, parameter in model.net_g.named_parameters()}
+    decayed, others = model.optimizer_g.param_groups
+    assert decayed['weight_decay'] == 0.1 and others['weight_decay'] == 0
+    kinds = {names[id(parameter)].rsplit('.', 1)[1] for parameter in others['params']}
+    assert kinds == {'A_logs', 'Ds'}
+    assert not kinds & {names[id(parameter)].rsplit('.', 1)[1] for parameter in decayed['params']}
+    assert len(decayed['params']) + len(others['params']) == len(names)
+
+
+@pytest.mark.parametrize('limit', [None, 1e-3])
+def test_the_gradient_is_clipped(limit):
+    model = build(optim_g=SGD, grad_clip_norm=limit)
+    before = vector(model.net_g)
+    model.optimize_parameters(1)
+    step = (vector(model.net_g) - before).norm().item()
+    assert step > 0.1 if limit is None else step == pytest.approx(limit, rel=1e-3)
+
+
+def test_the_frozen_extractor_does_not_drift_in_the_average(stage_1):
+    model = build({'type': 'DPMambaIR', **NETWORK}, {'pretrain_network_e': stage_1[0]}, ema_decay=0.9999)
+    before = vector(model.net_g_ema.output)
+    for iteration in range(1, 4):
+        model.optimize_parameters(iteration)
+    for _ in range(300):
+        model.model_ema(0.9999)
+    assert not torch.equal(vector(model.net_g_ema.output), before)
+    for name, value in model.net_g.extractor.state_dict().items():
+        assert torch.equal(model.net_g_ema.extractor.state_dict()[name], value), name
+
+
+@pytest.mark.parametrize(('periods', 'works'), [([8], False), ([3, 6], True), ([10], True)])
+def test_a_schedule_may_end_with_the_last_iteration(periods, works):
+    """BasicSR's fails if it is asked for a rate after its periods; iteration i asks for position i - 1."""
+    schedule = {'type': 'CosineAnnealingRestartLR', 'periods': periods, 'restart_weights': [1] * len(periods)}
+    if not works:
+        with pytest.raises(ValueError, match=r'periods sum to 8, train\.total_iter is 10'):
+            build(scheduler=schedule)
+        return
+    model = build(scheduler=schedule)
+    model.optimizer_g.step()  # PyTorch warns of schedulers that step before
+    for iteration in range(1, 11):
+        model.update_learning_rate(iteration)
+
+
+# Inference
+
+
+@pytest.mark.parametrize('size', [(16, 16), (13, 9)])
+def test_the_output_is_cropped_at_the_networks_own_scale(size):
+    """Without a top-level `scale`, which is for the data sets."""
+    model = build({**VMAMBAIR, 'scale': 4})
+    model.lq = torch.rand(1, 3, *size)
+    model.test()
+    assert model.output.shape == (1, 3, 4 * size[0], 4 * size[1])
+    assert model.net_g.training
+
+
+def test_the_label_reaches_the_network():
+    model = build({'type': 'DPMambaIR', **NETWORK, 'degradation': 'class'}, optim_g=SGD)
+    with torch.no_grad():
+        for name, parameter in model.net_g.named_parameters():
+            if '.modulation.' in name or name == 'output.weight':
+                parameter.add_(torch.randn_like(parameter), alpha=0.1)  # at the start, labels change nothing
+    before = model.net_g.classes.weight.detach().clone()
+    model.optimize_parameters(1)
+    moved = (model.net_g.classes.weight - before).abs().amax(dim=1) > 0
+    assert moved.nonzero().flatten().tolist() == [2, 5]
+
+    model.test()
+    expected = model.output
+    model.label = model.label.flip(0)
+    model.test()
+    assert not torch.equal(model.output, expected)
+    model.feed_data({'lq': model.lq, 'gt': model.gt})
+    with pytest.raises(ValueError, match="degradation: 'class' needs a label"):
+        model.test()
+
+
+# Where the degradation extractor is from
+
+
+def save(path, checkpoint):
+    torch.save(checkpoint, path)
+    return str(path)
+
+
+@pytest.fixture(scope='module')
+def stage_1(tmp_path_factory):
+    """A checkpoint of stage 1, and the extractor that it should give."""
+    torch.manual_seed(7)
+    net = DegradationAutoencoder(**EXTRACTOR, channels=4, num_fusion_blocks=1, num_refine_blocks=1)
+    file = tmp_path_factory.mktemp('stage1') / 'stage1.pth'
+    return save(file, {'params': net.state_dict()}), net.extractor.merge().state_dict()
+
+
+@pytest.fixture(scope='module')
+def stage_2(tmp_path_factory):
+    """Checkpoints of DPMambaIR with extractor ('whole'), and without ('part')."""
+    torch.manual_seed(8)
+    folder, whole = tmp_path_factory.mktemp('stage2'), DPMambaIR(**NETWORK).state_dict()
+    part = {name: value for name, value in whole.items() if not name.startswith('extractor.')}
+    files = {name: {'params': state} for name, state in (('whole', whole), ('part', part))}
+    return {name: save(folder / f'{name}.pth', content) for name, content in files.items()}
+
+
+def model_with(*, network=NETWORK, ema_decay=0.9, **path):
+    return build({'type': 'DPMambaIR', **network}, path, ema_decay=ema_decay)
+
+
+def assert_extractor(model, expected):
+    for net in (model.net_g, model.net_g_ema):
+        assert not any(parameter.requires_grad for parameter in net.extractor.parameters())
+        for name, value in expected.items():
+            assert torch.equal(net.extractor.state_dict()[name], value), name
+
+
+def extractor_of(file):
+    state = torch.load(file, weights_only=True)['params']
+    return {name.removeprefix('extractor.'): value for name, value in state.items() if name.startswith('extractor.')}
+
+
+def test_from_stage_1(stage_1, stage_2, tmp_path):
+    file, expected = stage_1
+    assert_extractor(model_with(pretrain_network_e=file), expected)
+    part = {'pretrain_network_g': stage_2['part'], 'strict_load_g': False}
+    model = model_with(pretrain_network_e=file, **part)
+    assert_extractor(model, expected)
+    output = torch.load(stage_2['part'], weights_only=True)['params']['output.weight']
+    assert torch.equal(model.net_g.output.weight, output) and torch.equal(model.net_g_ema.output.weight, output)
+    bare = save(tmp_path / 'bare.pth', torch.load(file, weights_only=True)['params'])
+    assert_extractor(model_with(pretrain_network_e=bare), expected)
+
+
+def test_from_a_checkpoint_of_the_whole_network(stage_1, stage_2):
+    expected = extractor_of(stage_2['whole'])
+    assert_extractor(model_with(pretrain_network_g=stage_2['whole']), expected)
+    with pytest.raises(ValueError, match=r'^path\.pretrain_network_e: \S*whole\.pth brings its own extractor; write ~'):
+        model_with(pretrain_network_g=stage_2['whole'], pretrain_network_e=stage_1[0])
+    # BasicSR sets pretrain_network_g when it resumes; the option file still names stage 1, which may be gone.
+    resumed = {'resume_state': '9.state', 'pretrain_network_g': stage_2['whole'], 'pretrain_network_e': 'gone.pth'}
+    assert_extractor(model_with(**resumed), expected)
+
+
+def gan_model(path):
+    opt = options({'type': 'DPMambaIR', **NETWORK}, path, ema_decay=0.9)
+    opt |= {'model_type': 'RestorationGANModel', 'network_d': {'type': 'UNetDiscriminatorSN', 'num_in_ch': 3}}
+    opt['network_d']['num_feat'] = 4
+    opt['train'] |= {'optim_d': {'type': 'AdamW', 'lr': 1e-3}, 'gan_opt': {'type': 'GANLoss', 'gan_type': 'vanilla'}}
+    return build_model(opt)
+
+
+@pytest.mark.parametrize('make', [lambda path: model_with(**path), gan_model], ids=['RestorationModel', 'GAN'])
+def test_a_random_extractor_is_refused(make, stage_1, stage_2, tmp_path):
+    with pytest.raises(ValueError, match=r'^path\.pretrain_network_e: missing\. '):
+        make({})
+    part = {'pretrain_network_g': stage_2['part'], 'strict_load_g': False}
+    with pytest.raises(ValueError, match=r'^path\.pretrain_network_e: missing, and \S*part\.pth holds none that fits'):
+        make(part)
+    wider = DPMambaIR(**NETWORK | {'embed_dim': 16}).state_dict()  # strict_load_g: false passes over what does not fit
+    file = save(tmp_path / 'wider.pth', {'params': wider})
+    with pytest.raises(ValueError, match=r'missing, and \S*wider\.pth holds none that fits'):
+        make({'pretrain_network_g': file, 'strict_load_g': False})
+
+
+def test_gan_model_takes_the_extractor(stage_1, stage_2):
+    model = gan_model({'pretrain_network_e': stage_1[0]})
+    model.feed_data({'lq': torch.rand(2, 3, 16, 16), 'gt': torch.rand(2, 3, 16, 16)})
+    model.optimize_parameters(1)
+    assert_extractor(model, stage_1[1])
+
+
+@pytest.mark.parametrize(
+    ('model_type', 'network'),
+    [
+        ('RestorationModel', {'type': 'DPMambaIR', **NETWORK, 'insertion': 'none'}),
+        ('RestorationModel', {'type': 'DPMambaIR', **NETWORK, 'degradation': 'class'}),
+        ('RestorationModel', VMAMBAIR),
+        ('DegradationExtractorModel', {'type': 'DegradationAutoencoder', **EXTRACTOR}),
+    ],
+)
+def test_a_network_that_takes_no_extractor_is_given_none(model_type, network, stage_1):
+    opt = options(dict(network), {'pretrain_network_e': stage_1[0]}) | {'model_type': model_type}
+    message = rf'^path\.pretrain_network_e: this {network["type"]} takes no extractor; write ~'
+    with pytest.raises(ValueError, match=message):
+        build_model(opt)
+    build_model(options(dict(network)) | {'model_type': model_type})
+
+
+@pytest.mark.parametrize(
+    ('content', 'message'),
+    [
+        ('text', 'is no checkpoint that torch.load can read'),
+        ([1], 'holds no dictionary but a list'),
+        ({'weights': {}}, 'it is no state dict; keys of the file: weights'),
+        ({'params': {'output.weight': torch.zeros(1)}}, 'not a checkpoint of stage 1 for this network: .*Missing key'),
+    ],
+)
+def test_a_wrong_file_of_stage_1_is_named(content, message, tmp_path):
+    file = tmp_path / 'wrong.pth'
+    file.write_text('hello') if content == 'text' else save(file, content)
+    with pytest.raises(ValueError, match=f'(?s)^{re.escape(str(file))}: {message}'):
+        model_with(pretrain_network_e=str(file))
+
+
+def test_an_extractor_of_other_widths_is_named(tmp_path):
+    net = DegradationAutoencoder(embed_dim=16, extractor_channels=[4, 4], channels=4)
+    file = save(tmp_path / 'wide.pth', {'params': net.state_dict()})
+    with pytest.raises(
+        ValueError, match=r'(?s)wide\.pth: not a checkpoint of stage 1 for this network: .*size mismatch'
+    ):
+        model_with(pretrain_network_e=file)
+
+
+# Checkpoints of the whole network
+
+
+@pytest.mark.parametrize(
+    ('content', 'message'),
+    [
+        ('text', 'is no checkpoint that torch.load can read'),
+        ({'a': {}, 'b': {}}, "holds no key 'params_ema'; keys of the file: a, b$"),
+        ({'params_ema': 3}, "its key 'params_ema' is no state dict; keys of the file: params_ema"),
+        (
+            {'x.weight': torch.zeros(1)},
+            r"holds no key 'params_ema'; it is a bare state dict, for which path\.param_key_g is ~; .*: x\.weight$",
+        ),
+        ({'params': {'x': torch.zeros(1)}}, 'does not fit DPMambaIR:\n .* missing in the file: .*\n .* not in .*: x$'),
+    ],
+)
+def test_a_wrong_checkpoint_is_named(content, message, tmp_path):
+    file = tmp_path / 'wrong.pth'
+    file.write_text('hello') if content == 'text' else save(file, content)
+    with pytest.raises(ValueError, match=f'^{re.escape(str(file))}: {message}'):
+        build(path={'pretrain_network_g': str(file), 'param_key_g': 'params_ema'})
+    with pytest.raises(FileNotFoundError, match='absent.pth'):
+        build(path={'pretrain_network_g': str(tmp_path / 'absent.pth')})
+
+
+@pytest.mark.parametrize('key', [None, 'weights'])
+def test_files_of_other_programs_start_network_and_average(key, tmp_path):
+    """A bare state dict, or one under a key of its own, with the names that DataParallel gives."""
+    state = DPMambaIR(**NETWORK | {'insertion': 'none'}).state_dict()
+    renamed = {f'module.{name}': value for name, value in state.items()}
+    file = save(tmp_path / 'other.pth', renamed if key is None else {key: renamed})
+    model = build(path={'pretrain_network_g': file, 'param_key_g': key}, ema_decay=0.9)
+    for net in (model.net_g, model.net_g_ema):
+        assert all(torch.equal(value, state[name]) for name, value in net.state_dict().items())
