@@ -408,6 +408,8 @@ def check_on_trial(opt: dict, model: type | None, reported: list[str]) -> list[s
             return None
 
     is_checked = hasattr(model, 'option_keys')
+    if opt['is_train'] and hasattr(model, 'check_training') and not reported:
+        attempt('model_type', model.check_training, opt)
     networks = {}
     for key, section in opt.items():
         target = our_type('ARCH', section) if str(key).startswith('network_') else None

@@ -3,8 +3,9 @@
     python scripts/make_demo_data.py --output datasets/demo
 
 Writes train/clean/*.png (tiles, to be degraded on the fly), test/<degradation>/{LQ,GT}/<photo>.png and demo.json.
-No test photograph is in the training set. Same arguments, same files; a complete set is left
-alone, another of this script is replaced.
+No test photograph is in the training set. The test images are degraded as strongly as those that
+options/demo_dpmambair.yml trains on. Same arguments, same files; a complete set is left alone, another of this script is
+replaced.
 """
 
 import argparse
@@ -18,12 +19,13 @@ import cv2
 import numpy as np
 import skimage
 import sklearn
+import yaml
 from tqdm import tqdm
 
 from dpmambair_basicsr.data.degradations import DEGRADATIONS, degrade, to_uint8
 
 PHOTOGRAPHS = Path(skimage.__file__).parent / 'data', Path(sklearn.__file__).parent / 'datasets' / 'images'
-TEST = ('chelsea.png', 'coffee.png', 'flower.jpg', 'rocket.jpg')
+TEST = ('chelsea.png', 'coffee.png', 'flower.jpg')
 TRAIN = (
     'astronaut.png',
     'brick.png',
@@ -35,18 +37,12 @@ TRAIN = (
     'hubble_deep_field.jpg',
     'ihc.png',
     'motorcycle_left.png',
+    'motorcycle_right.png',
     'retina.jpg',
+    'rocket.jpg',
 )
-# Strong enough to be seen at a glance, and for a network trained for minutes to be seen to help.
-STRENGTH = {
-    'haze': {'beta': [1.0, 1.6], 'airlight': [0.8, 0.95]},
-    'rain': {'strength': [0.5, 0.8]},
-    'snow': {'strength': [0.8, 1.0]},
-    'lowlight': {'illumination': [0.1, 0.25], 'sigma': [1, 3]},
-    'blur': {'length': [9, 15]},
-    'noise': {'sigma': [35, 50]},
-    'jpeg': {'quality': [10, 20]},
-}
+OPTIONS = Path(__file__).resolve().parents[1] / 'options' / 'demo_dpmambair.yml'
+STRENGTH = yaml.safe_load(OPTIONS.read_text(encoding='utf-8'))['datasets']['train']['degradations']
 
 
 def read(name: str) -> np.ndarray:

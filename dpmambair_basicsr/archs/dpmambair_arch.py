@@ -271,10 +271,14 @@ class DPMambaIR(UNet):
         self.extractor.load_state_dict(trained.merge().state_dict())
 
     def embed(self, lq: Tensor, label: Tensor | None = None) -> Tensor | None:
-        """Embedding of the degradation, (B, E): of the image or of `label` (B,) int64; None if there is none."""
+        """Embedding of the degradation, (B, E): of the image or of `label` (B,) int64; None if there is none.
+
+        The extractor's has unit length (our inference): stage 1 does not fix its scale, which multiplies the steps that
+        training makes in the prompts. Lengths of 10 and more, as found, upset it.
+        """
         if self.extractor is not None:
             with torch.no_grad():
-                return self.extractor(lq)
+                return F.normalize(self.extractor(lq), dim=1)
         if self.classes is not None:
             if label is None:
                 raise ValueError("degradation: 'class' needs a label for each image, and the data set gives none")

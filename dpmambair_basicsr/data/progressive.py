@@ -85,12 +85,7 @@ def read_phases(opt: dict) -> Phases | None:
 
 
 def compare_lengths(opt: dict) -> str:
-    """For models that report their iterations, to be called once, when they are made for training: announces them.
-
-    Returns:
-        What to warn of in the training's options: that phases and total_iter disagree; '' if they do not.
-    """
-    report_iteration(0)
+    """What to warn of in a training's options: that phases and total_iter disagree; '' if they do not."""
     given = opt['datasets']['train'].get('progressive')
     total, planned = int(opt['train']['total_iter']), sum(given['iters']) if given else 0
     if not given or planned == total:

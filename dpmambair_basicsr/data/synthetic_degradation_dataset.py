@@ -19,8 +19,9 @@ class SyntheticDegradationDataset(ProgressiveBatches, Dataset):
     Items: `lq`, `gt` (3, h, w) RGB float32 in [0, 1], `lq` rounded to 8 bits as a stored file would be; `lq_path`,
     `gt_path`; `degradation` and its index `label`.
 
-    Training: one item per image: a random crop of gt_size, flips, then one of the kinds at random. All randomness comes
-    from Python's `random`, which BasicSR seeds in every worker.
+    Training: one item per image, degraded as a whole by one of the kinds at random, as a stored pair would be (a crop
+    has neither the depth of its scene nor what a blur moves into it); then a random crop of gt_size, and flips. All
+    randomness comes from Python's `random`, which BasicSR seeds in every worker.
     Otherwise: one item per image and kind, image by image, on the whole image, the same in every run and process: the
     degradation is seeded from `seed`, the image's name and the kind. With several kinds `lq_path` is the GT's path with
     the kind added to the stem: no such file exists, but BasicSR names its output after it.
@@ -65,17 +66,16 @@ class SyntheticDegradationDataset(ProgressiveBatches, Dataset):
     def __getitem__(self, index):
         if self.opt['phase'] == 'train':
             path, kind = self.paths[index], random.choice(self.kinds)
-            gt = self._random_crop(self.images.read(path, 'gt', index), path, index)
-            (gt,) = flip([gt], self.opt)
             rng = np.random.default_rng(random.getrandbits(64))
         else:
             image, kind = divmod(index, len(self.kinds))
             path, kind = self.paths[image], self.kinds[kind]
-            gt = self.images.read(path, 'gt', index)
             rng = np.random.default_rng([self.seed, zlib.crc32(Path(path).stem.encode()), DEGRADATIONS.index(kind)])
-
-        gt = to_float(gt)
-        lq = to_float(to_uint8(degrade(gt, kind, rng, **self.parameters[kind])))
+        gt = self.images.read(path, 'gt', index)
+        lq = to_uint8(degrade(to_float(gt), kind, rng, **self.parameters[kind]))
+        if self.opt['phase'] == 'train':
+            gt, lq = flip(self._random_crop([gt, lq], path, index), self.opt)
+        gt, lq = to_float(gt), to_float(lq)
         lq_path = path if len(self.kinds) == 1 else str(Path(path).with_stem(f'{Path(path).stem}_{kind}'))
         return {
             'lq': to_tensor(lq),
@@ -86,11 +86,11 @@ class SyntheticDegradationDataset(ProgressiveBatches, Dataset):
             'label': DEGRADATIONS.index(kind),
         }
 
-    def _random_crop(self, image, path, index):
+    def _random_crop(self, images, path, index):
         size = self.opt['gt_size']
-        image = fit_crop(image, size, self.opt['pad_small'], path, index)
-        top, left = random.randint(0, image.shape[0] - size), random.randint(0, image.shape[1] - size)
-        return image[top : top + size, left : left + size]
+        images = [fit_crop(image, size, self.opt['pad_small'], path, index) for image in images]
+        top, left = (random.randint(0, side - size) for side in images[0].shape[:2])
+        return [image[top : top + size, left : left + size] for image in images]
 
 
 def _parse_degradations(choice: list | dict | None) -> dict[str, dict]:

@@ -18,8 +18,9 @@ class RealWorldSRGANModel(RestorationGANModel, TwoOrderDegradation, RealESRGANMo
 
     loss_keys = (*RestorationGANModel.loss_keys, 'ldl_opt')
 
-    def init_training_settings(self) -> None:
-        train_opt = self.opt['train']
-        if train_opt.get('ldl_opt') and not train_opt.get('ema_decay'):
+    @classmethod
+    def check_training(cls, opt: dict) -> None:
+        super().check_training(opt)
+        cls.check_degradation(opt)
+        if opt['train'].get('ldl_opt') and not opt['train'].get('ema_decay'):
             raise ValueError('train.ema_decay: missing, train.ldl_opt needs it')
-        super().init_training_settings()

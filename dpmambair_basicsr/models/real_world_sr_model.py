@@ -11,3 +11,8 @@ class RealWorldSRModel(RestorationModel, TwoOrderDegradation, RealESRNetModel):
 
     Options: RestorationModel's and TwoOrderDegradation's.
     """
+
+    @classmethod
+    def check_training(cls, opt: dict) -> None:
+        super().check_training(opt)
+        cls.check_degradation(opt)

@@ -21,15 +21,19 @@ class RestorationGANModel(RestorationHooks, SRGANModel):
     option_keys = {'train': frozenset({'scheduler_d'})}
     loss_keys = ('pixel_opt', 'perceptual_opt', 'gan_opt')  # what optimize_parameters of the base class reads
 
-    def init_training_settings(self) -> None:
-        train_opt = self.opt['train']
-        parts = {'network_d': self.opt, 'train.optim_d': train_opt, 'train.gan_opt': train_opt}
+    @classmethod
+    def check_training(cls, opt: dict) -> None:
+        super().check_training(opt)
+        train_opt = opt['train']
+        parts = {'network_d': opt, 'train.optim_d': train_opt, 'train.gan_opt': train_opt}
         for name, section in parts.items():
             if not section.get(name.removeprefix('train.')):
-                raise ValueError(f'{name}: missing, {type(self).__name__} needs it')
+                raise ValueError(f'{name}: missing, {cls.__name__} needs it')
         for name, loss in train_opt.items():
-            if name.endswith('_opt') and loss is not None and name not in self.loss_keys:
-                raise ValueError(f'train.{name}: {type(self).__name__} has {", ".join(self.loss_keys)} only')
+            if name.endswith('_opt') and loss is not None and name not in cls.loss_keys:
+                raise ValueError(f'train.{name}: {cls.__name__} has {", ".join(cls.loss_keys)} only')
+
+    def init_training_settings(self) -> None:
         net = self.get_bare_model(self.net_g)
         if getattr(net, 'needs_label', False):
             raise ValueError(

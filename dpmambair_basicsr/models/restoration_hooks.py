@@ -19,7 +19,19 @@ class RestorationHooks:
         'train': frozenset({'grad_clip_norm', 'pbar'}),
     }
 
+    @classmethod
+    def check_training(cls, opt: dict) -> None:
+        """Raises ValueError naming an option that this model cannot train with.
+
+        The option checker calls it before anything is created; a model made without it calls it itself.
+        """
+        for name in ('scheduler', 'scheduler_d'):
+            scheduler = opt['train'].get(name) or {}
+            if scheduler.get('type') == 'CosineAnnealingRestartLR' and (message := too_short(opt, scheduler)):
+                raise ValueError(f'train.{name}.{message}: CosineAnnealingRestartLR ends there; lengthen periods')
+
     def init_training_settings(self) -> None:
+        self.check_training(self.opt)
         self.load_extractor()
         super().init_training_settings()
 
@@ -112,15 +124,15 @@ class RestorationHooks:
         """One scheduler per optimiser, BasicSR's or one of `dpmambair_basicsr.models.lr_scheduler`.
 
         `train.scheduler_d`, if given, is the discriminator's, `train.scheduler` otherwise.
-
-        Raises:
-            ValueError: if BasicSR's CosineAnnealingRestartLR is to go on after its periods, where it fails.
         """
         train_opt, optimizers = self.opt['train'], self.optimizers
         of_generator = train_opt['scheduler']
         of_discriminator = train_opt.get('scheduler_d') or of_generator
         for optimizer, scheduler in zip(optimizers, (of_generator, of_discriminator), strict=False):
-            self.check_periods(scheduler)
+            if message := too_short(self.opt, scheduler):
+                get_root_logger().warning(
+                    f'train.scheduler.{message}: the learning rate stays at the last of eta_mins.'
+                )
             kind, options = scheduler['type'], {key: value for key, value in scheduler.items() if key != 'type'}
             if hasattr(lr_scheduler, kind):
                 self.schedulers.append(getattr(lr_scheduler, kind)(optimizer, **options))
@@ -133,15 +145,6 @@ class RestorationHooks:
         warning = progressive.compare_lengths(self.opt)
         if warning:
             get_root_logger().warning(warning)
-
-    def check_periods(self, scheduler: dict) -> None:
-        total, planned = int(self.opt['train']['total_iter']), sum(scheduler.get('periods', ()))
-        if not planned or planned >= total - 1:  # schedulers count from 0
-            return
-        message = f'train.scheduler.periods sum to {planned}, train.total_iter is {total}'
-        if scheduler['type'] == 'CosineAnnealingRestartLR':
-            raise ValueError(f'{message}: CosineAnnealingRestartLR ends there; lengthen periods')
-        get_root_logger().warning(f'{message}: the learning rate stays at the last of eta_mins.')
 
     def model_ema(self, decay: float = 0.999) -> None:
         """As BasicSR's, but what is frozen is copied: rounding would move it, by 1.7e-4 in 100000 steps at 0.9999."""
@@ -193,3 +196,11 @@ class RestorationHooks:
         get_root_logger().info(
             f'Loading {type(net).__name__} from {load_path}, param_key {param_key} (or else params).'
         )
+
+
+def too_short(opt: dict, scheduler: dict) -> str:
+    """In what way a schedule of several periods ends before the training, or ''."""
+    total, planned = int(opt['train']['total_iter']), sum(scheduler.get('periods', ()))
+    if not planned or planned >= total - 1:  # schedulers count from 0
+        return ''
+    return f'periods sum to {planned}, train.total_iter is {total}'

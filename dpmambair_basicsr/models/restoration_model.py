@@ -24,7 +24,14 @@ class RestorationModel(RestorationHooks, SRModel):
             extractor is saved in this model's checkpoints, so testing and resuming do not need it.
     """
 
+    @classmethod
+    def check_training(cls, opt: dict) -> None:
+        super().check_training(opt)
+        if not any(key.endswith('_opt') and value is not None for key, value in opt['train'].items()):
+            raise ValueError('train: names no loss; give at least one, e.g. pixel_opt: {type: L1Loss}')
+
     def init_training_settings(self) -> None:
+        self.check_training(self.opt)
         train_opt = self.opt['train']
         self.net_g.train()
         self.load_extractor()
@@ -33,8 +40,6 @@ class RestorationModel(RestorationHooks, SRModel):
             for key, opt in train_opt.items()
             if key.endswith('_opt') and opt is not None
         }
-        if not self.losses:
-            raise ValueError('train: names no loss; give at least one, e.g. pixel_opt: {type: L1Loss}')
 
         self.ema_decay = train_opt.get('ema_decay', 0)
         if self.ema_decay > 0:

@@ -15,6 +15,7 @@ FIRST_ORDER = (
     'jpeg_range',
 )
 DEGRADATION = (*FIRST_ORDER, *(f'{key}2' for key in FIRST_ORDER), 'second_blur_prob', 'gt_size')
+QUEUE_SIZE = 180
 SHARPENING = ('gt_usm', 'l1_gt_usm', 'percep_gt_usm', 'gan_gt_usm')
 
 
@@ -28,30 +29,34 @@ class TwoOrderDegradation:
         queue_size: size of the pool of training pairs, from which batches of mixed degradations are drawn; default 180.
         high_order_degradation: false to train on the data set's own `lq` and `gt`; default true.
     There is no sharpening (USM): VmambaIR uses none, and BasicSR's keys for it may be absent or false.
-
-    Raises:
-        ValueError: naming the keys that are missing or do not fit.
     """
 
     option_keys = {'top': frozenset({*DEGRADATION, *SHARPENING, 'queue_size', 'high_order_degradation'})}
 
-    def __init__(self, opt: dict):
+    @classmethod
+    def check_degradation(cls, opt: dict) -> None:
+        """Raises ValueError naming the keys at the top level that are missing or do not fit, for a training."""
         for key in SHARPENING:
-            if opt.setdefault(key, False):
-                raise ValueError(f'{key}: {opt[key]}, but {type(self).__name__} does not sharpen; write false')
-        self.queue_size = opt.get('queue_size', 180)
-        if opt['is_train'] and opt.get('high_order_degradation', True):
-            missing = [key for key in DEGRADATION if key not in opt]
-            if missing:
-                raise ValueError(f'{", ".join(missing)}: missing, the two-order degradation needs them')
-            batch_size = opt['datasets']['train']['batch_size_per_gpu']
-            if not opt['dist']:
-                batch_size *= max(opt['num_gpu'], 1)
-            if self.queue_size % batch_size:
-                raise ValueError(
-                    f'queue_size: {self.queue_size} is not a multiple of the batch size {batch_size} '
-                    '(datasets.train.batch_size_per_gpu, times the number of GPUs where one process uses them all)'
-                )
+            if opt.get(key):
+                raise ValueError(f'{key}: {opt[key]}, but {cls.__name__} does not sharpen; write false')
+        if not opt.get('high_order_degradation', True):
+            return
+        missing = [key for key in DEGRADATION if key not in opt]
+        if missing:
+            raise ValueError(f'{", ".join(missing)}: missing, the two-order degradation needs them')
+        batch_size = opt['datasets']['train']['batch_size_per_gpu']
+        if not opt['dist']:
+            batch_size *= max(opt['num_gpu'], 1)
+        if opt.get('queue_size', QUEUE_SIZE) % batch_size:
+            raise ValueError(
+                f'queue_size: {opt.get("queue_size", QUEUE_SIZE)} is not a multiple of the batch size {batch_size} '
+                '(datasets.train.batch_size_per_gpu, times the number of GPUs where one process uses them all)'
+            )
+
+    def __init__(self, opt: dict):
+        for key in SHARPENING:  # BasicSR's models read them without a default
+            opt.setdefault(key, False)
+        self.queue_size = opt.get('queue_size', QUEUE_SIZE)
         SRModel.__init__(self, opt)  # passing over BasicSR's constructor, which adds what follows, with .cuda()
         self.jpeger = DiffJPEG(differentiable=False).to(self.device)
         # On a CPU, padding keeps DiffJPEG's permuted layout, and view() fails in BasicSR's filter2D.

@@ -1,0 +1,54 @@
+"""The demo's scripts and option files, by the commands of scripts/demo.sh, at 64 pixels and two iterations."""
+
+import re
+import shutil
+
+import cv2
+import pytest
+import yaml
+from basicsr_runs import PACKAGE_PARENT, python
+
+from dpmambair_basicsr.data.degradations import DEGRADATIONS
+
+pytest.importorskip('skimage', reason='its photographs are the data of the demo')
+pytest.importorskip('sklearn', reason='its photographs are the data of the demo')
+
+
+def demo_options(name: str) -> dict:
+    return yaml.safe_load((PACKAGE_PARENT / 'options' / f'demo_{name}.yml').read_text(encoding='utf-8'))
+
+
+def test_option_files_agree():
+    """BasicSR's option files cannot share values, so they are repeated."""
+    extractor, network, test = map(demo_options, ('degradation_extractor', 'dpmambair', 'test_dpmambair'))
+    assert extractor['datasets']['train']['degradations'] == network['datasets']['train']['degradations']
+    assert list(network['datasets']['train']['degradations']) == list(DEGRADATIONS)
+    assert network['network_g'] == test['network_g']
+    for key in ('embed_dim', 'extractor_channels'):
+        assert extractor['network_g'][key] == network['network_g'][key]
+    assert [data['degradation'] for data in test['datasets'].values()] == list(DEGRADATIONS)
+
+
+def test_demo(tmp_path):
+    for folder in ('options', 'scripts'):
+        shutil.copytree(PACKAGE_PARENT / folder, tmp_path / folder)
+    short = ('train:total_iter=2', 'datasets:train:gt_size=16', 'datasets:train:batch_size_per_gpu=2')
+    commands = [
+        ('scripts/make_demo_data.py', '--size', '64'),
+        *(
+            ('-m', 'dpmambair_basicsr.train', '-opt', f'options/demo_{stage}.yml', '--force_yml', *short)
+            for stage in ('degradation_extractor', 'dpmambair')
+        ),
+        ('-m', 'dpmambair_basicsr.test', '-opt', 'options/demo_test_dpmambair.yml'),
+        ('scripts/demo_report.py',),
+    ]
+    written = re.findall(r'python (?:-m )?(\S+)', (PACKAGE_PARENT / 'scripts' / 'demo.sh').read_text(encoding='utf-8'))
+    assert written == [command[1] if command[0] == '-m' else command[0] for command in commands]
+    for command in commands:
+        done = python(*command, cwd=tmp_path)
+        assert done.returncode == 0, done.stdout
+    results = tmp_path / 'results' / 'demo'
+    lines = (results / 'table.md').read_text(encoding='utf-8').splitlines()
+    assert [line.split('|')[1].strip() for line in lines[2:10]] == [*DEGRADATIONS, '**average**']
+    assert re.search(r'names the degradation of \d+% of 168 images', lines[-1])
+    assert cv2.imread(str(results / 'comparison.png')).shape == (28 + 3 * 64, 28 + 7 * 64, 3)
