@@ -341,7 +341,7 @@ def whole_epochs(original):
 
     @functools.wraps(original)
     def create_train_val_dataloader(opt, logger):
-        from dpmambair_basicsr.options import no_batch
+        from dpmambair_basicsr.option_trial import no_batch
 
         train_loader, train_sampler, val_loaders, planned, total_iters = original(opt, logger)
         per_epoch = len(train_loader)
@@ -390,7 +390,7 @@ def forced_value(original):
     def postprocess_yml_value(text):
         import yaml
 
-        from dpmambair_basicsr.options import is_number_as_text
+        from dpmambair_basicsr.option_types import is_number_as_text
 
         def convert(value):
             if isinstance(value, list):
@@ -479,7 +479,7 @@ def any_optimizer(original):
         try:
             return original(self, optim_type, params, lr, **kwargs)
         except NotImplementedError:
-            from dpmambair_basicsr.options import did_you_mean, optimizers
+            from dpmambair_basicsr.option_types import did_you_mean, optimizers
 
             known = optimizers()
             if optim_type not in known:

@@ -8,28 +8,35 @@ that no working file fails; the others need to know which keys are read, which o
     a data set class: `option_keys = frozenset({...})`, what it reads beside LOADER.
 """
 
-import collections.abc
-import difflib
 import inspect
 import math
 import re
-import types
-import typing
-import warnings
 from copy import deepcopy
 from pathlib import Path
 
 import torch
 import yaml
-from basicsr.models import lr_scheduler as basicsr_schedulers
 from basicsr.utils import options as basicsr_options
-from basicsr.utils import registry
 
 from dpmambair_basicsr.losses import vgg_perceptual_loss
 from dpmambair_basicsr.losses.lpips_network import BACKBONES, backbone_path
-from dpmambair_basicsr.models import lr_scheduler as our_schedulers
-from dpmambair_basicsr.models.checkpoints import differences, read_weights
 from dpmambair_basicsr.models.restoration_hooks import RestorationHooks
+from dpmambair_basicsr.option_trial import check_on_trial
+from dpmambair_basicsr.option_types import (
+    KINDS,
+    arguments_of,
+    describe,
+    did_you_mean,
+    is_kind,
+    is_number_as_text,
+    is_ours,
+    kind_in_words,
+    look_up,
+    optimizers,
+    registered,
+    schedulers,
+    will_resume,
+)
 
 # What BasicSR (1.4.2 and master) reads in each section, and what parse_options adds. In train also <name>_opt, a loss.
 KNOWN = {
@@ -77,15 +84,6 @@ LOADER_LIMITS = {
     'dataset_enlarge_ratio': (0, math.inf, float),
 }
 MAY_BE_EMPTY = ('train.grad_clip_norm',)
-KINDS = {
-    int: 'a whole number',
-    float: 'a number',
-    str: 'text',
-    bool: 'true or false',
-    dict: 'a section',
-    type(None): '~',
-}
-NUMBER = re.compile(r'[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?')
 TEXT_KEYS = re.compile(r'name|type|project|resume_id|dataroot.*|pretrain.*|(.*_)?(suffix|tmpl|root|file|state)')
 
 
@@ -355,30 +353,6 @@ def check_kind(path: str, value, wanted) -> list[str]:
     return [f'{path}: has to be {kind_in_words(wanted)}, not {value!r}']
 
 
-def is_kind(value, wanted) -> bool:
-    origin, parts = typing.get_origin(wanted), typing.get_args(wanted)
-    if origin in (types.UnionType, typing.Union):
-        return any(is_kind(value, part) for part in parts)
-    if origin in (collections.abc.Sequence, list):
-        return isinstance(value, list) and all(is_kind(part, parts[0]) or is_number_as_text(part) for part in value)
-    if wanted in (int, float):
-        return isinstance(value, int | wanted) and not isinstance(value, bool)
-    return (origin or wanted) not in KINDS or isinstance(value, origin or wanted)
-
-
-def kind_in_words(wanted) -> str:
-    origin, parts = typing.get_origin(wanted), typing.get_args(wanted)
-    if origin in (types.UnionType, typing.Union):
-        return ' or '.join(kind_in_words(part) for part in parts)
-    if origin in (collections.abc.Sequence, list):
-        return f'a list, each {KINDS[parts[0]]}'
-    return KINDS[origin or wanted]
-
-
-def is_number_as_text(value) -> bool:
-    return isinstance(value, str) and NUMBER.fullmatch(value) is not None
-
-
 def check_limits(prefix: str, section: dict, limits: dict[str, tuple]) -> list[str]:
     """Values that are no numbers or out of range; numbers as text: see `check_numbers`."""
     problems = []
@@ -392,161 +366,8 @@ def check_limits(prefix: str, section: dict, limits: dict[str, tuple]) -> list[s
     return problems
 
 
-def check_on_trial(opt: dict, model: type | None, reported: list[str]) -> list[str]:
-    """What shows only when things are made or read. What is already reported for a section is not looked at again."""
-    problems = []
-
-    def attempt(path: str, make, *arguments):
-        if any(re.match(rf'{re.escape(path)}[.:\[]', problem) for problem in reported):
-            return None
-        try:
-            with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
-                warnings.simplefilter('ignore')
-                return make(*arguments)
-        except Exception as error:  # whatever it is, it would end the run later
-            problems.append(describe(path, error))
-            return None
-
-    is_checked = hasattr(model, 'option_keys')
-    if opt['is_train'] and hasattr(model, 'check_training') and not reported:
-        attempt('model_type', model.check_training, opt)
-    networks = {}
-    for key, section in opt.items():
-        target = our_type('ARCH', section) if str(key).startswith('network_') else None
-        if target is not None:
-            networks[key] = attempt(key, make_without_storage, target, arguments_of(section))
-            scale = getattr(networks[key], 'scale', None)
-            if isinstance(scale, int) and scale != opt.get('scale', 1):
-                problems.append(f'{key}.scale: {scale}, but scale is {opt.get("scale", 1)}')
-    for phase, section in opt['datasets'].items():
-        target = our_type('DATASET', section)
-        dataset = None if target is None else attempt(f'datasets.{phase}', target, deepcopy(section))
-        if phase == 'train' and dataset is not None:
-            attempt('datasets.train', check_batches, opt, len(dataset))
-    if is_checked:
-        for key, section in (opt.get('train') or {}).items():
-            if key.startswith('optim_'):
-                attempt(f'train.{key}', make_optimizer, section)
-            elif key.startswith('scheduler') and section is not None:
-                attempt(f'train.{key}', make_scheduler, section)
-    if not will_resume(opt):
-        for key, file in opt['path'].items():
-            network = key.removeprefix('pretrain_')
-            if file is None or not key.startswith('pretrain_network_') or network == 'network_e':
-                continue
-            if networks.get(network) is not None or (is_checked and network in opt):
-                attempt(f'path.{key}', check_checkpoint, opt['path'], network, networks.get(network))
-        if opt['is_train'] and is_checked and networks.get('network_g') is not None:
-            attempt('path.pretrain_network_e', check_extractor, opt['path'], networks['network_g'])
-    return problems
-
-
-def make_without_storage(target: type, arguments: dict) -> torch.nn.Module:
-    with torch.device('meta'):
-        return target(**arguments)
-
-
-def make_optimizer(section: dict) -> torch.optim.Optimizer:
-    return optimizers()[section['type']]([torch.nn.Parameter(torch.zeros(1))], **arguments_of(section))
-
-
-def make_scheduler(section: dict) -> torch.optim.lr_scheduler.LRScheduler:
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
-    return schedulers()[section['type']](optimizer, **arguments_of(section))
-
-
-def check_batches(opt: dict, items: int) -> None:
-    """Raises ValueError if not a single batch can be made: BasicSR leaves incomplete ones out."""
-    train = opt['datasets']['train']
-    ratio, size = train.get('dataset_enlarge_ratio', 1), train['batch_size_per_gpu']
-    if not opt['dist']:
-        size *= max(opt['num_gpu'], 1)
-    if math.ceil(items * ratio / opt['world_size']) < size:
-        raise ValueError(no_batch(items, size, ratio, opt['world_size']))
-
-
-def no_batch(items: int, batch_size: int, ratio: float, processes: int) -> str:
-    return (
-        f'{items} items times dataset_enlarge_ratio {ratio}, shared by {processes} process(es), '
-        f'are less than one batch of {batch_size}; raise dataset_enlarge_ratio or lower batch_size_per_gpu'
-    )
-
-
-def check_checkpoint(path: dict, network: str, net: torch.nn.Module | None) -> None:
-    """Raises ValueError if `pretrain_<network>` cannot be read, or does not fit the network, if that is ours."""
-    file, name = path[f'pretrain_{network}'], network.removeprefix('network_')
-    weights = read_weights(file, path.get(f'param_key_{name}', 'params'), 'params')
-    report = differences(net, weights) if net is not None and path.get(f'strict_load_{name}', True) else ''
-    if report:
-        raise ValueError(f'{file}: {report}')
-
-
-def check_extractor(path: dict, net: torch.nn.Module) -> None:
-    """Raises ValueError if a network does not get the frozen extractor it needs, see `RestorationHooks.load_extractor`.
-
-    Whether `pretrain_network_g` brings one is left to that.
-    """
-    file, whole = path.get('pretrain_network_e'), path.get('pretrain_network_g')
-    if not getattr(net, 'needs_extractor', False):
-        if file is not None:
-            raise ValueError(f'this {type(net).__name__} takes no extractor; write ~')
-    elif file is not None:
-        try:
-            with torch.device('meta'):
-                net.load_extractor(read_weights(file, 'params_ema', 'params', None))
-        except RuntimeError as error:
-            raise ValueError(f'{file}: not a checkpoint of stage 1 for this network: {error}') from error
-    elif whole is None:
-        raise ValueError(
-            'missing; the degradation extractor is frozen: pre-train it with options/train_degradation_extractor.yml'
-        )
-
-
-def describe(path: str, error: Exception) -> str:
-    """One line about an exception; torch's can list every parameter of a network."""
-    text = ' '.join(str(error).split())
-    text = text if len(text) <= 500 else f'{text[:500]} ...'
-    return f'{path}: {text}' if isinstance(error, ValueError | OSError) else f'{path}: {type(error).__name__}: {text}'
-
-
-def arguments_of(section: dict) -> dict:
-    return {key: value for key, value in section.items() if key != 'type'}
-
-
-def our_type(kind: str, section):
-    """The class of ours that a section with a `type` names, otherwise None."""
-    target = look_up(registered(kind), '', section.get('type'))[0] if isinstance(section, dict) else None
-    return target if is_ours(target) else None
-
-
-def is_ours(target) -> bool:
-    return getattr(target, '__module__', None) is not None and target.__module__.startswith('dpmambair_basicsr.')
-
-
-def look_up(known: dict, path: str, name) -> tuple[object, list[str]]:
-    """What is known under `name`, or None, and the problem."""
-    if not isinstance(name, str | None):
-        return None, [f'{path}: has to be text, not {name!r}']
-    target = known.get(name, known.get(f'{name}_basicsr'))  # BasicSR's suffix for its own, see Registry.get
-    if target is not None:
-        return target, []
-    return None, [f'{path}: missing' if name is None else f'{path}: unknown type {name}{did_you_mean(name, known)}']
-
-
-def will_resume(opt: dict) -> bool:
-    """Whether BasicSR will ignore path.pretrain_network_*: a run may outlive the files it started from."""
-    if opt['auto_resume']:
-        return any(Path(opt['path'].get('training_states', '')).glob('*.state'))
-    return bool(opt['path'].get('resume_state'))
-
-
 def unknown_keys(prefix: str, given, known: set[str]) -> list[str]:
     return [f'{prefix}{key}: unknown key{did_you_mean(key, known)}' for key in given if key not in known]
-
-
-def did_you_mean(name, choices) -> str:
-    near = difflib.get_close_matches(str(name), choices, n=1)
-    return f', did you mean {near[0]}?' if near else f'; choices: {", ".join(sorted(choices))}'
 
 
 def check_files(path: str, opt: dict, prefixes: tuple[str, ...]) -> list[str]:
@@ -585,22 +406,3 @@ def check_numbers(path: str, value) -> list[str]:
     mantissa, _, exponent = value.lower().partition('e')
     number = f'{mantissa if "." in mantissa else mantissa + ".0"}e{int(exponent):+d}' if exponent else mantissa
     return [f'{path}: {value} is text in YAML; write {number}']
-
-
-def registered(kind: str) -> dict[str, object]:
-    return dict(iter(getattr(registry, f'{kind}_REGISTRY')))
-
-
-def optimizers() -> dict[str, type]:
-    return subclasses(torch.optim.Optimizer, torch.optim)
-
-
-def schedulers() -> dict[str, type]:
-    """BasicSR's and ours; MultiStepLR is BasicSR's other name for MultiStepRestartLR (models/base_model.py:114)."""
-    found = subclasses(torch.optim.lr_scheduler.LRScheduler, basicsr_schedulers, our_schedulers)
-    return found | {'MultiStepLR': basicsr_schedulers.MultiStepRestartLR}
-
-
-def subclasses(base: type, *modules) -> dict[str, type]:
-    public = {name: value for module in modules for name, value in vars(module).items() if not name.startswith('_')}
-    return {name: value for name, value in public.items() if inspect.isclass(value) and base in value.__mro__[1:]}

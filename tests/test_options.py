@@ -18,7 +18,8 @@ from basicsr.utils.registry import ARCH_REGISTRY, DATASET_REGISTRY, METRIC_REGIS
 from basicsr_runs import stock_options, write_images
 
 from dpmambair_basicsr.archs import DegradationAutoencoder, DPMambaIR
-from dpmambair_basicsr.options import apply_forced, check_options, check_root, check_structure, did_you_mean, refuse
+from dpmambair_basicsr.option_types import did_you_mean
+from dpmambair_basicsr.options import apply_forced, check_options, check_root, check_structure, refuse
 
 ROOT = Path(dpmambair_basicsr.__file__).parents[1]
 OPTION_FILES = sorted((ROOT / 'options').glob('*.yml'))

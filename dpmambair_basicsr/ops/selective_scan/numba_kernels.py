@@ -11,8 +11,8 @@ zeros in u, A, D, delta_bias and dy, and so add nothing. The forward pass keeps 
 backward pass recomputes the others from these, chunk by chunk.
 
 Numba has no vectors, and leaving it to LLVM to find them in scalar loops costs a factor of five. The first part of this
-file therefore adds a vector type; LLVM maps <16 x float> to whatever there is (AVX-512, AVX2, SSE, NEON). It is not a
-file of its own because numba recompiles a cached function when the file that holds it changes, and only then.
+file therefore adds a vector type; LLVM maps <16 x float> to whatever there is (AVX-512, AVX2, SSE, NEON). It stays here
+because numba recompiles a cached function when the file that holds it changes, and only then.
 
 Kernels take addresses and strides in bytes, allocate nothing, hold no state and release the GIL.
 """
@@ -144,15 +144,8 @@ def _exp_minus_abs(builder, x):
 
 # log(1 + z) / z on [0, 1], relative error 1.7e-7 with the rounding.
 _LOG1P = (
-    0.99999997,
-    -0.49999493,
-    0.33319097,
-    -0.24842983,
-    0.19106008,
-    -0.13663247,
-    0.07822596,
-    -0.02950524,
-    0.00523269,
+    *(0.99999997, -0.49999493, 0.33319097, -0.24842983, 0.19106008),
+    *(-0.13663247, 0.07822596, -0.02950524, 0.00523269),
 )
 
 
@@ -234,7 +227,6 @@ def prefetch_write(builder, address):
 
 @_instruction(_vector, _address)
 def broadcast(builder, address):
-    """The float there, 16 times."""
     return _splat(builder, builder.load(_pointer(builder, address, _FLOAT)))
 
 
