@@ -153,6 +153,14 @@ def test_blur_spreads_a_point_over_its_path(curvature):
         assert centre == pytest.approx([32, 32], abs=0.05), 'the image must not shift'
 
 
+@pytest.mark.parametrize(('angle', 'along'), [(0, 1), (90, 0)])
+def test_blur_goes_the_way_it_is_told(angle, along):
+    point = np.zeros((65, 65, 3), np.float32)
+    point[32, 32] = 1
+    spread = np.nonzero(run('blur', image=point, length=20, angle=angle, curvature=0)[..., 0] > 1e-4)
+    assert np.ptp(spread[along]) >= 19 and np.ptp(spread[1 - along]) == 0
+
+
 def test_noise_has_its_sigma():
     grey = np.full((128, 128, 3), 0.5, np.float32)
     error = (run('noise', image=grey, sigma=25) - grey) * 255

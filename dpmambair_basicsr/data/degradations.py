@@ -172,21 +172,27 @@ def lowlight(
 
 
 def blur(
-    image: np.ndarray, rng: np.random.Generator, length: Range = (9, 25), curvature: Range = (0.0, 0.15)
+    image: np.ndarray,
+    rng: np.random.Generator,
+    length: Range = (9, 25),
+    angle: Range = (-180, 180),
+    curvature: Range = (0.0, 0.15),
 ) -> np.ndarray:
     """Motion blur: K is the path of the camera during the exposure.
 
     Args:
         length: of the path in pixels, >= 1; 1 is no blur.
+        angle: in which it starts, from the horizontal in degrees, in [-180, 180].
         curvature: standard deviation of the change of direction over one pixel of path, in radians, >= 0. 0 is linear
             motion, more is a random walk.
     """
     length = _draw(rng, 'length', length, 1, 512)
+    radians = math.radians(_draw(rng, 'angle', angle, -180, 180))
     curvature = _draw(rng, 'curvature', curvature, 0, math.inf)
     samples = _path_samples(length)
     step = (length - 1) / max(samples - 1, 1)
     turns = curvature * math.sqrt(step) * rng.standard_normal(samples)  # variances add along the path
-    direction = rng.uniform(0, 2 * math.pi) + np.cumsum(turns)
+    direction = radians + np.cumsum(turns)
     path = np.cumsum(step * np.stack([np.sin(direction), np.cos(direction)], axis=1), axis=0)
     kernel = _rasterise(path - path.mean(axis=0))
     return form_image(image, kernel=kernel / kernel.sum())
