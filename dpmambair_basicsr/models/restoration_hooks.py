@@ -8,10 +8,11 @@ from tqdm import tqdm
 from dpmambair_basicsr.data import progressive
 from dpmambair_basicsr.models import lr_scheduler
 from dpmambair_basicsr.models.checkpoints import differences, read_weights
+from dpmambair_basicsr.models.monitoring_hooks import MonitoringHooks
 from dpmambair_basicsr.ops import pad_to_multiple
 
 
-class RestorationHooks:
+class RestorationHooks(MonitoringHooks):
     """Mix-in for SRModel and its descendants; each method overrides the hook of the same name there."""
 
     option_keys = {
@@ -193,6 +194,7 @@ class RestorationHooks:
         elif report := differences(net, weights):
             raise ValueError(f'{load_path}: {report}')
         net.load_state_dict(weights, strict=strict)
+        self.note_checkpoint(load_path, param_key)
         get_root_logger().info(
             f'Loading {type(net).__name__} from {load_path}, param_key {param_key} (or else params).'
         )
