@@ -4,7 +4,7 @@
 
 Writes train/clean/*.png (tiles, to be degraded on the fly), test/<degradation>/{LQ,GT}/<photo>.png and demo.json.
 No test photograph is in the training set. The test images are degraded as strongly as those that
-options/demo_dpmambair.yml trains on. Same arguments, same files; a complete set is left alone, another of this script
+options/demo_degradation_extractor.yml trains on. Same arguments, same files; a complete set is left alone, another of this script
 is replaced.
 """
 
@@ -28,12 +28,9 @@ PHOTOGRAPHS = Path(skimage.__file__).parent / 'data', Path(sklearn.__file__).par
 TEST = ('chelsea.png', 'coffee.png', 'flower.jpg')
 TRAIN = (
     'astronaut.png',
-    'brick.png',
     'camera.png',
     'china.jpg',
     'coins.png',
-    'grass.png',
-    'gravel.png',
     'hubble_deep_field.jpg',
     'ihc.png',
     'motorcycle_left.png',
@@ -41,7 +38,7 @@ TRAIN = (
     'retina.jpg',
     'rocket.jpg',
 )
-OPTIONS = Path(__file__).resolve().parents[1] / 'options' / 'demo_dpmambair.yml'
+OPTIONS = Path(__file__).resolve().parents[1] / 'options' / 'demo_degradation_extractor.yml'
 STRENGTH = yaml.safe_load(OPTIONS.read_text(encoding='utf-8'))['datasets']['train']['degradations']
 
 

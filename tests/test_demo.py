@@ -21,8 +21,10 @@ def demo_options(name: str) -> dict:
 def test_option_files_agree():
     """BasicSR's option files cannot share values, so they are repeated."""
     extractor, network, test = map(demo_options, ('degradation_extractor', 'dpmambair', 'test_dpmambair'))
-    assert extractor['datasets']['train']['degradations'] == network['datasets']['train']['degradations']
-    assert list(network['datasets']['train']['degradations']) == list(DEGRADATIONS)
+    parts = network['datasets']['train']['datasets'].values()
+    strengths = {kind: values for part in parts for kind, values in part['degradations'].items()}
+    assert extractor['datasets']['train']['degradations'] == strengths
+    assert list(strengths) == list(DEGRADATIONS) == list(network['datasets']['train']['sampling'])
     assert network['network_g'] == test['network_g']
     for key in ('embed_dim', 'extractor_channels'):
         assert extractor['network_g'][key] == network['network_g'][key]
