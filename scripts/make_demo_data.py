@@ -4,8 +4,8 @@
 
 Writes train/clean/*.png (tiles, to be degraded on the fly), test/<degradation>/{LQ,GT}/<photo>.png and demo.json.
 No test photograph is in the training set. The test images are degraded as strongly as those that
-options/demo_degradation_extractor.yml trains on. Same arguments, same files; a complete set is left alone, another of this script
-is replaced.
+options/demo_degradation_extractor.yml trains on. Same arguments, same files; a complete set is left alone, another of
+this script is replaced.
 """
 
 import argparse
