@@ -19,10 +19,11 @@ setup(
     package_data={'dpmambair_basicsr.option_files': ['*.yml']},
     python_requires='>=3.10,<3.13',  # BasicSR 1.4.2 cannot be built on 3.13
     # basicsr 1.4.2 asks for tb-nightly and builds against torch: README, "Install", says how to get it in six seconds.
-    install_requires=['torch>=2.10', 'torchvision', 'basicsr>=1.4.2', 'lpips', 'opencv-python', 'pyyaml'],
+    install_requires=['torch>=2.10', 'torchvision', 'basicsr>=1.4.2', 'lpips', 'opencv-python>=4.13', 'pyyaml'],
     extras_require={
         'cuda': ['mamba-ssm', 'causal-conv1d'],
         'cpu': ['numba>=0.60'],
+        'spandrel': ['spandrel>=0.4'],
         'test': ['pytest', 'ruff', 'fvcore', 'scikit-image', 'scikit-learn'],
     },
 )

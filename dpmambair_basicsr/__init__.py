@@ -16,5 +16,12 @@ def register() -> None:
     host.mend()
 
 
+def load(weights, *, network: dict | None = None, device: str = 'auto', half: bool = False):
+    """A trained network: `load('net_g_latest.pth').restore(image)`. See `dpmambair_basicsr.restorer`."""
+    from dpmambair_basicsr import restorer
+
+    return restorer.load(weights, network=network, device=device, half=half)
+
+
 host.prepare()
 host.when_basicsr_is_imported(register)

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torchvision
 from basicsr.losses import build_loss
+from basicsr.metrics import calculate_psnr
 from torchvision.models import vgg
 
 from dpmambair_basicsr.losses.fft_loss import FFTLoss, fft_l1
@@ -82,6 +83,21 @@ def test_fft_module():
     torch.testing.assert_close(loss(images(0), images(1)), 0.001 * fft_l1(images(0), images(1)))
     with pytest.raises(TypeError, match='reduction'):
         build_loss({'type': 'FFTLoss', 'reduction': 'sum'})
+
+
+# --- PSNR
+
+
+def test_psnr_is_the_metric():
+    """BasicSR's own metric, of images whose values survive the rounding to 8 bits."""
+    pred, target = ((images(seed) * 255).round() for seed in (0, 1))
+    pred[1] = target[1] + 3 * (target[1] < 128) - 1  # the second image differs little
+    psnr = [
+        calculate_psnr(*(image.permute(1, 2, 0).numpy() for image in pair), crop_border=0)
+        for pair in zip(pred, target, strict=True)
+    ]
+    loss = build_loss({'type': 'PSNRLoss', 'loss_weight': 0.5})
+    assert loss(pred / 255, target / 255).item() == pytest.approx(-0.5 * np.mean(psnr), rel=1e-4)
 
 
 # --- LPIPS

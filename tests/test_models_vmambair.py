@@ -148,7 +148,7 @@ def test_recipe_trains_resumes_and_tests(recipe, data, weights, tmp_path):
     assert re.search(r'# psnr: \d+\.\d+', log)
     experiment = tmp_path / 'experiments' / f'train_vmambair_{recipe}'
     saved = torch.load(experiment / 'models/net_g_4.pth', weights_only=True)
-    assert list(saved) == (['params'] if recipe == 'derain' else ['params', 'params_ema'])
+    assert list(saved) == [*(['params'] if recipe == 'derain' else ['params', 'params_ema']), 'network_g']
     assert (experiment / 'models/net_d_4.pth').is_file() == recipe.endswith('gan')
 
     log = run('train', '--auto_resume', *forced(changes | {'train:total_iter': 6}))

@@ -7,6 +7,7 @@ image from the clean one and the embedding. Our inference (the paper gives no wi
 and all of the reconstruction unit; chosen so that extractor and network together have the paper's 29.35 M and 153.33 G.
 """
 
+import math
 from collections.abc import Sequence
 from copy import deepcopy
 
@@ -17,6 +18,7 @@ from torch.nn import functional as F
 
 CDC_SIZES = (3, 5, 7)
 KERNEL = max(CDC_SIZES)
+BLOCK = 1024  # pixels; without gradients, larger images are embedded in blocks, for the sake of memory
 
 
 class CDCLayer(nn.Module):
@@ -96,18 +98,37 @@ class DegradationExtractor(nn.Module):
         super().__init__()
         layer = plain_layer if merged else CDCLayer
         widths = [3, *channels]
-        self.layers = nn.ModuleList(
-            layer(widths[i], widths[i + 1], stride=2 if i in (1, 2) else 1) for i in range(len(channels))
-        )
+        strides = [2 if i in (1, 2) else 1 for i in range(len(channels))]
+        self.layers = nn.ModuleList(layer(widths[i], widths[i + 1], strides[i]) for i in range(len(channels)))
+        self.stride = math.prod(strides)  # of the features
+        reach = sum(KERNEL // 2 * math.prod(strides[:i]) for i in range(len(channels)))
+        self.reach = -(-reach // self.stride) * self.stride  # pixels around a feature's own that it depends on
         hidden = 4 * widths[-1]  # 512; it does not follow embed_dim, or Table VII's parameter counts would not fit
         self.head = nn.Sequential(nn.Linear(widths[-1], hidden), nn.ReLU(), nn.Linear(hidden, embed_dim))
 
     def forward(self, image: Tensor) -> Tensor:
         """(B, 3, H, W) in [0, 1], any size -> (B, E)."""
-        x = image
+        in_blocks = max(image.shape[-2:]) > BLOCK and not torch.is_grad_enabled()
+        return self.head(self.mean_in_blocks(image) if in_blocks else self.features(image).mean(dim=(2, 3)))
+
+    def features(self, image: Tensor) -> Tensor:
+        """(B, 3, H, W) -> (B, C, ceil(H / stride), ceil(W / stride)), C the width of the last layer."""
         for layer in self.layers:
-            x = F.relu(layer(x))
-        return self.head(x.mean(dim=(2, 3)))
+            image = F.relu(layer(image))
+        return image
+
+    def mean_in_blocks(self, image: Tensor) -> Tensor:
+        """The mean of `features`, (B, C), but for rounding: each block is seen with all that its features depend on."""
+        h, w = image.shape[-2:]
+        total = 0
+        for top in range(0, h, BLOCK):
+            for left in range(0, w, BLOCK):
+                y, x = max(top - self.reach, 0), max(left - self.reach, 0)
+                seen = image[..., y : top + BLOCK + self.reach, x : left + BLOCK + self.reach]
+                first_row, first_column = (top - y) // self.stride, (left - x) // self.stride
+                own = self.features(seen)[..., first_row:, first_column:]
+                total = total + own[..., : BLOCK // self.stride, : BLOCK // self.stride].sum(dim=(2, 3))
+        return total / (-(-h // self.stride) * -(-w // self.stride))
 
     def merge(self) -> 'DegradationExtractor':
         """Re-parameterise in place: the same function with one 7x7 convolution per layer. Returns itself."""

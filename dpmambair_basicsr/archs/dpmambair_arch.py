@@ -285,17 +285,20 @@ class DPMambaIR(UNet):
             return self.classes(label)
         return None
 
-    def forward(self, lq: Tensor, label: Tensor | None = None) -> Tensor:
+    def forward(self, lq: Tensor, label: Tensor | None = None, embedding: Tensor | None = None) -> Tensor:
         """Restore.
 
         Args:
             lq: (B, 3, H, W) RGB in [0, 1].
             label: (B,) int64, only for degradation 'class'.
+            embedding: (B, E) from `embed`, for a part of the image that was embedded; default: lq's own.
 
         Returns:
             (B, 3, H, W), about [0, 1].
         """
-        features = self.forward_features(lq, self.embed(lq, label))  # (B, 2C, H, W)
+        if embedding is None:
+            embedding = self.embed(lq, label)
+        features = self.forward_features(lq, embedding)  # (B, 2C, H, W)
         return self.output(features) + lq
 
     def train(self, mode: bool = True) -> 'DPMambaIR':

@@ -1,4 +1,8 @@
-"""Checkpoint files as BasicSR writes them, {'params': state dict, ...}, read with errors that name the file."""
+"""Checkpoint files as BasicSR writes them, {'params': state dict, ...}, read with errors that name the file.
+
+Ours also hold the options of their network, {'network_g': {'type': ..., ...}}: plain Python values, which
+torch.load(weights_only=True) reads and which programs that ask for 'params' never see.
+"""
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +36,11 @@ def read_weights(path: str, *keys: str | None) -> dict[str, Tensor]:
         FileNotFoundError: no such file.
         ValueError: naming the file and the keys it has, if there is no state dict under any of these.
     """
-    checkpoint = read_checkpoint(path)
+    return select_weights(path, read_checkpoint(path), *keys)
+
+
+def select_weights(path: str, checkpoint: dict, *keys: str | None) -> dict[str, Tensor]:
+    """`read_weights` of a file that has been read."""
     key = next((key for key in keys if key is None or key in checkpoint), keys[0])
     weights = checkpoint if key is None else checkpoint.get(key)
     if not is_state_dict(weights):
@@ -43,6 +51,31 @@ def read_weights(path: str, *keys: str | None) -> dict[str, Tensor]:
         advice = 'it is a bare state dict, for which path.param_key_g is ~; ' if is_state_dict(checkpoint) else ''
         raise ValueError(f'{path}: holds no key {key!r}; {advice}keys of the file: {found}')
     return {name.removeprefix('module.'): value for name, value in weights.items()}
+
+
+class PlainValue:
+    """A value in the place of a network in BasicSR's save_network, which then saves it as it is.
+
+    save_network asks each network for its state_dict, a mapping, and puts each item of it on the CPU.
+    """
+
+    def __init__(self, value):
+        self.value = value
+
+    def state_dict(self) -> dict[str, 'PlainValue']:
+        return {key: PlainValue(value) for key, value in self.value.items()}
+
+    def cpu(self):
+        return plain(self.value)
+
+
+def plain(value):
+    """The same value made of dict and list only: what BasicSR reads from YAML are OrderedDicts."""
+    if isinstance(value, dict):
+        return {key: plain(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(part) for part in value]
+    return value
 
 
 def is_state_dict(value) -> bool:

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 import dpmambair_basicsr
 from dpmambair_basicsr.files import replacing, sha256
 from dpmambair_basicsr.host import command_line
-from dpmambair_basicsr.models.checkpoints import read_checkpoint
+from dpmambair_basicsr.models.checkpoints import plain, read_checkpoint
 from dpmambair_basicsr.results import Run, SetResult, mean, to_markdown, write_run
 
 SAMPLES = 2  # images of each validation set in TensorBoard
@@ -185,7 +185,7 @@ class MonitoringHooks:
         }
         try:
             with replacing(self.best_file()) as part:
-                torch.save(content | {'best': best}, part)
+                torch.save(content | {'network_g': plain(self.opt['network_g']), 'best': best}, part)
         except (OSError, RuntimeError) as error:
             get_root_logger().error(f'{self.best_file()}: cannot be saved, the one before stays: {error}')
             return

@@ -7,7 +7,7 @@ from tqdm import tqdm
 
 from dpmambair_basicsr.data import progressive
 from dpmambair_basicsr.models import lr_scheduler
-from dpmambair_basicsr.models.checkpoints import differences, read_weights
+from dpmambair_basicsr.models.checkpoints import PlainValue, differences, read_weights
 from dpmambair_basicsr.models.monitoring_hooks import MonitoringHooks
 from dpmambair_basicsr.ops import pad_to_multiple
 
@@ -173,6 +173,21 @@ class RestorationHooks(MonitoringHooks):
         self.pbar.update()
         if self.pbar.n >= self.pbar.total:
             self.pbar.close()
+
+    def save_network(
+        self, net: nn.Module | list, net_label: str, current_iter: int, param_key: str | list[str] = 'params'
+    ) -> None:
+        """As BasicSR's, and the options of the network with it: `network_g` in net_g_*.pth, `network_d` in net_d_*.pth.
+
+        So a checkpoint can be used without its option file, see `dpmambair_basicsr.load`.
+        """
+        nets = [*net] if isinstance(net, list) else [net]
+        keys = [*param_key] if isinstance(param_key, list) else [param_key]
+        section = net_label.replace('net_', 'network_', 1)
+        if section in self.opt:
+            nets.append(PlainValue(self.opt[section]))
+            keys.append(section)
+        super().save_network(nets, net_label, current_iter, keys)
 
     def load_network(
         self, net: nn.Module, load_path: str, strict: bool = True, param_key: str | None = 'params'

@@ -1,0 +1,21 @@
+import torch
+from basicsr.utils.registry import LOSS_REGISTRY
+from torch import Tensor, nn
+
+
+@LOSS_REGISTRY.register()
+class PSNRLoss(nn.Module):
+    """`loss_weight` x the negative PSNR in dB, mean over the batch; as HINet and NAFNet are trained with.
+
+    Every image counts by its relative error, so that in mixed data slight degradations weigh as much as severe ones.
+    Not a part of VmambaIR or DPMambaIR.
+    """
+
+    def __init__(self, loss_weight: float = 1.0):
+        super().__init__()
+        self.loss_weight = loss_weight
+
+    def forward(self, pred: Tensor, target: Tensor) -> Tensor:
+        """(B, C, H, W) in [0, 1]; 1e-8 is added to the mean square errors, so 80 dB is the most."""
+        error = (pred.float() - target.float()).square().mean(dim=(1, 2, 3))
+        return self.loss_weight * 10 * torch.log10(error + 1e-8).mean()

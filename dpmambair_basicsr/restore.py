@@ -1,0 +1,153 @@
+"""Restore pictures: `python -m dpmambair_basicsr.restore -w net_g_latest.pth pictures/ -o restored/`.
+
+Each result has the name and the format of its picture, and its bit depth, colour profile, EXIF data and alpha channel.
+EXIF orientation is carried out: results are upright. JPEG stays JPEG, at quality 98. What cannot be read or written is
+reported and passed over, and the exit status is 1 in the end. See `pictures` for files, `restorer` for the rest.
+"""
+
+import argparse
+import glob
+import sys
+from pathlib import Path
+
+import cv2
+from tqdm import tqdm
+
+import dpmambair_basicsr
+from dpmambair_basicsr import host
+from dpmambair_basicsr.data.image_files import EXTENSIONS
+from dpmambair_basicsr.pictures import check_format, read_picture, restored_picture, side_by_side, write_picture
+from dpmambair_basicsr.restorer import OVERLAP, Restorer, load
+
+
+def main() -> int:
+    """Returns the exit status: 0, or 1 if a picture failed. Wrong arguments end with a message and 1 or 2."""
+    arguments = parse_arguments()
+    dpmambair_basicsr.register()
+    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # its warnings name no file
+    network = None if arguments.opt is None else read_network(arguments.opt)
+    jobs = plan([*arguments.inputs, *arguments.input], arguments.output, arguments.suffix)
+    try:
+        restorer = load(arguments.weights, network=network, device=arguments.device, half=arguments.half)
+    except (ValueError, OSError) as error:
+        raise SystemExit(str(error)) from None
+    arguments.output.mkdir(parents=True, exist_ok=True)
+
+    left = [(source, target) for source, target in jobs if not (arguments.resume and target.exists())]
+    failed = 0
+    bar = tqdm(left, unit='picture', disable=None)
+    for source, target in bar:
+        bar.set_description(source.name)
+        try:
+            restore_file(restorer, source, target, arguments, bar)
+        except (OSError, ValueError, MemoryError, RuntimeError) as error:  # RuntimeError: out of memory, in PyTorch
+            failed += 1
+            bar.write(f'{source}: {" ".join(str(error).split()) or type(error).__name__}', file=sys.stderr)
+    there = f', {len(jobs) - len(left)} there already' if arguments.resume else ''
+    print(f'{arguments.output}: {len(left) - failed} restored, {failed} failed{there}')
+    return 1 if failed else 0
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog='python -m dpmambair_basicsr.restore', description=__doc__.partition('\n\n')[2].partition(' See ')[0]
+    )
+    add = parser.add_argument
+    add(
+        'inputs',
+        nargs='*',
+        metavar='INPUT',
+        help='picture, folder (pictures directly in it) or pattern such as "*.png"',
+    )
+    add('-i', '--input', nargs='+', default=[], metavar='INPUT', help='the same')
+    add('-w', '--weights', required=True, metavar='FILE', help='checkpoint, net_g_*.pth')
+    add('-o', '--output', required=True, type=Path, metavar='FOLDER', help='for the results; made if it is missing')
+    add('--opt', metavar='FILE', help='option file with network_g, for a checkpoint that does not hold its own')
+    add('--tile', type=int, metavar='N', help='size of tiles; 0: none; default: none, or as large as memory allows')
+    add('--overlap', type=int, default=OVERLAP, metavar='N', help='of tiles, up to half a tile; default: %(default)s')
+    add('--device', default='auto', help='auto, cpu, cuda or cuda:<n>; default: %(default)s')
+    add('--half', action='store_true', help='half precision')
+    add('--self-ensemble', action='store_true', help='mean over eight flips and rotations, in eight times the time')
+    add('--suffix', default='', help='added to the names of the results')
+    add('--resume', action='store_true', help='pass over pictures whose result is there')
+    add('--compare', action='store_true', help='also write picture and result side by side, in FOLDER/compare')
+    arguments = parser.parse_args()
+    if not arguments.inputs and not arguments.input:
+        parser.error('no INPUT')
+    if arguments.tile is not None and arguments.tile < 0 or arguments.overlap < 0:
+        parser.error('--tile and --overlap: 0 or more')
+    return arguments
+
+
+def read_network(file: str) -> dict:
+    """`network_g` of an option file. Raises SystemExit, naming it, if there is none."""
+    options = host.read_options(file)
+    network = options.get('network_g') if isinstance(options, dict) else None
+    if not isinstance(network, dict):
+        raise SystemExit(f'{file}: network_g: missing')
+    return network
+
+
+def plan(inputs: list[str], output: Path, suffix: str) -> list[tuple[Path, Path]]:
+    """(picture, result) of each picture once, in the order of the arguments.
+
+    Raises:
+        SystemExit: no picture under an argument, two pictures with one result, or a result in the place of a picture.
+    """
+    sources = {}  # result -> picture
+    for argument in inputs:
+        found = list_pictures(argument)
+        if not found:
+            raise SystemExit(f'{argument}: no picture there')
+        for source in found:
+            target = output / f'{source.stem}{suffix}{source.suffix}'
+            other = sources.setdefault(target, source)
+            if not same_file(other, source):
+                raise SystemExit(f'{target}: would be the result of both {other} and {source}')
+    pictures = {source.resolve() for source in sources.values()}
+    for target in sources:
+        if target.resolve() in pictures:
+            raise SystemExit(f'{target}: is a picture itself; choose another -o than its folder, or a --suffix')
+    return [(source, target) for target, source in sources.items()]
+
+
+def list_pictures(argument: str) -> list[Path]:
+    """The file, the pictures directly in the folder (by extension, hidden files left out), or the matches."""
+    path = Path(argument)
+    if path.is_dir():
+        found = (part for part in path.iterdir() if part.suffix.lower() in EXTENSIONS and part.name[0] != '.')
+        return sorted(part for part in found if part.is_file())
+    if path.exists():
+        return [path]
+    return [part for match in sorted(glob.glob(argument, recursive=True)) for part in list_pictures(match)]
+
+
+def same_file(a: Path, b: Path) -> bool:
+    return a.resolve() == b.resolve()
+
+
+def restore_file(restorer: Restorer, source: Path, target: Path, arguments: argparse.Namespace, bar: tqdm) -> None:
+    """Restores one picture.
+
+    Raises:
+        OSError, ValueError, MemoryError, RuntimeError: it cannot be read, restored or written.
+    """
+    picture = read_picture(source)
+    check_format(target, picture)  # before the work
+    image = restorer.restore(
+        picture.image,
+        tile=arguments.tile,
+        overlap=arguments.overlap,
+        self_ensemble=arguments.self_ensemble,
+        progress=lambda done, total: bar.set_postfix_str('' if total == 1 else f'tile {done}/{total}'),
+    )
+    result = restored_picture(picture, image)
+    if arguments.compare:  # first: where the result is, everything is
+        folder = arguments.output / 'compare'
+        folder.mkdir(exist_ok=True)
+        write_picture(folder / target.name, side_by_side(picture, result))
+    write_picture(target, result)
+
+
+if __name__ == '__main__':
+    sys.exit(main())

@@ -1,0 +1,722 @@
+"""From a checkpoint to restored pictures: options in checkpoints, `load`, tiles, picture files, the command."""
+
+import io
+
+import dpmambair_basicsr
+
+# isort: split
+import cv2
+import numpy as np
+import pytest
+import torch
+import yaml
+from basicsr.models import build_model
+from basicsr.models.sr_model import SRModel
+from basicsr.utils import tensor2img
+from basicsr_runs import python
+from PIL import Image, ImageCms, ImageOps
+from torch import nn
+from torch.nn import functional as F
+
+from dpmambair_basicsr import load, restore, restorer
+from dpmambair_basicsr.archs import DPMambaIR, degradation_extractor_arch
+from dpmambair_basicsr.memory import PeakMemory
+from dpmambair_basicsr.models.checkpoints import read_weights
+from dpmambair_basicsr.ops import tile_spans, tiled
+from dpmambair_basicsr.ops.tiles import blend_weights
+from dpmambair_basicsr.pictures import read_picture, restored_picture, write_picture
+from dpmambair_basicsr.restorer import Restorer
+
+SMALL = {'num_blocks': [1, 1, 1, 1], 'num_refinement_blocks': 1, 'd_state': 2}
+VMAMBAIR = {'type': 'VmambaIR', 'dim': 4, **SMALL}
+DPMAMBAIR = {
+    'type': 'DPMambaIR',
+    'dim': 8,
+    **SMALL,
+    'd_inner': [8, 8, 8, 8],
+    'embed_dim': 8,
+    'extractor_channels': [4, 4, 4],
+}
+CPU = torch.device('cpu')
+
+
+def save_model(folder, network, training=True, **changes):
+    """A model with a checkpoint in folder, written by BasicSR's `save`; (model, path)."""
+    torch.manual_seed(0)
+    opt = {
+        'name': 'model',
+        'model_type': 'RestorationModel',
+        'num_gpu': 0,
+        'dist': False,
+        'rank': 0,
+        'is_train': training,
+        'datasets': {'train': {}},
+        'network_g': network,
+        'path': {'models': str(folder), 'training_states': str(folder)},
+        'train': {
+            'optim_g': {'type': 'AdamW', 'lr': 1e-2},
+            'scheduler': {'type': 'MultiStepLR', 'milestones': [9]},
+            'total_iter': 9,
+            'ema_decay': 0.5,
+            'pixel_opt': {'type': 'L1Loss'},
+        },
+        **changes,
+    }
+    model = build_model(opt)
+    model.save(0, 3)
+    return model, folder / 'net_g_3.pth'
+
+
+def restorer_of(network, seed=0, **changes):
+    torch.manual_seed(seed)
+    options = {**network, **changes}
+    net = {'VmambaIR': dpmambair_basicsr.archs.VmambaIR, 'DPMambaIR': DPMambaIR}[options.pop('type')](**options)
+    return Restorer(net, CPU)
+
+
+def photo(height, width, seed=0):
+    """Smooth in places, with edges and noise; (H, W, 3) uint8."""
+    rng = np.random.default_rng(seed)
+    image = cv2.resize(rng.random((5, 6, 3)), (width, height), interpolation=cv2.INTER_CUBIC)
+    image[height // 3 : height // 2, width // 4 : width // 2] *= 0.5
+    return (255 * (image + rng.normal(0, 0.02, image.shape)).clip(0, 1)).astype(np.uint8)
+
+
+# Checkpoints know their network
+
+
+def test_a_checkpoint_holds_the_options_of_its_network_as_plain_values(tmp_path):
+    network = {**DPMAMBAIR, 'insertion': 'none', 'num_blocks': (1, 1, 1, 1)}
+    model, path = save_model(tmp_path, network)
+    checkpoint = torch.load(path, weights_only=True)
+    assert checkpoint.keys() == {'params', 'params_ema', 'network_g'}
+    assert type(checkpoint['network_g']) is dict
+    assert checkpoint['network_g'] == {**network, 'num_blocks': [1, 1, 1, 1]} == {**model.opt['network_g'], **SMALL}
+    assert read_weights(str(path), 'params_ema').keys() == model.net_g.state_dict().keys()
+
+
+def test_the_discriminator_has_a_file_of_its_own(tmp_path):
+    parts = {'network_d': {'type': 'UNetDiscriminatorSN', 'num_in_ch': 3, 'num_feat': 4}}
+    model, _ = save_model(tmp_path, VMAMBAIR)
+    model.opt |= parts
+    model.save_network(nn.Conv2d(1, 1, 1), 'net_d', 3)
+    checkpoint = torch.load(tmp_path / 'net_d_3.pth', weights_only=True)
+    assert checkpoint.keys() == {'params', 'network_d'} and checkpoint['network_d'] == parts['network_d']
+
+
+def test_basicsr_loads_the_file_by_its_own_code(tmp_path):
+    network = {'type': 'MSRResNet', 'num_feat': 4, 'num_block': 1, 'upscale': 4}
+    model, path = save_model(tmp_path, network)
+    assert 'network_g' in torch.load(path, weights_only=True)
+    with torch.no_grad():
+        model.net_g_ema.conv_first.weight.add_(1)
+    model.save(0, 3)
+    for key, source in (('params', model.net_g), ('params_ema', model.net_g_ema)):
+        opt = {**model.opt, 'is_train': False, 'path': {'pretrain_network_g': str(path), 'param_key_g': key}}
+        loaded = SRModel(opt).net_g
+        assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in source.state_dict().items())
+
+
+def test_our_models_load_files_with_and_without_options(tmp_path):
+    model, path = save_model(tmp_path, VMAMBAIR)
+    old = tmp_path / 'old.pth'
+    torch.save({key: value for key, value in torch.load(path).items() if key != 'network_g'}, old)
+    for file in (path, old):
+        again, _ = save_model(tmp_path, VMAMBAIR, path={**model.opt['path'], 'pretrain_network_g': str(file)})
+        for name, value in model.net_g_ema.state_dict().items():
+            assert torch.equal(again.net_g_ema.state_dict()[name], value)
+
+
+# load
+
+
+def test_importing_the_package_and_load_imports_neither_torch_nor_basicsr(tmp_path):
+    code = (
+        'import sys; from dpmambair_basicsr import load; print({"torch", "basicsr", "numpy", "cv2"} & {*sys.modules})'
+    )
+    process = python('-c', code, cwd=tmp_path)
+    assert process.stdout.strip() == 'set()', process.stdout
+
+
+@pytest.mark.parametrize('network', [VMAMBAIR, {**VMAMBAIR, 'scale': 4}, {**DPMAMBAIR, 'insertion': 'none'}])
+def test_restore_gives_what_validation_gives(network, tmp_path):
+    model, path = save_model(tmp_path, network)
+    with torch.no_grad():  # so that the average differs
+        for parameter in model.net_g_ema.parameters():
+            parameter.mul_(1.1)
+    model.save(0, 3)
+    image = photo(21, 30)
+    tensor = torch.from_numpy(image).permute(2, 0, 1) / 255
+    model.feed_data({'lq': tensor[None], 'gt': tensor[None]})
+    model.test()
+    net = load(path)
+    result = net.restore(image)
+    assert result.dtype == np.uint8 and net.scale == network.get('scale', 1)
+    np.testing.assert_array_equal(result, tensor2img(model.output, rgb2bgr=False))
+    torch.testing.assert_close(net.restore(tensor), model.output[0].clamp(0, 1))
+
+
+def test_kinds_of_images():
+    net = restorer_of(VMAMBAIR)
+    image = photo(17, 9)
+    tensor = torch.from_numpy(image).permute(2, 0, 1) / 255
+    expected = net.restore(tensor)
+    assert expected.shape == tensor.shape and expected.min() >= 0 and expected.max() <= 1
+    fine = net.restore(image.astype(np.uint16) * 257)
+    assert fine.dtype == np.uint16
+    np.testing.assert_allclose(fine / 65535, expected.permute(1, 2, 0), atol=2e-5)
+    batch = net.restore(torch.stack([tensor, tensor.flip(2)]))
+    assert torch.equal(batch[0], expected) and torch.equal(batch[1], net.restore(tensor.flip(2)))
+    assert net.restore(tensor.double()).dtype == torch.float64
+    np.testing.assert_array_equal(net.restore(image[::-1, ::-1]), net.restore(image[::-1, ::-1].copy()))
+    assert net.restore(image[:1, :1]).shape == (1, 1, 3)
+
+
+@pytest.mark.parametrize(
+    'image',
+    [
+        np.zeros((4, 4), np.uint8),
+        np.zeros((4, 4, 4), np.uint8),
+        np.zeros((4, 0, 3), np.uint8),
+        np.zeros((4, 4, 3), np.float32),
+        torch.zeros(4, 4, 3),
+        torch.zeros(3, 4, 4, dtype=torch.uint8),
+    ],
+)
+def test_other_images_are_refused(image):
+    with pytest.raises(ValueError, match=r'^image: '):
+        restorer_of(VMAMBAIR).restore(image)
+
+
+def test_errors_of_load_name_file_and_key(tmp_path):
+    _, path = save_model(tmp_path, VMAMBAIR)
+    checkpoint = torch.load(path)
+    files = {
+        'old': {'params': checkpoint['params']},
+        'unknown': {**checkpoint, 'network_g': {**VMAMBAIR, 'type': 'VmambaIr'}},
+        'typo': {**checkpoint, 'network_g': {**VMAMBAIR, 'dimm': 4}},
+        'value': {**checkpoint, 'network_g': {**VMAMBAIR, 'scale': 5}},
+        'misfit': {**checkpoint, 'network_g': {**VMAMBAIR, 'dim': 8}},
+    }
+    stage_1 = {'type': 'DegradationAutoencoder', 'embed_dim': 4, 'extractor_channels': [4], 'channels': 4}
+    of_class = {**DPMAMBAIR, 'degradation': 'class'}
+    for name, options in {'stage_1': stage_1, 'class': of_class}.items():
+        net = getattr(dpmambair_basicsr.archs, options['type'])(**{k: v for k, v in options.items() if k != 'type'})
+        files[name] = {'params': net.state_dict(), 'network_g': options}
+    for name, content in files.items():
+        torch.save(content, tmp_path / f'{name}.pth')
+    (tmp_path / 'text.pth').write_text('no checkpoint')
+    messages = {
+        'old.pth': "old.pth: holds no key 'network_g', .*--opt.*network=",
+        'unknown.pth': 'unknown.pth: network_g.type: unknown type VmambaIr, did you mean VmambaIR',
+        'typo.pth': 'typo.pth: network_g: TypeError: .*dimm',
+        'value.pth': 'value.pth: network_g: scale: 5 is not one of',
+        'misfit.pth': r'misfit.pth: does not fit VmambaIR:\n.* of another shape: patch_embed.proj.weight',
+        'stage_1.pth': 'stage_1.pth: network_g.type: DegradationAutoencoder does not turn one RGB image',
+        'class.pth': 'class.pth: network_g.type: DPMambaIR does not turn .*needs a label',
+        'text.pth': 'text.pth: is no checkpoint that torch.load can read',
+        '3.state': '3.state: it is no state dict; keys of the file: epoch, iter',
+    }
+    for name, message in messages.items():
+        with pytest.raises(ValueError, match=message):
+            load(tmp_path / name)
+    with pytest.raises(FileNotFoundError, match='missing.pth'):
+        load(tmp_path / 'missing.pth')
+    with pytest.raises(ValueError, match="device: 'tpu9' is none of auto, cpu, cuda"):
+        load(path, device='tpu9')
+    assert load(tmp_path / 'old.pth', network=VMAMBAIR).scale == 1
+    torch.save(checkpoint['params'], tmp_path / 'bare.pth')
+    assert load(tmp_path / 'bare.pth', network=VMAMBAIR).scale == 1
+
+
+def test_half_precision_is_close():
+    image = photo(24, 24)
+    for network in (VMAMBAIR, DPMAMBAIR):
+        net = restorer_of(network)
+        exact = net.restore(image).astype(int)
+        net.half = True
+        assert 0 < np.abs(net.restore(image) - exact).mean() < 0.05 * np.abs(exact - image).mean()
+
+
+def test_self_ensemble_turns_with_the_image():
+    net = restorer_of(VMAMBAIR, scale=2)
+    image = photo(16, 24)
+    result = net.restore(image, self_ensemble=True)
+    turned = net.restore(np.rot90(image), self_ensemble=True)
+    assert np.abs(np.rot90(result).astype(int) - turned).max() <= 1
+    assert np.abs(np.rot90(net.restore(image)).astype(int) - net.restore(np.rot90(image))).max() > 1
+
+
+def test_an_output_that_is_not_finite_is_an_error():
+    net = restorer_of(VMAMBAIR)
+    net.net.output.weight.fill_(torch.inf)
+    with pytest.raises(ValueError, match='the output of the network is not finite'):
+        net.restore(photo(8, 8))
+
+
+# Tiles
+
+
+@pytest.mark.parametrize(('length', 'tile', 'overlap'), [(8, 64, 16), (200, 64, 16), (72, 64, 32), (4096, 100, 0)])
+def test_spans_cover_the_image_and_weights_sum_to_one(length, tile, overlap):
+    spans = tile_spans(length, tile, overlap, 8)
+    assert spans[0][0] == 0 and spans[-1][1] == length
+    for (first, end), (following, _) in zip(spans, spans[1:], strict=False):
+        assert (end - first, first % 8) == (tile // 8 * 8, 0) and end - following >= overlap
+    for scale in (1, 3):
+        total = torch.zeros(length * scale)
+        for (first, end), weight in zip(spans, blend_weights(spans, scale), strict=True):
+            assert (weight >= 0).all()
+            total[first * scale : end * scale] += weight
+        torch.testing.assert_close(total, torch.ones(length * scale))
+
+
+def test_impossible_tiles_are_refused():
+    net = restorer_of(VMAMBAIR)
+    for options in ({'tile': 7}, {'tile': 16, 'overlap': -1}):
+        with pytest.raises(ValueError, match=r'^tile: '):
+            net.restore(photo(16, 16), **options)
+
+
+class Local(nn.Module):
+    """Each output pixel depends on 8 pixels around it, and on the mean of the image if that is given to it."""
+
+    stride = 8
+
+    def __init__(self, scale, with_mean):
+        super().__init__()
+        torch.manual_seed(0)
+        self.scale = scale
+        self.body = nn.Sequential(nn.Conv2d(3, 6, 9, padding=4), nn.Tanh(), nn.Conv2d(6, 3, 9, padding=4))
+        if with_mean:
+            self.embed = lambda image: image.mean(dim=(2, 3), keepdim=True)
+
+    def forward(self, x, embedding=0):
+        return F.interpolate(self.body(x) + x * embedding, scale_factor=self.scale)
+
+
+@pytest.mark.parametrize(('scale', 'with_mean'), [(1, False), (2, False), (1, True)])
+@pytest.mark.parametrize(('height', 'width', 'tile'), [(150, 201, 64), (40, 300, 96), (64, 64, 64)])
+def test_tiles_change_nothing_where_they_see_all_that_matters(scale, with_mean, height, width, tile):
+    """To 1e-6: the outer quarter of the overlap, 8 of 32 pixels, is only seen."""
+    net = Restorer(Local(scale, with_mean), CPU)
+    image = torch.rand(3, height, width)
+    whole, in_tiles = net.restore(image, tile=0), net.restore(image, tile=tile, overlap=32)
+    torch.testing.assert_close(in_tiles, whole, atol=1e-6, rtol=0)
+    if (height, width) != (64, 64):
+        assert (net.restore(image, tile=tile, overlap=8) - whole).abs().max() > 1e-3
+
+
+def test_one_tile_is_the_network_itself():
+    x = torch.rand(1, 3, 40, 24)
+    (band,) = tiled(lambda x: x.sin(), x, [(0, 40)], [(0, 24)], 1)
+    assert torch.equal(band, x.sin())
+
+
+def forgetful(network, seed=0):
+    """A network whose scans forget within some two pixels, as a trained one may and Mamba's initialisation does not."""
+    net = restorer_of(network, seed)
+    for name, parameter in net.net.named_parameters():
+        if name.endswith('dt_projs_bias'):
+            parameter.fill_(5.0)
+        if name == 'output.weight':
+            parameter.normal_(0, 0.1)
+    return net
+
+
+def test_tiles_agree_to_a_thousandth_if_scans_forget():
+    net = forgetful(DPMAMBAIR)
+    image = torch.from_numpy(photo(64, 384)).permute(2, 0, 1) / 255
+    whole = net.restore(image, tile=0)
+    assert (whole - image).abs().mean() > 0.01
+    assert (net.restore(image, tile=256, overlap=128) - whole).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize('network', [VMAMBAIR, DPMAMBAIR])
+def test_no_seams_with_scans_that_remember(network):
+    """Tiles then differ from the whole image, but not by steps: columns and rows follow on one another as smoothly."""
+    net = restorer_of(network, seed=1)
+    net.net.output.weight.normal_(0, 0.1)
+    x = torch.linspace(0, 1, 192)
+    image = (0.5 + 0.2 * torch.sin(3 * x)[:, None] * torch.cos(4 * x)).expand(3, -1, -1).contiguous()
+
+    def steps(result):
+        """Mean difference of each column and row to the next, without the border of the image."""
+        return [result.diff(dim=axis).abs().mean(dim=(0, 3 - axis))[8:-8] for axis in (1, 2)]
+
+    whole = net.restore(image, tile=0)
+    blended, cut = (net.restore(image, tile=64, overlap=overlap) for overlap in (32, 0))
+    assert (blended - whole).abs().max() > 1e-2, 'otherwise there is nothing to see here'
+    for of_whole, of_blended, of_cut in zip(steps(whole), steps(blended), steps(cut), strict=True):
+        assert of_blended.max() < 1.1 * of_whole.max() < of_cut.max()
+    for of_blended, of_cut in zip(steps(blended - whole), steps(cut - whole), strict=True):
+        assert of_blended.max() < 0.2 * of_cut.max()
+
+
+def test_the_embedding_of_a_large_image_is_computed_in_blocks(monkeypatch):
+    torch.manual_seed(0)
+    extractor = degradation_extractor_arch.DegradationExtractor(embed_dim=8, channels=[4, 4, 4, 4, 4, 4]).eval()
+    image = torch.rand(2, 3, 401, 550)
+
+    def embed():
+        with PeakMemory([*extractor.parameters(), image]) as memory:
+            return extractor(image), memory.peak
+
+    with torch.no_grad():
+        whole, needed = embed()
+        monkeypatch.setattr(degradation_extractor_arch, 'BLOCK', 64)
+        in_blocks, less = embed()
+    torch.testing.assert_close(in_blocks, whole, rtol=1e-5, atol=1e-6)
+    assert less < needed / 5
+    assert torch.equal(extractor(image), whole), 'with gradients, it is one block'
+
+
+@torch.no_grad()
+def test_memory_is_bounded_by_the_tile():
+    net = restorer_of(VMAMBAIR)
+    image = torch.rand(3, 256, 256)
+
+    def peak(tile):
+        with PeakMemory([*net.net.parameters(), image]) as memory:
+            net.restore(image, tile=tile)
+        return memory.peak
+
+    assert peak(0) == pytest.approx(net.bytes_per_pixel * 256**2, rel=0.2)
+    assert peak(64) < net.bytes_per_pixel * 64**2 + 5 * 4 * image.numel()
+
+
+def test_the_tile_is_chosen_from_free_memory(monkeypatch):
+    net = restorer_of(VMAMBAIR)
+    for free in (10**7, 10**8, 10**9):
+        monkeypatch.setattr(restorer, 'free_memory', lambda device, free=free: free)
+        tile = net.fitting_tile(3000, 2000)
+        assert tile and (tile + 8) ** 2 * net.bytes_per_pixel > free / 2 > tile**2 * net.bytes_per_pixel
+    assert net.fitting_tile(200, 200) == 0
+    monkeypatch.setattr(restorer, 'free_memory', lambda device: 10**12)
+    assert net.fitting_tile(3000, 2000) == 0
+
+
+class Hungry(Local):
+    """Runs out of memory on more than 4096 pixels, as a GPU does."""
+
+    def forward(self, x, embedding=0):
+        if x.shape[-2] * x.shape[-1] > 4096:
+            raise torch.OutOfMemoryError('out of memory')
+        return super().forward(x, embedding)
+
+
+def test_out_of_memory_makes_tiles_smaller_unless_the_tile_was_asked_for():
+    net = Restorer(Hungry(1, False), CPU)
+    image = torch.rand(3, 100, 300)
+    torch.testing.assert_close(net.restore(image), Restorer(Local(1, False), CPU).restore(image), atol=1e-6, rtol=0)
+    with pytest.raises(torch.OutOfMemoryError):
+        net.restore(image, tile=128)
+
+
+# Picture files
+
+SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile('sRGB')).tobytes()
+
+
+def encode(image, kind, **options):
+    content = io.BytesIO()
+    image.save(content, kind, **options)
+    return content.getvalue()
+
+
+def again(path):
+    """The file at path read, and written at the same place."""
+    picture = read_picture(path)
+    write_picture(path, picture)
+    return picture
+
+
+@pytest.mark.parametrize(
+    ('kind', 'modes'),
+    [
+        ('png', ['RGB', 'RGBA', 'L', '1', 'P']),
+        ('tiff', ['RGB', 'L', '1', 'P']),
+        ('bmp', ['RGB', 'L', 'P']),
+        ('webp', ['RGB', 'RGBA']),
+        ('jpeg', ['RGB', 'L']),
+    ],
+)
+def test_pixels_and_alpha_come_back(kind, modes, tmp_path):
+    colours = Image.fromarray(np.random.default_rng(0).integers(0, 256, (7, 5, 4), dtype=np.uint8))
+    for mode in modes:
+        image = colours if mode == 'RGBA' else colours.convert('RGB').convert(mode)
+        path = tmp_path / f'{mode}.{kind}'
+        path.write_bytes(encode(image, kind, **({'lossless': True} if kind == 'webp' else {})))
+        with Image.open(path) as before:
+            wanted = before.convert({'P': 'RGB', '1': 'L'}.get(before.mode, before.mode))
+        picture = again(path)
+        assert picture.image.shape == (7, 5, 3) and (picture.alpha is not None) == (mode == 'RGBA')
+        with Image.open(path) as after:
+            assert after.mode == wanted.mode
+            np.testing.assert_allclose(np.asarray(after, int), np.asarray(wanted, int), atol=8 * (kind == 'jpeg'))
+
+
+@pytest.mark.parametrize(('kind', 'channels'), [('png', 1), ('png', 3), ('png', 4), ('tiff', 1), ('tiff', 3)])
+def test_16_bit_come_back(kind, channels, tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 65536, (7, 5, channels), dtype=np.uint16)
+    path = tmp_path / f'a.{kind}'
+    assert cv2.imwrite(str(path), pixels)
+    assert again(path).image.dtype == np.uint16
+    np.testing.assert_array_equal(cv2.imread(str(path), cv2.IMREAD_UNCHANGED).reshape(pixels.shape), pixels)
+
+
+@pytest.mark.parametrize('kind', ['png', 'jpeg', 'webp'])
+@pytest.mark.parametrize('orientation', range(1, 9))
+def test_orientation_is_carried_out_and_profile_and_exif_kept(kind, orientation, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010E], exif[0x9286] = orientation, 'a description', b'comment'
+    exif.get_ifd(0x8825)[1] = 'N'
+    image = Image.fromarray(np.repeat(np.repeat(photo(3, 4), 8, 0), 8, 1))
+    path = tmp_path / f'a.{kind}'
+    path.write_bytes(encode(image, kind, exif=exif, icc_profile=SRGB))
+    with Image.open(path) as before:
+        upright = np.asarray(ImageOps.exif_transpose(before).convert('RGB'), int)
+    picture = again(path)
+    np.testing.assert_allclose(picture.image.astype(int), upright, atol=4)
+    with Image.open(path) as after:
+        assert after.info['icc_profile'] == SRGB
+        assert dict(after.getexif()).items() >= {**exif, 0x0112: 1}.items()
+        assert after.getexif().get_ifd(0x8825) == {1: 'N'}
+        np.testing.assert_allclose(np.asarray(ImageOps.exif_transpose(after).convert('RGB'), int), upright, atol=6)
+
+
+@pytest.mark.parametrize('damage', [b'', b'MM', b'II*\0\xff\xff\xff\xff', b'II*\0\x08\0\0\0\xff\xff\x12\x01'])
+def test_damaged_exif_data_is_left_alone(damage, tmp_path):
+    path = tmp_path / 'a.png'
+    path.write_bytes(encode(Image.fromarray(photo(4, 6)), 'png', exif=b'Exif\0\0' + damage))
+    assert again(path).image.shape == (4, 6, 3)
+
+
+def test_cmyk_becomes_rgb_without_its_profile(tmp_path):
+    path = tmp_path / 'a.jpg'
+    profile = bytearray(SRGB)
+    profile[16:20] = b'CMYK'
+    image = Image.fromarray(photo(40, 30)).convert('CMYK')
+    path.write_bytes(encode(image, 'jpeg', quality=98, icc_profile=bytes(profile)))
+    again(path)
+    with Image.open(path) as after:
+        assert after.mode == 'RGB' and 'icc_profile' not in after.info
+        assert np.abs(np.asarray(after, int) - np.asarray(image.convert('RGB'))).mean() < 3
+
+
+@pytest.mark.parametrize(
+    ('name', 'content', 'message'),
+    [
+        ('text.png', b'no picture', 'is no picture, or cut short'),
+        ('empty.png', b'', 'cannot be decoded'),
+        ('half.png', encode(Image.fromarray(photo(60, 60)), 'png')[:2000], 'is no picture, or cut short'),
+        ('half.jpg', encode(Image.fromarray(photo(60, 60)), 'jpeg')[:1200], 'is no picture, or cut short'),
+        ('float.tif', encode(Image.fromarray(np.zeros((4, 4), np.float32)), 'tiff'), 'has float32 values'),
+    ],
+)
+def test_what_is_no_picture_is_refused(name, content, message, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        read_picture(tmp_path / name)
+
+
+def test_nothing_is_dropped_silently_and_no_part_is_left(tmp_path):
+    (tmp_path / 'a.png').write_bytes(encode(Image.fromarray(photo(4, 4)).convert('RGBA'), 'png'))
+    assert cv2.imwrite(str(tmp_path / 'b.png'), np.zeros((4, 4, 3), np.uint16))
+    wide = restored_picture(read_picture(tmp_path / 'b.png'), np.zeros((1, 70000, 3), np.uint8))
+    refused = {
+        ('a.png', 'x.jpg', 'jpg cannot hold its alpha'): read_picture(tmp_path / 'a.png'),
+        ('b.png', 'x.webp', 'webp cannot hold its 16 bit'): read_picture(tmp_path / 'b.png'),
+        ('b.png', 'x.jpg', 'cannot be written as .jpg, 70000 x 1'): wide,
+        ('b.png', 'x.xyz', 'xyz: is no format'): wide,
+        ('a.png', 'x.tif', 'tif cannot hold its alpha'): read_picture(tmp_path / 'a.png'),
+    }
+    for (_, name, message), picture in refused.items():
+        with pytest.raises(ValueError, match=message):
+            write_picture(tmp_path / name, picture)
+    (tmp_path / 'folder.png').mkdir()
+    with pytest.raises(OSError):
+        write_picture(tmp_path / 'folder.png', read_picture(tmp_path / 'a.png'))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['a.png', 'b.png', 'folder.png']
+
+
+# The command
+
+
+def write_pictures(folder):
+    """Some thirty files of every kind; returns {name: whether it can be restored}, without those to be passed over."""
+    rng = np.random.default_rng(0)
+    folder.mkdir()
+    colours, small = photo(37, 45), Image.fromarray(photo(24, 33))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    pixels = {
+        'fine.png': rng.integers(0, 65536, (19, 22, 3), dtype=np.uint16),
+        'fine_grey.png': rng.integers(0, 65536, (19, 22), dtype=np.uint16),
+        'fine_alpha.png': rng.integers(0, 65536, (19, 22, 4), dtype=np.uint16),
+        'fine.tif': rng.integers(0, 65536, (19, 22, 3), dtype=np.uint16),
+        'one.png': colours[:1, :1],
+        'row.png': colours[:1],
+        'column.bmp': colours[:, :1],
+        'wide.png': rng.integers(0, 256, (40, 5000, 3), dtype=np.uint8),
+        'multiple.png': colours[:32, :40],
+        'a name with spaces.png': colours,
+        'bild-\u00e4\u4e2d.png': colours,
+        'LOUD.PNG': colours,
+        'same.png': colours,
+        'same.webp': colours,
+        'same.bmp': colours,
+        'same.tiff': colours,
+    }
+    for name, image in pixels.items():
+        suffix = '.' + name.lower().rpartition('.')[2]
+        quality = [cv2.IMWRITE_WEBP_QUALITY, 101] if suffix == '.webp' else []
+        (folder / name).write_bytes(cv2.imencode(suffix, image, quality)[1])
+    contents = {
+        'photo.jpg': encode(small, 'jpeg', quality=95),
+        'photo.jpeg': encode(small, 'jpeg', quality=95),
+        'grey.jpg': encode(small.convert('L'), 'jpeg'),
+        'cmyk.jpg': encode(small.convert('CMYK'), 'jpeg'),
+        'turned.jpg': encode(small, 'jpeg', exif=exif, icc_profile=SRGB),
+        'profile.png': encode(small, 'png', icc_profile=SRGB),
+        'grey.png': encode(small.convert('L'), 'png'),
+        'alpha.png': encode(Image.fromarray(rng.integers(0, 256, (9, 8, 4), dtype=np.uint8)), 'png', icc_profile=SRGB),
+        'grey_alpha.png': encode(small.convert('LA'), 'png'),
+        'palette.png': encode(small.convert('P'), 'png'),
+        'bit.png': encode(small.convert('1'), 'png'),
+    }
+    broken = {
+        'text.png': b'this is text',
+        'empty.png': b'',
+        'half.png': encode(small, 'png')[:1000],
+        'half.jpg': encode(small, 'jpeg')[:-50],
+        'float.tif': encode(Image.fromarray(np.zeros((4, 4), np.float32)), 'tiff'),
+    }
+    for name, content in {**contents, **broken, 'Thumbs.db': b'', '.hidden.png': b'', 'notes.txt': b''}.items():
+        (folder / name).write_bytes(content)
+    (folder / 'folder.png').mkdir()
+    return dict.fromkeys([*pixels, *contents], True) | dict.fromkeys(broken, False)
+
+
+def identity(folder, name, network):
+    """A checkpoint of a network that returns its input, enlarged by repetition; its file in folder."""
+    net = restorer_of(network).net
+    (net.output if net.scale == 1 else net.tail[-1]).weight.zero_()
+    if net.scale > 1:
+        net.tail[-1].bias.zero_()
+    torch.save({'params': net.state_dict(), 'network_g': network}, folder / name)
+    return folder / name
+
+
+@pytest.fixture(scope='module')
+def restored(tmp_path_factory):
+    """(folder, {name: restorable}, output of the command), for the picture folder after one run by an identity."""
+    folder = tmp_path_factory.mktemp('restored')
+    names = write_pictures(folder / 'in')
+    weights = identity(folder, 'identity.pth', VMAMBAIR)
+    process = python('-m', 'dpmambair_basicsr.restore', '-w', weights, 'in', '-o', 'out', cwd=folder)
+    assert process.returncode == 1, process.stdout
+    return folder, names, process.stdout
+
+
+def test_the_command_restores_what_can_be_and_reports_the_rest(restored):
+    folder, names, output = restored
+    good = {name for name, restorable in names.items() if restorable}
+    assert len(names) > 30 and {path.name for path in (folder / 'out').iterdir()} == good
+    for name in names.keys() - good:
+        assert len([line for line in output.splitlines() if line.startswith(f'in/{name}: ')]) == 1, output
+    assert output.splitlines()[-1] == f'out: {len(good)} restored, {len(names) - len(good)} failed'
+    assert 'Traceback' not in output
+
+
+def test_an_identity_changes_no_pixel(restored):
+    folder, names, _ = restored
+    for name in (name for name, restorable in names.items() if restorable):
+        before, after = (cv2.imread(str(folder / kind / name), cv2.IMREAD_UNCHANGED) for kind in ('in', 'out'))
+        if name == 'turned.jpg':
+            before = cv2.rotate(before, cv2.ROTATE_90_CLOCKWISE)
+        assert after.dtype == before.dtype and after.shape == before.shape, name
+        lossy = name.endswith(('jpg', 'jpeg'))
+        assert np.abs(after.astype(int) - before).mean() < 2 if lossy else np.array_equal(after, before), name
+
+
+def test_profile_orientation_and_mode_are_kept(restored):
+    folder, _, _ = restored
+    for name, mode in {'profile.png': 'RGB', 'alpha.png': 'RGBA', 'turned.jpg': 'RGB', 'cmyk.jpg': 'RGB'}.items():
+        with Image.open(folder / 'out' / name) as image:
+            assert image.mode == mode and image.info.get('icc_profile') == (None if 'cmyk' in name else SRGB)
+    with Image.open(folder / 'out/turned.jpg') as image:
+        assert image.size == (24, 33) and image.getexif()[0x0112] == 1
+    for name, mode in {'grey.jpg': 'L', 'grey.png': 'L', 'fine_grey.png': 'I;16'}.items():
+        with Image.open(folder / 'out' / name) as image:
+            assert image.mode == mode
+
+
+def test_resume_does_only_what_is_missing_and_tiles_change_nothing_here(restored):
+    folder, names, _ = restored
+    out = folder / 'out'
+    before = (out / 'wide.png').read_bytes()
+    (out / 'wide.png').unlink()
+    times = {path: path.stat().st_mtime_ns for path in out.iterdir()}
+    command = ('-w', 'identity.pth', '--input', 'in/*[e-y].png', '--output', 'out', '--resume', '--tile', '64')
+    process = python('-m', 'dpmambair_basicsr.restore', *command, cwd=folder)
+    asked = [good for name, good in names.items() if name.endswith('.png') and 'e' <= name[-5] <= 'y']
+    assert process.returncode == 1, process.stdout
+    counts = f'1 restored, {asked.count(False)} failed, {asked.count(True) - 1} there already'
+    assert process.stdout.splitlines()[-1] == f'out: {counts}'
+    assert (out / 'wide.png').read_bytes() == before
+    assert times == {path: path.stat().st_mtime_ns for path in out.iterdir() if path.name != 'wide.png'}
+
+
+def run_main(monkeypatch, *arguments):
+    """The command in this process: the exit status."""
+    monkeypatch.setattr('sys.argv', ['restore', *map(str, arguments)])
+    return restore.main()
+
+
+def test_super_resolution_with_compare_suffix_and_an_old_checkpoint(monkeypatch, tmp_path):
+    network = {**VMAMBAIR, 'scale': 4}
+    weights = identity(tmp_path, 'sr.pth', network)
+    torch.save({'params': torch.load(weights)['params']}, weights)
+    (tmp_path / 'old.yml').write_text(yaml.safe_dump({'name': 'old', 'network_g': network}))
+    pixels = np.random.default_rng(0).integers(0, 256, (9, 13, 4), dtype=np.uint8)
+    assert cv2.imwrite(str(tmp_path / 'a.png'), pixels)
+    arguments = ('-w', weights, tmp_path / 'a.png', '-o', tmp_path / 'out', '--opt', tmp_path / 'old.yml')
+    assert run_main(monkeypatch, *arguments, '--suffix', '_x4', '--compare', '--self-ensemble', '--half') == 0
+    result = cv2.imread(str(tmp_path / 'out/a_x4.png'), cv2.IMREAD_UNCHANGED)
+    enlarged = pixels.repeat(4, 0).repeat(4, 1)
+    np.testing.assert_array_equal(result[..., :3], enlarged[..., :3])
+    assert np.abs(result[..., 3].astype(int) - enlarged[..., 3]).mean() < 40, 'alpha is interpolated'
+    both = cv2.imread(str(tmp_path / 'out/compare/a_x4.png'), cv2.IMREAD_UNCHANGED)
+    np.testing.assert_array_equal(both[:, : 4 * 13, :3], enlarged[..., :3])
+    np.testing.assert_array_equal(both[:, 4 * 13 :], result)
+
+
+def test_wrong_arguments_end_with_one_line(monkeypatch, tmp_path):
+    weights = identity(tmp_path, 'identity.pth', VMAMBAIR)
+    for folder in ('a', 'b', 'none'):
+        (tmp_path / folder).mkdir()
+    for name in ('a/x.png', 'b/x.png', 'a/x_2.png'):
+        cv2.imwrite(str(tmp_path / name), photo(8, 8))
+    (tmp_path / 'empty.yml').write_text('name: no network')
+    monkeypatch.chdir(tmp_path)
+    wrong = {
+        ('nowhere/*.png', '-o', 'out'): r'^nowhere/\*\.png: no picture there$',
+        ('none', '-o', 'out'): '^none: no picture there$',
+        ('a', 'b', '-o', 'out'): '^out/x.png: would be the result of both a/x.png and b/x.png$',
+        ('a', '-o', 'a'): '^a/x.png: is a picture itself',
+        ('a', '-o', 'a', '--suffix', '_2'): '^a/x_2.png: is a picture itself',
+        ('a', '-o', 'out', '--opt', 'empty.yml'): '^empty.yml: network_g: missing$',
+        ('a', '-o', 'out', '-w', 'a/x.png'): '^a/x.png: is no checkpoint',
+        ('a', '-o', 'out', '-w', 'missing.pth'): 'missing.pth',
+        ('a', '-o', 'out', '--device', 'gpu'): "^device: 'gpu' is none of",
+    }
+    for arguments, message in wrong.items():
+        with pytest.raises(SystemExit, match=message):
+            run_main(monkeypatch, '-w', weights, *arguments)
+    for arguments in ([], ['a', '--tile', '-1'], ['a', '--overlap', 'x']):
+        with pytest.raises(SystemExit) as ended:
+            run_main(monkeypatch, '-w', weights, '-o', 'out', *arguments)
+        assert ended.value.code == 2
+    assert not (tmp_path / 'out').exists()
+    assert run_main(monkeypatch, '-w', weights, 'a', 'a/x.png', '-o', 'out') == 0, 'a picture named twice is one'
