@@ -5,9 +5,10 @@ Writes to ./results: the current directory is BasicSR's root_path.
 
 from pathlib import Path
 
-from basicsr.test import test_pipeline
+import dpmambair_basicsr.huge_pages  # before PyTorch
 
-import dpmambair_basicsr
+# isort: split
+from basicsr.test import test_pipeline
 
 
 def main() -> None:

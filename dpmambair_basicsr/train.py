@@ -6,9 +6,10 @@ directory name the run's own in the option file, path.experiments_root.
 
 from pathlib import Path
 
-from basicsr.train import train_pipeline
+import dpmambair_basicsr.huge_pages  # before PyTorch
 
-import dpmambair_basicsr
+# isort: split
+from basicsr.train import train_pipeline
 
 
 def main() -> None:

@@ -113,6 +113,7 @@ class DegradationExtractor(nn.Module):
 
     def features(self, image: Tensor) -> Tensor:
         """(B, 3, H, W) -> (B, C, ceil(H / stride), ceil(W / stride)), C the width of the last layer."""
+        image = image.contiguous(memory_format=torch.channels_last)  # in which convolutions are faster
         for layer in self.layers:
             image = F.relu(layer(image))
         return image

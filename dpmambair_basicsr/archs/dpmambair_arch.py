@@ -13,7 +13,7 @@ from basicsr.utils.registry import ARCH_REGISTRY
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dpmambair_basicsr.archs.blocks import EFFN, LayerNorm, PlanarScan, UNet, one_of
+from dpmambair_basicsr.archs.blocks import EFFN, LayerNorm, PlanarScan, UNet, convolve_halves, one_of
 from dpmambair_basicsr.archs.degradation_extractor_arch import DegradationExtractor
 
 PROMPTS = ('delta', 'B', 'C')
@@ -99,7 +99,7 @@ class HighFrequencyEnhancement(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, D, H, W) -> same."""
-        return x + self.alpha * (x - x.mean(dim=(2, 3), keepdim=True))
+        return torch.lerp(x.mean(dim=(2, 3), keepdim=True), x, 1 + self.alpha)  # in one pass over x
 
 
 class DPSSModule(PlanarScan):
@@ -140,7 +140,7 @@ class DPSSModule(PlanarScan):
 
     def forward(self, x: Tensor, embedding: Tensor | None = None) -> Tensor:
         """(B, C, H, W), (B, E) -> (B, C, H, W)."""
-        features, gate = self.in_conv(x).chunk(2, dim=1)  # F1, F2 of Fig. 4: (B, D, H, W) each
+        features, gate = convolve_halves(self.in_conv, x)  # F1, F2 of Fig. 4: (B, D, H, W) each
         features = F.silu(self.conv2d(features))
         if self.insertion is not None:
             features = self.insertion(features, embedding)
@@ -189,6 +189,7 @@ class DPMambaIR(UNet):
         degradation: 'extractor', or 'class' for an embedding of the true label (Table 4, "Classes").
         num_degradations: labels for 'class'.
         extractor_channels: see `DegradationExtractor`.
+        checkpoint_levels: resolutions whose blocks are computed once more in the backward pass, see `UNet`; e.g. [0].
 
     Raises:
         ValueError: for a value that is not among the choices, naming the key.
@@ -213,6 +214,7 @@ class DPMambaIR(UNet):
         degradation: str = 'extractor',
         num_degradations: int = 7,
         extractor_channels: Sequence[int] = (64, 64, 64, 64, 64, 128),
+        checkpoint_levels: Sequence[int] = (),
     ):
         one_of('insertion', insertion, INSERTIONS)
         one_of('directions', directions, tuple(SCANS))
@@ -230,7 +232,7 @@ class DPMambaIR(UNet):
             attn = DPSSModule(width, d_inner[level], d_state, embed_dim, prompt, insertion, high_frequency, directions)
             return DPSSBlock(width, ffn_expansion_factor, attn)
 
-        super().__init__(inp_channels, dim, num_blocks, num_refinement_blocks, bias=False, make_block=make_block)
+        super().__init__(inp_channels, dim, num_blocks, num_refinement_blocks, False, make_block, checkpoint_levels)
         self.output = nn.Conv2d(dim * 2, out_channels, 3, padding=1, bias=False)
         # Our inference: training starts near the degraded image, not at noise added to it.
         with torch.no_grad():
@@ -299,7 +301,7 @@ class DPMambaIR(UNet):
         if embedding is None:
             embedding = self.embed(lq, label)
         features = self.forward_features(lq, embedding)  # (B, 2C, H, W)
-        return self.output(features) + lq
+        return lq + self.output(features)  # in the layout of lq
 
     def train(self, mode: bool = True) -> 'DPMambaIR':
         super().train(mode)

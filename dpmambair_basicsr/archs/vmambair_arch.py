@@ -18,6 +18,7 @@ from dpmambair_basicsr.archs.blocks import (
     LayerNorm,
     PlanarScan,
     UNet,
+    convolve_halves,
     directional_scan,
     log_uniform_delta_bias,
     one_of,
@@ -90,7 +91,10 @@ class OSSModule(PlanarScan):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> same."""
-        features, gate = self.in_conv(x).chunk(2, dim=1)  # (B, C, H, W) each
+        if isinstance(self.in_conv, PixelLinear):
+            features, gate = self.in_conv(x).chunk(2, dim=1)  # (B, C, H, W) each
+        else:
+            features, gate = convolve_halves(self.in_conv, x)
         features = F.silu(self.conv2d(features))
         y = self.out_norm(self.scan(features)) * F.silu(gate)
         if self.channel_scan != 'none':
@@ -156,6 +160,7 @@ class VmambaIR(UNet):
         planar_directions: 4, or 1 for the one-way scan (Table 4, V1, which also has channel_scan 'none').
         ffn: whether blocks have an EFFN (Table 4, V3).
         linear_projection: linear layers instead of 1x1 convolutions in the OSS module (Table 4, V4).
+        checkpoint_levels: resolutions whose blocks are computed once more in the backward pass, see `UNet`; e.g. [0].
 
     Raises:
         ValueError: for a value that is not among the choices, naming the key.
@@ -178,6 +183,7 @@ class VmambaIR(UNet):
         planar_directions: int = 4,
         ffn: bool = True,
         linear_projection: bool = False,
+        checkpoint_levels: Sequence[int] = (),
     ):
         one_of('scale', scale, (1, 2, 3, 4, 8))
         one_of('channel_scan', channel_scan, ('lifted', 'scalar', 'none'))
@@ -190,7 +196,7 @@ class VmambaIR(UNet):
             attn = OSSModule(width, d_state, channel_scan, channel_fusion, planar_directions, linear_projection)
             return OSSBlock(width, attn, EFFN(width, ffn_expansion_factor, bias) if ffn else None)
 
-        super().__init__(inp_channels, dim, num_blocks, num_refinement_blocks, bias, make_block)
+        super().__init__(inp_channels, dim, num_blocks, num_refinement_blocks, bias, make_block, checkpoint_levels)
         self.scale = scale
         if scale == 1:
             self.output = nn.Conv2d(dim * 2, out_channels, 3, padding=1, bias=bias)
@@ -207,5 +213,5 @@ class VmambaIR(UNet):
         """(B, 3, H, W) RGB in [0, 1] -> (B, 3, scale * H, scale * W), about [0, 1]."""
         features = self.forward_features(lq)  # (B, 2C, H, W)
         if self.scale == 1:
-            return self.output(features) + lq
-        return self.tail(features) + F.interpolate(lq, scale_factor=self.scale, mode='nearest')
+            return lq + self.output(features)  # in the layout of lq
+        return F.interpolate(lq, scale_factor=self.scale, mode='nearest') + self.tail(features)

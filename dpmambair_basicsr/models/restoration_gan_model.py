@@ -12,6 +12,7 @@ class RestorationGANModel(RestorationHooks, SRGANModel):
         train.scheduler_d: the discriminator's scheduler; default: the generator's, `scheduler`.
         train.grad_clip_norm: limit of the norm of the generator's gradient; default: none.
         train.pbar: show a progress bar.
+        train.amp (bf16), train.compile: of the generator, see `SpeedHooks`.
 
     Raises:
         ValueError: a part that GAN training needs is missing, a loss is named that BasicSR's code would pass over, or

@@ -9,10 +9,11 @@ from dpmambair_basicsr.data import progressive
 from dpmambair_basicsr.models import lr_scheduler
 from dpmambair_basicsr.models.checkpoints import PlainValue, differences, read_weights
 from dpmambair_basicsr.models.monitoring_hooks import MonitoringHooks
+from dpmambair_basicsr.models.speed_hooks import SpeedHooks
 from dpmambair_basicsr.ops import pad_to_multiple
 
 
-class RestorationHooks(MonitoringHooks):
+class RestorationHooks(SpeedHooks, MonitoringHooks):
     """Mix-in for SRModel and its descendants; each method overrides the hook of the same name there."""
 
     option_keys = {
@@ -26,6 +27,7 @@ class RestorationHooks(MonitoringHooks):
 
         The option checker calls it before anything is created; a model made without it calls it itself.
         """
+        super().check_training(opt)
         for name in ('scheduler', 'scheduler_d'):
             scheduler = opt['train'].get(name) or {}
             if scheduler.get('type') == 'CosineAnnealingRestartLR' and (message := too_short(opt, scheduler)):
@@ -103,6 +105,7 @@ class RestorationHooks(MonitoringHooks):
 
     def setup_optimizers(self) -> None:
         """One optimiser over what is trainable; parameters marked `no_weight_decay` get none."""
+        self.set_up_speed()
         groups = {'decay': [], 'no_decay': []}
         for parameter in self.net_g.parameters():
             if parameter.requires_grad:

@@ -20,9 +20,12 @@ class RestorationModel(RestorationHooks, SRModel):
         train.<name>_opt: a loss, type and arguments; logged as l_<name>. The sum is minimised.
         train.grad_clip_norm: limit of the gradient's norm; default: none.
         train.pbar: show a progress bar.
+        train.amp, train.compile: mixed precision and compilation, see `SpeedHooks`.
         path.pretrain_network_e: checkpoint of stage 1 for a network with a degradation extractor (DPMambaIR). The
             extractor is saved in this model's checkpoints, so testing and resuming do not need it.
     """
+
+    scales_loss = True
 
     @classmethod
     def check_training(cls, opt: dict) -> None:
@@ -56,8 +59,10 @@ class RestorationModel(RestorationHooks, SRModel):
         self.optimizer_g.zero_grad()
         self.output = self.net_g(*self.network_inputs())
         loss_dict = self.compute_losses(self.output, self.gt)
-        sum(loss_dict.values()).backward()
-        self.optimizer_g.step()
+        self.scaler.scale(sum(loss_dict.values())).backward()  # a factor for fp16, otherwise nothing
+        self.scaler.unscale_(self.optimizer_g)
+        self.scaler.step(self.optimizer_g)
+        self.scaler.update()
 
         self.log_dict = self.reduce_loss_dict(loss_dict)
         if self.ema_decay > 0:

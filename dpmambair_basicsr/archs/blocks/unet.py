@@ -4,6 +4,9 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from dpmambair_basicsr.archs.blocks.checks import one_of
 
 
 class UNet(nn.Module):
@@ -19,12 +22,16 @@ class UNet(nn.Module):
         num_refinement_blocks: blocks after the decoder.
         bias: of the stem and the reducing convolutions; the resampling ones have none, as published.
         make_block: i -> a block for features of width C * 2**i.
+        checkpoint_levels: resolutions, 0..3 for H / 2**level, whose blocks keep their input only and compute once more
+            in the backward pass: less memory for a quarter to a third more time, and the same gradients. Most of the
+            memory is at level 0, which the last decoder stage and the refinement belong to.
 
     Raises:
         ValueError: for an odd dim or another number of levels, naming the key.
     """
 
     stride = 8  # height and width of the input must be multiples of it
+    memory_format = torch.channels_last  # of the features; the layout of the image does not matter
 
     def __init__(
         self,
@@ -34,6 +41,7 @@ class UNet(nn.Module):
         num_refinement_blocks: int,
         bias: bool,
         make_block: Callable[[int], nn.Module],
+        checkpoint_levels: Sequence[int] = (),
     ):
         super().__init__()
         if dim < 2 or dim % 2:
@@ -42,6 +50,10 @@ class UNet(nn.Module):
             raise ValueError(
                 f'num_blocks: {list(num_blocks)} has {len(num_blocks)} entries, needed are 4, one per level'
             )
+
+        for level in checkpoint_levels:
+            one_of('checkpoint_levels', level, (0, 1, 2, 3))
+        self.checkpoint_levels = tuple(checkpoint_levels)
 
         def stage(width: int, depth: int) -> nn.Sequential:
             return nn.Sequential(*(make_block(width) for _ in range(depth)))
@@ -64,26 +76,38 @@ class UNet(nn.Module):
         self.decoder_level1 = stage(1, num_blocks[0])
         self.refinement = stage(1, num_refinement_blocks)
 
+    @property
+    def stages(self) -> list[nn.Sequential]:
+        """All that consist of blocks."""
+        encoder = [self.encoder_level1, self.encoder_level2, self.encoder_level3]
+        return [*encoder, self.latent, self.decoder_level3, self.decoder_level2, self.decoder_level1, self.refinement]
+
     def forward_features(self, image: Tensor, *context: Tensor) -> Tensor:
         """(B, inp_channels, H, W) -> (B, 2C, H, W); `context` is handed to every block. H and W: multiples of 8."""
-        level1 = run(self.encoder_level1, self.patch_embed(image), *context)  # (B, C, H, W)
-        level2 = run(self.encoder_level2, self.down1_2(level1), *context)  # (B, 2C, H/2, W/2)
-        level3 = run(self.encoder_level3, self.down2_3(level2), *context)  # (B, 4C, H/4, W/4)
-        x = run(self.latent, self.down3_4(level3), *context)  # (B, 8C, H/8, W/8)
+        # Layer norms need the channels of a pixel side by side; convolutions are faster so, and keep it.
+        x = self.patch_embed(image.contiguous(memory_format=self.memory_format))
+        level1 = self.run(0, self.encoder_level1, x, *context)  # (B, C, H, W)
+        level2 = self.run(1, self.encoder_level2, self.down1_2(level1), *context)  # (B, 2C, H/2, W/2)
+        level3 = self.run(2, self.encoder_level3, self.down2_3(level2), *context)  # (B, 4C, H/4, W/4)
+        x = self.run(3, self.latent, self.down3_4(level3), *context)  # (B, 8C, H/8, W/8)
 
         x = self.reduce_chan_level3(torch.cat([self.up4_3(x), level3], dim=1))
-        x = run(self.decoder_level3, x, *context)  # (B, 4C, H/4, W/4)
+        x = self.run(2, self.decoder_level3, x, *context)  # (B, 4C, H/4, W/4)
         x = self.reduce_chan_level2(torch.cat([self.up3_2(x), level2], dim=1))
-        x = run(self.decoder_level2, x, *context)  # (B, 2C, H/2, W/2)
+        x = self.run(1, self.decoder_level2, x, *context)  # (B, 2C, H/2, W/2)
         x = torch.cat([self.up2_1(x), level1], dim=1)
-        x = run(self.decoder_level1, x, *context)  # (B, 2C, H, W)
-        return run(self.refinement, x, *context)
+        x = self.run(0, self.decoder_level1, x, *context)  # (B, 2C, H, W)
+        return self.run(0, self.refinement, x, *context)
 
-
-def run(stage: nn.Sequential, x: Tensor, *context: Tensor) -> Tensor:
-    for block in stage:
-        x = block(x, *context)
-    return x
+    def run(self, level: int, stage: nn.Sequential, x: Tensor, *context: Tensor) -> Tensor:
+        """Apply the blocks of a stage at resolution H / 2**level."""
+        recompute = level in self.checkpoint_levels and torch.is_grad_enabled()
+        for block in stage:
+            if recompute:
+                x = checkpoint(block, x, *context, use_reentrant=False, preserve_rng_state=False)  # nothing is random
+            else:
+                x = block(x, *context)
+        return x
 
 
 class PatchEmbed(nn.Module):
