@@ -26,13 +26,13 @@ IntRange = int | Sequence[int]
 
 
 def degrade(image: np.ndarray, kind: str, rng: np.random.Generator, **parameters) -> np.ndarray:
-    """Applies the degradation `kind`, one of `DEGRADATIONS`, with the parameters of the function of that name.
+    """Applies the degradation `kind` with the parameters of the function of that name in this file.
 
     Raises:
         ValueError: unknown kind or parameter, value outside its meaning, or an image that is not (H, W, 3) float32.
     """
     if kind not in _FUNCTIONS:
-        raise ValueError(f'unknown degradation {kind!r}, choose from {", ".join(DEGRADATIONS)}')
+        raise ValueError(f'unknown degradation {kind!r}, choose from {", ".join(_FUNCTIONS)}')
     choices = [name for name in inspect.signature(_FUNCTIONS[kind]).parameters if name not in ('image', 'rng')]
     for name in parameters:
         if name not in choices:
@@ -217,7 +217,7 @@ def jpeg(image: np.ndarray, rng: np.random.Generator, quality: IntRange = (20, 3
     return form_image(image, quality=_draw_int(rng, 'quality', quality, 1, 100))
 
 
-_FUNCTIONS = dict(zip(DEGRADATIONS, (haze, rain, snow, lowlight, blur, noise, jpeg), strict=True))
+_FUNCTIONS = {function.__name__: function for function in (haze, rain, snow, lowlight, blur, noise, jpeg)}
 
 
 def to_uint8(image: np.ndarray) -> np.ndarray:

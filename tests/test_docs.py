@@ -1,0 +1,220 @@
+"""Every command and every piece of code in README.md and docs/ does what it is there for, on small images."""
+
+import glob
+import re
+import runpy
+import shlex
+import shutil
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import skimage.data
+import torch
+import yaml
+from basicsr_runs import PACKAGE_PARENT, python
+from in_process import write_pairs
+
+from dpmambair_basicsr.archs import DPMambaIR, VmambaIR
+
+PAGES = [PACKAGE_PARENT / 'README.md', *sorted((PACKAGE_PARENT / 'docs').glob('*.md'))]
+SMALL = {'dim': 16, 'num_blocks': [1, 1, 1, 1], 'num_refinement_blocks': 1, 'd_state': 2}
+SMALL_DPMAMBAIR = {**SMALL, 'd_inner': [16, 16, 16, 16], 'embed_dim': 8, 'extractor_channels': [4, 4]}
+LESS_TRAINING = ('train:total_iter=2', 'val:val_freq=2', 'logger:save_checkpoint_freq=2', 'datasets:train:gt_size=16')
+LESS_TRAINING += ('datasets:train:num_worker_per_gpu=0', 'num_gpu=0')
+
+
+def code_blocks(page: Path, language: str) -> list[str]:
+    """Also those in lists, without their indentation."""
+    found = re.findall(rf'^( *)```{language}\n(.*?)^ *```', page.read_text(encoding='utf-8'), re.S | re.M)
+    return [re.sub(rf'^{indent}', '', block, flags=re.M) for indent, block in found]
+
+
+def commands(page: Path) -> list[list[str]]:
+    lines = '\n'.join(code_blocks(page, 'bash')).replace('\\\n', ' ').splitlines()
+    return [words for words in (shlex.split(line, comments=True) for line in lines) if words]
+
+
+def all_commands() -> list[list[str]]:
+    return [command for page in PAGES for command in commands(page)]
+
+
+def test_links_point_somewhere():
+    for page in PAGES:
+        for target in re.findall(r'\]\((?!https?://)([^)#]+)', page.read_text(encoding='utf-8')):
+            assert (page.parent / target).exists(), f'{page.name}: {target}'
+
+
+def test_installing_is_what_the_setup_script_does():
+    """It runs before each run of the tests."""
+    script = shlex.split((PACKAGE_PARENT / 'scripts/setup_env.sh').read_text(encoding='utf-8'), comments=True)
+    extras = (PACKAGE_PARENT / 'setup.py').read_text(encoding='utf-8')
+    for command in all_commands():
+        if command[:2] == ['pip', 'install']:
+            for word in command[2:]:
+                if word.startswith('.['):
+                    assert f"'{word[2:-1]}': [" in extras, word
+                elif word not in ('-e', '.'):
+                    assert re.split('[>=]', word)[0] in {re.split('[>=]', part)[0] for part in script}, word
+
+
+def test_other_commands_name_what_is_there():
+    """Other tests run them: option files (test_options.py), the demo (test_demo.py), BasicSR's (test_dropin.py)."""
+    for command in all_commands():
+        if '-opt' in command:
+            assert (PACKAGE_PARENT / command[command.index('-opt') + 1]).is_file(), command
+        if command[0] == 'bash':
+            assert (PACKAGE_PARENT / command[1]).is_file(), command
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """What somebody has who reads these pages, as far as their commands need it."""
+    shutil.copytree(PACKAGE_PARENT / 'options', tmp_path / 'options')
+    for part in ('train', 'test'):
+        write_pairs(tmp_path / 'datasets/your_own' / part, [(24, 24), (20, 27)])
+    for name in ('pictures/a.png', 'more/b.jpg'):
+        (tmp_path / name).parent.mkdir()
+        assert cv2.imwrite(str(tmp_path / name), skimage.data.astronaut()[:30, :41, ::-1])
+    torch.manual_seed(0)
+    net = {'network_g': {'type': 'DPMambaIR', **SMALL_DPMAMBAIR}, 'params': DPMambaIR(**SMALL_DPMAMBAIR).state_dict()}
+    torch.save(net, tmp_path / 'net_g_latest.pth')
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run(command: list[str]) -> None:
+    """`python -m module ...` in this process."""
+    words = [path for word in command for path in (sorted(glob.glob(word)) if '*' in word else [word])]
+    assert words[:2] == ['python', '-m'], command
+    saved = sys.argv
+    sys.argv = words[2:]
+    try:
+        runpy.run_module(words[2], run_name='__main__', alter_sys=True)
+    except SystemExit as end:
+        assert not end.code, f'{command}: {end.code}'
+    finally:
+        sys.argv = saved
+
+
+def forced(command: list[str], *values: str) -> list[str]:
+    """With more of --force_yml, which takes what comes after it."""
+    return [*command, *(() if '--force_yml' in command else ('--force_yml',)), *values]
+
+
+def test_train_your_own(project):
+    network = [f'network_g:{key}={value}'.replace(' ', '') for key, value in SMALL.items()]
+    seen = []
+    for command in commands(PACKAGE_PARENT / 'docs/train_your_own.md'):
+        if command[2].endswith('.train'):
+            iterations = [word.replace('30000', '3') for word in command if word.startswith('train:total_iter')]
+            command = forced([word for word in command if not word.startswith('train:total')], *LESS_TRAINING)
+            command = [*command, *network, *iterations]
+        elif command[2].endswith('.test'):
+            command = forced(command, *network, 'num_gpu=0')
+        run(command)
+        seen.append(command[2].rsplit('.', 1)[1])
+    assert seen == ['train', 'train', 'test', 'report', 'restore']
+    models = project / 'experiments/train_your_own/models'
+    assert {file.name for file in models.iterdir()} >= {'net_g_2.pth', 'net_g_latest.pth', 'net_g_best.pth'}
+    assert '<html' in (project / 'report.html').read_text(encoding='utf-8')
+    restored, degraded = (
+        cv2.imread(str(project / folder / '01.png')) for folder in ('restored', 'datasets/your_own/test/LQ')
+    )
+    assert restored.shape == degraded.shape and (restored != degraded).any()
+
+
+def test_synthetic_training_set_of_the_page(project):
+    """The section for those who have clean images only passes the check of options and trains."""
+    (section,) = code_blocks(PACKAGE_PARENT / 'docs/train_your_own.md', 'yaml')
+    opt = yaml.safe_load((project / 'options/train_your_own.yml').read_text())
+    opt['datasets'] |= yaml.safe_load(section)
+    opt['network_g'] |= SMALL
+    (project / 'own.yml').write_text(yaml.safe_dump(opt))
+    run(forced(['python', '-m', 'dpmambair_basicsr.train', '-opt', 'own.yml'], *LESS_TRAINING))
+    assert (project / 'experiments/train_your_own/models/net_g_latest.pth').is_file()
+
+
+def test_restoring_and_reports_of_the_readme(project):
+    readme = commands(PACKAGE_PARENT / 'README.md')
+    for name in ('test_all_in_one', 'another'):
+        opt = yaml.safe_load((project / 'options/test_your_own.yml').read_text()) | {'name': name, 'num_gpu': 0}
+        opt['network_g'] |= SMALL
+        torch.save({'params_ema': VmambaIR(**SMALL).state_dict()}, project / 'own.pth')
+        opt['path']['pretrain_network_g'] = 'own.pth'
+        (project / f'{name}.yml').write_text(yaml.safe_dump(opt))
+        run(['python', '-m', 'dpmambair_basicsr.test', '-opt', f'{name}.yml'])
+    for command in readme:
+        if {'dpmambair_basicsr.restore', 'dpmambair_basicsr.report'} & {*command}:
+            run(command)
+    assert {file.name for file in (project / 'restored').iterdir()} == {'a.png', 'b.jpg'}
+    assert (project / 'report.html').is_file()
+
+
+def test_python_of_the_readme(project):
+    picture = cv2.cvtColor(cv2.imread('pictures/a.png'), cv2.COLOR_BGR2RGB)
+    torch.manual_seed(0)
+    torch.save({'params': DPMambaIR().state_dict()}, 'full.pth')
+    by_class, by_load = code_blocks(PACKAGE_PARENT / 'README.md', 'python')
+    values = {'image': torch.rand(1, 3, 16, 24)}
+    with torch.no_grad():
+        exec(by_class.replace('net_g_latest.pth', 'full.pth'), values)
+    assert values['restored'].shape == (1, 3, 16, 24)
+    values = {'image': picture}
+    exec(by_load, values)
+    assert values['restored'].shape == picture.shape and values['restored'].dtype == np.uint8
+
+
+def test_migration(project):
+    """A published checkpoint has parameters alone."""
+    page = PACKAGE_PARENT / 'docs/migration.md'
+    opt = yaml.safe_load((project / 'options/test_vmambair_derain.yml').read_text())
+    for dataset in opt['datasets'].values():
+        write_pairs(project / Path(dataset['dataroot_gt']).parent, [(16, 16)])
+    net = {key: value for key, value in opt['network_g'].items() if key != 'type'}
+    torch.save({'params': VmambaIR(**net).state_dict()}, project / 'published.pth')
+    test, restore = commands(page)
+    run(forced(test, 'num_gpu=0'))
+    run(restore)
+    assert cv2.imread('restored/a.png').shape == (30, 41, 3)
+    for row in re.findall(r'^\| .*`type: VmambaIR.*$|^\| .*`scale: 4.*$', page.read_text(encoding='utf-8'), re.M):
+        values = yaml.safe_load('{' + ', '.join(re.findall(r'`(\w+: [^`]+)`', row)) + '}')
+        for name in re.findall(r'`((?:train|test)_vmambair_\w+\.yml)`', row):
+            network = yaml.safe_load((PACKAGE_PARENT / 'options' / name).read_text())['network_g']
+            defaults = {'scale': 1, 'channel_scan': 'lifted', 'channel_fusion': 'add', 'type': 'VmambaIR'}
+            assert values.items() <= (defaults | network).items(), name
+
+
+def test_adding(tmp_path):
+    """The page's changes, made to a copy of the package: an option file can name the degradation and the network."""
+    page = PACKAGE_PARENT / 'docs/adding.md'
+    shutil.copytree(PACKAGE_PARENT / 'dpmambair_basicsr', tmp_path / 'dpmambair_basicsr')
+    kinds, sepia, network = code_blocks(page, 'python')
+    degradations = tmp_path / 'dpmambair_basicsr/data/degradations.py'
+    text = degradations.read_text(encoding='utf-8')
+    text, changed = re.subn(r'^DEGRADATIONS = .*\n', kinds, text, flags=re.M)
+    assert changed == 1
+    text, changed = re.subn(r'^_FUNCTIONS = (.*)jpeg\)', rf'{sepia}\n\n_FUNCTIONS = \1jpeg, sepia)', text, flags=re.M)
+    assert changed == 1
+    degradations.write_text(text, encoding='utf-8')
+    (tmp_path / 'dpmambair_basicsr/archs/examplenet_arch.py').write_text(network, encoding='utf-8')
+    with open(tmp_path / 'dpmambair_basicsr/archs/__init__.py', 'a', encoding='utf-8') as index:
+        index.write('from dpmambair_basicsr.archs.examplenet_arch import ExampleNet\n')
+    write_pairs(tmp_path / 'pairs', [(24, 24)])
+    program = """
+import dpmambair_basicsr, torch
+from basicsr.archs import build_network
+from basicsr.data import build_dataset
+own = {'dataroot_gt': 'pairs/GT', 'phase': 'train', 'scale': 1, 'gt_size': 16, 'name': 'x'}
+synthetic = build_dataset({**own, 'type': 'SyntheticDegradationDataset', 'degradations': {'sepia': {'strength': 1.0}}})
+pairs = build_dataset({**own, 'type': 'PairedDegradationDataset', 'dataroot_lq': 'pairs/LQ', 'degradation': 'sepia'})
+red, _, blue = synthetic[0]['lq']
+assert synthetic[0]['label'] == pairs[0]['label'] == 7
+assert torch.all(red >= blue) and (red > blue).any()
+assert build_network({'type': 'ExampleNet', 'dim': 32})(torch.rand(1, 3, 5, 6)).shape == (1, 3, 5, 6)
+print('done')
+"""
+    process = python('-c', program, cwd=tmp_path, PYTHONPATH=tmp_path)
+    assert process.stdout.rstrip().endswith('done'), process.stdout
