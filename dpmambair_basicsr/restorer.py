@@ -2,14 +2,16 @@
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from functools import cached_property
-from itertools import count
+from itertools import count, product
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dpmambair_basicsr.archs.blocks import MeansOverTiles
 from dpmambair_basicsr.data.image_files import to_float, to_tensor
 from dpmambair_basicsr.memory import PeakMemory, free_memory
 from dpmambair_basicsr.models.checkpoints import differences, read_checkpoint, select_weights
@@ -113,13 +115,15 @@ class Restorer:
         tile: int | None = None,
         overlap: int = OVERLAP,
         self_ensemble: bool = False,
+        one_pass: bool = False,
         progress: Callable[[int, int], None] | None = None,
     ) -> np.ndarray | Tensor:
         """The restored image, `scale` times as large.
 
         Tiles bound the memory: beside the image in float32 and the result, it takes that of one row of results and what
-        the network needs for one tile. Tiles get the degradation embedding of the whole image; but scans and
-        poolings of VmambaIR and DPMambaIR reach across an image, so tiles change the result, the larger the less.
+        the network needs for one tile. Tiles get the degradation embedding of the whole image, and its means wherever
+        VmambaIR and DPMambaIR pool over an image, for which the network runs over all tiles twice. Their scans, too,
+        reach across an image: there tiles do change the result, the larger the less.
 
         Args:
             image: (H, W, 3) RGB uint8 or uint16 array, or (3, H, W) or (B, 3, H, W) float tensor in [0, 1].
@@ -127,7 +131,8 @@ class Restorer:
                 whole image at once. None: so too if half of the free memory is enough, otherwise as large as it allows.
             overlap: pixels that neighbouring tiles share at least, up to half a tile; they are blended across it.
             self_ensemble: average of the results for the eight flips and rotations, in eight times the time.
-            progress: called with the number of tiles done and of all.
+            one_pass: tiles in half the time, each with means of its own.
+            progress: called with the number of tiles done and of all, those of both passes.
 
         Returns:
             Of the same kind and type, on the same device, clamped to the type's range or to [0, 1].
@@ -138,14 +143,16 @@ class Restorer:
         """
         check_image(image)
         if isinstance(image, Tensor) and image.dim() == 4:
-            options = dict(tile=tile, overlap=overlap, self_ensemble=self_ensemble, progress=progress)
+            options = dict(
+                tile=tile, overlap=overlap, self_ensemble=self_ensemble, one_pass=one_pass, progress=progress
+            )
             return torch.stack([self.restore(part, **options) for part in image])
         is_array = isinstance(image, np.ndarray)
         source = to_tensor(to_float(image)) if is_array else image.float().cpu()
         size = self.fitting_tile(*source.shape[1:]) if tile is None else tile
         while True:
             try:
-                bands = self.bands(source, size, overlap, self_ensemble, progress)
+                bands = self.bands(source, size, overlap, self_ensemble, one_pass, progress)
                 return collect_array(bands, image, self.scale) if is_array else torch.cat(list(bands), dim=1).to(image)
             except torch.OutOfMemoryError:  # of a GPU: kernels' own memory is not foreseen by fitting_tile
                 size = size or max(source.shape)
@@ -160,6 +167,7 @@ class Restorer:
         tile: int,
         overlap: int,
         self_ensemble: bool,
+        one_pass: bool,
         progress: Callable[[int, int], None] | None,
     ) -> Iterator[Tensor]:
         """The result for (3, H, W), both float32 on the CPU, from top to bottom: (3, rows, scale * W) in [0, 1]."""
@@ -170,20 +178,31 @@ class Restorer:
             tile_spans(length, length if tile == 0 else tile, overlap, stride) for length in padded.shape[2:]
         )
         embedding = self.embed(padded)
+        tiles = len(rows) * len(columns)
+        means = MeansOverTiles(self.net)
+        share_means = tiles > 1 and not one_pass and bool(means.modules)
         done = count(1)
 
         def restore_tile(x: Tensor) -> Tensor:
-            output = self.call_eight_ways(x, embedding) if self_ensemble else self.call(x, embedding)
+            if self_ensemble:
+                output = self.call_eight_ways(x, embedding, means)
+            else:
+                output = self.call(x, embedding)
             if not output.isfinite().all():
                 raise ValueError(f'the output of the network is not finite{" in half precision" if self.half else ""}')
             if progress is not None:
-                progress(next(done), len(rows) * len(columns))
+                progress(next(done), tiles * (1 + share_means))
             return output
 
-        left = h * scale  # rows
-        for band in tiled(restore_tile, padded, rows, columns, scale):
-            yield band[0, :, :left, : w * scale].clamp(0, 1)
-            left = max(left - band.shape[2], 0)
+        with means if share_means else nullcontext():
+            if share_means:
+                for (top, bottom), (left, right) in product(rows, columns):
+                    restore_tile(padded[..., top:bottom, left:right])
+                means.complete = True
+            remaining = h * scale  # rows
+            for band in tiled(restore_tile, padded, rows, columns, scale):
+                yield band[0, :, :remaining, : w * scale].clamp(0, 1)
+                remaining = max(remaining - band.shape[2], 0)
 
     def embed(self, image: Tensor) -> Tensor | None:
         """Embedding of the degradation, (1, E), if the network uses one."""
@@ -197,11 +216,12 @@ class Restorer:
         with torch.autocast(self.device.type, dtype, enabled=self.half):
             return self.net(image.to(self.device), **context).float().cpu()
 
-    def call_eight_ways(self, image: Tensor, embedding: Tensor | None) -> Tensor:
+    def call_eight_ways(self, image: Tensor, embedding: Tensor | None, means: MeansOverTiles) -> Tensor:
         """The mean of `call` for the eight flips and rotations, each turned back."""
         total = 0
         for turns in range(4):
             for flipped in (False, True):
+                means.variant = turns, flipped
                 turned = image.rot90(turns, (2, 3))
                 output = self.call(turned.flip(3) if flipped else turned, embedding)
                 total = total + (output.flip(3) if flipped else output).rot90(-turns, (2, 3))

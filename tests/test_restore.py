@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from dpmambair_basicsr import load, restore, restorer
 from dpmambair_basicsr.archs import DPMambaIR, degradation_extractor_arch
+from dpmambair_basicsr.archs.blocks import ImageMean
 from dpmambair_basicsr.memory import PeakMemory
 from dpmambair_basicsr.models.checkpoints import read_weights
 from dpmambair_basicsr.ops import tile_spans, tiled
@@ -307,6 +308,34 @@ def test_tiles_change_nothing_where_they_see_all_that_matters(scale, with_mean, 
         assert (net.restore(image, tile=tile, overlap=8) - whole).abs().max() > 1e-3
 
 
+class Pooling(nn.Module):
+    """Pixels depend on each other by the mean over the image alone, and not alike in all orientations of it."""
+
+    stride = 8
+
+    def __init__(self):
+        super().__init__()
+        self.mean = ImageMean()
+        self.pattern = torch.linspace(0, 1, 64).view(8, 8)
+
+    def forward(self, x):
+        pattern = self.pattern.repeat(x.shape[2] // 8, x.shape[3] // 8)
+        return x / 2 + self.mean(x * pattern) / 2
+
+
+@pytest.mark.parametrize('self_ensemble', [False, True])
+def test_tiles_share_the_means_of_the_image(self_ensemble):
+    net, image = Restorer(Pooling(), CPU), torch.rand(3, 64, 192) * torch.linspace(0.1, 1, 192)
+    options = {'tile': 64, 'overlap': 0, 'self_ensemble': self_ensemble}
+    seen = []
+    in_tiles = net.restore(image, **options, progress=lambda *counts: seen.append(counts))
+    assert seen == [(done, 6) for done in range(1, 7)]
+    whole = net.restore(image, tile=0, self_ensemble=self_ensemble)
+    torch.testing.assert_close(in_tiles, whole, atol=1e-6, rtol=0)
+    assert (net.restore(image, **options, one_pass=True) - whole).abs().max() > 0.01
+    torch.testing.assert_close(net.restore(image, tile=0), Pooling()(image[None])[0])  # no mean stays behind
+
+
 def test_one_tile_is_the_network_itself():
     x = torch.rand(1, 3, 40, 24)
     (band,) = tiled(lambda x: x.sin(), x, [(0, 40)], [(0, 24)], 1)
@@ -322,6 +351,17 @@ def forgetful(network, seed=0):
         if name == 'output.weight':
             parameter.normal_(0, 0.1)
     return net
+
+
+def test_shared_means_bring_tiles_closer_to_the_whole():
+    net = forgetful(DPMAMBAIR)
+    for name, parameter in net.net.named_parameters():
+        if name.endswith('alpha'):
+            parameter.fill_(0.3)
+    image = torch.from_numpy(photo(64, 384)).permute(2, 0, 1) / 255
+    whole = net.restore(image, tile=0)
+    alone, shared = (net.restore(image, tile=128, overlap=64, one_pass=one) - whole for one in (True, False))
+    assert shared.abs().mean() < 0.5 * alone.abs().mean()
 
 
 def test_tiles_agree_to_a_thousandth_if_scans_forget():

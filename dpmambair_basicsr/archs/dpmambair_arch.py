@@ -13,7 +13,7 @@ from basicsr.utils.registry import ARCH_REGISTRY
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dpmambair_basicsr.archs.blocks import EFFN, LayerNorm, PlanarScan, UNet, convolve_halves, one_of
+from dpmambair_basicsr.archs.blocks import EFFN, ImageMean, LayerNorm, PlanarScan, UNet, convolve_halves, one_of
 from dpmambair_basicsr.archs.degradation_extractor_arch import DegradationExtractor
 
 PROMPTS = ('delta', 'B', 'C')
@@ -96,10 +96,11 @@ class HighFrequencyEnhancement(nn.Module):
     def __init__(self):
         super().__init__()
         self.alpha = nn.Parameter(torch.zeros(()))
+        self.mean = ImageMean()
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, D, H, W) -> same."""
-        return torch.lerp(x.mean(dim=(2, 3), keepdim=True), x, 1 + self.alpha)  # in one pass over x
+        return torch.lerp(self.mean(x), x, 1 + self.alpha)  # in one pass over x
 
 
 class DPSSModule(PlanarScan):

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from dpmambair_basicsr.archs.blocks import (
     EFFN,
+    ImageMean,
     LayerNorm,
     PlanarScan,
     UNet,
@@ -76,6 +77,7 @@ class OSSModule(PlanarScan):
         elif channel_scan == 'scalar':
             self.add_channel_parameters(1, dt_rank, d_state)
         if channel_scan != 'none':
+            self.pool = ImageMean()
             self.channel_norm = LayerNorm(channels)
         self.out_conv = projection(channels, channels)
 
@@ -104,7 +106,7 @@ class OSSModule(PlanarScan):
 
     def scan_channels(self, y: Tensor) -> Tensor:
         """Pool (B, C, H, W), scan the C values forwards and backwards -> (B, C, 1, 1)."""
-        sequence = y.mean(dim=(2, 3)).unsqueeze(1).unsqueeze(3)  # (B, 1, C, 1): an image of one column
+        sequence = self.pool(y).unsqueeze(1).squeeze(4)  # (B, 1, C, 1): an image of one column
         if self.channel_scan == 'lifted':
             sequence = self.conv_cin(sequence)  # (B, S, C, 1)
         sequence = directional_scan(

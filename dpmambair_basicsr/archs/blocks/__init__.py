@@ -3,13 +3,16 @@
 from dpmambair_basicsr.archs.blocks.checks import one_of
 from dpmambair_basicsr.archs.blocks.effn import EFFN
 from dpmambair_basicsr.archs.blocks.halves import convolve_halves
+from dpmambair_basicsr.archs.blocks.image_mean import ImageMean, MeansOverTiles
 from dpmambair_basicsr.archs.blocks.layer_norm import LayerNorm
 from dpmambair_basicsr.archs.blocks.planar_scan import PlanarScan, directional_scan, log_uniform_delta_bias
 from dpmambair_basicsr.archs.blocks.unet import UNet
 
 __all__ = [
     'EFFN',
+    'ImageMean',
     'LayerNorm',
+    'MeansOverTiles',
     'PlanarScan',
     'UNet',
     'convolve_halves',
