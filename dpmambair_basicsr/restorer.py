@@ -143,10 +143,8 @@ class Restorer:
         """
         check_image(image)
         if isinstance(image, Tensor) and image.dim() == 4:
-            options = dict(
-                tile=tile, overlap=overlap, self_ensemble=self_ensemble, one_pass=one_pass, progress=progress
-            )
-            return torch.stack([self.restore(part, **options) for part in image])
+            options = {'tile': tile, 'overlap': overlap, 'self_ensemble': self_ensemble, 'one_pass': one_pass}
+            return torch.stack([self.restore(part, **options, progress=progress) for part in image])
         is_array = isinstance(image, np.ndarray)
         source = to_tensor(to_float(image)) if is_array else image.float().cpu()
         size = self.fitting_tile(*source.shape[1:]) if tile is None else tile
@@ -184,10 +182,7 @@ class Restorer:
         done = count(1)
 
         def restore_tile(x: Tensor) -> Tensor:
-            if self_ensemble:
-                output = self.call_eight_ways(x, embedding, means)
-            else:
-                output = self.call(x, embedding)
+            output = self.call_eight_ways(x, embedding, means) if self_ensemble else self.call(x, embedding)
             if not output.isfinite().all():
                 raise ValueError(f'the output of the network is not finite{" in half precision" if self.half else ""}')
             if progress is not None:
