@@ -24,6 +24,6 @@ setup(
         'cuda': ['mamba-ssm', 'causal-conv1d'],
         'cpu': ['numba>=0.60'],
         'spandrel': ['spandrel>=0.4'],
-        'test': ['pytest', 'ruff', 'fvcore', 'scikit-image', 'scikit-learn'],
+        'test': ['pytest', 'pytest-xdist', 'ruff', 'fvcore', 'scikit-image', 'scikit-learn'],
     },
 )

@@ -3,4 +3,5 @@
 source "$(dirname "$0")/setup_env.sh"
 ruff check .
 ruff format --check .
-exec python -m pytest "$@"
+export OMP_NUM_THREADS=1  # a process for each core runs the tests
+exec python -m pytest -n auto --maxprocesses 8 --dist loadfile "$@"
