@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from basicsr.metrics import calculate_metric
+import yaml
+from basicsr.metrics import calculate_metric, psnr_ssim
 from basicsr.utils import tensor2img
+from basicsr_runs import PACKAGE_PARENT
 
 from dpmambair_basicsr.losses.lpips_network import build_lpips
 from dpmambair_basicsr.metrics.lpips import calculate_lpips
@@ -31,6 +33,83 @@ def photo(seed=0, shape=(48, 56, 3)):
 def noisy(image, sigma):
     noise = np.random.default_rng(1).normal(0, sigma, image.shape)
     return np.clip(image + noise, 0, 255).round().astype(np.uint8)
+
+
+# BasicSR's PSNR and SSIM as our option files ask for them
+
+ASKED_FOR = {
+    tuple(sorted(metric.items()))
+    for file in (PACKAGE_PARENT / 'options').glob('*.yml')
+    for metric in yaml.safe_load(file.read_text(encoding='utf-8')).get('val', {}).get('metrics', {}).values()
+    if metric['type'] != 'calculate_lpips'
+}
+
+
+def by_skimage(image, truth, type, crop_border, test_y_channel=False, **of_ssim):
+    """The same from scikit-image. Images are BGR uint8; SSIM's window is Gaussian unless `of_ssim` says otherwise."""
+    metrics = pytest.importorskip('skimage.metrics')
+    inside = slice(crop_border, -crop_border or None)
+    pair = [part[inside, inside, ::-1] for part in (truth, image)]
+    if test_y_channel:
+        pair = [pytest.importorskip('skimage.color').rgb2ycbcr(part)[..., :1] for part in pair]
+    if type == 'calculate_psnr':
+        return metrics.peak_signal_noise_ratio(*pair, data_range=255)
+    window = of_ssim or {'gaussian_weights': True, 'sigma': 1.5, 'use_sample_covariance': False}
+    return metrics.structural_similarity(
+        *(part.astype(np.float64) for part in pair), data_range=255, channel_axis=2, **window
+    )
+
+
+def pairs():
+    """Mildly and strongly degraded, one of odd sides, with an edge that a wrong border would show."""
+    for seed, (sigma, shape) in enumerate([(4, (48, 56, 3)), (40, (37, 51, 3))]):
+        truth = photo(seed, shape)
+        image = noisy(truth, sigma)
+        image[:4] = 255 - image[:4]
+        yield image, truth
+
+
+@pytest.mark.parametrize('options', sorted(ASKED_FOR), ids=lambda options: ' '.join(str(value) for _, value in options))
+def test_psnr_and_ssim_are_those_of_scikit_image(options):
+    for image, truth in pairs():
+        value = calculate_metric({'img': image, 'img2': truth}, dict(options))
+        assert value == pytest.approx(by_skimage(image, truth, **dict(options)), abs=1e-3)
+
+
+def test_every_setting_is_compared():
+    """What the option files ask for: both metrics, RGB and Y, borders of 0 and 4 pixels."""
+    for key, values in {
+        'type': {'calculate_psnr', 'calculate_ssim'},
+        'crop_border': {0, 4},
+        'test_y_channel': {None, True},
+    }.items():
+        assert {dict(options).get(key) for options in ASKED_FOR} == values
+
+
+def test_where_definitions_differ():
+    """docs/experiments.md, "Metrics": each of these is more than the last printed digit."""
+    image, truth = next(pairs())
+    pair, luminance = {'img': image, 'img2': truth}, {'crop_border': 0, 'test_y_channel': True}
+    ssim = {'type': 'calculate_ssim', 'crop_border': 0}
+    uniform = by_skimage(image, truth, **ssim, win_size=7)
+    assert abs(calculate_metric(pair, ssim) - uniform) > 5e-3
+    psnr = calculate_metric(pair, {'type': 'calculate_psnr', **luminance})
+    full_range = [cv2.cvtColor(part, cv2.COLOR_BGR2YCrCb)[..., 0] for part in (image, truth)]
+    grey = dict(zip(('img', 'img2'), full_range, strict=True))
+    assert psnr - calculate_metric(grey, {'type': 'calculate_psnr', 'crop_border': 0}) == pytest.approx(1.32, abs=0.1)
+    cropped = calculate_metric(pair, {'type': 'calculate_psnr', **luminance, 'crop_border': 4})
+    assert cropped - psnr > 1
+
+
+def test_faster_ssim_is_the_same():
+    for image, truth in pairs():
+        image, truth = (part[..., 0].astype(np.float64) for part in (image, truth))
+        for other in (image, truth, 255 - truth, np.zeros_like(truth)):
+            expected = psnr_ssim._ssim.__wrapped__(other, truth)
+            assert psnr_ssim._ssim(other, truth) == pytest.approx(expected, abs=1e-12)
+
+
+# LPIPS
 
 
 def test_zero_for_equal_images_and_rising_with_noise(option):

@@ -347,13 +347,36 @@ def test_there_are_option_files():
     assert OPTION_FILES, 'an empty glob would make the next test pass for nothing'
 
 
-@pytest.mark.parametrize('file', OPTION_FILES, ids=lambda file: file.name)
-def test_our_option_files_have_no_problems_but_absent_data(file, monkeypatch):
+def parsed(file: Path, monkeypatch) -> dict:
+    """The options of one of our files, unchecked."""
     monkeypatch.setattr(sys, 'argv', ['', '-opt', str(file)])
     is_train = 'train' in yaml.safe_load(file.read_text())
     assert check_structure(yaml.safe_load(file.read_text()), is_train) == []
-    opt, _ = basicsr_options.parse_options.__wrapped__('root', is_train=is_train)
+    return basicsr_options.parse_options.__wrapped__('root', is_train=is_train)[0]
+
+
+@pytest.mark.parametrize('file', OPTION_FILES, ids=lambda file: file.name)
+def test_our_option_files_have_no_problems_but_absent_data(file, monkeypatch):
+    opt = parsed(file, monkeypatch)
     assert [problem for problem in check_options(opt) if not re.search('does not exist|Download', problem)] == []
+
+
+@pytest.mark.parametrize('file', OPTION_FILES, ids=lambda file: file.name)
+def test_mistakes_in_our_option_files_are_named(file, monkeypatch):
+    """An unknown key, a name that is not registered, a wrong argument."""
+    opt = parsed(file, monkeypatch)
+    phase = next(iter(opt['datasets']))
+    width = 'dim' if 'dim' in opt['network_g'] else 'embed_dim'
+    for path, value in {
+        'path.strict_load_q': True,
+        f'datasets.{phase}.type': 'NoDataset',
+        f'network_g.{width}': 'wide',
+    }.items():
+        change(opt, path, value)
+    found = check_options(opt)
+    assert 'path.strict_load_q: unknown key, did you mean strict_load_g?' in found
+    assert any(problem.startswith(f'datasets.{phase}.type: unknown type NoDataset') for problem in found)
+    assert f"network_g.{width}: has to be a whole number, not 'wide'" in found
 
 
 NETWORK = {

@@ -174,6 +174,18 @@ def test_the_input_of_stage_1_is_the_clean_image(pairs, tmp_path):
         assert np.array_equal(cv2.imread(file), cv2.imread(f'{pairs["dataroot_gt"]}/{name}.png'))
 
 
+def test_what_is_degraded_on_the_fly_is_shown_degraded(pairs, tmp_path):
+    """With one kind of degradation BasicSR names its output after the clean file, which is not the input."""
+    torch.save({'params': VmambaIR(**NETWORK).state_dict()}, tmp_path / 'net.pth')
+    made = {'name': 'made', 'type': 'SyntheticDegradationDataset', 'dataroot_gt': pairs['dataroot_gt']}
+    sets = {'test': made | {'degradations': ['noise']}}
+    opt = options('made', sets, {'pretrain_network_g': str(tmp_path / 'net.pth')})
+    basicsr_runs.write_options(opt, tmp_path / 'made.yml')
+    in_process.test(tmp_path / 'made.yml', cwd=tmp_path)
+    (part,) = results.read_run(tmp_path / 'results' / 'made').sets
+    assert part.unrestored == pytest.approx(mean_over(map(Path, part.images.values()), pairs), abs=1e-3)
+
+
 def test_numbers_that_json_does_not_have_survive_it(tmp_path):
     part = results.SetResult('set', restored={'psnr': math.inf, 'ssim': math.nan})
     results.write_run(a_run('run', part), tmp_path)

@@ -49,6 +49,7 @@ class MonitoringHooks:
             self.drawn.update(kinds)
         else:
             self.current_path = data['lq_path'][0]
+            self.is_stored = data.get('gt_path') != data['lq_path']  # else it was degraded on the fly
             self.current_kinds.update(kinds)
 
     def get_current_log(self) -> dict:
@@ -99,7 +100,8 @@ class MonitoringHooks:
         """Metrics of the network's input, and where it can be seen: saved if there is no file of it."""
         path, picture = os.path.abspath(self.current_path), tensor2img([degraded])
         name = Path(path).stem
-        if self.opt['val'].get('save_img') and not (self.network_inputs()[0] is self.lq and os.path.isfile(path)):
+        is_file = self.is_stored and self.network_inputs()[0] is self.lq and os.path.isfile(path)
+        if self.opt['val'].get('save_img') and not is_file:
             path = os.path.join(self.opt['path']['results_root'], 'input', self.current.name, f'{name}.png')
             imwrite(picture, path)
         self.current.images[name] = path
