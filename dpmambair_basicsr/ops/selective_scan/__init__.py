@@ -3,7 +3,8 @@
 A backend is a module of this package, imported when first asked for, with two functions:
 
 - `scan(u, delta, A, B, C, D, delta_bias, delta_softplus) -> y`, the contract of `selective_scan` for checked arguments:
-  B and C are (b, g, n, l), every tensor has one type, fp32 or fp64; tensors need not be contiguous;
+  B and C are (b, g, n, l); every tensor has one type, fp32 or fp64, but for those in `READ_HALF` each its own, fp32,
+  bf16 or fp16; tensors need not be contiguous;
 - `why_not(device, dtype) -> str | None`: what keeps it from running there and what to install; None if it can run.
 
 A new one is a file and its line in `BACKENDS`; the tests and `scripts/benchmark_scan.py` find it there.
@@ -17,14 +18,16 @@ import torch
 from torch import Tensor
 
 # Name -> module, the best first: backend=None takes the first that can run, so what follows 'torch' runs on request
-# only. A name without a module is kept for a backend that this version does not have.
+# only.
 BACKENDS = {
-    'triton': None,
+    'triton': 'triton_backend',
     'numba': 'numba_backend',
     'torch': 'torch_chunked',
     'reference': 'reference',
-    'mamba_ssm': None,
+    'mamba_ssm': 'mamba_ssm_backend',
 }
+# These read bf16 and fp16 themselves, half the bytes of fp32; the others get everything in fp32.
+READ_HALF = ('triton', 'mamba_ssm')
 
 
 def selective_scan(
@@ -63,7 +66,8 @@ def selective_scan(
     _check(**tensors)
     dtype = torch.promote_types(u.dtype, torch.float32)
     name = _choose(backend, u.device, dtype)
-    inputs = (None if x is None else x.to(dtype) for x in tensors.values())
+    kept = (torch.bfloat16, torch.float16) if name in READ_HALF else ()
+    inputs = (x if x is None or x.dtype in kept else x.to(dtype) for x in tensors.values())
     return _scans[name](*inputs, delta_softplus).to(u.dtype)
 
 
@@ -96,7 +100,7 @@ _choose._dynamo_marked_constant = True
 
 
 def _why_not(backend, device, dtype):
-    return _module(backend).why_not(device, dtype) if BACKENDS[backend] else 'this version does not have it'
+    return _module(backend).why_not(device, dtype)
 
 
 @functools.cache
