@@ -23,7 +23,17 @@ setup(
     extras_require={
         'cuda': ['mamba-ssm', 'causal-conv1d'],
         'cpu': ['numba>=0.60'],
+        'safetensors': ['safetensors'],
         'spandrel': ['spandrel>=0.4'],
-        'test': ['pytest', 'pytest-xdist', 'ruff', 'fvcore', 'scikit-image', 'scikit-learn'],
+        'test': [
+            'pytest',
+            'pytest-xdist',
+            'hypothesis',
+            'ruff',
+            'fvcore',
+            'safetensors',
+            'scikit-image',
+            'scikit-learn',
+        ],
     },
 )

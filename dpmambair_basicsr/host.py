@@ -149,6 +149,8 @@ def replaces(owner: str, attribute: str):
 
 def mend() -> None:
     """Applies every mend to the imported BasicSR. May be repeated."""
+    from dpmambair_basicsr import host_training  # noqa: F401  (its mends are noted when it is imported)
+
     for owner_name, attribute, make in MENDS:
         try:
             owner = pkgutil.resolve_name(owner_name)
@@ -258,8 +260,8 @@ def load_resume_state(opt: dict) -> dict | None:
     any device, weights_only. Can go when BasicSR does so.
 
     Raises:
-        SystemExit: if there are states but none can be used: starting from 0 would be a surprise. So too if the state
-            that path.resume_state names cannot be used.
+        SystemExit: if there are states but none can be used, or networks without any: starting from 0 would be a
+            surprise. So too if the state that path.resume_state names cannot be used.
     """
     from basicsr.utils import check_resume
 
@@ -288,6 +290,12 @@ def newest_usable_state(opt: dict) -> Path | None:
             print(f'Cannot resume from {error}. Trying the one before.', flush=True)
     if files:
         raise SystemExit(f'{folder}: none of its {len(files)} training states can be resumed from')
+    networks = {file.stem.rpartition('_')[2] for file in Path(opt['path']['models']).glob('net_g_*.pth')} - {'best'}
+    if 'latest' in networks or len(networks) > 1:  # one number may be of a checkpoint that is not complete
+        raise SystemExit(
+            f'{opt["path"]["models"]} holds networks, but {folder} no training state: without --auto_resume training '
+            'starts at iteration 0 and renames the folder of the run'
+        )
     if opt.get('rank', 0) == 0:
         print(
             f'WARNING: --auto_resume finds no training state in {folder}: training starts at iteration 0.', flush=True
@@ -341,6 +349,7 @@ def whole_epochs(original):
 
     @functools.wraps(original)
     def create_train_val_dataloader(opt, logger):
+        from dpmambair_basicsr.host_training import check_processes_agree
         from dpmambair_basicsr.option_trial import no_batch
 
         train_loader, train_sampler, val_loaders, planned, total_iters = original(opt, logger)
@@ -351,6 +360,8 @@ def whole_epochs(original):
             raise ValueError(f'datasets.train: {message}')
         state = opt['path'].get('resume_state')
         state = read_on_cpu(state) if state else {'epoch': 0, 'iter': 0}
+        if opt['dist']:
+            check_processes_agree(items=len(train_loader.dataset), iterations_done=state['iter'])
         total_epochs = state['epoch'] - (state['iter'] - total_iters) // per_epoch
         if total_epochs != planned:
             logger.info(f'Incomplete batches are left out: {per_epoch} iterations per epoch, {total_epochs} epochs.')
@@ -495,7 +506,8 @@ def fresh_worker_seeds(original):
     """Every epoch's workers are seeded alike, so crops and flips repeat each epoch; data/__init__.py:97.
 
     torch gives each worker of each epoch its own seed, drawn from the generator that manual_seed + rank has seeded.
-    Can go when BasicSR seeds from it, or leaves it to torch.
+    That is for loaders without BasicSR's sampler: items of the others have their own, see `data/item_seeds.py`. Can go
+    when BasicSR seeds from it, or leaves it to torch.
     """
 
     def worker_init_fn(worker_id, num_workers, rank, seed):
@@ -504,6 +516,9 @@ def fresh_worker_seeds(original):
         import numpy as np
         import torch
 
+        from dpmambair_basicsr import interruption
+
+        interruption.leave_to_parent()
         worker_seed = (torch.initial_seed() + rank) % 2**32
         random.seed(worker_seed)
         np.random.seed(worker_seed)

@@ -7,6 +7,7 @@ from copy import deepcopy
 
 import torch
 
+from dpmambair_basicsr.data.image_files import fit_crop
 from dpmambair_basicsr.models.checkpoints import differences, read_weights
 from dpmambair_basicsr.option_types import arguments_of, describe, optimizers, our_type, schedulers, will_resume
 
@@ -42,6 +43,7 @@ def check_on_trial(opt: dict, model: type | None, reported: list[str]) -> list[s
         dataset = None if target is None else attempt(f'datasets.{phase}', target, deepcopy(section))
         if phase == 'train' and dataset is not None:
             attempt('datasets.train', check_batches, opt, len(dataset))
+            attempt('datasets.train.gt_size', check_crop, dataset)
     if is_checked:
         for key, section in (opt.get('train') or {}).items():
             if key.startswith('optim_'):
@@ -82,6 +84,18 @@ def check_batches(opt: dict, items: int) -> None:
         size *= max(opt['num_gpu'], 1)
     if math.ceil(items * ratio / opt['world_size']) < size:
         raise ValueError(no_batch(items, size, ratio, opt['world_size']))
+
+
+def check_crop(dataset) -> None:
+    """Raises ValueError if the first image, or the first of a part, is smaller than the crops; one is not all of them.
+
+    Not for lmdb: a database must not be open when the loader's workers are forked.
+    """
+    for part in getattr(dataset, 'datasets', [dataset]):
+        if part.opt['io_backend']['type'] == 'disk':
+            path = part.paths[0]
+            path = path['gt_path'] if isinstance(path, dict) else path
+            fit_crop(part.images.read(path, 'gt', 0), part.opt['gt_size'], part.opt['pad_small'], path, 0)
 
 
 def no_batch(items: int, batch_size: int, ratio: float, processes: int) -> str:

@@ -71,11 +71,13 @@ LIMITS = {
     'train.warmup_iter': (-1, math.inf, float),
     'train.ema_decay': (0, 1, float),
     'train.grad_clip_norm': (0, math.inf, float),
+    'train.max_skipped_steps': (0, math.inf, int),
     'train.net_d_iters': (1, math.inf, float),
     'train.net_d_init_iters': (0, math.inf, float),
     'val.val_freq': (1, math.inf, float),
     'logger.print_freq': (1, math.inf, float),
     'logger.save_checkpoint_freq': (1, math.inf, float),
+    'logger.keep_last': (1, math.inf, int),
 }
 LOADER_LIMITS = {
     'batch_size_per_gpu': (1, math.inf, int),
@@ -83,7 +85,7 @@ LOADER_LIMITS = {
     'num_prefetch_queue': (1, math.inf, int),
     'dataset_enlarge_ratio': (0, math.inf, float),
 }
-MAY_BE_EMPTY = ('train.grad_clip_norm',)
+MAY_BE_EMPTY = ('train.grad_clip_norm', 'logger.keep_last')
 TEXT_KEYS = re.compile(r'name|type|project|resume_id|dataroot.*|pretrain.*|(.*_)?(suffix|tmpl|root|file|state)')
 
 
@@ -123,6 +125,8 @@ def check_structure(opt, is_train: bool) -> list[str]:
     """Problems with what BasicSR's parse_options itself reads, where it ends with a bare KeyError or TypeError."""
     if not isinstance(opt, dict):
         return ['the file is not a mapping of keys to values']
+    if wrong := keys_that_are_no_text(opt):
+        return [f'{path}: the key has to be text, not {key!r}' for path, key in wrong]
     sections = {name: opt.get(name) for name in SECTIONS[is_train]}
     texts = {'name': opt.get('name')}
     if isinstance(opt.get('datasets'), dict):
@@ -146,6 +150,15 @@ def check_structure(opt, is_train: bool) -> list[str]:
     if type(opt.get('manual_seed', 0)) is not int and opt['manual_seed'] is not None:
         problems.append(f'manual_seed: has to be a whole number, not {opt["manual_seed"]!r}')
     return problems
+
+
+def keys_that_are_no_text(value, path: str = '') -> list[tuple[str, object]]:
+    """The path and key of each, in sections and lists of any depth."""
+    if isinstance(value, dict):
+        found = [(f'{path}{key}', key) for key in value if not isinstance(key, str)]
+        return found + [wrong for key, part in value.items() for wrong in keys_that_are_no_text(part, f'{path}{key}.')]
+    parts = enumerate(value) if isinstance(value, list) else ()
+    return [wrong for index, part in parts for wrong in keys_that_are_no_text(part, f'{path}{index}.')]
 
 
 def check_root(opt: dict, wanted: dict) -> list[str]:

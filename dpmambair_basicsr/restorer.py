@@ -28,8 +28,8 @@ def load(weights: str | Path, *, network: dict | None = None, device: str = 'aut
     """A network with trained weights; see `Restorer.restore`.
 
     Args:
-        weights: a checkpoint, net_g_*.pth. The average of the network, `params_ema`, is used if there is one, otherwise
-            `params`, otherwise the file itself as a state dict.
+        weights: a checkpoint, net_g_*.pth or a .safetensors file. The average of the network, `params_ema`, is used if
+            there is one, otherwise `params`, otherwise the file itself as a state dict.
         network: `network_g` of the option file, for a checkpoint that does not hold it; takes the place of its own.
         device: 'auto' (a GPU if PyTorch finds one), 'cpu', 'cuda' or 'cuda:<n>'.
         half: compute in half precision, float16 on a GPU, bfloat16 on a CPU: half the memory, about two digits.

@@ -5,6 +5,7 @@ Images are (H, W, 3) RGB, as they are stored: uint8 or uint16. `to_float` after 
 """
 
 import random
+from collections.abc import Iterable
 from functools import cache
 from os import path as osp
 from pathlib import Path
@@ -68,6 +69,17 @@ def pair_images(lq: dict[str, str], gt: dict[str, str], filename_tmpl: str = '{}
         ]
         raise ValueError(f'images do not pair (filename_tmpl {filename_tmpl!r}): {"; ".join(complaints)}')
     return [{'lq_path': lq[expected], 'gt_path': gt[name]} for expected, name in partner.items()]
+
+
+def check_inside(folder: str, paths: Iterable[str]) -> None:
+    """Raises ValueError, naming it, if a path from a list of images (meta-info) leads out of the folder of the images.
+
+    By its name: links in the folder are the user's own, and may lead anywhere.
+    """
+    root = osp.join(osp.abspath(folder), '')
+    for path in paths:
+        if not osp.abspath(path).startswith(root):
+            raise ValueError(f'{path} is outside of {folder}: names in a list of images have to lie in their folder')
 
 
 @cache

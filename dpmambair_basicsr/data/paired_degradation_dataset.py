@@ -7,6 +7,7 @@ from dpmambair_basicsr.data.dataset_options import CROP_KEYS, complete_options
 from dpmambair_basicsr.data.degradations import DEGRADATIONS
 from dpmambair_basicsr.data.image_files import (
     ImageReader,
+    check_inside,
     fit_crop,
     flip,
     list_images,
@@ -54,6 +55,8 @@ class PairedDegradationDataset(ProgressiveBatches, Dataset):
             self.paths = paired_paths_from_meta_info_file(
                 list(folders.values()), list(folders), opt['meta_info_file'], template
             )
+            for role, folder in folders.items():
+                check_inside(folder, (pair[f'{role}_path'] for pair in self.paths))
         else:
             self.paths = pair_images(*map(list_images, folders.values()), template)
         if not self.paths:

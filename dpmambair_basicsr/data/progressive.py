@@ -4,20 +4,20 @@ Restormer's loader always makes batch_size_per_gpu crops of the last phase's siz
 phase does not use. Here the data set is asked for whole batches (`__getitems__`) and loads only what is used.
 
 The phase follows the training iteration. BasicSR's sampler runs in the training process and its indices reach the
-loader's workers, so the sampler is what can tell them: each index of a progressive data set is accompanied by its
-position in the epoch and by the number of iterations before the epoch, which our models report. Nothing is assumed
-about epochs, workers, prefetching or where training was resumed. A model that reports nothing is an error at once.
+loader's workers, so the sampler is what can tell them (`dpmambair_basicsr.host_training` lets it): each index of a
+progressive data set is accompanied by its position among those that the epoch still has, and by the number of
+iterations before them, which our models report. Nothing is assumed about epochs, workers, prefetching or where training
+was resumed. A model that reports nothing is an error at once.
 """
 
 import copy
-import functools
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import NamedTuple
 
-from basicsr.data.data_sampler import EnlargedSampler
+from dpmambair_basicsr.data.item_seeds import item
 
 iterations_done: int | None = None  # in the training process; None until a model has announced itself
 
@@ -103,8 +103,8 @@ class Draw(NamedTuple):
     """What the sampler hands to a progressive data set."""
 
     index: int
-    position: int  # in this epoch's order
-    done: int  # training iterations before this epoch
+    position: int  # in what is left of this epoch's order
+    done: int  # training iterations before position 0
 
 
 class ProgressiveBatches:
@@ -116,7 +116,6 @@ class ProgressiveBatches:
         self.phases = read_phases(self.opt)
         if self.phases is not None:
             iterations_done = None  # what an earlier model has said is not about the training that begins
-            accompany_indices()
 
     def __getitems__(self, draws: list) -> list[dict]:
         """The items of a batch, fewer than asked for in a phase of smaller batches.
@@ -124,13 +123,13 @@ class ProgressiveBatches:
         Which ones is random, and new in every epoch, because the sampler's order is.
         """
         if self.phases is None:
-            return [self[index] for index in draws]
+            return [item(self, index) for index in draws]
         first = draws[0]
         gt_size, batch_size = self.phases.at(first.done + first.position // len(draws) + 1)
         # Without a distributed launcher the loader's batch is for all GPUs.
         used = batch_size * len(draws) // self.opt['batch_size_per_gpu']
         view = with_gt_size(self, gt_size)
-        return [view[draw.index] for draw in draws[:used]]
+        return [item(view, draw.index) for draw in draws[:used]]
 
 
 def with_gt_size(dataset, gt_size: int):
@@ -145,23 +144,13 @@ def with_gt_size(dataset, gt_size: int):
     return view
 
 
-def accompany_indices() -> None:
-    """Let BasicSR's sampler yield a Draw in place of an index, for progressive data sets only. May be repeated."""
-    original = EnlargedSampler.__iter__
-    if hasattr(original, 'accompanies_indices'):
-        return
-
-    @functools.wraps(original)
-    def draws(self) -> Iterator:
-        indices = original(self)
-        if getattr(self.dataset, 'phases', None) is None:
-            return indices
-        if iterations_done is None:
-            raise RuntimeError(
-                'progressive: the model does not report its iterations; model_type has to be one of dpmambair_basicsr'
-            )
-        done = iterations_done
-        return (Draw(index, position, done) for position, index in enumerate(indices))
-
-    draws.accompanies_indices = True
-    EnlargedSampler.__iter__ = draws
+def accompany(dataset, indices: Iterable[int]) -> Iterator[int | Draw]:
+    """What BasicSR's sampler yields in place of these indices of its epoch: a Draw each, for a progressive data set."""
+    if getattr(dataset, 'phases', None) is None:
+        return iter(indices)
+    if iterations_done is None:
+        raise RuntimeError(
+            'progressive: the model does not report its iterations; model_type has to be one of dpmambair_basicsr'
+        )
+    done = iterations_done
+    return (Draw(index, position, done) for position, index in enumerate(indices))

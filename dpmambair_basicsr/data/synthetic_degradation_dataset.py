@@ -8,7 +8,16 @@ from torch.utils.data import Dataset
 
 from dpmambair_basicsr.data.dataset_options import CROP_KEYS, complete_options
 from dpmambair_basicsr.data.degradations import DEGRADATIONS, degrade, to_uint8
-from dpmambair_basicsr.data.image_files import ImageReader, fit_crop, flip, list_images, list_keys, to_float, to_tensor
+from dpmambair_basicsr.data.image_files import (
+    ImageReader,
+    check_inside,
+    fit_crop,
+    flip,
+    list_images,
+    list_keys,
+    to_float,
+    to_tensor,
+)
 from dpmambair_basicsr.data.progressive import ProgressiveBatches
 
 
@@ -53,6 +62,7 @@ class SyntheticDegradationDataset(ProgressiveBatches, Dataset):
         elif opt.get('meta_info_file'):
             lines = Path(opt['meta_info_file']).read_text(encoding='utf-8').splitlines()
             self.paths = [str(Path(folder, line.split(' ')[0])) for line in lines if line.strip()]
+            check_inside(folder, self.paths)
         else:
             self.paths = list(list_images(folder).values())
         if not self.paths:

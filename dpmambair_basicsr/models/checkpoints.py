@@ -2,10 +2,18 @@
 
 Ours also hold the options of their network, {'network_g': {'type': ..., ...}}: plain Python values, which
 torch.load(weights_only=True) reads and which programs that ask for 'params' never see.
+
+A `.safetensors` file holds one state dict, which is read as 'params', and text: `network_g` is there as JSON.
 """
+
+import json
 
 import torch
 from torch import Tensor, nn
+
+from dpmambair_basicsr.files import replacing
+
+SAFETENSORS = '.safetensors'
 
 
 def read_checkpoint(path: str) -> dict:
@@ -13,8 +21,11 @@ def read_checkpoint(path: str) -> dict:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: naming the file, if it is none of PyTorch's or does not hold a dictionary.
+        ValueError: naming the file, if it is none of PyTorch's or does not hold a dictionary; or if it ends in
+            .safetensors and is no such file, or that package is not installed.
     """
+    if str(path).endswith(SAFETENSORS):
+        return read_safetensors(path)
     try:
         checkpoint = torch.load(path, map_location='cpu', weights_only=True)
     except FileNotFoundError:
@@ -24,6 +35,42 @@ def read_checkpoint(path: str) -> dict:
     if not isinstance(checkpoint, dict):
         raise ValueError(f'{path}: holds no dictionary but a {type(checkpoint).__name__}')
     return checkpoint
+
+
+def read_safetensors(path: str) -> dict:
+    """{'params': state dict}, and 'network_g' if it is there. Raises as `read_checkpoint` does."""
+    package = import_safetensors(path)
+    try:
+        with package.safe_open(path, framework='pt') as file:
+            content = {'params': {name: file.get_tensor(name) for name in file.keys()}}  # noqa: SIM118
+            network = (file.metadata() or {}).get('network_g')
+        return content if network is None else content | {'network_g': json.loads(network)}
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # the package has a kind of its own
+        raise ValueError(f'{path}: cannot be read by safetensors ({type(error).__name__}: {error})') from error
+
+
+def write_safetensors(path: str, weights: dict[str, Tensor], network: dict | None = None) -> None:
+    """The state dict, and the options of its network, as a whole or not at all.
+
+    Raises:
+        ValueError: if the package is not installed.
+        OSError: if it cannot be written.
+    """
+    package = import_safetensors(path)
+    weights = {name: value.contiguous().clone() for name, value in weights.items()}  # it refuses shared storage
+    content = package.torch.save(weights, {'format': 'pt'} | ({'network_g': json.dumps(network)} if network else {}))
+    with replacing(path) as part:
+        part.write_bytes(content)
+
+
+def import_safetensors(path: str):
+    try:
+        import safetensors.torch
+    except ImportError:
+        raise ValueError(f'{path}: needs a package that is not installed: pip install safetensors') from None
+    return safetensors
 
 
 def read_weights(path: str, *keys: str | None) -> dict[str, Tensor]:

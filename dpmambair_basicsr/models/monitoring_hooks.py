@@ -13,9 +13,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import dpmambair_basicsr
-from dpmambair_basicsr.files import replacing, sha256
+from dpmambair_basicsr.files import sha256
 from dpmambair_basicsr.host import command_line
 from dpmambair_basicsr.models.checkpoints import plain, read_checkpoint
+from dpmambair_basicsr.models.training_state import read_nets, write
 from dpmambair_basicsr.results import Run, SetResult, mean, to_markdown, write_run
 
 SAMPLES = 2  # images of each validation set in TensorBoard
@@ -110,11 +111,6 @@ class MonitoringHooks:
             for metric, options in (self.opt['val'].get('metrics') or {}).items():
                 self.totals[metric] += calculate_metric(pair, options)
 
-    def _update_best_metric_result(self, dataset_name: str, metric: str, val: float, current_iter: int) -> None:
-        """Infinity, the PSNR of equal images, is no best value."""
-        if math.isfinite(val):
-            super()._update_best_metric_result(dataset_name, metric, val, current_iter)
-
     # All sets
 
     def set_names(self) -> list[str]:
@@ -167,7 +163,7 @@ class MonitoringHooks:
         return {'metric': metric, 'options': dict(options), 'sets': self.set_names()}
 
     def keep_best(self, averages: dict[str, float], current_iter: int) -> None:
-        """Saves the network if it is better than the best; if that fails, it is logged and nothing changes."""
+        """Saves the network if it is better than the best. Raises what `training_state.write` and `read_nets` do."""
         measure = self.measure()
         value = averages[measure['metric']]
         lower_is_better = measure['options'].get('better') == 'lower'
@@ -179,20 +175,12 @@ class MonitoringHooks:
             return
         # BasicSR counts one too many after the last iteration.
         best = measure | {'value': value, 'iter': min(current_iter, int(self.opt['train']['total_iter']))}
-        networks = {'params': self.net_g, 'params_ema': getattr(self, 'net_g_ema', None)}
-        content = {
-            key: {name: part.cpu() for name, part in self.get_bare_model(net).state_dict().items()}
-            for key, net in networks.items()
-            if net is not None
-        }
-        try:
-            with replacing(self.best_file()) as part:
-                torch.save(content | {'network_g': plain(self.opt['network_g']), 'best': best}, part)
-        except (OSError, RuntimeError) as error:
-            get_root_logger().error(f'{self.best_file()}: cannot be saved, the one before stays: {error}')
-            return
+        nets = {'params': self.net_g, 'params_ema': getattr(self, 'net_g_ema', None)}
+        file = self.best_file()
+        content = read_nets(self, {key: net for key, net in nets.items() if net is not None}, file.name)
+        write(content | {'network_g': plain(self.opt['network_g']), 'best': best}, file)
         self.best = best
-        get_root_logger().info(f'Best {best["metric"]} so far, {value:.4f}: saved as {self.best_file().name}.')
+        get_root_logger().info(f'Best {best["metric"]} so far, {value:.4f}: saved as {file.name}.')
 
     def resume_training(self, resume_state: dict) -> None:
         """Goes on from the best that the interrupted training has saved."""

@@ -9,14 +9,16 @@ from dpmambair_basicsr.data import progressive
 from dpmambair_basicsr.models import lr_scheduler
 from dpmambair_basicsr.models.checkpoints import PlainValue, differences, read_weights
 from dpmambair_basicsr.models.monitoring_hooks import MonitoringHooks
+from dpmambair_basicsr.models.number_hooks import NumberHooks
 from dpmambair_basicsr.models.speed_hooks import SpeedHooks
 from dpmambair_basicsr.ops import pad_to_multiple
 
 
-class RestorationHooks(SpeedHooks, MonitoringHooks):
+class RestorationHooks(NumberHooks, SpeedHooks, MonitoringHooks):
     """Mix-in for SRModel and its descendants; each method overrides the hook of the same name there."""
 
     option_keys = {
+        'logger': frozenset({'keep_last'}),
         'path': frozenset({'pretrain_network_e'}),
         'train': frozenset({'grad_clip_norm', 'pbar'}),
     }

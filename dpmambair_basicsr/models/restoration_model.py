@@ -60,9 +60,7 @@ class RestorationModel(RestorationHooks, SRModel):
         self.output = self.net_g(*self.network_inputs())
         loss_dict = self.compute_losses(self.output, self.gt)
         self.scaler.scale(sum(loss_dict.values())).backward()  # a factor for fp16, otherwise nothing
-        self.scaler.unscale_(self.optimizer_g)
-        self.scaler.step(self.optimizer_g)
-        self.scaler.update()
+        self.scaled_step(self.optimizer_g)
 
         self.log_dict = self.reduce_loss_dict(loss_dict)
         if self.ema_decay > 0:

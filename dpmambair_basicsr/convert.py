@@ -1,0 +1,31 @@
+"""A trained network as a safetensors file: `python -m dpmambair_basicsr.convert net_g_best.pth net_g.safetensors`.
+
+A safetensors file holds tensors and text and can run no code, so it may be passed on. `load`, `restore`, spandrel and
+`path.pretrain_network_g` read it like the checkpoint it was made from, with the options of its network.
+"""
+
+import argparse
+
+from dpmambair_basicsr.models.checkpoints import SAFETENSORS, read_checkpoint, select_weights, write_safetensors
+
+KEYS = ('params_ema', 'params', None)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog='python -m dpmambair_basicsr.convert', description=__doc__)
+    parser.add_argument('checkpoint', help='net_g_*.pth')
+    parser.add_argument('output', help='file to write, .safetensors')
+    parser.add_argument('--key', help='state dict of the checkpoint; default: params_ema, or else params, or the file')
+    arguments = parser.parse_args()
+    if not arguments.output.endswith(SAFETENSORS):
+        parser.error(f'{arguments.output}: has to end in {SAFETENSORS}')
+    try:
+        checkpoint = read_checkpoint(arguments.checkpoint)
+        weights = select_weights(arguments.checkpoint, checkpoint, *([arguments.key] if arguments.key else KEYS))
+        write_safetensors(arguments.output, weights, checkpoint.get('network_g'))
+    except (ValueError, OSError) as error:
+        raise SystemExit(str(error)) from None
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,195 @@
+"""Training in several processes: the same as in one, with an error in bounded time if one of them ends."""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import basicsr_runs
+import cv2
+import forked_runs
+import numpy as np
+import pytest
+import torch
+from forked_runs import changed, start_processes, states, train
+from test_checkpoints import assert_ends_like
+from test_exact_resume import GAN, real_world, train_in_two_processes
+
+TOTAL = 6  # iterations
+# What an adaptive optimiser does with gradients near zero depends on rounding.
+SGD = {'type': 'SGD', 'lr': 0.05}
+AUTOENCODER = {
+    'type': 'DegradationAutoencoder', 'embed_dim': 4, 'extractor_channels': [4, 4], 'channels': 4,
+    'num_fusion_blocks': 1, 'num_refine_blocks': 1,
+}  # fmt: skip
+KINDS = {
+    'RestorationModel': {'train.grad_clip_norm': 0.05},
+    'DegradationExtractorModel': {'network_g': AUTOENCODER},
+    'RestorationGANModel': GAN | {'train.optim_d': SGD},
+    'RealWorldSRModel': {},
+    'RealWorldSRGANModel': GAN | {'train.optim_d': SGD},
+}
+
+
+def plain_photos(folder):
+    """Options of a training without randomness: wherever a photo of one colour is cropped and blurred, it is the same.
+
+    Without resizing all sizes are multiples of JPEG's blocks, whose quality is the same each time, and noise is off.
+    """
+    opt = real_world(folder)
+    rng = np.random.default_rng(0)
+    for index in range(8):
+        photo = np.full((401, 401, 3), rng.integers(30, 225, 3), np.uint8)
+        assert cv2.imwrite(str(folder / 'photos' / f'{index}.png'), photo)
+    (folder / 'photos' / 'meta_info.txt').write_text(''.join(f'{index}.png (401,401,3)\n' for index in range(8)))
+    fixed = {'resize_prob': [0, 0, 1], 'gaussian_noise_prob': 1, 'noise_range': [0, 0], 'jpeg_range': [90, 90]}
+    opt = changed(opt, {f'{key}{order}': value for key, value in fixed.items() for order in ('', '2')})
+    return changed(opt, {'scale': 1, 'network_g': {'type': 'TinyNet'}})
+
+
+@pytest.fixture(scope='module')
+def images(tmp_path_factory):
+    return forked_runs.write_images(tmp_path_factory.mktemp('images') / 'images', count=8)
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_two_processes_are_one_with_the_doubled_batch(kind, images, tmp_path):
+    is_real_world = kind.startswith('RealWorld')
+    opt = plain_photos(tmp_path) if is_real_world else forked_runs.options(images)
+    common = {'network_g.dropout': 0.0, 'train.optim_g': SGD, 'train.total_iter': TOTAL}
+    opt = changed(changed(opt, common), KINDS[kind] | {'model_type': kind})
+
+    folders = [tmp_path / name for name in ('two', 'one', 'half')]
+    runs = train_in_two_processes, train, train
+    for folder, run, size in zip(folders, runs, (2, 4, 2), strict=True):
+        # A pool of one batch delays the batches by an iteration and mixes none.
+        pool = {'queue_size': size} if is_real_world else {}
+        run(changed(opt, {'datasets.train.batch_size_per_gpu': size} | pool), folder)
+    two, one, half = (weights(folder) for folder in folders)
+    assert len(two) == (3 if 'network_d' in opt else 2)
+    for key in two:
+        rounding, another_batch = distance(two[key], one[key]), distance(two[key], half[key])
+        assert rounding < 0.01 * another_batch, key
+
+
+def weights(folder, name='latest'):
+    """All of a network's parameters as a vector, of the network, its average and the discriminator."""
+    files = {part: folder / f'experiments/run/models/net_{part}_{name}.pth' for part in 'gd'}
+    found = {part: torch.load(file, weights_only=True) for part, file in files.items() if file.exists()}
+    return {
+        (part, key): torch.cat([value.flatten() for value in content[key].values() if value.is_floating_point()])
+        for part, content in found.items()
+        for key in ('params', 'params_ema')
+        if key in content
+    }
+
+
+def distance(one, other):
+    return (one - other).norm().item()
+
+
+def in_folders_of_their_own(tmp_path, images):
+    """Working directories, two as of two nodes, and one to compare with; data and runs have the same names in each."""
+    folders = [tmp_path / name for name in ('first', 'second', 'alone')]
+    for folder in folders:
+        folder.mkdir()
+        shutil.copytree(Path(images['dataroot_gt']).parent, folder / 'images')
+        shutil.copytree(Path(images['dataroot_gt']).parent, folder / 'val images')
+    opt = forked_runs.options({'dataroot_gt': 'images/gt', 'dataroot_lq': 'images/lq'})
+    val = {'datasets.val.dataroot_gt': 'val images/gt', 'datasets.val.dataroot_lq': 'val images/lq'}
+    return changed(opt, val), folders[:2], folders[2]
+
+
+def test_validation_of_a_network_with_buffers_and_without_average(images, tmp_path):
+    """It is the first process's alone, whatever the others see; BasicSR's would hang."""
+    opt, (first, second), alone = in_folders_of_their_own(tmp_path, images)
+    for kind in ('gt', 'lq'):
+        for index in range(5):
+            (second / 'val images' / kind / f'{index}.png').unlink()
+    changes = {'train.ema_decay': 0, 'train.total_iter': TOTAL, 'train.optim_g': SGD, 'network_g.dropout': 0.0}
+    opt = changed(opt, changes)
+    runs = start_processes(opt, [first, second])
+    assert [run.status() for run in runs] == [0, 0], runs[0].log() + runs[1].log()
+    assert runs[0].log().count('Validation val set') == 4 and 'Validation' not in runs[1].log()
+    train(changed(opt, {'datasets.train.batch_size_per_gpu': 4}), alone)
+    (two,), (one,), (early,) = weights(first).values(), weights(alone).values(), weights(first, 2).values()
+    assert distance(two, one) < 1e-3 * distance(two, early), 'the processes have gone on together'
+
+
+def test_processes_that_see_other_images_end_at_once(images, tmp_path):
+    opt, folders, _ = in_folders_of_their_own(tmp_path, images)
+    for kind in ('gt', 'lq'):
+        (folders[1] / 'images' / kind / '7.png').unlink()
+    for run in start_processes(opt, folders):
+        assert run.status(timeout=60) == 1
+        assert 'The processes do not agree on items: 8, 7. ' in run.log().splitlines()[-1]
+
+
+def test_processes_that_see_other_checkpoints_end_at_once(images, tmp_path):
+    opt, folders, _ = in_folders_of_their_own(tmp_path, images)
+    train(changed(opt, {'train.total_iter': 2}), folders[0])
+    for run in start_processes(opt, folders, '--auto_resume'):
+        assert run.status(timeout=60) == 1
+        assert 'The processes do not agree on iterations done: 2, 0. ' in run.log().splitlines()[-1]
+    assert states(folders[0]) == [2]
+
+
+def test_a_bad_image_of_one_process_ends_both(images, tmp_path):
+    opt, folders, _ = in_folders_of_their_own(tmp_path, images)
+    for file in (folders[1] / 'images/lq').iterdir():
+        file.write_text('no image')
+    first, second = start_processes(opt, folders)
+    assert second.status(timeout=60) == 1
+    assert re.search(r'item \d: lq image images/lq/\d.png is .* cut short', second.log())
+    assert first.status(timeout=60) == 1
+
+
+LONG = {'train.total_iter': 20_000, 'logger.save_checkpoint_freq': 5, 'logger.keep_last': 2}
+
+
+@pytest.mark.parametrize('rank', [0, 1])
+def test_a_killed_process_ends_the_other(rank, images, tmp_path):
+    opt = changed(forked_runs.options(images), LONG)
+    runs = start_processes(opt, tmp_path)
+    runs[0].wait_for('iter:       6,')
+    runs[rank].process.kill()
+    start = time.monotonic()
+    assert runs[rank].status() == -signal.SIGKILL
+    assert runs[1 - rank].status(timeout=60) == 1, runs[1 - rank].log()
+    assert time.monotonic() - start < 30
+    opt = changed(opt, {'train.total_iter': states(tmp_path)[-1] + 5})
+    assert_ends_like(opt, tmp_path, tmp_path / 'straight', train=train_in_two_processes)
+
+
+@pytest.mark.parametrize('fault', ['a killed process', 'SIGTERM'])
+def test_torchrun(fault, images, tmp_path):
+    """It ends all processes if one is killed, and passes signals on: then the state is saved."""
+    network = {'type': 'VmambaIR', 'dim': 4, 'num_blocks': [1, 1, 1, 1], 'num_refinement_blocks': 1, 'd_state': 2}
+    opt = changed(forked_runs.options(images), LONG | {'network_g': network, 'val.val_freq': 1000})
+    file, log = basicsr_runs.write_options(opt, tmp_path / 'options.yml'), tmp_path / 'log'
+    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']
+    command += ['-m', 'dpmambair_basicsr.train', '-opt', str(file), '--launcher', 'pytorch']
+    environment = os.environ | {'PYTHONPATH': str(basicsr_runs.PACKAGE_PARENT), 'OMP_NUM_THREADS': '1'}
+    with open(log, 'wb') as output:
+        run = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=output, stderr=subprocess.STDOUT)
+    try:
+        end = time.monotonic() + 120
+        while 'iter:       6,' not in log.read_text():
+            assert time.monotonic() < end and run.poll() is None, log.read_text()
+            time.sleep(0.05)
+        if fault == 'SIGTERM':
+            run.send_signal(signal.SIGTERM)
+        else:
+            child = Path(f'/proc/{run.pid}/task/{run.pid}/children').read_text().split()[-1]
+            os.kill(int(child), signal.SIGKILL)
+        assert run.wait(timeout=60) != 0
+    finally:
+        run.kill()
+    last = states(tmp_path)[-1]
+    if fault == 'SIGTERM':
+        assert f'training ends after iteration {last}, which is saved' in log.read_text()
+    torch.load(tmp_path / f'experiments/run/models/net_g_{last}.pth', weights_only=True)
