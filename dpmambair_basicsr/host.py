@@ -395,7 +395,7 @@ def safe_yaml(original):
 def forced_value(original):
     """`--force_yml` evaluates lists as Python (utils/options.py:77) and leaves '-1' and '1e-4' as text.
 
-    Can go when BasicSR parses these values.
+    And none is always no value: here 'none', in quotes, is the word. Can go when BasicSR parses these values.
     """
 
     def postprocess_yml_value(text):
@@ -410,6 +410,8 @@ def forced_value(original):
                 return value
             return int(value) if value.lstrip('+-').isdecimal() else float(value)
 
+        if text.startswith(("'", '"')):
+            return yaml.safe_load(text)
         return convert(yaml.safe_load(text) if text.startswith('[') else original(text))
 
     return postprocess_yml_value

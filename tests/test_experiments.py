@@ -9,6 +9,7 @@ import json
 import math
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import in_process
@@ -105,7 +106,6 @@ def recipe(row: dict[str, str], heading: str = '`--force_yml`') -> list[str]:
 ROWS = tables()
 LINES = range(len(ROWS))
 IDS = [f'{line} {ROWS[line][1]["row"]}' for line in LINES]
-CHANGES = ('`--force_yml`', 'in a copy')  # a row without either is the option file itself
 PARTS = {
     **{f'P_{name}': f'.modulation.layers.{part}.' for name, part in (('Δ', 'delta'), ('B', 'B'), ('C', 'C'))},
     'HEB': '.high_frequency.alpha',
@@ -135,9 +135,9 @@ def project(tmp_path_factory):
     return folder, {name: run('train', name, [], folder) for name in STAGES}
 
 
-def run(stage: str, name: str, forced: list[str], folder, row: dict[str, str] | None = None) -> str:
+def run(stage: str, name: str, forced: list[str], folder) -> str:
     file = folder / name
-    file.write_text(edited(option_file(name).read_text(encoding='utf-8'), row or {}), encoding='utf-8')
+    shutil.copy(option_file(name), file)
     return getattr(in_process, stage)(file, '--force_yml', *forced, *reduced(name), cwd=folder)
 
 
@@ -209,18 +209,10 @@ def test_commands_of_the_page(block, project):
 # Ablations
 
 
-def edited(text: str, row: dict[str, str]) -> str:
-    """The text of an option file with what the row wants to be in a copy of it."""
-    for entry in filter(None, [row.get('in a copy', '').strip('`')]):
-        text, changes = re.subn(rf'(?<=  ){entry.partition(":")[0]}: \S+', entry, text)
-        assert changes == 1
-    return text
-
-
 @functools.cache
 def full_size(line: int) -> torch.nn.Module:
     file, row = ROWS[line]
-    opt = parse(edited(option_file(file).read_text(encoding='utf-8'), row))
+    opt = parse(option_file(file).read_text(encoding='utf-8'))
     assert apply_forced(opt, recipe(row)) == []
     kind = opt['network_g'].pop('type')
     with torch.device('meta'):
@@ -241,22 +233,22 @@ def test_a_row_is_the_network_that_it_describes(line):
     for name, part in PARTS.items():
         assert name not in row or bool(row[name]) == any(part in key for key in own), name
     same = [ROWS[other][1] for other in LINES if shapes(full_size(other)) == own]
-    assert {(*recipe(other), other.get('in a copy')) for other in same} == {(*recipe(row), row.get('in a copy'))}
+    assert {tuple(recipe(other)) for other in same} == {tuple(recipe(row))}
 
 
-@pytest.mark.parametrize('line', [line for line in LINES if any(ROWS[line][1].get(cell) for cell in CHANGES)])
+@pytest.mark.parametrize('line', [line for line in LINES if recipe(ROWS[line][1])])
 def test_a_row_trains_and_tests(line, project):
     folder, _ = project
     file, row = ROWS[line]
     if stage_1 := recipe(row, '`--force_yml` of stage 1'):
         run('train', STAGES[0], stage_1, folder)
     name = f'row_{line}'
-    log = run('train', file, [*recipe(row), f'name={name}'], folder, row)
+    log = run('train', file, [*recipe(row), f'name={name}'], folder)
     assert len(re.findall(r'l_pix: \d', log)) == 2
     test = 'test_all_in_one.yml' if 'dpmambair' in file else 'test_vmambair_realsr_x4.yml'
     network = [entry for entry in recipe(row) if entry.startswith('network_g:')]
     checkpoint = f'path:pretrain_network_g=experiments/{name}/models/net_g_latest.pth'
-    run('test', test, [f'name={name}', checkpoint, *network], folder, row)
+    run('test', test, [f'name={name}', checkpoint, *network], folder)
     result = results_of(name, folder)
     assert result['checkpoint'].endswith(f'{name}/models/net_g_latest.pth')
     assert len(result['sets']) == len(read(test)['datasets'])

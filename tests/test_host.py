@@ -181,7 +181,7 @@ def test_options_run_no_code(attack, tmp_path, monkeypatch):
 
 def test_forced_numbers_are_numbers():
     values = {'-1': -1, '1e-4': 1e-4, '2': 2, '0.5': 0.5, 'none': None, 'true': True, '[1, 2]': [1, 2], 'x1': 'x1'}
-    values |= {'[1e-06, x, [2e3]]': [1e-6, 'x', [2e3]]}
+    values |= {'[1e-06, x, [2e3]]': [1e-6, 'x', [2e3]], "'none'": 'none', '"1"': '1'}
     assert {text: options._postprocess_yml_value(text) for text in values} == values
 
 
