@@ -118,7 +118,7 @@ def pixels_of_mean(shape, *_, out_shape=None, **__):
 )
 @torch.no_grad()
 def test_flops_by_both_rules(task, pixels, without_scan, with_scan, monkeypatch):
-    """The README's table: billions, 1 MAC = 1, of an input of pixels x pixels.
+    """The table of docs/vmambair.md: billions, 1 MAC = 1, of an input of pixels x pixels.
 
     Convolutions, projections and pooling, counted in a pass on the meta device; for the planar scans 9BLDN + BDL
     (state-spaces/mamba#110) of the shapes that they are called with. The channel scans are below 0.01.

@@ -157,7 +157,7 @@ def test_python_of_the_readme(project):
     picture = cv2.cvtColor(cv2.imread('pictures/a.png'), cv2.COLOR_BGR2RGB)
     torch.manual_seed(0)
     torch.save({'params': DPMambaIR().state_dict()}, 'full.pth')
-    by_class, by_load = code_blocks(PACKAGE_PARENT / 'README.md', 'python')
+    by_load, by_class = code_blocks(PACKAGE_PARENT / 'README.md', 'python')
     values = {'image': torch.rand(1, 3, 16, 24)}
     with torch.no_grad():
         exec(by_class.replace('net_g_latest.pth', 'full.pth'), values)
