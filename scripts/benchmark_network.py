@@ -29,7 +29,7 @@ from torch.profiler import ProfilerActivity, profile
 from dpmambair_basicsr import archs
 from dpmambair_basicsr.archs.blocks import planar_scan
 from dpmambair_basicsr.models.speed_hooks import DTYPES, in_training, mixed
-from dpmambair_basicsr.ops import selective_scan
+from dpmambair_basicsr.ops import omni_scan
 
 OPTIONS = Path(__file__).parents[1] / 'options'
 FILES = {'DPMambaIR': 'train_dpmambair.yml', 'VmambaIR': 'train_vmambair_derain.yml'}
@@ -41,11 +41,11 @@ ELEMENTWISE = ('aten::gelu', 'aten::silu', 'aten::mul', 'aten::gelu_backward', '
 
 @contextmanager
 def backend(name):
-    planar_scan.selective_scan = partial(selective_scan, backend=name)
+    planar_scan.omni_scan = partial(omni_scan, backend=None if name == 'fused' else name)
     try:
         yield
     finally:
-        planar_scan.selective_scan = selective_scan
+        planar_scan.omni_scan = omni_scan
 
 
 @contextmanager
@@ -60,7 +60,7 @@ def threads(number):
 
 # Name -> what its values are.
 SETTINGS = {
-    'backend': 'a backend of selective_scan',
+    'backend': 'fused, or a backend of selective_scan',
     'threads': 'a number',
     'channels_last': 'on, off',
     'checkpoint_levels': 'digits of the levels, e.g. 0 or 0123, or none',

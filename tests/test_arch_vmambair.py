@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,6 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from dpmambair_basicsr.archs import VmambaIR
-from dpmambair_basicsr.archs.blocks import planar_scan
 from dpmambair_basicsr.archs.vmambair_arch import OSSModule
 
 GOLDEN = Path(__file__).parents[2] / 'shared' / 'golden'
@@ -125,12 +125,13 @@ def test_flops_by_both_rules(task, pixels, without_scan, with_scan, monkeypatch)
     """
     scans = []
 
-    def note_shapes(u, delta, A, B, *_, delta_softplus):
+    def note_shapes(u, delta, A, B, *_, **__):
         if B.shape[1] == 4:  # directions; the channel scan has two
             scans.append((u.numel(), A.shape[1]))  # BLD, N
         return torch.empty_like(u)
 
-    monkeypatch.setattr(planar_scan, 'selective_scan', note_shapes)
+    module = sys.modules['dpmambair_basicsr.ops.omni_scan']  # the package has the function under this name
+    monkeypatch.setattr(module, 'selective_scan', note_shapes)
     net = released(task)
     with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.mean: pixels_of_mean}) as counter:
         net(torch.empty(1, 3, pixels, pixels, device='meta'))

@@ -3,6 +3,7 @@
 All tests run in PyTorch's deterministic mode, where fresh memory, that for scratch included, is full of NaN.
 """
 
+import hashlib
 import math
 import os
 import subprocess
@@ -15,7 +16,7 @@ from test_selective_scan import assert_agrees, run_with_grads, scan_inputs
 from torch.utils.data import DataLoader, Dataset
 
 from dpmambair_basicsr.ops import selective_scan
-from dpmambair_basicsr.ops.selective_scan import numba_backend
+from dpmambair_basicsr.ops.selective_scan import numba_backend, numba_runtime
 
 pytest.importorskip('numba', reason='the extra [cpu] is not installed')
 
@@ -30,7 +31,7 @@ def nan_in_new_memory():
 @pytest.fixture
 def threads(monkeypatch):
     """A function that sets the number of threads; even tiny scans then use them all."""
-    monkeypatch.setattr(numba_backend, '_STATES_PER_THREAD', 1)
+    monkeypatch.setattr(numba_runtime, '_STATES_PER_THREAD', 1)
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
@@ -265,12 +266,29 @@ def test_compiles_where_nothing_can_be_cached(monkeypatch):
     from numba import types
     from numba.core.caching import CacheImpl
 
-    from dpmambair_basicsr.ops.selective_scan.numba_kernels import _kernel
+    from dpmambair_basicsr.ops.selective_scan.numba_simd import kernel as compiled
 
     monkeypatch.setattr(CacheImpl, '_locator_classes', [])
-    kernel = _kernel(types.intp)(lambda number: None)
+    kernel = compiled(types.intp)(lambda number: None)
     assert kernel(3) is None
     assert kernel.stats.cache_path is None
+
+
+def test_a_change_of_any_of_the_kernels_files_makes_the_cache_stale(monkeypatch, tmp_path):
+    import numba
+
+    from dpmambair_basicsr.ops.selective_scan import numba_simd
+
+    monkeypatch.setattr(numba.config, 'CACHE_DIR', str(tmp_path))
+
+    def hits(version):
+        def nothing(number):
+            pass
+
+        monkeypatch.setattr(numba_simd, '_VERSION', hashlib.sha256(version))
+        return sum(numba_simd.kernel(numba.types.intp)(nothing).stats.cache_hits.values())
+
+    assert [hits(b'old'), hits(b'old'), hits(b'new')] == [0, 1, 0]
 
 
 def test_without_numba_the_torch_backend_runs_and_one_line_says_what_would_be_faster():

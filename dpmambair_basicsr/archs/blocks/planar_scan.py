@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from dpmambair_basicsr.ops import cross_merge, cross_scan, selective_scan
+from dpmambair_basicsr.ops import omni_scan
 
 
 class PlanarScan(nn.Module):
@@ -86,23 +86,9 @@ def directional_scan(
         parameters = x_proj_weight, dt_projs_weight, dt_projs_bias, A_logs, Ds
         with torch.autocast(kind, enabled=False):
             return directional_scan(x.float(), directions, *parameters, prompt)
-    xs = cross_scan(x, directions)  # (B, K, D, L)
-    rank, states = dt_projs_weight.shape[2], A_logs.shape[1]
     if prompt is not None:  # scaling an output is scaling its row of weights: nothing of size L is touched
         x_proj_weight = x_proj_weight * prompt[:, None, :, None]  # (B, K, R + 2N, D)
-    delta, B, C = torch.matmul(x_proj_weight, xs).split([rank, states, states], dim=2)  # (B, K, R | N | N, L)
-    delta = torch.matmul(dt_projs_weight, delta)  # (B, K, D, L)
-    ys = selective_scan(
-        xs.flatten(1, 2),
-        delta.flatten(1, 2),
-        -torch.exp(A_logs),
-        B,
-        C,
-        Ds,
-        dt_projs_bias.flatten(),
-        delta_softplus=True,
-    )
-    return cross_merge(ys.view_as(xs), x.shape[2:], directions)
+    return omni_scan(x, x_proj_weight, dt_projs_weight, dt_projs_bias, -torch.exp(A_logs), Ds, directions)
 
 
 def log_uniform_delta_bias(*shape: int, low: float = 1e-3, high: float = 1e-1) -> Tensor:

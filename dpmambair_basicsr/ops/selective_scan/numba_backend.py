@@ -8,27 +8,29 @@ Both passes are PyTorch operators, so that torch.compile and torch.export take t
 u for the states that the backward pass starts from, the gradients, and a buffer whose size does not depend on l.
 """
 
-import functools
-import logging
-import math
-import os
-from concurrent.futures import ThreadPoolExecutor
-
 import torch
 from torch import Tensor
+
+from dpmambair_basicsr.ops.selective_scan import numba_runtime
+from dpmambair_basicsr.ops.selective_scan.numba_runtime import (
+    CHUNK,
+    LANES,
+    LOG2_E,
+    add_parts,
+    load_kernels,
+    pack,
+    run,
+    unpack,
+    view,
+)
 
 # The backward pass has at least so many units, and so can use as many threads, if there are as many blocks.
 _BACKWARD_UNITS = 16
 # Units of the same group sum dB and dC each for itself. After so many positions the sums are added up and their memory
 # is free again.
 _BACKWARD_POSITIONS = 8192
-# State updates that are worth waking up another thread: about 50 microseconds' work.
-_STATES_PER_THREAD = 2**18
-# A thread whose core has other things to do leaves some of its runs of units to the others.
-_RUNS_PER_THREAD = 4
 
-_LOG2_E = math.log2(math.e)
-_pools = {}  # (process, threads) -> ThreadPoolExecutor; never emptied, threads take few values
+_KERNELS = 'numba_kernels'
 
 
 def scan(u, delta, A, B, C, D, delta_bias, delta_softplus):
@@ -41,55 +43,20 @@ def scan(u, delta, A, B, C, D, delta_bias, delta_softplus):
 
 def why_not(device, dtype):
     """What keeps it from running there."""
-    if device.type != 'cpu' or dtype != torch.float32:
-        return f'it computes float32 on a CPU, not {str(dtype).removeprefix("torch.")} on {device.type}'
-    return _numba_trouble()
-
-
-@functools.cache
-def _numba_trouble():
-    try:
-        _kernels()
-    except Exception as error:  # any: numba relies on inner parts of Python and LLVM, which change between versions
-        reason = ' '.join(f'{type(error).__name__}: {error}'.split())  # on one line
-        reason = f'numba does not work ({reason}); pip install dpmambair_basicsr[cpu]'
-        logging.getLogger('basicsr').warning('selective_scan: six times faster on this CPU with numba, but %s', reason)
-        return reason
-    return None
-
-
-@functools.cache
-def _kernels():
-    """The compiled kernels. The first process to ask compiles them, later ones load them from numba's cache."""
-    from numba.core import event
-
-    class Notice(event.Listener):
-        told = False
-
-        def on_start(self, _):
-            if not self.told:
-                self.told = True
-                logging.getLogger('basicsr').warning('selective_scan: compiling the CPU kernels, some 10 s, once')
-
-        def on_end(self, _):
-            pass
-
-    with event.install_listener('numba:compile', Notice()):
-        from dpmambair_basicsr.ops.selective_scan import numba_kernels
-    return numba_kernels
+    return numba_runtime.why_not(_KERNELS, device, dtype)
 
 
 def _layout(u, B):
     """What the kernels call sizes (groups, channels per group, n, l), the blocks of a group and the chunks of l."""
     groups, n, length = B.shape[1:]
     width = u.shape[1] // groups
-    return (groups, width, n, length), -(-width // _kernels().LANES), -(-length // _kernels().CHUNK)
+    return (groups, width, n, length), -(-width // LANES), -(-length // CHUNK)
 
 
 def _results(u, B, keep):
     """Room for what `_forward` returns."""
     (groups, _, n, _), blocks, chunks = _layout(u, B)
-    states = (u.shape[0], groups * blocks, chunks, n, _kernels().LANES) if keep else (0,)
+    states = (u.shape[0], groups * blocks, chunks, n, LANES) if keep else (0,)
     return torch.empty_like(u), u.new_empty(states)
 
 
@@ -106,14 +73,14 @@ def _forward(
     keep: bool,
 ) -> tuple[Tensor, Tensor]:
     """y, in the layout of u, and the states that `_backward` starts from, if `keep`."""
-    kernels = _kernels()
+    kernels = load_kernels(_KERNELS)
     sizes, blocks, _ = _layout(u, B)
     y, states = _results(u, B, keep)
-    parameters = _pack(A, D, delta_bias, *sizes[:2], blocks)
-    inputs = sizes, delta_softplus, _view(u), _view(delta), parameters.data_ptr(), _view(B), _view(C)
-    arguments = *inputs, _view(y), states.data_ptr() if keep else 0
+    parameters = _pack(A, D, delta_bias, sizes[0])
+    inputs = sizes, delta_softplus, view(u), view(delta), parameters.data_ptr(), view(B), view(C)
+    arguments = *inputs, view(y), states.data_ptr() if keep else 0
     units = u.shape[0] * sizes[0] * blocks
-    _run(kernels.forward, arguments, units, u.numel() * B.shape[2], kernels.forward_scratch(B.shape[2]))
+    run(kernels.forward, arguments, units, u.numel() * B.shape[2], kernels.forward_scratch(B.shape[2]))
     return y, states
 
 
@@ -136,37 +103,37 @@ def _backward(
     dy: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients of the seven tensors, D and delta_bias counting as zeros where they are None."""
-    kernels = _kernels()
+    kernels = load_kernels(_KERNELS)
     sizes, blocks, chunks = _layout(u, B)
     b, (groups, _, n, length) = u.shape[0], sizes
     rows = b * groups * n
-    parameters = _pack(A, D, delta_bias, *sizes[:2], blocks)
+    parameters = _pack(A, D, delta_bias, groups)
     dparameters = parameters.new_zeros(b, *parameters.shape)
-    adjoints = u.new_zeros(b, groups * blocks, n, kernels.LANES)
+    adjoints = u.new_zeros(b, groups * blocks, n, LANES)
     du, ddelta, dB, dC = torch.empty_like(u), torch.empty_like(delta), B.new_empty(B.shape), C.new_empty(C.shape)
     parts = min(blocks, -(-_BACKWARD_UNITS // (b * groups)))
-    window = chunks if parts == 1 else min(chunks, _BACKWARD_POSITIONS // kernels.CHUNK)
+    window = chunks if parts == 1 else min(chunks, _BACKWARD_POSITIONS // CHUNK)
     if parts == 1:
         sums = dB.view(1, rows, length), dC.view(1, rows, length)
     else:
-        sums = B.new_empty(2, parts, rows, window * kernels.CHUNK).unbind()
+        sums = B.new_empty(2, parts, rows, window * CHUNK).unbind()
     arguments = (
-        *(sizes, delta_softplus, _view(u), _view(delta), parameters.data_ptr(), _view(B), _view(C), _view(dy)),
-        *(states.data_ptr(), _view(du), _view(ddelta), dparameters.data_ptr(), adjoints.data_ptr()),
-        *(_view(sums[0]), _view(sums[1]), parts),
+        *(sizes, delta_softplus, view(u), view(delta), parameters.data_ptr(), view(B), view(C), view(dy)),
+        *(states.data_ptr(), view(du), view(ddelta), dparameters.data_ptr(), adjoints.data_ptr()),
+        *(view(sums[0]), view(sums[1]), parts),
     )
     for last in range(chunks, 0, -window):
         first = max(0, last - window)
         work = 2 * u.numel() * n * (last - first) // chunks  # a step back is worth two forward
-        _run(kernels.backward, (*arguments, first, last), b * groups * parts, work, kernels.backward_scratch(n))
+        run(kernels.backward, (*arguments, first, last), b * groups * parts, work, kernels.backward_scratch(n))
         if parts > 1:
-            positions = slice(first * kernels.CHUNK, min(length, last * kernels.CHUNK))
+            positions = slice(first * CHUNK, min(length, last * CHUNK))
             for source, target in zip(sums, (dB, dC), strict=True):
-                _add_parts(source, target.view(rows, length)[:, positions])
+                add_parts(source, target.view(rows, length)[:, positions])
     total = torch.empty_like(parameters)
-    _add_parts(dparameters.flatten(2), total.flatten(1))
-    dA, dD, ddelta_bias = _unpack(total, *sizes[:2])
-    return du, ddelta, dA, dB, dC, dD, ddelta_bias
+    add_parts(dparameters.flatten(2), total.flatten(1))
+    dA, dD, ddelta_bias = unpack(total, groups, sizes[1], (n, 1, 1))
+    return du, ddelta, dA, dB, dC, dD.view(-1), ddelta_bias.view(-1)
 
 
 @_backward.register_fake
@@ -194,66 +161,7 @@ def _gradients(ctx, dy, _):
 _forward.register_autograd(_gradients, setup_context=_setup_context)
 
 
-def _view(x):
-    """Address and strides in bytes."""
-    return x.data_ptr(), *(4 * stride for stride in x.stride())
-
-
-def _pack(A, D, delta_bias, groups, width, blocks):
-    """The parameters of the channels as the kernels read them, (g * blocks, n + 2, 16): A * log2(e), D, delta_bias."""
-    n, lanes = A.shape[1], _kernels().LANES
-    packed = A.new_zeros(groups, blocks * lanes, n + 2)
-    channels = packed[:, :width]
-    channels[..., :n] = A.unflatten(0, (groups, width)) * _LOG2_E
-    if D is not None:
-        channels[..., n] = D.view(groups, width)
-    if delta_bias is not None:
-        channels[..., n + 1] = delta_bias.view(groups, width)
-    return packed.view(groups * blocks, lanes, n + 2).transpose(1, 2).contiguous()
-
-
-def _unpack(packed, groups, width):
-    """The inverse of `_pack` for gradients: those of A, D and delta_bias, each in memory of its own."""
-    channels = packed.transpose(1, 2).reshape(groups, -1, packed.shape[1])[:, :width].flatten(0, 1)
-    columns = channels[:, :-2], channels[:, -2], channels[:, -1]
-    return tuple(x.clone(memory_format=torch.contiguous_format) for x in columns)
-
-
-def _add_parts(source, target):
-    """target (rows, columns) = the sum of source (parts, rows, >= columns), in order; columns next to one another."""
-    parts, rows, _ = source.shape
-    (_, part_stride, row_stride, _), (start, target_stride, _) = _view(source), _view(target)
-    arguments = parts, source.data_ptr(), part_stride, row_stride, start, target_stride, target.shape[1]
-    _run(_kernels().add_parts, arguments, rows, parts * target.numel() // 2)
-
-
-def _run(kernel, arguments, units, work, scratch=0):
-    """Call kernel(*arguments, first, last) so that it does all units, in as many threads as pays off.
-
-    Args:
-        work: in state updates.
-        scratch: floats of memory that the kernel gets as its last argument; 0: it takes none.
-    """
-    threads = max(1, min(torch.get_num_threads(), units, work // _STATES_PER_THREAD))
-    runs = min(units, _RUNS_PER_THREAD * threads) if threads > 1 else 1
-    bounds = [units * i // runs for i in range(runs + 1)]
-    pending = iter([bounds[i : i + 2] for i in range(runs)])
-
-    def do_pending():
-        memory = torch.empty(scratch, dtype=torch.float32, device='cpu')
-        for run in pending:
-            kernel(*arguments, *run, *([memory.data_ptr()] if scratch else []))
-
-    futures = [_pool().submit(do_pending) for _ in range(threads - 1)]
-    try:
-        do_pending()
-    finally:  # whatever happens, no thread may go on using memory that the caller is about to free
-        for future in futures:
-            if not future.cancel():  # it has begun
-                future.result()
-
-
-def _pool():
-    """Threads of this process: a fork has its parent's pools but not their threads."""
-    key = os.getpid(), torch.get_num_threads()
-    return _pools.get(key) or _pools.setdefault(key, ThreadPoolExecutor(key[1] - 1, 'selective_scan'))
+def _pack(A, D, delta_bias, groups):
+    zeros = A.new_zeros(len(A))
+    columns = zeros if D is None else D, zeros if delta_bias is None else delta_bias
+    return pack(torch.cat([A * LOG2_E, *(x.unsqueeze(1) for x in columns)], dim=1), groups)

@@ -1,0 +1,125 @@
+"""Selective scan of an image along several directions, summed: VmambaIR's omni and DPMambaIR's prompt selective scan.
+
+Shapes: b batch, d channels, h, w height and width, l = h * w, k = len(directions), r rank of delta, n states.
+"""
+
+import functools
+import logging
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dpmambair_basicsr.ops.cross_scan import DIRECTIONS, cross_merge, cross_scan
+from dpmambair_basicsr.ops.selective_scan import numba_omni, selective_scan
+
+
+def omni_scan(
+    x: Tensor,
+    x_proj_weight: Tensor,
+    dt_proj_weight: Tensor,
+    dt_proj_bias: Tensor,
+    A: Tensor,
+    D: Tensor,
+    directions: Sequence[int] = DIRECTIONS,
+    backend: str | None = None,
+) -> Tensor:
+    """Project each pixel to delta, B and C, scan along each direction, sum the results in place.
+
+    Projections act on single pixels and do not mind their order. Where it can, it thus projects the image once and lets
+    the scans find their pixels: no sequences are written, reversed or merged, and of step sizes only the low-rank ones
+    are kept. `scan_by_sequences` is the definition.
+
+    Args:
+        x: (b, d, h, w), none of them 0; channels_last is copied less.
+        x_proj_weight: (k, r + 2n, d), or (b, k, r + 2n, d) for each sample its own; to low-rank delta, B and C.
+        dt_proj_weight: (k, d, r), from low-rank delta to delta.
+        dt_proj_bias: (k, d), added to delta, of which softplus is then taken.
+        A: (k * d, n), negative.
+        D: (k * d,).
+        directions: k scan orders, see `cross_scan`.
+        backend: None: in one go where possible, now fp32 on a CPU with numba, and otherwise as in `selective_scan`. A
+            name: by sequences, scanned by this backend.
+
+    Returns:
+        (b, d, h, w), in x's type.
+
+    Raises:
+        ValueError: a direction or a shape does not fit.
+        RuntimeError: the backend is not available here.
+    """
+    parameters = x_proj_weight, dt_proj_weight, dt_proj_bias, A, D
+    _check(x, *parameters, directions)
+    # A trace is where FLOPs are counted, and those inside of our operator would be missing.
+    one_kind = all(parameter.device == x.device and parameter.dtype == x.dtype for parameter in parameters)
+    if backend is not None or torch.jit.is_tracing() or not one_kind or not _can_fuse(x.device, x.dtype):
+        return scan_by_sequences(x, *parameters, directions, backend)
+    pixels = x.permute(0, 2, 3, 1).flatten(1, 2)  # (b, l, d)
+    projected = pixels @ x_proj_weight.flatten(-3, -2).mT  # (b, l, k * (r + 2n))
+    y = numba_omni.scan(pixels, projected, *parameters[1:], directions, x.shape[2:])
+    return y.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
+
+
+def scan_by_sequences(
+    x: Tensor,
+    x_proj_weight: Tensor,
+    dt_proj_weight: Tensor,
+    dt_proj_bias: Tensor,
+    A: Tensor,
+    D: Tensor,
+    directions: Sequence[int],
+    backend: str | None = None,
+) -> Tensor:
+    """`omni_scan` by its parts: read the image in each direction, project, scan, merge."""
+    xs = cross_scan(x, directions)  # (b, k, d, l)
+    rank, n = dt_proj_weight.shape[2], A.shape[1]
+    delta, B, C = torch.matmul(x_proj_weight, xs).split([rank, n, n], dim=2)  # (b, k, r | n | n, l)
+    delta = torch.matmul(dt_proj_weight, delta)  # (b, k, d, l)
+    ys = selective_scan(
+        xs.flatten(1, 2),
+        delta.flatten(1, 2),
+        A,
+        B,
+        C,
+        D,
+        dt_proj_bias.flatten(),
+        delta_softplus=True,
+        backend=backend,
+    )
+    return cross_merge(ys.view_as(xs), x.shape[2:], directions)
+
+
+def _can_fuse(device, dtype):
+    if numba_omni.why_not(device, dtype) is not None:
+        return False
+    _log_once(device.type)
+    return True
+
+
+_can_fuse._dynamo_marked_constant = True  # torch.compile takes its result as it is and does not look inside
+
+
+@functools.cache
+def _log_once(device_type):
+    logging.getLogger('basicsr').info("omni_scan: in one go, backend 'numba' on %s", device_type)
+
+
+def _check(x, x_proj_weight, dt_proj_weight, dt_proj_bias, A, D, directions):
+    """Raise a one-line ValueError that names the first argument that does not fit."""
+    if not directions or any(direction not in DIRECTIONS for direction in directions):
+        raise ValueError(f'omni_scan: directions must be one or more of {DIRECTIONS}, got {directions!r}')
+    if x.dim() != 4 or not x.numel():
+        raise ValueError(f'omni_scan: x must be (b, d, h, w), not empty, got {tuple(x.shape)}')
+    b, d, k = x.shape[0], x.shape[1], len(directions)
+    rank, n = dt_proj_weight.shape[-1], A.shape[-1]
+    weight = (k, rank + 2 * n, d)
+    expected = {
+        'x_proj_weight': (x_proj_weight, (b, *weight) if x_proj_weight.dim() == 4 else weight),
+        'dt_proj_weight': (dt_proj_weight, (k, d, rank)),
+        'dt_proj_bias': (dt_proj_bias, (k, d)),
+        'A': (A, (k * d, n)),
+        'D': (D, (k * d,)),
+    }
+    for name, (parameter, shape) in expected.items():
+        if parameter.shape != shape:
+            raise ValueError(f'omni_scan: {name} must be {shape}, got {tuple(parameter.shape)}')

@@ -1,0 +1,179 @@
+"""The omni scan on the CPU by numba's kernels, in one go: fp32, any size. Needs `pip install dpmambair_basicsr[cpu]`.
+
+Both passes are PyTorch operators, so that torch.compile and torch.export take them as they are. Extra memory: n / 64 of
+x per direction for the states that the backward pass starts from, the gradients, and, for less than 8 images, partial
+sums: of outputs if channels are few, of the gradients of projections, one direction's at a time.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dpmambair_basicsr.ops.selective_scan import numba_runtime
+from dpmambair_basicsr.ops.selective_scan.numba_runtime import (
+    CHUNK,
+    LANES,
+    LOG2_E,
+    add_parts,
+    load_kernels,
+    pack,
+    run,
+    unpack,
+    view,
+)
+
+_KERNELS = 'numba_omni_kernels'
+# So many units, and so threads with work, there are at least, if blocks and directions suffice. If samples do not, some
+# directions' outputs, or some blocks' gradients of projections, are summed by themselves first.
+_UNITS = 8
+
+
+def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
+    """What keeps it from running there."""
+    return numba_runtime.why_not(_KERNELS, device, dtype)
+
+
+def scan(
+    x: Tensor,
+    projected: Tensor,
+    dt_weight: Tensor,
+    dt_bias: Tensor,
+    A: Tensor,
+    D: Tensor,
+    directions: Sequence[int],
+    size: tuple[int, int],
+) -> Tensor:
+    """The sum of the scans of projected images.
+
+    Args:
+        x: (b, h * w, d), fp32 on the CPU.
+        projected: (b, h * w, k * (r + 2n)), per direction low-rank step sizes, B and C.
+        dt_weight, dt_bias, A, D: see `omni_scan`.
+        directions: k of them.
+        size: (h, w).
+
+    Returns:
+        (b, h * w, d).
+    """
+    inputs = x, projected, dt_weight, dt_bias, A, D
+    keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
+    return _forward(*inputs, list(directions), *size, keep)[0]
+
+
+def _layout(x, dt_weight, A):
+    """k, d, n, r, and the number of blocks."""
+    k, d, rank = dt_weight.shape
+    return k, d, A.shape[1], rank, -(-d // LANES)
+
+
+def _results(x, dt_weight, A, keep):
+    """Room for what `_forward` returns."""
+    k, _, n, _, blocks = _layout(x, dt_weight, A)
+    states = (len(x), k, blocks, -(-x.shape[1] // CHUNK), n, LANES) if keep else (0,)
+    return x.new_empty(x.shape), x.new_empty(states)
+
+
+def _pack(dt_weight, dt_bias, A, D):
+    columns = A * LOG2_E, D.unsqueeze(1), dt_bias.reshape(-1, 1), dt_weight.flatten(0, 1)
+    return pack(torch.cat(columns, dim=1), len(dt_weight))
+
+
+@torch.library.custom_op('dpmambair_basicsr::omni_scan_numba', mutates_args=(), device_types='cpu')
+def _forward(
+    x: Tensor,
+    projected: Tensor,
+    dt_weight: Tensor,
+    dt_bias: Tensor,
+    A: Tensor,
+    D: Tensor,
+    directions: Sequence[int],
+    height: int,
+    width: int,
+    keep: bool,
+) -> tuple[Tensor, Tensor]:
+    """The sum of the scans, and the states that `_backward` starts from, if `keep`."""
+    kernels = load_kernels(_KERNELS)
+    x, projected, orders = x.contiguous(), projected.contiguous(), torch.tensor(directions)
+    y, states = _results(x, dt_weight, A, keep)
+    parameters = _pack(dt_weight, dt_bias, A, D)
+    b, (k, d, n, rank, blocks) = len(x), _layout(x, dt_weight, A)
+    teams = next((teams for teams in range(1, k) if k % teams == 0 and b * blocks * teams >= _UNITS), k)
+    ys = y.new_empty(teams, *y.shape) if teams > 1 else y
+    arguments = (
+        *((b, k, d, n, rank, height, width), orders.data_ptr(), x.data_ptr(), projected.data_ptr()),
+        *(parameters.data_ptr(), ys.data_ptr(), states.data_ptr() if keep else 0, teams),
+    )
+    scratch = kernels.forward_scratch(n, rank, blocks)
+    run(kernels.forward, arguments, b * teams * blocks, k * x.numel() * n, scratch)
+    if teams > 1:
+        add_parts(ys.flatten(1, 2), y.flatten(0, 1))
+    return y, states
+
+
+@_forward.register_fake
+def _(x, projected, dt_weight, dt_bias, A, D, directions, height, width, keep):
+    return _results(x, dt_weight, A, keep)
+
+
+@torch.library.custom_op('dpmambair_basicsr::omni_scan_numba_backward', mutates_args=(), device_types='cpu')
+def _backward(
+    x: Tensor,
+    projected: Tensor,
+    dt_weight: Tensor,
+    dt_bias: Tensor,
+    A: Tensor,
+    D: Tensor,
+    states: Tensor,
+    dy: Tensor,
+    directions: Sequence[int],
+    height: int,
+    width: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of the first six."""
+    kernels = load_kernels(_KERNELS)
+    x, projected, dy = x.contiguous(), projected.contiguous(), dy.contiguous()
+    parameters = _pack(dt_weight, dt_bias, A, D)
+    (b, length, d), (k, _, n, rank, blocks) = x.shape, _layout(x, dt_weight, A)
+    columns = rank + 2 * n
+    dx, dprojected = torch.empty_like(x), torch.empty_like(projected)
+    dparameters = parameters.new_zeros(b, *parameters.shape)
+    parts = min(blocks, -(-_UNITS // b))
+    sums = x.new_empty(parts, b * length, columns) if parts > 1 else None
+    for order, direction in enumerate(directions):
+        target = dprojected.view(b * length, k, columns)[:, order]
+        part = target.unsqueeze(0) if parts == 1 else sums
+        arguments = (
+            *((b, k, d, n, rank, height, width), order, direction, x.data_ptr(), projected.data_ptr()),
+            *(parameters.data_ptr(), dy.data_ptr(), states.data_ptr(), dx.data_ptr(), *view(part)[:3]),
+            *(dparameters.data_ptr(), parts),
+        )
+        # a step back is worth two forward
+        run(kernels.backward, arguments, b * parts, 2 * x.numel() * n, kernels.backward_scratch(n, rank, blocks))
+        if parts > 1:
+            add_parts(sums, target)
+    total = torch.empty_like(parameters)
+    add_parts(dparameters.flatten(2), total.flatten(1))
+    dA, dD, dbias, dweight = unpack(total, k, d, (n, 1, 1, rank))
+    return dx, dprojected, dweight.view(k, d, rank), dbias.view(k, d), dA, dD.view(-1)
+
+
+@_backward.register_fake
+def _(x, projected, dt_weight, dt_bias, A, D, states, dy, directions, height, width):
+    return tuple(tensor.new_empty(tensor.shape) for tensor in (x, projected, dt_weight, dt_bias, A, D))
+
+
+def _setup_context(ctx, inputs, output):
+    *tensors, ctx.directions, ctx.height, ctx.width, ctx.keep = inputs
+    ctx.save_for_backward(*tensors, output[1])
+    ctx.set_materialize_grads(False)  # the states would get one, of zeros
+
+
+def _gradients(ctx, dy, _):
+    if not ctx.keep:
+        raise RuntimeError('omni_scan: no gradients through a call that was recorded with gradients switched off')
+    gradients = _backward(*ctx.saved_tensors, dy, ctx.directions, ctx.height, ctx.width)
+    return *(x if need else None for x, need in zip(gradients, ctx.needs_input_grad[:6], strict=True)), *[None] * 4
+
+
+_forward.register_autograd(_gradients, setup_context=_setup_context)

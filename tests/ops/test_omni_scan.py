@@ -1,0 +1,383 @@
+"""The omni scan in one go against the omni scan by its parts.
+
+Shapes: b batch, d channels, h, w height and width, k directions, r rank, n states. All tests run in PyTorch's
+deterministic mode, where fresh memory, that for scratch included, is full of NaN.
+"""
+
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, Dataset
+from torch.utils.flop_counter import FlopCounterMode
+
+from dpmambair_basicsr.archs.blocks import directional_scan
+from dpmambair_basicsr.ops import omni_scan
+from dpmambair_basicsr.ops.selective_scan import numba_omni, numba_runtime
+
+CPU, FP32 = torch.device('cpu'), torch.float32
+needs_numba = pytest.mark.skipif(numba_omni.why_not(CPU, FP32) is not None, reason='the extra [cpu] is not installed')
+
+# Largest error allowed in fp32, as a part of the largest entry, or of 0.1 where a sum over the pixels all but vanishes.
+TOLERANCE = 5e-6  # measured up to 2e-6
+
+
+@pytest.fixture(autouse=True)
+def nan_in_new_memory():
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def threads(monkeypatch):
+    """A function that sets the number of threads; even tiny scans then use them all."""
+    monkeypatch.setattr(numba_runtime, '_STATES_PER_THREAD', 1)
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def omni_inputs(b=2, d=20, size=(5, 7), n=4, directions=(0, 1, 2, 3), rank=3, per_sample=False, dtype=FP32, seed=0):
+    """What `omni_scan` takes, with Mamba's statistics."""
+    rng, k = torch.Generator().manual_seed(seed), len(directions)
+
+    def randn(*shape):
+        return torch.randn(shape, generator=rng, dtype=torch.float64)
+
+    x_proj_weight = randn(k, rank + 2 * n, d) * d**-0.5
+    if per_sample:
+        x_proj_weight = x_proj_weight * (1 + 0.3 * randn(b, 1, rank + 2 * n, 1))
+    inputs = {
+        'x': randn(b, d, *size),
+        'x_proj_weight': x_proj_weight,
+        'dt_proj_weight': randn(k, d, rank) * rank**-0.5,
+        'dt_proj_bias': randn(k, d) - 4,
+        'A': -torch.arange(1.0, n + 1, dtype=torch.float64) * torch.exp(0.1 * randn(k * d, n)),
+        'D': randn(k * d),
+    }
+    return {name: x.to(dtype) for name, x in inputs.items()} | {'directions': directions}
+
+
+def run_with_grads(inputs, backend=None, function=omni_scan):
+    """y and the gradients of a fixed random weighting of y."""
+    leaves = {k: x.detach().requires_grad_() if torch.is_tensor(x) else x for k, x in inputs.items()}
+    y = function(**leaves) if backend is None else function(**leaves, backend=backend)
+    weights = torch.randn(y.shape, generator=torch.Generator().manual_seed(1))
+    y.backward(weights.to(y))
+    return {'y': y.detach()} | {f'd{k}': x.grad for k, x in leaves.items() if torch.is_tensor(x)}
+
+
+def in_double(inputs):
+    return {k: x.double() if torch.is_tensor(x) else x for k, x in inputs.items()}
+
+
+def assert_close(results, exact):
+    assert results.keys() == exact.keys()
+    for name, x in results.items():
+        error, largest = (x.double() - exact[name]).abs().max(), exact[name].abs().max()
+        assert error <= TOLERANCE * max(largest, 0.1), f'{name}: {error:.1e} of {largest:.1e}'
+
+
+def assert_same(results, others):
+    assert results.keys() == others.keys()
+    assert all(torch.equal(results[name], others[name]) for name in results)
+
+
+def assert_agrees(inputs):
+    assert_close(run_with_grads(inputs), run_with_grads(in_double(inputs), backend='torch'))
+
+
+def scan_alone(inputs, size):
+    """Only what our kernels do, without the matrix product, which PyTorch may compute otherwise with other threads."""
+    inputs = dict(inputs)
+    x, weight = inputs.pop('x').flatten(2).mT, inputs.pop('x_proj_weight').flatten(-3, -2)
+    inputs = {'x': x, 'projected': x @ weight.mT} | {k.replace('proj_', ''): v for k, v in inputs.items()}
+    return run_with_grads(inputs | {'size': size}, function=numba_omni.scan)
+
+
+# --- results
+
+
+@pytest.mark.parametrize('directions', [(0,), (0, 1), (0, 1, 2, 3), (3, 1)], ids=str)
+@pytest.mark.parametrize('n', [1, 4, 16])
+@pytest.mark.parametrize('d', [1, 4, 20])
+@pytest.mark.parametrize('size', [(1, 1), (1, 7), (5, 3)], ids=str)
+@needs_numba
+def test_agrees_with_the_parts(size, d, n, directions):
+    assert_agrees(omni_inputs(d=d, size=size, n=n, directions=directions))
+
+
+@pytest.mark.parametrize('directions', [(0,), (0, 1, 2, 3)], ids=str)
+@pytest.mark.parametrize(('b', 'd', 'n', 'rank'), [(1, 20, 16, 2), (3, 32, 4, 24)])
+@needs_numba
+def test_agrees_with_the_parts_beyond_a_chunk(b, d, n, rank, directions):
+    assert_agrees(omni_inputs(b=b, d=d, size=(64, 65), n=n, rank=rank, directions=directions))
+
+
+@pytest.mark.parametrize('units', [1, 4, 100])
+@needs_numba
+def test_agrees_with_the_parts_however_the_work_is_divided(monkeypatch, units):
+    """Directions summed by 1, 2 or 4 teams, gradients of projections by 1, 2 or all 3 blocks."""
+    monkeypatch.setattr(numba_omni, '_UNITS', units)
+    assert_agrees(omni_inputs(d=40, size=(9, 15), n=16))
+
+
+@needs_numba
+def test_each_sample_may_have_its_own_projection():
+    inputs = omni_inputs(b=3, per_sample=True)
+    assert_agrees(inputs)
+    y = omni_scan(**inputs)
+    alone = inputs | {'x': inputs['x'][1:2], 'x_proj_weight': inputs['x_proj_weight'][1]}
+    torch.testing.assert_close(omni_scan(**alone), y[1:2])
+
+
+@needs_numba
+def test_prompts_and_logs_have_their_gradients():
+    """Through the networks' function: the parameters as checkpoints hold them, and DPMambaIR's prompt."""
+    inputs = omni_inputs(n=3)
+    prompt = 1 + 0.3 * torch.randn(2, 9, generator=torch.Generator().manual_seed(2))
+    names = {'x_proj_weight': 'x_proj_weight', 'dt_proj_weight': 'dt_projs_weight', 'dt_proj_bias': 'dt_projs_bias'}
+    parameters = {new: inputs[old] for old, new in names.items()}
+    parameters |= {'A_logs': (-inputs['A']).log(), 'Ds': inputs['D'], 'prompt': prompt}
+    parameters |= {'x': inputs['x'], 'directions': inputs['directions']}
+    results = run_with_grads(parameters, function=directional_scan)
+    assert_close(results, run_with_grads(in_double(parameters), function=directional_scan))
+
+
+@pytest.mark.parametrize('layout', ['channels_last', 'every other', 'expanded'])
+@needs_numba
+def test_the_layout_does_not_change_a_bit(layout):
+    inputs = omni_inputs(d=16)
+    x = inputs['x']
+    if layout == 'expanded':
+        inputs['x'] = x[:1].repeat(2, 1, 1, 1)
+    expected = omni_scan(**inputs)
+    if layout == 'channels_last':
+        strided = x.contiguous(memory_format=torch.channels_last)
+    elif layout == 'every other':
+        strided = x.repeat_interleave(2, dim=-1)[..., ::2]
+    else:
+        strided = x[:1].expand(2, -1, -1, -1)
+    y = omni_scan(**(inputs | {'x': strided}))
+    assert torch.equal(y, expected)
+    assert y.is_contiguous(memory_format=torch.channels_last)
+
+
+@needs_numba
+def test_the_incoming_gradient_may_be_expanded():
+    leaves = {k: x.requires_grad_() if torch.is_tensor(x) else x for k, x in omni_inputs().items()}
+    tensors = [x for x in leaves.values() if torch.is_tensor(x)]
+    y = omni_scan(**leaves)
+    dy = torch.randn(1, 1, 1, 1).expand(y.shape)
+    expanded = torch.autograd.grad(y, tensors, dy, retain_graph=True)
+    dense = torch.autograd.grad(y, tensors, dy.contiguous())
+    assert all(torch.equal(a, b) for a, b in zip(expanded, dense, strict=True))
+
+
+@needs_numba
+def test_gives_the_gradients_that_are_asked_for():
+    inputs = omni_inputs()
+    together = run_with_grads(inputs)
+    for name in [name for name in inputs if name != 'directions']:
+        leaf = inputs[name].clone().requires_grad_()
+        y = omni_scan(**(inputs | {name: leaf}))
+        y.backward(torch.randn(y.shape, generator=torch.Generator().manual_seed(1)))
+        torch.testing.assert_close(leaf.grad, together[f'd{name}'])
+
+
+@needs_numba
+def test_gradients_do_not_change_the_output_nor_the_inputs():
+    inputs = omni_inputs(d=40)
+    copies = {k: x.clone() for k, x in inputs.items() if torch.is_tensor(x)}
+    with torch.no_grad():
+        y = omni_scan(**inputs)
+    assert torch.equal(run_with_grads(inputs)['y'], y)
+    assert all(torch.equal(inputs[k], x) for k, x in copies.items())
+
+
+# --- which way it goes
+
+
+def test_by_parts_in_double_and_by_name():
+    """fp64, other devices and a named backend go by sequences."""
+    inputs = omni_inputs(d=4)
+    exact = run_with_grads(in_double(inputs))
+    assert exact['y'].dtype == torch.float64
+    assert_close(run_with_grads(inputs, backend='reference'), exact)
+    assert_close(run_with_grads(in_double(inputs), backend='reference'), exact)
+    meta = {k: x.to('meta') if torch.is_tensor(x) else x for k, x in inputs.items()}
+    assert omni_scan(**meta, backend='reference').shape == inputs['x'].shape
+
+
+def test_without_numba_it_goes_by_parts(monkeypatch):
+    inputs = omni_inputs(d=4)
+    exact = run_with_grads(in_double(inputs))
+    module = sys.modules['dpmambair_basicsr.ops.omni_scan']  # the package has the function under this name
+    monkeypatch.setattr(module, '_can_fuse', lambda device, dtype: False)
+    assert_close(run_with_grads(inputs), exact)
+
+
+@needs_numba
+def test_no_other_sequence_is_written(monkeypatch):
+    """On a CPU with numba nothing goes by sequences."""
+    module = sys.modules['dpmambair_basicsr.ops.omni_scan']
+    monkeypatch.setattr(module, 'scan_by_sequences', None)
+    assert omni_scan(**omni_inputs()).isfinite().all()
+    with pytest.raises(TypeError):
+        omni_scan(**omni_inputs(), backend='torch')
+
+
+@pytest.mark.filterwarnings('ignore::torch.jit.TracerWarning')
+def test_a_trace_has_all_the_products():
+    """FLOP counters trace or dispatch; both see x_proj and dt_proj by tracing, and the results are the same."""
+    inputs = omni_inputs(d=4)
+    directions = inputs.pop('directions')
+
+    def scan(*tensors):
+        return omni_scan(*tensors, directions)
+
+    traced = torch.jit.trace(scan, tuple(inputs.values()))
+    assert sum(node.kind() == 'aten::matmul' for node in traced.inlined_graph.nodes()) == 2
+    torch.testing.assert_close(traced(*inputs.values()), scan(*inputs.values()))
+
+
+@needs_numba
+def test_projects_once():
+    inputs = omni_inputs(b=2, d=20, size=(5, 7), n=4, rank=3)
+    with FlopCounterMode(display=False) as counter:
+        omni_scan(**inputs)
+    assert counter.get_total_flops() == 2 * (2 * 5 * 7) * 20 * 4 * (3 + 2 * 4)
+
+
+@pytest.mark.parametrize(
+    ('name', 'value', 'message'),
+    [
+        ('directions', (0, 4), r'directions must be one or more of \(0, 1, 2, 3\), got \(0, 4\)'),
+        ('directions', (), 'directions must be'),
+        ('directions', (0, 1), r'x_proj_weight must be \(2, 11, 20\)'),
+        ('x', torch.ones(2, 20, 0, 7), 'x must be'),
+        ('x', torch.ones(20, 5, 7), 'x must be'),
+        ('x_proj_weight', torch.ones(3, 4, 11, 20), r'x_proj_weight must be \(2, 4, 11, 20\), got \(3, 4, 11, 20\)'),
+        ('dt_proj_weight', torch.ones(4, 19, 3), 'dt_proj_weight must be'),
+        ('dt_proj_bias', torch.ones(80), 'dt_proj_bias must be'),
+        ('A', torch.ones(20, 4), 'A must be'),
+        ('D', torch.ones(4, 20), 'D must be'),
+    ],
+)
+def test_an_argument_that_does_not_fit_is_named(name, value, message):
+    with pytest.raises(ValueError, match=f'^omni_scan: {message}'):
+        omni_scan(**(omni_inputs() | {name: value}))
+
+
+# --- threads and processes
+
+
+@pytest.mark.parametrize(
+    'shape', [{'b': 1, 'd': 40}, {'b': 3, 'd': 96}, {'b': 2, 'd': 8, 'directions': (0, 2)}], ids=str
+)
+@needs_numba
+def test_the_number_of_threads_does_not_change_a_bit(threads, shape):
+    inputs = omni_inputs(n=16, size=(9, 31), **shape)
+    threads(1)
+    alone = scan_alone(inputs, (9, 31))
+    for number in (2, 5):
+        threads(number)
+        assert_same(scan_alone(inputs, (9, 31)), alone)
+
+
+@needs_numba
+def test_python_threads_may_scan_at_the_same_time(threads):
+    threads(1)
+    inputs = [omni_inputs(d=48, size=(9, 15), seed=seed) for seed in range(4)]
+    alone = [scan_alone(x, (9, 15)) for x in inputs]
+
+    def scan_repeatedly(x):
+        torch.set_num_threads(2)  # OpenMP's setting is one per thread
+        return [scan_alone(x, (9, 15)) for _ in range(10)]
+
+    with ThreadPoolExecutor(4) as pool:
+        for results, expected in zip(pool.map(scan_repeatedly, inputs), alone, strict=True):
+            for result in results:
+                assert_same(result, expected)
+
+
+class Scans(Dataset):
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        inputs = omni_inputs(d=48, size=(9, 15), seed=index)
+        # A worker starts with one thread, as OpenMP, which the matrix product uses, hangs in a fork with more.
+        return run_with_grads(inputs)
+
+
+@pytest.mark.skipif(sys.platform == 'win32', reason='has no fork')
+@needs_numba
+def test_forked_data_loader_workers_may_scan(threads):
+    threads(1)
+    expected = [Scans()[index] for index in range(4)]
+    threads(2)
+    Scans()[0]  # this process now has threads that its forks do not have
+    loader = DataLoader(Scans(), batch_size=None, num_workers=2, multiprocessing_context='fork', timeout=30)
+    for result, x in zip(loader, expected, strict=True):
+        assert_same(result, x)
+
+
+# --- PyTorch's view of it
+
+
+@needs_numba
+def test_is_a_well_formed_operator():
+    """PyTorch's own checks: nothing mutated or aliased, right shapes without data, traced rightly by torch.compile."""
+    inputs = omni_inputs(size=(5, 14))
+    x = inputs['x'].flatten(2).mT
+    projected = x @ inputs['x_proj_weight'].flatten(0, 1).mT
+    tensors = [x, projected, *(inputs[name] for name in ('dt_proj_weight', 'dt_proj_bias', 'A', 'D'))]
+    leaves = [tensor.detach().requires_grad_() for tensor in tensors]
+    torch.library.opcheck(numba_omni._forward, (*leaves, [0, 1, 2, 3], 5, 14, True), rtol=1e-4, atol=1e-5)
+    y, states = numba_omni._forward(*tensors, [0, 1, 2, 3], 5, 14, True)
+    torch.library.opcheck(numba_omni._backward, (*tensors, states, y, [0, 1, 2, 3], 5, 14))
+
+
+class Omni(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        inputs = omni_inputs()
+        self.x, self.directions = inputs.pop('x'), inputs.pop('directions')
+        self.parts = torch.nn.ParameterList(inputs.values())
+
+    def forward(self, x):
+        return omni_scan(2 * x, *self.parts, self.directions).square().sum()
+
+
+@needs_numba
+def test_compiles_without_a_graph_break():
+    module = Omni()
+    loss = module(module.x)
+    expected = torch.autograd.grad(loss, list(module.parameters()))
+    compiled = torch.compile(module, backend='aot_eager', fullgraph=True)(module.x)
+    torch.testing.assert_close(compiled, loss)
+    for gradient, other in zip(torch.autograd.grad(compiled, list(module.parameters())), expected, strict=True):
+        torch.testing.assert_close(gradient, other)
+
+
+@needs_numba
+def test_exports_as_one_node():
+    module = Omni()
+    program = torch.export.export(module, (module.x,))
+    torch.testing.assert_close(program.module()(module.x), module(module.x))
+    scans = [str(node.target) for node in program.graph.nodes if 'scan' in str(node.target)]
+    assert scans == ['dpmambair_basicsr.omni_scan_numba.default']
+
+
+@needs_numba
+def test_says_that_a_call_recorded_without_gradients_has_none():
+    inputs = omni_inputs()
+    x = inputs['x'].flatten(2).mT
+    projected = (x @ inputs['x_proj_weight'].flatten(0, 1).mT).requires_grad_()
+    tensors = [inputs[name] for name in ('dt_proj_weight', 'dt_proj_bias', 'A', 'D')]
+    y, _ = numba_omni._forward(x, projected, *tensors, [0, 1, 2, 3], 5, 7, False)
+    with pytest.raises(RuntimeError, match='recorded with gradients switched off'):
+        y.sum().backward()
