@@ -25,6 +25,8 @@ setup(
         'cpu': ['numba>=0.60'],
         'safetensors': ['safetensors'],
         'spandrel': ['spandrel>=0.4'],
+        'viewer': ['matplotlib>=3.8', 'scikit-learn>=1.3'],
+        'export': ['onnx', 'onnxscript>=0.5', 'onnxruntime>=1.20'],
         'test': [
             'pytest',
             'pytest-xdist',

@@ -24,6 +24,7 @@ import dpmambair_basicsr.huge_pages  # noqa: F401  (first: before PyTorch, as ou
 # isort: split
 import torch
 import yaml
+from benchmark_scan import peak
 from torch.profiler import ProfilerActivity, profile
 
 from dpmambair_basicsr import archs
@@ -160,25 +161,13 @@ def timed(net, image, train) -> tuple[float, float]:
 
 
 def peak_memory(net, image, train) -> str:
-    """What a pass needs beside parameters, image and, in training, what was there before."""
-    if image.device.type == 'cuda':
-        torch.cuda.reset_peak_memory_stats(image.device)
-        before = torch.cuda.memory_allocated(image.device)
-        once(net, image, train)
-        return f'{(torch.cuda.max_memory_allocated(image.device) - before) / 2**20:.0f} MB'
-    if not Path('/proc/self/clear_refs').exists():
-        return '?'
-    before = status('VmRSS')
-    Path('/proc/self/clear_refs').write_text('5')  # sets VmHWM to VmRSS
+    """What a pass needs beside parameters and image, of PyTorch's memory."""
+    if image.device.type != 'cuda':
+        return f'{peak(partial(once, net, image, train)) / 2**20:.0f} MB'
+    torch.cuda.reset_peak_memory_stats(image.device)
+    before = torch.cuda.memory_allocated(image.device)
     once(net, image, train)
-    peak = status('VmHWM') - before
-    return f'{peak / 1024:.0f} MB'
-
-
-def status(key: str) -> int:
-    """A figure of this process, in kB."""
-    lines = Path('/proc/self/status').read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(key))
+    return f'{(torch.cuda.max_memory_allocated(image.device) - before) / 2**20:.0f} MB'
 
 
 def time_shares(net, image, train) -> list[float]:

@@ -19,7 +19,8 @@ if [ ! -f "$stamp" ] || [ "$(cat "$stamp")" != "$recipe" ]; then
     "$venv/bin/python" -c 'import importlib.metadata as m; m.version("basicsr")' 2>/dev/null ||
         install --no-build-isolation --no-deps basicsr==1.4.2
     install addict future lmdb lpips 'opencv-python>=4.13' pyyaml requests scikit-image scipy tensorboard tqdm yapf \
-        fvcore hypothesis numba pytest pytest-xdist ruff safetensors scikit-learn spandrel
+        fvcore hypothesis matplotlib numba onnx onnxruntime onnxscript pytest pytest-xdist ruff safetensors \
+        scikit-learn spandrel
     install --no-build-isolation --no-deps --editable .
     echo "$recipe" > "$stamp"
 fi

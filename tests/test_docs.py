@@ -54,14 +54,14 @@ def test_installing_is_what_the_setup_script_does():
     for command in all_commands():
         if command[:2] == ['pip', 'install']:
             for word in command[2:]:
-                if word.startswith('.['):
-                    assert f"'{word[2:-1]}': [" in extras, word
+                if extra := re.fullmatch(r'(?:\.|dpmambair_basicsr)\[(\w+)\]', word):
+                    assert f"'{extra[1]}': [" in extras, word
                 elif word not in ('-e', '.'):
                     assert re.split('[>=]', word)[0] in {re.split('[>=]', part)[0] for part in script}, word
 
 
 def test_other_commands_name_what_is_there():
-    """Other tests run them: option files (test_options.py), the demo (test_demo.py), BasicSR's (test_dropin.py)."""
+    """Other tests run them: option files (test_experiments.py), the demo (test_demo.py), BasicSR's (test_dropin.py)."""
     for command in all_commands():
         if '-opt' in command:
             assert (PACKAGE_PARENT / command[command.index('-opt') + 1]).is_file(), command
@@ -151,6 +151,16 @@ def test_restoring_and_reports_of_the_readme(project):
             run(command)
     assert {file.name for file in (project / 'restored').iterdir()} == {'a.png', 'b.jpg'}
     assert (project / 'report.html').is_file()
+
+
+def test_what_the_extractor_sees(project):
+    pytest.importorskip('matplotlib')
+    (project / 'photos').mkdir()
+    for name in ('coffee', 'chelsea'):
+        assert cv2.imwrite(str(project / 'photos' / f'{name}.png'), getattr(skimage.data, name)()[:64, :64, ::-1])
+    (command,) = (words for words in commands(PACKAGE_PARENT / 'docs/degradation.md') if words[0] == 'python')
+    run(command)
+    assert cv2.imread('map.png') is not None
 
 
 def test_python_of_the_readme(project):
