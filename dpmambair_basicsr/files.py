@@ -3,7 +3,7 @@
 import hashlib
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -22,7 +22,8 @@ def replacing(file: str | Path) -> Iterator[Path]:
         os.replace(part, file)
     finally:
         part.unlink(missing_ok=True)
-    sync(file.parent)
+    with suppress(OSError):  # the file is there; not every file system can do this with folders
+        sync(file.parent)
 
 
 def sync(path: Path) -> None:

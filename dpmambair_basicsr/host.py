@@ -349,6 +349,7 @@ def whole_epochs(original):
 
     @functools.wraps(original)
     def create_train_val_dataloader(opt, logger):
+        from dpmambair_basicsr import training_run
         from dpmambair_basicsr.host_training import check_processes_agree
         from dpmambair_basicsr.option_trial import no_batch
 
@@ -358,6 +359,8 @@ def whole_epochs(original):
             ratio = opt['datasets']['train'].get('dataset_enlarge_ratio', 1)
             message = no_batch(len(train_loader.dataset), train_loader.batch_size, ratio, opt['world_size'])
             raise ValueError(f'datasets.train: {message}')
+        if training_run.current is not None:
+            training_run.current.val_loaders = val_loaders
         state = opt['path'].get('resume_state')
         state = read_on_cpu(state) if state else {'epoch': 0, 'iter': 0}
         if opt['dist']:

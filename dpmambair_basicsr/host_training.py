@@ -32,35 +32,26 @@ def whole_networks(original):
 def whole_states(original):
     """As `whole_networks`, models/base_model.py:326; and the state lacks what an exact continuation needs.
 
-    It is saved before the validation of the same iteration, whose best metrics would be missing in it: if one is due,
-    the state is written when that is done. Can go when BasicSR does so.
+    It is saved before the validation of the same iteration, whose best metrics are missing in it: if one is due, the
+    state says so, and is written once more when that is done. Can go when BasicSR does so.
     """
 
     def save_training_state(self, epoch, current_iter):
         from dpmambair_basicsr import interruption, training_run
+        from dpmambair_basicsr.models.training_state import write_state
 
+        run, val = training_run.current, self.opt.get('val')
         if current_iter == -1:  # the end of training
-            write_waiting_state(self)
             interruption.stop_listening()
             training_run.current = None
             if interruption.received:
                 raise SystemExit(128 + interruption.received)
         else:
-            self.waiting_state = epoch, current_iter
-            self.sets_to_validate = sum(phase.split('_')[0] == 'val' for phase in self.opt['datasets'])
-            val = self.opt.get('val')
-            if training_run.current is None or not val or current_iter % val['val_freq'] != 0:
-                write_waiting_state(self)
+            if run is not None:
+                run.sets_to_validate = len(run.val_loaders) if val and current_iter % val['val_freq'] == 0 else 0
+            write_state(self, epoch, current_iter)
 
     return save_training_state
-
-
-def write_waiting_state(model) -> None:
-    from dpmambair_basicsr.models.training_state import write_state
-
-    waiting = vars(model).pop('waiting_state', None)
-    if waiting is not None:
-        write_state(model, *waiting)
 
 
 @replaces(BASE_MODEL, 'validation')
@@ -68,11 +59,15 @@ def state_after_validation(original):
     """Other half of `whole_states`."""
 
     def validation(self, dataloader, current_iter, tb_logger, save_img=False):
+        from dpmambair_basicsr import training_run
+        from dpmambair_basicsr.models.training_state import write_state
+
         original(self, dataloader, current_iter, tb_logger, save_img)
-        if hasattr(self, 'waiting_state'):
-            self.sets_to_validate -= 1
-            if self.sets_to_validate == 0:
-                write_waiting_state(self)
+        run = training_run.current
+        if run is not None and run.sets_to_validate:
+            run.sets_to_validate -= 1
+            if run.sets_to_validate == 0:
+                write_state(self, run.epoch, current_iter)
 
     return validation
 
@@ -94,13 +89,18 @@ def finite_best(original):
 def exact_continuation(original):
     """A resumed training repeats its epoch with other random numbers, and forgets the best; models/base_model.py:340.
 
-    Can go when BasicSR's states hold what `models/training_state.py` puts into them.
+    And its schedulers take no notice of the options: with a longer `total_iter`, CosineAnnealingRestartLR ends with a
+    TypeError however long `periods` are. Can go when BasicSR's states hold what `models/training_state.py` puts into
+    them, and not the options of schedulers.
     """
 
     def resume_training(self, resume_state):
-        from dpmambair_basicsr.models.training_state import restore
+        from dpmambair_basicsr.models.training_state import keep_schedule, restore
 
+        schedules = [dict(vars(scheduler)) for scheduler in self.schedulers]
         original(self, resume_state)
+        for scheduler, schedule in zip(self.schedulers, schedules, strict=True):
+            keep_schedule(scheduler, schedule)
         restore(self, resume_state)
 
     return resume_training
@@ -121,11 +121,15 @@ def begin_iteration(original):
 
         run = training_run.current
         if run is not None:
-            write_waiting_state(self)
             interruption.listen()
             number = interruption.requested(self.device, self.opt['dist'])
             if number:
                 end_after(self, current_iter - 1, number)
+            if run.validation_is_missing:
+                run.validation_is_missing = False
+                run.sets_to_validate = len(run.val_loaders)
+                for loader in run.val_loaders:
+                    self.validation(loader, current_iter - 1, None, self.opt['val']['save_img'])
             run.iteration = current_iter
             seed_generators('iteration', run.seed, self.opt['rank'], current_iter)
         original(self, current_iter, warmup_iter)
@@ -157,7 +161,6 @@ def end_after(model, iteration: int, number: int) -> None:
     run = training_run.current
     if run.saved != iteration:
         model.save(run.epoch, iteration)
-        write_waiting_state(model)
     name = signal.Signals(number).name
     get_root_logger().info(f'{name}: training ends after iteration {iteration}, which is saved; --auto_resume goes on.')
     interruption.stop_listening()
@@ -177,12 +180,13 @@ def paths_inside_their_folder(original):
         dataset = original(dataset_opt)
         on_disk = (dataset_opt.get('io_backend') or {}).get('type', 'disk') == 'disk'
         if on_disk and type(dataset).__module__.startswith('basicsr.'):
+            only = 'gt' if 'dataroot_gt' in dataset_opt else 'lq'  # whose paths are not named
             for role in ('lq', 'gt'):
                 folder = dataset_opt.get(f'dataroot_{role}')
                 paths = [
                     path.get(f'{role}_path') if isinstance(path, dict) else path
                     for path in getattr(dataset, 'paths', ())
-                    if isinstance(path, dict) or role == 'gt'
+                    if isinstance(path, dict) or role == only
                 ]
                 if isinstance(folder, str):
                     check_inside(folder, filter(None, paths))
@@ -195,10 +199,12 @@ def paths_inside_their_folder(original):
 def known_run(original):
     """An item's randomness depends on what was loaded before it, and by which worker; data/__init__.py:97.
 
-    Here the sampler learns the seed, and what loads items obeys it. Can go when BasicSR seeds each item.
+    Here the sampler learns the seed, which is the same in all processes, and what loads items obeys it. Can go when
+    BasicSR seeds each item.
     """
 
     def build_dataloader(dataset, dataset_opt, num_gpu=1, dist=False, sampler=None, seed=None):
+        import torch
         from basicsr.data.data_sampler import EnlargedSampler
         from basicsr.utils import get_root_logger
 
@@ -209,7 +215,10 @@ def known_run(original):
             dataset = SeededItems(dataset)
         loader = original(dataset, dataset_opt, num_gpu=num_gpu, dist=dist, sampler=sampler, seed=seed)
         if isinstance(sampler, EnlargedSampler):
-            run = training_run.TrainingRun(seed, loader.batch_size * sampler.num_replicas)
+            seeds = [seed]
+            if dist:  # each process has drawn one of its own where manual_seed is not given
+                torch.distributed.broadcast_object_list(seeds, src=0)
+            run = training_run.TrainingRun(seeds[0], loader.batch_size * sampler.num_replicas)
             sampler.run = training_run.current = run
             interruption.received = 0
             if dataset_opt.get('prefetch_mode') == 'cpu' and loader.num_workers == 0:

@@ -3,7 +3,7 @@
 `host_training.py` reports here, and takes from here what a training state has to say about the data.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass
@@ -17,6 +17,9 @@ class TrainingRun:
         iteration: the last one that was begun.
         epoch_start: the last one before the current epoch, and `items_before` indices of it had been used then: those
             that the resumed training used.
+        val_loaders: of the sets that are validated together.
+        sets_to_validate: how many of them the state of this iteration still waits for.
+        validation_is_missing: the training that is resumed ended in its validation, which has to be done first.
     """
 
     seed: int
@@ -27,6 +30,9 @@ class TrainingRun:
     epoch_start: int = 0
     items_before: int = 0
     resumed_epoch: int = -1
+    val_loaders: list = field(default_factory=list)
+    sets_to_validate: int = 0
+    validation_is_missing: bool = False
 
     def resume(self, iteration: int, epoch: int, items: int, seed: int) -> None:
         """Go on after `items` indices of this epoch."""

@@ -103,9 +103,57 @@ def test_a_best_network_that_cannot_be_saved_is_an_error(images, tmp_path):
     run = Training(opt, tmp_path, '--auto_resume')
     assert run.status() == 1
     assert 'net_g_best.pth cannot be saved: [Errno 21] Is a directory' in run.log().splitlines()[-1]
-    assert states(tmp_path) == [1, 2]
+    assert states(tmp_path) == [1, 2, 3], 'validation comes after the checkpoint'
     best.rmdir()
     assert_ends_like(opt, tmp_path, tmp_path / 'straight')
+
+
+@pytest.mark.parametrize('sets', [1, 2])
+def test_a_failed_validation_does_not_cost_the_checkpoint(images, tmp_path, sets):
+    """It is done first when training is resumed, so that the best is the best."""
+    opt = changed(
+        forked_runs.options(images), {'val.val_freq': 4, 'train.total_iter': 6, 'logger.save_checkpoint_freq': 2}
+    )
+    own = forked_runs.write_images(tmp_path / 'val images')
+    opt['datasets'] |= {f'val_{n}': opt['datasets']['val'] | own | {'name': f'set {n}'} for n in range(1, sets)}
+    opt['datasets']['val'] |= own if sets == 1 else {}
+    image = Path(own['dataroot_lq'], '5.png')
+    whole = image.read_bytes()
+    image.write_bytes(whole[:100])
+    run = Training(opt, tmp_path)
+    assert run.status() == 1 and f'{image} is missing, cut short' in run.log()
+    assert states(tmp_path) == [2, 4] and not (tmp_path / RUN / 'models/net_g_best.pth').exists()
+    image.write_bytes(whole)
+    assert_ends_like(opt, tmp_path, tmp_path / 'straight')
+    assert load(tmp_path, 'training_states/6.state')['exact']['best']['val set']['psnr']['iter'] == 4
+
+
+# Resumed with other options
+
+
+def test_a_finished_training_is_made_longer(images, tmp_path):
+    """BasicSR's schedulers forget the new periods, and end with a TypeError."""
+    cosine = {'type': 'CosineAnnealingRestartLR', 'periods': [6], 'restart_weights': [1], 'eta_min': 0.004}
+    opt = changed(forked_runs.options(images), {'train.total_iter': 6, 'train.scheduler': cosine})
+    train(opt, tmp_path)
+    again = files(tmp_path)
+    log = train(opt, tmp_path, '--auto_resume')
+    assert files(tmp_path) == again and 'changed; from now on' not in log, 'nothing is left to do'
+    log = train(changed(opt, {'train.total_iter': 12, 'train.scheduler.periods': [12]}), tmp_path, '--auto_resume')
+    assert 'CosineAnnealingRestartLR: periods, cumulative_period changed' in log
+    # The scheduler counts from 0: half of the way from 0.01 to 0.004
+    assert 'iter:       7, lr:(7.000e-03,)' in log and 'iter:      12,' in log
+
+
+def test_metrics_may_change(images, tmp_path):
+    opt = forked_runs.options(images)
+    train(changed(opt, {'train.total_iter': 4}), tmp_path)
+    ssim = {'type': 'calculate_ssim', 'crop_border': 0}
+    train(changed(opt, {'val.metrics.ssim': ssim, 'train.total_iter': 8}), tmp_path, '--auto_resume')
+    best = load(tmp_path, 'training_states/8.state')['exact']['best']['val set']
+    assert best.keys() == {'psnr', 'ssim'} and all(record['iter'] in (6, 8) for record in best.values())
+    log = train(opt, tmp_path, '--auto_resume')
+    assert 'iter:      10,' in log
 
 
 # Which checkpoints there are

@@ -41,10 +41,18 @@ def write_image(path, shape, kind=np.uint8):
     assert cv2.imwrite(str(path), np.random.default_rng(0).integers(0, np.iinfo(kind).max, shape, kind))
 
 
+def write_endless_header(path):
+    """A BMP of 2**30 x 2**30 pixels, as far as its header knows."""
+    _, content = cv2.imencode('.bmp', np.zeros((12, 14, 3), np.uint8))
+    content[18:26] = np.array([2**30, 2**30], '<i4').view(np.uint8)
+    path.write_bytes(content)
+
+
 FAULTS = {
     'cut short': cut_short,
     'empty': lambda path: path.write_bytes(b''),
     'no image': lambda path: path.write_text('text'),
+    'too many pixels': write_endless_header,
     'of another size': lambda path: write_image(path, (12, 10, 3)),
     'missing': lambda path: path.unlink(),
     'a broken link': lambda path: (path.unlink(), path.symlink_to('nowhere')),
@@ -194,6 +202,7 @@ DATASETS = {
     'PairedDegradationDataset': {},
     'SyntheticDegradationDataset': {'degradations': ['noise']},
     'PairedImageDataset': {'io_backend': {'type': 'disk'}, 'scale': 1},
+    'SingleImageDataset': {'io_backend': {'type': 'disk'}},
 }
 
 
@@ -203,6 +212,8 @@ def test_a_list_of_images_stays_in_their_folder(kind, name, opt, tmp_path):
     (tmp_path / 'list.txt').write_text(f'1.png (12,14,3)\n{name.format(folder=tmp_path)} (12,14,3)\n')
     dataset = opt['datasets']['train'] | DATASETS[kind]
     dataset |= {'type': kind, 'meta_info_file': str(tmp_path / 'list.txt'), 'phase': 'train'}
+    if kind == 'SingleImageDataset':
+        dataset['dataroot_lq'] = dataset.pop('dataroot_gt')
     with pytest.raises(ValueError, match=r'\.png is outside of \S*/images/gt: '):
         build_dataset(dataset)
 

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from dpmambair_basicsr.data.image_files import ImageReader
 
 dpmambair_basicsr.register()
-# The same examples each time: a finding belongs into a test of its own.
+# The same examples in each run of the same tests: a finding belongs into a test of its own.
 BOUNDED = settings(deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
 
 

@@ -161,6 +161,17 @@ def test_a_network_of_nan_is_not_saved(images, tmp_path):
     assert states(tmp_path) == [2, 4]
 
 
+def test_a_buffer_may_be_infinite(tmp_path):
+    model = build(**{'path.models': str(tmp_path)})
+    for net in (model.net_g, model.net_g_ema):
+        net.register_buffer('mask', torch.tensor([0, -math.inf]))
+    model.save_network([model.net_g, model.net_g_ema], 'net_g', 1, ['params', 'params_ema'])
+    assert torch.load(tmp_path / 'net_g_1.pth', weights_only=True)['params']['mask'][1] == -math.inf
+    model.net_g.mask[0] = math.nan
+    with pytest.raises(FloatingPointError, match='^net_g_2.pth is not saved: params, mask is not finite'):
+        model.save_network(model.net_g, 'net_g', 2)
+
+
 def test_the_processes_skip_the_same_steps(images, tmp_path):
     """If one stepped and the other did not, their networks would differ from then on."""
     changes = {'train.pixel_opt.type': 'InfiniteInOneProcess', 'train.max_skipped_steps': 2}

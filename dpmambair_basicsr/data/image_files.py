@@ -118,9 +118,11 @@ class ImageReader:
             content = _open(self._backend, osp.realpath(self._folders[role]), **self._options).get(path)
         except OSError as error:
             raise OSError(f'item {index}: cannot read {role} image {path}: {error.strerror}') from error
-        image = (
-            cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH) if content else None
-        )
+        flags = cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH
+        try:
+            image = cv2.imdecode(np.frombuffer(content, np.uint8), flags) if content else None
+        except cv2.error:  # its header asks for more pixels than OPENCV_IO_MAX_IMAGE_PIXELS
+            image = None
         if image is None or image.dtype not in _FULL_SCALE:
             raise ValueError(f'item {index}: {role} image {path} is missing, cut short or not an 8 or 16 bit image')
         return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)

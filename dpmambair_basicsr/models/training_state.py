@@ -7,6 +7,7 @@ A state is BasicSR's, which reads it, with an entry `exact`:
     seed: manual_seed of the run;
     items: indices of the interrupted epoch that all processes together have used;
     best: BasicSR's best value of each metric, by data set;
+    validated: whether that includes the validation of this iteration, if one was due;
     scaler: state of the scale of the loss, where `train.amp` is fp16;
     pool: Real-ESRGAN's pool of training pairs, where the model has one. Those of the other processes are in files
         beside the state, <iteration>.rank<number>.pool, which are written before it.
@@ -19,6 +20,7 @@ import torch
 from basicsr.utils import get_root_logger
 from basicsr.utils.dist_util import get_dist_info
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
 
 from dpmambair_basicsr import training_run
 from dpmambair_basicsr.files import replacing
@@ -26,6 +28,8 @@ from dpmambair_basicsr.models.checkpoints import read_checkpoint
 
 ATTEMPTS = 3  # as in BasicSR
 POOL = ('queue_lr', 'queue_gt', 'queue_ptr')
+# Options of the schedulers, and what these make of them
+SCHEDULE = 'periods', 'restart_weights', 'eta_min', 'eta_mins', 'cumulative_period', 'milestones', 'gamma', 'restarts'
 
 
 def write(content: dict, file: Path) -> None:
@@ -58,14 +62,15 @@ def read_nets(model, nets: dict[str, nn.Module], file_name: str) -> dict[str, di
 
     Raises:
         FloatingPointError: naming file and parameter, if a number is not finite: the file would take the place of one
-            that can be used.
+            that can be used. Buffers may be infinite, as masks of attention are.
     """
     content = {}
     for key, net in nets.items():
-        state = model.get_bare_model(net).state_dict()
-        content[key] = {name.removeprefix('module.'): value.cpu() for name, value in state.items()}
-        for name, value in content[key].items():
-            if isinstance(value, Tensor) and not value.isfinite().all():
+        net, content[key] = model.get_bare_model(net), {}
+        buffers = dict(net.named_buffers()) if isinstance(net, nn.Module) else ()  # else a PlainValue
+        for name, value in net.state_dict().items():
+            content[key][name.removeprefix('module.')] = value = value.cpu()
+            if isinstance(value, Tensor) and (value.isnan() if name in buffers else ~value.isfinite()).any():
                 raise FloatingPointError(f'{file_name} is not saved: {key}, {name} is not finite')
     return content
 
@@ -120,6 +125,7 @@ def write_state(model, epoch: int, iteration: int) -> None:
             'seed': run.seed,
             'items': run.items_used(iteration),
             'best': plain(getattr(model, 'best_metric_results', {})),
+            'validated': run.sets_to_validate == 0,
             'scaler': model.scaler.state_dict() if hasattr(model, 'scaler') else {},
             'pool': pool,
         }
@@ -155,6 +161,16 @@ def remove_older(opt: dict, iteration: int, keep: int) -> None:
             pool.unlink()
 
 
+def keep_schedule(scheduler: LRScheduler, before: dict) -> None:
+    """Give a scheduler that has taken up a state its options again, which `before`, its attributes until then, hold."""
+    changed = {key: before[key] for key in SCHEDULE if key in before and before[key] != getattr(scheduler, key)}
+    if changed:
+        vars(scheduler).update(changed)
+        get_root_logger().warning(
+            f'{type(scheduler).__name__}: {", ".join(changed)} changed; from now on as the option file has it.'
+        )
+
+
 def restore(model, state: dict) -> None:
     """Take up what a state has to say beside BasicSR's entries; a state of BasicSR's own has nothing."""
     run, exact, logger = training_run.current, state.get('exact'), get_root_logger()
@@ -163,8 +179,8 @@ def restore(model, state: dict) -> None:
             'The training state does not say which images were used: its epoch begins anew, and the best metrics too.'
         )
         exact = {'seed': None if run is None else run.seed, 'items': 0, 'best': {}, 'scaler': {}, 'pool': {}}
-    if exact['best']:
-        model.best_metric_results = exact['best']
+    if best := comparable(exact['best'], (model.opt.get('val') or {}).get('metrics') or {}):
+        model.best_metric_results = best
     if exact['scaler'] and hasattr(model, 'scaler'):
         model.scaler.load_state_dict(exact['scaler'])
     if exact['pool']:
@@ -173,6 +189,17 @@ def restore(model, state: dict) -> None:
         if exact['seed'] != run.seed:
             logger.info(f'manual_seed stays {exact["seed"]}, with which the training was begun.')
         run.resume(state['iter'], state['epoch'], exact['items'], exact['seed'])
+        run.validation_is_missing = bool(model.opt.get('val')) and not exact.get('validated', True)
+
+
+def comparable(best: dict, metrics: dict) -> dict:
+    """The records of data sets that have just these metrics, of which BasicSR asks for each; all if there are none."""
+    better = {metric: options.get('better', 'higher') for metric, options in metrics.items()}
+    return {
+        name: records
+        for name, records in best.items()
+        if not metrics or {metric: record['better'] for metric, record in records.items()} == better
+    }
 
 
 def restore_pool(model, iteration: int, pool: dict) -> None:

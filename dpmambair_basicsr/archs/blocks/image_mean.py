@@ -13,8 +13,9 @@ class ImageMean(nn.Module):
 class MeansOverTiles:
     """A context in which the `ImageMean`s of a network first collect the means of tiles, then give the mean of them.
 
-    The means of deep layers depend on those before, which differ between tiles while they are collected. What remains
-    of that is small: with the demo's network, as large as a tenth of what the scans make at the borders of tiles.
+    An approximation: pixels where tiles overlap count more than once, and the means of deep layers depend on those
+    before, which differ between tiles while they are collected. With the demo's network what remains of that is a tenth
+    of what the scans make at the borders of tiles.
 
     Attributes:
         modules: the network's ImageMeans; it needs no context if there are none.
