@@ -25,6 +25,7 @@ def main() -> None:
         write_safetensors(arguments.output, weights, checkpoint.get('network_g'))
     except (ValueError, OSError) as error:
         raise SystemExit(str(error)) from None
+    print(f'{arguments.output}: {len(weights)} tensors')
 
 
 if __name__ == '__main__':

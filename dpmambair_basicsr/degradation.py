@@ -225,6 +225,8 @@ class Embedder:
     def classes_of_folders(self, folder: Path) -> Classes:
         """Raises OSError if there is no such folder, ValueError without enough pictures in its sub-folders."""
         folders = sub_folders(folder)
+        if not folders:
+            raise ValueError(f'{folder}: no sub-folder with pictures in it; there has to be one for each class')
         return Classes.of({name: list(self.embed(paths, name).values()) for name, paths in folders.items()})
 
     def classes_of_degradations(self, folder: Path) -> Classes:
@@ -306,7 +308,7 @@ def check_map(file: Path, method: str) -> None:
             importlib.import_module(module)
         except ImportError as error:
             option = '--output' if module == 'matplotlib' else '--map tsne'
-            raise SystemExit(f"{option} needs {library} ({error}); pip install 'dpmambair_basicsr[viewer]'") from None
+            raise SystemExit(f'{option} needs {library} ({error}); pip install matplotlib scikit-learn') from None
 
 
 def draw_map(file: Path, method: str, classes: Classes, embeddings: Tensor, kinds: list[str]) -> None:

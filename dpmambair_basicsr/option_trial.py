@@ -44,6 +44,8 @@ def check_on_trial(opt: dict, model: type | None, reported: list[str]) -> list[s
         if phase == 'train' and dataset is not None:
             attempt('datasets.train', check_batches, opt, len(dataset))
             attempt('datasets.train.gt_size', check_crop, dataset)
+    if opt['is_train'] and networks.get('network_g') is not None:
+        attempt('datasets.train.gt_size', check_crop_size, opt, networks['network_g'])
     if is_checked:
         for key, section in (opt.get('train') or {}).items():
             if key.startswith('optim_'):
@@ -96,6 +98,16 @@ def check_crop(dataset) -> None:
             path = part.paths[0]
             path = path['gt_path'] if isinstance(path, dict) else path
             fit_crop(part.images.read(path, 'gt', 0), part.opt['gt_size'], part.opt['pad_small'], path, 0)
+
+
+def check_crop_size(opt: dict, net: torch.nn.Module) -> None:
+    """Raises ValueError if crops are no multiple of what the network halves, or pads pictures to when it is tested."""
+    train, scale = opt['datasets']['train'], opt.get('scale', 1)
+    # Real-ESRGAN's data set has crops that the model cuts once more, to the gt_size at the top of the file.
+    sizes = [opt.get('gt_size', train.get('gt_size')), *(train.get('progressive') or {}).get('gt_sizes', ())]
+    unit = scale * getattr(net, 'stride', 1)
+    if wrong := [size for size in sizes if isinstance(size, int) and size % unit]:
+        raise ValueError(f'{wrong[0]} is no multiple of {unit}, as {type(net).__name__} needs it at scale {scale}')
 
 
 def no_batch(items: int, batch_size: int, ratio: float, processes: int) -> str:

@@ -245,8 +245,12 @@ def check_image(image: np.ndarray | Tensor) -> None:
     if isinstance(image, np.ndarray):
         if image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape or image.dtype not in (np.uint8, np.uint16):
             raise ValueError(f'image: {image.dtype} {image.shape}; an array has to be (H, W, 3) of uint8 or uint16')
+    elif not isinstance(image, Tensor):
+        raise ValueError(f'image: a {type(image).__name__}; it has to be a NumPy array or a tensor')
     elif image.dim() not in (3, 4) or image.shape[-3] != 3 or 0 in image.shape or not image.is_floating_point():
         raise ValueError(f'image: {image.dtype} {tuple(image.shape)}; a tensor has to be ([B,] 3, H, W) of floats')
+    elif image.amax() > 2:
+        raise ValueError(f'image: values up to {image.amax():g}; those of a tensor have to be in [0, 1]')
 
 
 def collect_array(bands: Iterator[Tensor], image: np.ndarray, scale: int) -> np.ndarray:

@@ -73,7 +73,7 @@ def check_libraries() -> None:
         try:
             importlib.import_module(library)
         except ImportError as error:
-            raise SystemExit(f"ONNX needs {library} ({error}); pip install 'dpmambair_basicsr[export]'") from None
+            raise SystemExit(f'ONNX needs {library} ({error}); pip install onnx onnxscript onnxruntime') from None
 
 
 def trace(net: nn.Module) -> ExportedProgram:

@@ -181,7 +181,7 @@ def test_mistakes_end_with_one_line(folder, monkeypatch, capsys, tmp_path):
         'v.pth: holds no degradation extractor': {'-w': tmp_path / 'v.pth'},
         'nowhere.pth': {'-w': 'nowhere.pth'},
         'class a: a class needs two or more readable pictures, it has 1': {'--reference': tmp_path / 'one'},
-        'two or more classes are needed, found none': {'--reference': 'clean'},
+        'clean: no sub-folder with pictures in it': {'--reference': 'clean'},
         'nowhere': {'--reference': 'nowhere'},
         'map.jpg: a map is a .png': {'-o': tmp_path / 'map.jpg'},
         'cannot be written: ': {'-o': tmp_path / 'text.png' / 'map.png'},
@@ -200,8 +200,8 @@ def test_mistakes_end_with_one_line(folder, monkeypatch, capsys, tmp_path):
 @pytest.mark.parametrize(
     ('module', 'arguments', 'message'),
     [
-        ('matplotlib', (), '--output needs matplotlib .*dpmambair_basicsr.viewer'),
-        ('sklearn', ('--map', 'tsne'), '--map tsne needs scikit-learn .*dpmambair_basicsr.viewer'),
+        ('matplotlib', (), '--output needs matplotlib .*pip install matplotlib scikit-learn'),
+        ('sklearn', ('--map', 'tsne'), '--map tsne needs scikit-learn .*pip install matplotlib scikit-learn'),
     ],
 )
 def test_a_missing_library_is_named_with_its_extra(module, arguments, message, folder, monkeypatch, capsys):

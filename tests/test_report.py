@@ -417,6 +417,19 @@ def test_the_average_over_the_sets_is_logged(trained):
     assert log.count('Validation average of 2 sets') == 3
 
 
+def test_the_input_is_measured_once(trained, pairs):
+    """As BasicSR measures a picture; which set it is of does not matter to the values, both have the same pairs."""
+    _, log = trained
+    said = re.findall(r'Validation (\S+): the unrestored input has psnr (\S+), ssim (\S+)\.', log)
+    assert len(said) == len({name for name, *_ in said}) == 2
+    assert all(0 < float(ssim) < 1 < float(psnr) for _, psnr, ssim in said)
+    lq, gt = (sorted(Path(pairs[f'dataroot_{kind}']).iterdir()) for kind in ('lq', 'gt'))
+    values = [
+        calculate_psnr(*(cv2.imread(str(file)) for file in pair), crop_border=0) for pair in zip(lq, gt, strict=True)
+    ]
+    assert any(float(psnr) == pytest.approx(np.mean(values), abs=1e-3) for _, psnr, _ in said)
+
+
 def test_the_best_checkpoint_is_the_network_it_says(trained):
     folder, log = trained
     best = torch.load(folder / 'experiments/run/models/net_g_best.pth', weights_only=True)

@@ -29,7 +29,7 @@ def read_checkpoint(path: str) -> dict:
     try:
         checkpoint = torch.load(path, map_location='cpu', weights_only=True)
     except FileNotFoundError:
-        raise
+        raise FileNotFoundError(f'{path} does not exist') from None
     except Exception as error:  # torch.load raises many kinds, and their messages name no file
         raise ValueError(f'{path}: is no checkpoint that torch.load can read ({type(error).__name__})') from error
     if not isinstance(checkpoint, dict):
@@ -46,7 +46,7 @@ def read_safetensors(path: str) -> dict:
             network = (file.metadata() or {}).get('network_g')
         return content if network is None else content | {'network_g': json.loads(network)}
     except FileNotFoundError:
-        raise
+        raise FileNotFoundError(f'{path} does not exist') from None
     except Exception as error:  # the package has a kind of its own
         raise ValueError(f'{path}: cannot be read by safetensors ({type(error).__name__}: {error})') from error
 

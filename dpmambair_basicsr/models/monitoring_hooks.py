@@ -28,9 +28,9 @@ class MonitoringHooks:
 
     BasicSR validates set by set and compares nothing across sets; here a round is all sets of `datasets`.
         Test: after the last set the table is logged, and written to the results folder: `dpmambair_basicsr.results`.
-        Training: the average over the sets is logged, and the network with the best average of the first metric of
-            `val.metrics` is kept as net_g_best.pth. Its value is in the same file, so a resumed training goes on from
-            there. TensorBoard gets the averages and sample images: input, output, truth.
+        Training: the metrics of the unrestored input are logged once, the average over the sets each time, and the
+            network with the best average of the first metric of `val.metrics` is kept as net_g_best.pth. Its value is
+            in the same file, so a resumed training goes on from there. TensorBoard gets the averages and sample images: input, output, truth.
     """
 
     def __init__(self, opt: dict):
@@ -39,6 +39,7 @@ class MonitoringHooks:
         self.best: dict | None = None
         self.round: list[SetResult] = []
         self.current: SetResult | None = None  # while a set is being validated
+        self.inputs_measured: set[str] = set()  # validation sets of a training
         super().__init__(opt)
 
     # The training items
@@ -77,6 +78,10 @@ class MonitoringHooks:
         done.degradation = self.current_kinds.pop() if len(self.current_kinds) == 1 else ''
         done.restored = {metric: float(value) for metric, value in self.metric_results.items()}
         done.unrestored = {metric: float(total) / done.count for metric, total in self.totals.items()}
+        if self.opt['is_train'] and done.name not in self.inputs_measured:
+            self.inputs_measured.add(done.name)
+            values = ', '.join(f'{metric} {value:.4f}' for metric, value in done.unrestored.items())
+            get_root_logger().info(f'Validation {done.name}: the unrestored input has {values or "another size"}.')
         self.round.append(done)
         if len(self.round) == len(self.set_names()):
             complete, self.round = self.round, []
@@ -91,23 +96,28 @@ class MonitoringHooks:
         if self.current is not None:
             degraded = self.network_inputs()[0].detach().cpu()
             if not self.opt['is_train']:
-                self.note_image(degraded, visuals)
-            elif self.samples is not None and len(self.samples) < SAMPLES:
+                self.note_image(degraded)
+            if not self.opt['is_train'] or self.current.name not in self.inputs_measured:
+                self.measure_input(degraded, visuals)
+            if self.opt['is_train'] and self.samples is not None and len(self.samples) < SAMPLES:
                 truth = [visuals['gt']] if 'gt' in visuals else []
                 self.samples.append(side_by_side([degraded, visuals['result'], *truth]))
         return visuals
 
-    def note_image(self, degraded: Tensor, visuals: dict[str, Tensor]) -> None:
-        """Metrics of the network's input, and where it can be seen: saved if there is no file of it."""
-        path, picture = os.path.abspath(self.current_path), tensor2img([degraded])
+    def note_image(self, degraded: Tensor) -> None:
+        """Where the network's input can be seen: saved if there is no file of it."""
+        path = os.path.abspath(self.current_path)
         name = Path(path).stem
         is_file = self.is_stored and self.network_inputs()[0] is self.lq and os.path.isfile(path)
         if self.opt['val'].get('save_img') and not is_file:
             path = os.path.join(self.opt['path']['results_root'], 'input', self.current.name, f'{name}.png')
-            imwrite(picture, path)
+            imwrite(tensor2img([degraded]), path)
         self.current.images[name] = path
+
+    def measure_input(self, degraded: Tensor, visuals: dict[str, Tensor]) -> None:
+        """Add the metrics of the network's input to `totals`, if it has the size of the result."""
         if degraded.shape == visuals['result'].shape:
-            pair = {'img': picture} | ({'img2': tensor2img([visuals['gt']])} if 'gt' in visuals else {})
+            pair = {'img': tensor2img([degraded])} | ({'img2': tensor2img([visuals['gt']])} if 'gt' in visuals else {})
             for metric, options in (self.opt['val'].get('metrics') or {}).items():
                 self.totals[metric] += calculate_metric(pair, options)
 

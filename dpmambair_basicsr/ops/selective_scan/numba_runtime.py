@@ -39,7 +39,7 @@ def _numba_trouble(name):
         load_kernels(name)
     except Exception as error:  # any: numba relies on inner parts of Python and LLVM, which change between versions
         reason = ' '.join(f'{type(error).__name__}: {error}'.split())  # on one line
-        reason = f'numba does not work ({reason}); pip install dpmambair_basicsr[cpu]'
+        reason = f'numba does not work ({reason}); pip install numba'
         _warn_once(f'selective_scan: six times faster on this CPU with numba, but {reason}')
         return reason
     return None
