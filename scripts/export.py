@@ -92,13 +92,13 @@ def scans_by(function: Callable) -> Iterator[None]:
     scan_module, omni_module = (
         importlib.import_module(f'dpmambair_basicsr.ops.{name}') for name in ('selective_scan', 'omni_scan')
     )
-    choose, can_fuse = scan_module._choose, omni_module._can_fuse
-    scan_module._choose, omni_module._can_fuse = lambda *_: 'export', lambda *_: False
+    choose_scan, choose_omni = scan_module._choose, omni_module._choose
+    scan_module._choose, omni_module._choose = lambda *_: 'export', lambda *_: None
     scan_module._scans['export'] = function
     try:
         yield
     finally:
-        scan_module._choose, omni_module._can_fuse = choose, can_fuse
+        scan_module._choose, omni_module._choose = choose_scan, choose_omni
         del scan_module._scans['export']
 
 

@@ -30,7 +30,8 @@ class MonitoringHooks:
         Test: after the last set the table is logged, and written to the results folder: `dpmambair_basicsr.results`.
         Training: the metrics of the unrestored input are logged once, the average over the sets each time, and the
             network with the best average of the first metric of `val.metrics` is kept as net_g_best.pth. Its value is
-            in the same file, so a resumed training goes on from there. TensorBoard gets the averages and sample images: input, output, truth.
+            in the same file, so a resumed training goes on from there. TensorBoard gets the averages and sample images:
+            input, output, truth.
     """
 
     def __init__(self, opt: dict):

@@ -71,10 +71,17 @@ def _kernels():
 
 
 class _Plan:
-    """How the work is divided. Depends on shapes only, so that both passes find the same tiles."""
+    """How the work is divided. Depends on shapes only, so that both passes find the same tiles.
 
-    def __init__(self, u, B):
+    Args:
+        u: (b, d, l).
+        B: (b, g, n, l).
+        rank: r, if step sizes are a product.
+    """
+
+    def __init__(self, u, B, rank=0):
         self.b, self.d, self.length = u.shape
+        self.u, self.rank = u, rank
         self.groups, self.n = B.shape[1:3]
         self.width = self.d // self.groups
         self.T = min(_POSITIONS, _power_of_2(self.length))
@@ -85,24 +92,24 @@ class _Plan:
 
     def run(self, kernel, *arguments, **flags):
         """Call one of the kernels that handle tiles."""
-        sizes = self.length, self.width, self.blocks, self.groups, self.chunks, self.n
+        sizes = self.length, self.width, self.blocks, self.groups, self.chunks, self.n, self.rank
+        flags['TURN'] = self.u.stride(1) == 1 and self.d > 1
         warps = max(1, self.rows * self.T // _ELEMENTS_PER_WARP)
         grid = (self.b * self.groups * self.blocks * self.chunks,)
         kernel[grid](*arguments, *sizes, **flags, ROWS=self.rows, T=self.T, num_warps=warps, **_COMPILER_OPTIONS)
 
-    def starts(self, x, delta, weight, A, delta_bias, delta_softplus, adjoint):
-        """The states that the chunks start from; the adjoint ones behind them likewise."""
+    def find_starts(self, starts, x, delta, weight, A, dt, delta_bias, delta_softplus, adjoint):
+        """Fill `starts` with the states that the chunks start from; the adjoint ones behind them likewise."""
         if self.chunks == 1:
-            return x.new_zeros(self.states, dtype=torch.float32)
+            starts.zero_()
+            return
         kernels = _kernels()
-        ends, starts = (x.new_empty(self.states, dtype=torch.float32) for _ in range(2))
-        sums = x.new_empty(self.b, self.chunks, self.d, dtype=torch.float32)
-        arguments = _view(x), _view(delta), _view(weight), A, delta_bias, ends, sums
+        ends, sums = torch.empty_like(starts), starts.new_empty(self.b, self.chunks, self.d)
+        arguments = x, delta, weight, A, dt, delta_bias, ends, sums
         self.run(kernels.chunk_ends, *arguments, SOFTPLUS=delta_softplus, ADJOINT=adjoint)
         options = {'ROWS': _CHAIN_ROWS, 'CHUNKS': min(_CHAIN_CHUNKS, _power_of_2(self.chunks)), **_COMPILER_OPTIONS}
         grid = self.b, -(-self.d * self.n // _CHAIN_ROWS)
         kernels.chain[grid](ends, sums, A, starts, self.d, self.n, self.chunks, ADJOINT=adjoint, **options)
-        return starts
 
 
 def _power_of_2(x):
@@ -112,6 +119,11 @@ def _power_of_2(x):
 
 def _view(x):
     return x, *x.stride()
+
+
+def _tile_view(x):
+    """x (b, d, l) as a tile's tuple, not folded."""
+    return *_view(x), None, 0
 
 
 def _contiguous(*parameters):
@@ -133,10 +145,12 @@ def _forward(
     """y, in the layout of u, and the states that `_backward` starts from, if `keep`."""
     A, D, delta_bias = _contiguous(A, D, delta_bias)
     plan, y = _Plan(u, B), torch.empty_like(u)
+    starts = u.new_empty(plan.states, dtype=torch.float32)
+    x, steps = _tile_view(u), _tile_view(delta)
     with torch.cuda.device_of(u):
-        starts = plan.starts(u, delta, B, A, delta_bias, delta_softplus, adjoint=False)
-        inputs = _view(u), _view(delta), A, _view(B), _view(C), D, delta_bias
-        plan.run(_kernels().outputs, *inputs, starts, _view(y), SOFTPLUS=delta_softplus)
+        plan.find_starts(starts, x, steps, _view(B), A, None, delta_bias, delta_softplus, adjoint=False)
+        inputs = x, steps, A, _view(B), _view(C), D, None, delta_bias, starts
+        plan.run(_kernels().outputs, *inputs, _tile_view(y), SOFTPLUS=delta_softplus, ACCUMULATE=False)
     return y, starts if keep else starts.new_empty(0)
 
 
@@ -166,11 +180,12 @@ def _backward(
     du, ddelta = torch.empty_like(u), torch.empty_like(delta)
     dB, dC = u.new_empty(2, plan.blocks, *B.shape, dtype=torch.float32)
     dparameters = u.new_empty(plan.n + 2, plan.b * plan.chunks, plan.d, dtype=torch.float32)
+    adjoints, steps, g_y = torch.empty_like(starts), _tile_view(delta), _tile_view(dy)
     with torch.cuda.device_of(u):
-        adjoints = plan.starts(dy, delta, C, A, delta_bias, delta_softplus, adjoint=True)
-        inputs = _view(u), _view(delta), A, _view(B), _view(C), D, delta_bias, starts, _view(dy), adjoints
-        results = _view(du), _view(ddelta), dB, dC, dparameters
-        plan.run(_kernels().gradients, *inputs, *results, SOFTPLUS=delta_softplus)
+        plan.find_starts(adjoints, g_y, steps, _view(C), A, None, delta_bias, delta_softplus, adjoint=True)
+        inputs = _tile_view(u), steps, A, _view(B), _view(C), D, None, delta_bias, starts, g_y, adjoints
+        results = _tile_view(du), _tile_view(ddelta), dB, dC, dparameters
+        plan.run(_kernels().gradients, *inputs, *results, SOFTPLUS=delta_softplus, ACCUMULATE=False)
     dparameters = dparameters.sum(1)
     parameters = dparameters[:-2].T, dparameters[-2], dparameters[-1]
     dA, dD, ddelta_bias = (x.to(dtype, copy=True).contiguous() for x, dtype in zip(parameters, types, strict=True))

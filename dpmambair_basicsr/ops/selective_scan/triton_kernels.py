@@ -1,4 +1,6 @@
-"""The selective scan's kernels in Triton, driven by triton_backend.py. Importing this needs Triton, but no GPU.
+"""The selective scan's kernels in Triton, driven by triton_backend.py and, for images, by triton_omni.py.
+
+Importing this needs Triton, but no GPU.
 
 A program handles one tile, `ROWS` channels of one group by `T` positions, one state after the other. Nothing is carried
 from tile to tile inside a kernel, so a long sequence has as many independent programs as it has tiles:
@@ -14,6 +16,12 @@ delta * A, never positive. All arithmetic is in fp32, whatever the type of a ten
 
 Shapes: b batch, d channels, n states, l positions, c chunks; a group has `width` channels, in `blocks` blocks of ROWS.
 Tensors that may have any strides come as tuples (pointer, stride, ...), one stride per axis; others are contiguous.
+A tile's tuple ends with `fold` and a stride: where fold is not None, position t is at t % fold on the last axis and at
+t // fold on one more, with this stride. So an image is read along its columns. Along what is reversed strides are
+negative, and the pointer is at the last element.
+
+Step sizes come as they are, (b, d, l), or, with `dt` (d, r) contiguous, as (b, 1, r, l), of which step sizes are the
+product with dt.
 """
 
 import triton
@@ -41,18 +49,40 @@ def _tile(length, width, blocks, groups, chunks, ROWS: tl.constexpr, T: tl.const
 
 
 @triton.jit
+def _tile_pointers(x, b, first, start, ROWS: tl.constexpr, T: tl.constexpr):
+    """To x[b, first : first + ROWS, start : start + T]."""
+    rows, positions = tl.arange(0, ROWS)[:, None], tl.arange(0, T)[None, :]
+    pointer = x[0] + b * x[1] + first * x[2]
+    if x[4] is None:
+        pointer += start * x[3]
+        offset = positions * x[3]
+    else:
+        positions += start.to(tl.int32)
+        offset = (positions % x[4]).to(tl.int64) * x[3] + (positions // x[4]).to(tl.int64) * x[5]
+    return pointer + rows * x[2] + offset
+
+
+@triton.jit
 def _load_tile(x, b, first, start, mask, ROWS: tl.constexpr, T: tl.constexpr):
     """x[b, first : first + ROWS, start : start + T] in fp32, 0 where masked."""
-    pointer = x[0] + b * x[1] + first * x[2] + start * x[3]
-    rows, positions = tl.arange(0, ROWS)[:, None], tl.arange(0, T)[None, :]
-    return tl.load(pointer + rows * x[2] + positions * x[3], mask=mask, other=0.0).to(tl.float32)
+    return tl.load(_tile_pointers(x, b, first, start, ROWS, T), mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def _store_tile(x, b, first, start, value, mask, ROWS: tl.constexpr, T: tl.constexpr):
-    pointer = x[0] + b * x[1] + first * x[2] + start * x[3]
-    rows, positions = tl.arange(0, ROWS)[:, None], tl.arange(0, T)[None, :]
-    tl.store(pointer + rows * x[2] + positions * x[3], value, mask=mask)
+    tl.store(_tile_pointers(x, b, first, start, ROWS, T), value, mask=mask)
+
+
+@triton.jit
+def _in_lines(x, TURN: tl.constexpr, ROWS: tl.constexpr, T: tl.constexpr):
+    """x itself. TURN: with a channel's positions in the threads of one warp, as scans are fastest.
+
+    Triton leaves a tile as it was read. With channels next to each other in memory, scans would then cross warps, and
+    the loop of `outputs` take 617 instructions instead of 166. What it gathers from it lays along the gathered axis.
+    """
+    if TURN:
+        x = tl.gather(x, tl.arange(0, T)[None, :] + tl.zeros((ROWS, T), tl.int32), 1)
+    return x
 
 
 @triton.jit
@@ -93,9 +123,17 @@ def _sigmoid(x):
 
 
 @triton.jit
-def _load_delta(delta, bias, b, first, start, mask, has_row, ROWS: tl.constexpr, T: tl.constexpr):
+def _load_delta(
+    delta, dt, rank, bias, b, first, start, mask, has_row, has_position, ROWS: tl.constexpr, T: tl.constexpr
+):
     """delta with its bias, before softplus."""
-    raw = _load_tile(delta, b, first, start, mask, ROWS, T)
+    if dt is None:
+        raw = _load_tile(delta, b, first, start, mask, ROWS, T)
+    else:
+        raw = tl.zeros((ROWS, T), tl.float32)
+        for i in range(rank):
+            low = _load_positions(delta, b, 0, i, start, has_position, T)
+            raw += _load_rows(dt, first * rank + i, rank, has_row, ROWS) * low
     if bias is not None:
         raw += _load_rows(bias, first, 1, has_row, ROWS)
     return raw
@@ -130,6 +168,7 @@ def chunk_ends(
     delta,
     weight,
     A,
+    dt,
     bias,
     ends,
     sums,
@@ -139,7 +178,9 @@ def chunk_ends(
     groups,
     chunks,
     n,
+    rank,
     SOFTPLUS: tl.constexpr,
+    TURN: tl.constexpr,
     ADJOINT: tl.constexpr,
     ROWS: tl.constexpr,
     T: tl.constexpr,
@@ -153,8 +194,11 @@ def chunk_ends(
     b, group, first, chunk, has_row, has_position = _tile(length, width, blocks, groups, chunks, ROWS, T)
     mask = has_row[:, None] & has_position[None, :]
     start = chunk * T
-    step = _steps(_load_delta(delta, bias, b, first, start, mask, has_row, ROWS, T), mask, SOFTPLUS)
+    step = _steps(
+        _load_delta(delta, dt, rank, bias, b, first, start, mask, has_row, has_position, ROWS, T), mask, SOFTPLUS
+    )
     drive = _load_tile(x, b, first, start, mask, ROWS, T)
+    step, drive = _in_lines(step, TURN, ROWS, T), _in_lines(drive, TURN, ROWS, T)
     if ADJOINT:
         span = tl.associative_scan(step, 1, _add)
     else:
@@ -207,6 +251,7 @@ def outputs(
     B,
     C,
     D,
+    dt,
     bias,
     starts,
     y,
@@ -216,20 +261,26 @@ def outputs(
     groups,
     chunks,
     n,
+    rank,
     SOFTPLUS: tl.constexpr,
+    TURN: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
     ROWS: tl.constexpr,
     T: tl.constexpr,
 ):
-    """y, from the states (b, c, n, d) that the chunks start from."""
+    """y, from the states (b, c, n, d) that the chunks start from. ACCUMULATE: added to what is in y."""
     b, group, first, chunk, has_row, has_position = _tile(length, width, blocks, groups, chunks, ROWS, T)
     mask = has_row[:, None] & has_position[None, :]
     start = chunk * T
-    step = _steps(_load_delta(delta, bias, b, first, start, mask, has_row, ROWS, T), mask, SOFTPLUS)
+    step = _steps(
+        _load_delta(delta, dt, rank, bias, b, first, start, mask, has_row, has_position, ROWS, T), mask, SOFTPLUS
+    )
     x = _load_tile(u, b, first, start, mask, ROWS, T)
     total = tl.zeros_like(x)
     if D is not None:
         total = x * _load_rows(D, first, 1, has_row, ROWS)
-    drive = step * x
+    drive = _in_lines(step * x, TURN, ROWS, T)
+    step = _in_lines(step, TURN, ROWS, T)
     d = groups * width
     of_chunk = (b * chunks + chunk) * n * d + first
     for state in range(n):
@@ -239,6 +290,8 @@ def outputs(
         h_start = _load_rows(starts, of_chunk + state * d, 1, has_row, ROWS)
         decay, h = tl.associative_scan((tl.exp2(step * rate), drive * B_row), 1, _then)
         total += (decay * h_start + h) * C_row
+    if ACCUMULATE:
+        total += _load_tile(y, b, first, start, mask, ROWS, T)
     _store_tile(y, b, first, start, total, mask, ROWS, T)
 
 
@@ -250,6 +303,7 @@ def gradients(
     B,
     C,
     D,
+    dt,
     bias,
     starts,
     dy,
@@ -265,24 +319,32 @@ def gradients(
     groups,
     chunks,
     n,
+    rank,
     SOFTPLUS: tl.constexpr,
+    TURN: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
     ROWS: tl.constexpr,
     T: tl.constexpr,
 ):
     """All gradients, from the states (b, c, n, d) at the start of the chunks and the adjoint states behind them.
 
     Args:
-        dB, dC: (blocks, b, g, n, l), one sum for each block of a group.
-        dparameters: (n + 2, b, c, d), one sum for each chunk: A's for each state, D's, delta_bias's.
+        dB, dC: (blocks, b, g, n, l), one sum for each block of a group. With dt they and ddelta, likewise (.., r, l),
+            are parts of one tensor (blocks, b, r + 2 n, l).
+        dparameters: (n + 2, b, c, d), one sum for each chunk: A's for each state, D's, delta_bias's; then dt's, if any.
+        ACCUMULATE: whether du is added to what is there.
     """
     b, group, first, chunk, has_row, has_position = _tile(length, width, blocks, groups, chunks, ROWS, T)
     mask = has_row[:, None] & has_position[None, :]
     start = chunk * T
     t = tl.arange(0, T)[None, :]
     d = groups * width
-    step = _steps(_load_delta(delta, bias, b, first, start, mask, has_row, ROWS, T), mask, SOFTPLUS)
-    drive = step * _load_tile(u, b, first, start, mask, ROWS, T)
-    g_y = _load_tile(dy, b, first, start, mask, ROWS, T)
+    step = _steps(
+        _load_delta(delta, dt, rank, bias, b, first, start, mask, has_row, has_position, ROWS, T), mask, SOFTPLUS
+    )
+    step = _in_lines(step, TURN, ROWS, T)
+    drive = step * _in_lines(_load_tile(u, b, first, start, mask, ROWS, T), TURN, ROWS, T)
+    g_y = _in_lines(_load_tile(dy, b, first, start, mask, ROWS, T), TURN, ROWS, T)
     index = t + tl.zeros((ROWS, T), tl.int32)
     drive_before = tl.gather(drive, tl.maximum(index - 1, 0), 1)
     step_after = tl.gather(step, tl.minimum(index + 1, T - 1), 1)
@@ -291,7 +353,8 @@ def gradients(
     of_chunk = (b * chunks + chunk) * n * d + first
     batch = (tl.num_programs(0) // (blocks * groups * chunks)).to(tl.int64)
     block = (first - group * width) // ROWS
-    from_position = ((block * batch + b) * groups + group) * n * length + start
+    lines = n if dt is None else rank + 2 * n
+    from_position = ((block * batch + b) * groups + group) * lines * length + start
     positions, rows = tl.arange(0, T), tl.arange(0, ROWS)
     of_state = dparameters + (b * chunks + chunk) * d + first
     for state in range(n):
@@ -321,12 +384,37 @@ def gradients(
     x = _load_tile(u, b, first, start, mask, ROWS, T)
     g_delta = from_A + from_B * x
     if SOFTPLUS:
-        g_delta *= _sigmoid(_load_delta(delta, bias, b, first, start, mask, has_row, ROWS, T))
+        raw = _load_delta(delta, dt, rank, bias, b, first, start, mask, has_row, has_position, ROWS, T)
+        g_delta *= _sigmoid(raw)
     g_u = from_B * step
     if D is not None:
         g_u += g_y * _load_rows(D, first, 1, has_row, ROWS)
+    if ACCUMULATE:
+        g_u += _load_tile(du, b, first, start, mask, ROWS, T)
     _store_tile(du, b, first, start, g_u, mask, ROWS, T)
-    _store_tile(ddelta, b, first, start, g_delta, mask, ROWS, T)
     # Masked positions need no mask in these sums: x, dy and so all gradients are 0 there.
     tl.store(of_state + rows, tl.sum(g_y * x, 1), mask=has_row)
-    tl.store(of_state + batch * chunks * d + rows, tl.sum(g_delta, 1), mask=has_row)
+    of_state += batch * chunks * d
+    tl.store(of_state + rows, tl.sum(g_delta, 1), mask=has_row)
+    if dt is None:
+        _store_tile(ddelta, b, first, start, g_delta, mask, ROWS, T)
+    else:
+        for i in range(rank):
+            of_state += batch * chunks * d
+            weight = _load_rows(dt, first * rank + i, rank, has_row, ROWS)
+            low = _load_positions(delta, b, 0, i, start, has_position, T)
+            tl.store(ddelta[0] + from_position + i * length + positions, tl.sum(g_delta * weight, 0), mask=has_position)
+            tl.store(of_state + rows, tl.sum(g_delta * low, 1), mask=has_row)
+
+
+@triton.jit
+def add_parts(source, target, parts, lines, length, ROWS: tl.constexpr, T: tl.constexpr):
+    """Sum source (parts * b, lines, l) over parts into target (b, lines, l), both tiles' tuples. parts=1 copies."""
+    start = tl.program_id(0).to(tl.int64) * T
+    first = tl.program_id(1).to(tl.int64) * ROWS
+    b, batch = tl.program_id(2).to(tl.int64), tl.num_programs(2)
+    mask = (first + tl.arange(0, ROWS) < lines)[:, None] & (start + tl.arange(0, T) < length)[None, :]
+    total = tl.zeros((ROWS, T), tl.float32)
+    for part in range(parts):
+        total += _load_tile(source, part * batch + b, first, start, mask, ROWS, T)
+    _store_tile(target, b, first, start, total, mask, ROWS, T)
