@@ -8,7 +8,7 @@ from copy import deepcopy
 import torch
 
 from dpmambair_basicsr.data.image_files import fit_crop
-from dpmambair_basicsr.models.checkpoints import differences, read_weights
+from dpmambair_basicsr.models.checkpoints import differences, read_checkpoint, read_weights, select_weights
 from dpmambair_basicsr.option_types import arguments_of, describe, optimizers, our_type, schedulers, will_resume
 
 
@@ -58,7 +58,7 @@ def check_on_trial(opt: dict, model: type | None, reported: list[str]) -> list[s
             if file is None or not key.startswith('pretrain_network_') or network == 'network_e':
                 continue
             if networks.get(network) is not None or (is_checked and network in opt):
-                attempt(f'path.{key}', check_checkpoint, opt['path'], network, networks.get(network))
+                attempt(f'path.{key}', check_checkpoint, opt, network, networks.get(network))
         if opt['is_train'] and is_checked and networks.get('network_g') is not None:
             attempt('path.pretrain_network_e', check_extractor, opt['path'], networks['network_g'])
     return problems
@@ -117,13 +117,25 @@ def no_batch(items: int, batch_size: int, ratio: float, processes: int) -> str:
     )
 
 
-def check_checkpoint(path: dict, network: str, net: torch.nn.Module | None) -> None:
+def check_checkpoint(opt: dict, network: str, net: torch.nn.Module | None) -> None:
     """Raises ValueError if `pretrain_<network>` cannot be read, or does not fit the network, if that is ours."""
+    path = opt['path']
     file, name = path[f'pretrain_{network}'], network.removeprefix('network_')
-    weights = read_weights(file, path.get(f'param_key_{name}', 'params'), 'params')
+    checkpoint = read_checkpoint(file)
+    weights = select_weights(file, checkpoint, path.get(f'param_key_{name}', 'params'), 'params')
     report = differences(net, weights) if net is not None and path.get(f'strict_load_{name}', True) else ''
     if report:
-        raise ValueError(f'{file}: {report}')
+        raise ValueError(f'{file}: {other_options(checkpoint.get(network), opt[network], network)}{report}')
+
+
+def other_options(of_file: dict | None, wanted: dict, network: str) -> str:
+    """In what the network that was saved differs from the one of the options, if the file says it."""
+    found = [
+        f'{key} {of_file[key]!r} (options: {wanted.get(key, "its default")!r})'
+        for key in of_file or ()
+        if of_file[key] != wanted.get(key)
+    ]
+    return f'its {network} has {", ".join(found)}; ' if found else ''
 
 
 def check_extractor(path: dict, net: torch.nn.Module) -> None:

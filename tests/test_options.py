@@ -394,6 +394,8 @@ def checkpoints(tmp_path_factory):
     network = DPMambaIR(**{key: value for key, value in NETWORK.items() if key != 'type'})
     torch.save({'params': DegradationAutoencoder(**STAGE_1).state_dict()}, folder / 'stage_1.pth')
     torch.save({'params': network.state_dict()}, folder / 'whole.pth')
+    saved = {**NETWORK, 'dim': 12, 'num_refinement_blocks': 0}
+    torch.save({'params': {'x': torch.zeros(1)}, 'network_g': saved}, folder / 'other.pth')
     (folder / 'cut.pth').write_bytes((folder / 'whole.pth').read_bytes()[:-100])
     return folder
 
@@ -459,6 +461,16 @@ FOUND_ON_TRIAL = {
         'path.pretrain_network_g',
         'stage_1.pth',
         'path.pretrain_network_g: .*stage_1.pth: does not fit DPMambaIR: [0-9]+ missing in the file',
+    ),
+    'other network': (
+        'path.pretrain_network_g',
+        'other.pth',
+        r'path.pretrain_network_g: .*other.pth: its network_g has dim 12 \(options: 8\), num_refinement_blocks 0 \(options: 1\); does not fit',
+    ),
+    'a crop that cannot be halved': (
+        'datasets.train.gt_size',
+        20,
+        'datasets.train.gt_size: 20 is no multiple of 8, as DPMambaIR needs it at scale 1',
     ),
     'cut short': ('path.pretrain_network_g', 'cut.pth', 'path.pretrain_network_g: .*cut.pth'),
     'no such weights': (
