@@ -465,7 +465,8 @@ FOUND_ON_TRIAL = {
     'other network': (
         'path.pretrain_network_g',
         'other.pth',
-        r'path.pretrain_network_g: .*other.pth: its network_g has dim 12 \(options: 8\), num_refinement_blocks 0 \(options: 1\); does not fit',
+        r'path.pretrain_network_g: .*other.pth: its network_g has dim 12 \(options: 8\), '
+        r'num_refinement_blocks 0 \(options: 1\); does not fit',
     ),
     'a crop that cannot be halved': (
         'datasets.train.gt_size',
