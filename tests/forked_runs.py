@@ -6,11 +6,13 @@ Real processes: they can be killed, signalled and limited, and have an exit stat
 import math
 import multiprocessing
 import os
+import random
 import resource
 import socket
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import dpmambair_basicsr.train
@@ -194,12 +196,19 @@ def train(opt: dict, folder: Path, *arguments: str) -> str:
     return run.log()
 
 
+def free_port() -> int:
+    """Below those that systems give to outgoing connections, one of which might take it before the training does."""
+    while True:
+        port = random.SystemRandom().randrange(20_000, 32_000)
+        with socket.socket() as free, suppress(OSError):
+            free.bind(('localhost', port))
+            return port
+
+
 def start_processes(opt: dict, folder: Path | list[Path], *arguments: str) -> list[Training]:
     """One training in two processes, as torchrun starts them; in one folder, or each in its own."""
     folders = folder if isinstance(folder, list) else [folder, folder]
-    with socket.socket() as free:
-        free.bind(('localhost', 0))
-        environment = {'MASTER_ADDR': 'localhost', 'MASTER_PORT': str(free.getsockname()[1]), 'WORLD_SIZE': '2'}
+    environment = {'MASTER_ADDR': 'localhost', 'MASTER_PORT': str(free_port()), 'WORLD_SIZE': '2'}
     arguments = ('--launcher', 'pytorch', *arguments)
     ranks = [environment | {'RANK': str(rank), 'LOCAL_RANK': str(rank)} for rank in range(2)]
     return [Training(opt, own, *arguments, environment=rank) for own, rank in zip(folders, ranks, strict=True)]

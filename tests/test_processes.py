@@ -114,7 +114,7 @@ def test_validation_of_a_network_with_buffers_and_without_average(images, tmp_pa
     opt = changed(opt, changes)
     runs = start_processes(opt, [first, second])
     assert [run.status() for run in runs] == [0, 0], runs[0].log() + runs[1].log()
-    assert runs[0].log().count('Validation val set') == 4 and 'Validation' not in runs[1].log()
+    assert runs[0].log().count('Validation val set\n') == 4 and 'Validation' not in runs[1].log()
     train(changed(opt, {'datasets.train.batch_size_per_gpu': 4}), alone)
     (two,), (one,), (early,) = weights(first).values(), weights(alone).values(), weights(first, 2).values()
     assert distance(two, one) < 1e-3 * distance(two, early), 'the processes have gone on together'

@@ -35,7 +35,7 @@ def converted(tmp_path_factory):
     content = {'params': network(0), 'params_ema': network(1), 'network_g': NETWORK}
     torch.save(content, folder / 'net.pth')
     result = python('-m', 'dpmambair_basicsr.convert', 'net.pth', 'net.safetensors', cwd=folder)
-    assert result.returncode == 0 and not result.stdout, result.stdout
+    assert result.returncode == 0 and re.fullmatch(r'net\.safetensors: \d+ tensors\n', result.stdout), result.stdout
     write(folder / 'net.pth', folder / 'params.safetensors', '--key', 'params')
     return folder
 
