@@ -12,29 +12,15 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from operator_checks import assert_compiles_without_a_graph_break, assert_exports_as_one_node
 from test_selective_scan import assert_agrees, run_with_grads, scan_inputs
 from torch.utils.data import DataLoader, Dataset
 
 from dpmambair_basicsr.ops import selective_scan
-from dpmambair_basicsr.ops.selective_scan import numba_backend, numba_runtime
+from dpmambair_basicsr.ops.selective_scan import numba_backend
 
 pytest.importorskip('numba', reason='the extra [cpu] is not installed')
-
-
-@pytest.fixture(autouse=True)
-def nan_in_new_memory():
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-@pytest.fixture
-def threads(monkeypatch):
-    """A function that sets the number of threads; even tiny scans then use them all."""
-    monkeypatch.setattr(numba_runtime, '_STATES_PER_THREAD', 1)
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures('nan_in_new_memory')
 
 
 def small_inputs(**options):
@@ -193,7 +179,7 @@ def test_is_a_well_formed_operator(without):
     torch.library.opcheck(numba_backend._forward, (*inputs, True, True), rtol=1e-4, atol=1e-5)
     inputs = [None if x is None else x.detach() for x in inputs]
     y, states = numba_backend._forward(*inputs, True, True)
-    torch.library.opcheck(numba_backend._backward, (*inputs, True, states, y))
+    torch.library.opcheck(numba_backend._backward, (*inputs, states, y, True))
 
 
 class Projected(torch.nn.Module):
@@ -212,20 +198,12 @@ class Projected(torch.nn.Module):
 
 def test_compiles_without_a_graph_break():
     module = Projected()
-    loss = module(module.u)
-    expected = torch.autograd.grad(loss, list(module.parameters()))
-    compiled = torch.compile(module, backend='aot_eager', fullgraph=True)(module.u)
-    torch.testing.assert_close(compiled, loss)
-    for gradient, other in zip(torch.autograd.grad(compiled, list(module.parameters())), expected, strict=True):
-        torch.testing.assert_close(gradient, other)
+    assert_compiles_without_a_graph_break(module, module.u)
 
 
 def test_exports_as_one_node():
     module = Projected()
-    program = torch.export.export(module, (module.u,))
-    torch.testing.assert_close(program.module()(module.u), module(module.u))
-    scans = [node for node in program.graph.nodes if 'selective_scan' in str(node.target)]
-    assert [str(node.target) for node in scans] == ['dpmambair_basicsr.selective_scan_numba.default']
+    assert_exports_as_one_node(module, module.u, 'selective_scan_numba')
 
 
 def test_says_that_a_call_recorded_without_gradients_has_none():

@@ -9,34 +9,20 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from operator_checks import assert_compiles_without_a_graph_break, assert_exports_as_one_node
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
 
 from dpmambair_basicsr.archs.blocks import directional_scan
 from dpmambair_basicsr.ops import omni_scan
-from dpmambair_basicsr.ops.selective_scan import numba_omni, numba_runtime
+from dpmambair_basicsr.ops.selective_scan import numba_omni
 
+pytestmark = pytest.mark.usefixtures('nan_in_new_memory')
 CPU, FP32 = torch.device('cpu'), torch.float32
 needs_numba = pytest.mark.skipif(numba_omni.why_not(CPU, FP32) is not None, reason='the extra [cpu] is not installed')
 
 # Largest error allowed in fp32, as a part of the largest entry, or of 0.1 where a sum over the pixels all but vanishes.
 TOLERANCE = 5e-6  # measured up to 2e-6
-
-
-@pytest.fixture(autouse=True)
-def nan_in_new_memory():
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-@pytest.fixture
-def threads(monkeypatch):
-    """A function that sets the number of threads; even tiny scans then use them all."""
-    monkeypatch.setattr(numba_runtime, '_STATES_PER_THREAD', 1)
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
 
 
 def omni_inputs(b=2, d=20, size=(5, 7), n=4, directions=(0, 1, 2, 3), rank=3, per_sample=False, dtype=FP32, seed=0):
@@ -365,21 +351,13 @@ class Omni(torch.nn.Module):
 @needs_numba
 def test_compiles_without_a_graph_break():
     module = Omni()
-    loss = module(module.x)
-    expected = torch.autograd.grad(loss, list(module.parameters()))
-    compiled = torch.compile(module, backend='aot_eager', fullgraph=True)(module.x)
-    torch.testing.assert_close(compiled, loss)
-    for gradient, other in zip(torch.autograd.grad(compiled, list(module.parameters())), expected, strict=True):
-        torch.testing.assert_close(gradient, other)
+    assert_compiles_without_a_graph_break(module, module.x)
 
 
 @needs_numba
 def test_exports_as_one_node():
     module = Omni()
-    program = torch.export.export(module, (module.x,))
-    torch.testing.assert_close(program.module()(module.x), module(module.x))
-    scans = [str(node.target) for node in program.graph.nodes if 'scan' in str(node.target)]
-    assert scans == ['dpmambair_basicsr.omni_scan_numba.default']
+    assert_exports_as_one_node(module, module.x, 'omni_scan_numba')
 
 
 @needs_numba

@@ -14,12 +14,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from operator_checks import assert_compiles_without_a_graph_break, assert_exports_as_one_node
 from test_selective_scan import TOLERANCE, run_with_grads, scan_inputs, weights
 
 from dpmambair_basicsr.ops import selective_scan
 from dpmambair_basicsr.ops.selective_scan import available_backends, triton_backend
 
 pytest.importorskip('triton', reason="Triton comes with PyTorch's CUDA builds; pip install triton")
+pytestmark = pytest.mark.usefixtures('nan_in_new_memory')
 
 INTERPRETED = os.environ.get('TRITON_INTERPRET') == '1'
 DEVICE = 'cpu' if INTERPRETED or not torch.cuda.is_available() else 'cuda'
@@ -42,13 +44,6 @@ def run_in_the_interpreter(file):
 @pytest.mark.skipif(INTERPRETED or DEVICE == 'cuda', reason='the tests run in this process')
 def test_in_the_interpreter():
     run_in_the_interpreter(__file__)
-
-
-@pytest.fixture(autouse=True)
-def nan_in_new_memory():
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture(autouse=True)
@@ -230,7 +225,7 @@ def test_is_a_well_formed_operator(without, dtype):
     torch.library.opcheck(triton_backend._forward, (*inputs, True, True), rtol=1e-2, atol=1e-2)
     inputs = [None if x is None else x.detach() for x in inputs]
     y, states = triton_backend._forward(*inputs, True, True)
-    torch.library.opcheck(triton_backend._backward, (*inputs, True, states, y))
+    torch.library.opcheck(triton_backend._backward, (*inputs, states, y, True))
 
 
 class Projected(torch.nn.Module):
@@ -250,21 +245,13 @@ class Projected(torch.nn.Module):
 @runs
 def test_compiles_without_a_graph_break():
     module = Projected()
-    loss = module(module.u)
-    expected = torch.autograd.grad(loss, list(module.parameters()))
-    compiled = torch.compile(module, backend='aot_eager', fullgraph=True)(module.u)
-    torch.testing.assert_close(compiled, loss)
-    for gradient, other in zip(torch.autograd.grad(compiled, list(module.parameters())), expected, strict=True):
-        torch.testing.assert_close(gradient, other)
+    assert_compiles_without_a_graph_break(module, module.u)
 
 
 @runs
 def test_exports_as_one_node():
     module = Projected()
-    program = torch.export.export(module, (module.u,))
-    torch.testing.assert_close(program.module()(module.u), module(module.u))
-    scans = [node for node in program.graph.nodes if 'selective_scan' in str(node.target)]
-    assert [str(node.target) for node in scans] == ['dpmambair_basicsr.selective_scan_triton.default']
+    assert_exports_as_one_node(module, module.u, 'selective_scan_triton')
 
 
 @runs
@@ -371,7 +358,7 @@ def resources(compiled, path):
 )
 def test_compiles_for_hopper_and_hardly_spills(layout, dtype, sizes, monkeypatch, tmp_path):
     monkeypatch.undo()  # the tiles of a GPU
-    kernels, calls = triton_backend._kernels(), []
+    kernels, calls = triton_backend.load_kernels(), []
     for name in ('chunk_ends', 'chain', 'outputs', 'gradients'):
         monkeypatch.setattr(kernels, name, Recorder(getattr(kernels, name), calls))
     b, d, n, length, g = sizes
@@ -381,7 +368,7 @@ def test_compiles_for_hopper_and_hardly_spills(layout, dtype, sizes, monkeypatch
     if layout == 'd contiguous':
         inputs |= {name: inputs[name].mT.contiguous().mT for name in ('u', 'delta')}
     y, starts = triton_backend._forward(*inputs.values(), True, True)
-    triton_backend._backward(*inputs.values(), True, starts, y)
+    triton_backend._backward(*inputs.values(), starts, y, True)
     assert len(calls) == (2 if length == 1 else 6)
     for kernel, arguments, options in calls:
         compiled = compile_for_hopper(kernel, arguments, options)

@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+from operator_checks import assert_compiles_without_a_graph_break, assert_exports_as_one_node
 from test_omni_scan import assert_close, assert_same, in_double, omni_inputs, run_with_grads
 from test_triton_backend import (
     DEVICE,
@@ -221,21 +222,13 @@ class Omni(torch.nn.Module):
 @runs
 def test_compiles_without_a_graph_break():
     module = Omni()
-    loss = module(module.x)
-    expected = torch.autograd.grad(loss, list(module.parameters()))
-    compiled = torch.compile(module, backend='aot_eager', fullgraph=True)(module.x)
-    torch.testing.assert_close(compiled, loss)
-    for gradient, other in zip(torch.autograd.grad(compiled, list(module.parameters())), expected, strict=True):
-        torch.testing.assert_close(gradient, other)
+    assert_compiles_without_a_graph_break(module, module.x)
 
 
 @runs
 def test_exports_as_one_node():
     module = Omni()
-    program = torch.export.export(module, (module.x,))
-    torch.testing.assert_close(program.module()(module.x), module(module.x))
-    scans = [str(node.target) for node in program.graph.nodes if 'scan' in str(node.target)]
-    assert scans == ['dpmambair_basicsr.omni_scan_triton.default']
+    assert_exports_as_one_node(module, module.x, 'omni_scan_triton')
 
 
 @runs
@@ -265,7 +258,7 @@ SPILLED_BYTES = {'VmambaIR': 64, 'odd': 320, 'ones': 0}
 )
 def test_compiles_for_hopper_and_hardly_spills(case, dtype, options, monkeypatch, tmp_path):
     monkeypatch.undo()  # the tiles of a GPU
-    kernels, calls = triton_backend._kernels(), []
+    kernels, calls = triton_backend.load_kernels(), []
     for name in ('add_parts', 'chunk_ends', 'chain', 'outputs', 'gradients'):
         monkeypatch.setattr(kernels, name, Recorder(getattr(kernels, name), calls))
     inputs = projected_inputs(directions=(0, 1), **options)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dpmambair_basicsr.ops.selective_scan import numba_runtime
+from dpmambair_basicsr.ops.selective_scan.gradients import differentiate, keeps_states
 from dpmambair_basicsr.ops.selective_scan.numba_runtime import (
     CHUNK,
     LANES,
@@ -36,9 +37,7 @@ _KERNELS = 'numba_kernels'
 def scan(u, delta, A, B, C, D, delta_bias, delta_softplus):
     """`selective_scan`'s contract, with B, C (b, g, n, l) and every tensor fp32 on the CPU."""
     inputs = (u, delta, A, B, C, D, delta_bias)
-    differentiable = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
-    keep = differentiable or torch.jit.is_tracing()  # a trace, which may be taken without gradients, fixes this value
-    return _forward(*inputs, delta_softplus, keep)[0]
+    return _forward(*inputs, delta_softplus, keeps_states(inputs))[0]
 
 
 def why_not(device, dtype):
@@ -98,9 +97,9 @@ def _backward(
     C: Tensor,
     D: Tensor | None,
     delta_bias: Tensor | None,
-    delta_softplus: bool,
     states: Tensor,
     dy: Tensor,
+    delta_softplus: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients of the seven tensors, D and delta_bias counting as zeros where they are None."""
     kernels = load_kernels(_KERNELS)
@@ -137,28 +136,13 @@ def _backward(
 
 
 @_backward.register_fake
-def _(u, delta, A, B, C, D, delta_bias, delta_softplus, states, dy):
+def _(u, delta, A, B, C, D, delta_bias, states, dy, delta_softplus):
     d = u.shape[1]
     contiguous = (x.new_empty(x.shape) for x in (A, B, C))
     return torch.empty_like(u), torch.empty_like(delta), *contiguous, u.new_empty(d), u.new_empty(d)
 
 
-def _setup_context(ctx, inputs, output):
-    *tensors, ctx.delta_softplus, ctx.keep = inputs
-    ctx.save_for_backward(*tensors, output[1])
-    ctx.set_materialize_grads(False)  # the states would get one, of zeros
-
-
-def _gradients(ctx, dy, _):
-    if not ctx.keep:
-        raise RuntimeError('selective_scan: no gradients through a call that was recorded with gradients switched off')
-    *tensors, states = ctx.saved_tensors
-    gradients = _backward(*tensors, ctx.delta_softplus, states, dy)
-    needed = ctx.needs_input_grad[: len(tensors)]
-    return *(x if need else None for x, need in zip(gradients, needed, strict=True)), None, None
-
-
-_forward.register_autograd(_gradients, setup_context=_setup_context)
+differentiate(_forward, _backward, 7)
 
 
 def _pack(A, D, delta_bias, groups):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dpmambair_basicsr.ops.selective_scan import numba_runtime
+from dpmambair_basicsr.ops.selective_scan.gradients import differentiate, keeps_states
 from dpmambair_basicsr.ops.selective_scan.numba_runtime import (
     CHUNK,
     LANES,
@@ -57,8 +58,7 @@ def scan(
         (b, h * w, d).
     """
     inputs = x, projected, dt_weight, dt_bias, A, D
-    keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
-    return _forward(*inputs, list(directions), *size, keep)[0]
+    return _forward(*inputs, list(directions), *size, keeps_states(inputs))[0]
 
 
 def _layout(x, dt_weight, A):
@@ -163,17 +163,4 @@ def _(x, projected, dt_weight, dt_bias, A, D, states, dy, directions, height, wi
     return tuple(tensor.new_empty(tensor.shape) for tensor in (x, projected, dt_weight, dt_bias, A, D))
 
 
-def _setup_context(ctx, inputs, output):
-    *tensors, ctx.directions, ctx.height, ctx.width, ctx.keep = inputs
-    ctx.save_for_backward(*tensors, output[1])
-    ctx.set_materialize_grads(False)  # the states would get one, of zeros
-
-
-def _gradients(ctx, dy, _):
-    if not ctx.keep:
-        raise RuntimeError('omni_scan: no gradients through a call that was recorded with gradients switched off')
-    gradients = _backward(*ctx.saved_tensors, dy, ctx.directions, ctx.height, ctx.width)
-    return *(x if need else None for x, need in zip(gradients, ctx.needs_input_grad[:6], strict=True)), *[None] * 4
-
-
-_forward.register_autograd(_gradients, setup_context=_setup_context)
+differentiate(_forward, _backward, 6)

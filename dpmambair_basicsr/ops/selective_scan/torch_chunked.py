@@ -24,6 +24,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dpmambair_basicsr.ops.selective_scan.gradients import keeps_states
+
 # Elements of one step. On a CPU its few tensors stay in cache and still outweigh the cost of a call; measured flat from
 # 2^15 to 2^17. Elsewhere a launch costs more, so steps are larger (not measured).
 _STEP_ELEMENTS_CPU = 2**16
@@ -331,9 +333,7 @@ _scan.register_autograd(_differentiate, setup_context=_save)
 def scan(u, delta, A, B, C, D, delta_bias, delta_softplus):
     """`selective_scan`'s contract, with B, C (b, g, n, l) and every tensor of one type, fp32 or fp64."""
     tensors = (u, delta, A, B, C, D, delta_bias)
-    differentiable = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-    keep = differentiable or torch.jit.is_tracing()  # a trace, which may be taken without gradients, fixes this value
-    return _scan(*tensors, delta_softplus, keep)[0]
+    return _scan(*tensors, delta_softplus, keeps_states(tensors))[0]
 
 
 def why_not(device, dtype):

@@ -15,13 +15,15 @@ import os
 import torch
 from torch import Tensor
 
+from dpmambair_basicsr.ops.selective_scan.gradients import differentiate, keeps_states
+
 # A tile. Each thread of a warp scans 4 positions of a channel, the fewer shuffles the more; the channels share what is
 # read of B and C, and their sums of dB and dC. With 8 elements per thread `gradients` fits into 128 registers without
 # spilling, so that a GPU holds 4 warps per scheduler; 16 take 15 percent fewer instructions, but 255 registers.
 _POSITIONS = 128
 _CHANNELS = 16
 _ELEMENTS_PER_WARP = 8 * 32
-_COMPILER_OPTIONS = {'maxnreg': 128, 'enable_fp_fusion': True}
+COMPILER_OPTIONS = {'maxnreg': 128, 'enable_fp_fusion': True}
 # `chain` has tiles of its own, of as many (channel, state) pairs by as many chunks.
 _CHAIN_ROWS, _CHAIN_CHUNKS = 16, 64
 
@@ -29,9 +31,7 @@ _CHAIN_ROWS, _CHAIN_CHUNKS = 16, 64
 def scan(u, delta, A, B, C, D, delta_bias, delta_softplus):
     """`selective_scan`'s contract, with B, C (b, g, n, l) and every tensor fp32, bf16 or fp16."""
     inputs = (u, delta, A, B, C, D, delta_bias)
-    differentiable = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
-    keep = differentiable or torch.jit.is_tracing()  # a trace, which may be taken without gradients, fixes this value
-    return _forward(*inputs, delta_softplus, keep)[0]
+    return _forward(*inputs, delta_softplus, keeps_states(inputs))[0]
 
 
 def why_not(device, dtype):
@@ -52,7 +52,7 @@ def _triton_trouble():
     try:
         from triton.runtime import driver
 
-        _kernels()
+        load_kernels()
         driver.active.utils  # noqa: B018  (Triton compiles its C code that talks to the driver, once per installation)
     except Exception as error:  # any: a missing package, compiler or Python.h, or a driver that is too old
         reason = ' '.join(f'{type(error).__name__}: {error}'.split())  # on one line
@@ -64,13 +64,13 @@ def _triton_trouble():
 
 
 @functools.cache
-def _kernels():
+def load_kernels():
     from dpmambair_basicsr.ops.selective_scan import triton_kernels
 
     return triton_kernels
 
 
-class _Plan:
+class Plan:
     """How the work is divided. Depends on shapes only, so that both passes find the same tiles.
 
     Args:
@@ -84,8 +84,8 @@ class _Plan:
         self.u, self.rank = u, rank
         self.groups, self.n = B.shape[1:3]
         self.width = self.d // self.groups
-        self.T = min(_POSITIONS, _power_of_2(self.length))
-        self.rows = min(_CHANNELS, _power_of_2(self.width))
+        self.T = min(_POSITIONS, power_of_2(self.length))
+        self.rows = min(_CHANNELS, power_of_2(self.width))
         self.chunks = -(-self.length // self.T)
         self.blocks = -(-self.width // self.rows)  # of a group
         self.states = self.b, self.chunks, self.n, self.d  # the shape of one state per chunk
@@ -96,37 +96,37 @@ class _Plan:
         flags['TURN'] = self.u.stride(1) == 1 and self.d > 1
         warps = max(1, self.rows * self.T // _ELEMENTS_PER_WARP)
         grid = (self.b * self.groups * self.blocks * self.chunks,)
-        kernel[grid](*arguments, *sizes, **flags, ROWS=self.rows, T=self.T, num_warps=warps, **_COMPILER_OPTIONS)
+        kernel[grid](*arguments, *sizes, **flags, ROWS=self.rows, T=self.T, num_warps=warps, **COMPILER_OPTIONS)
 
     def find_starts(self, starts, x, delta, weight, A, dt, delta_bias, delta_softplus, adjoint):
         """Fill `starts` with the states that the chunks start from; the adjoint ones behind them likewise."""
         if self.chunks == 1:
             starts.zero_()
             return
-        kernels = _kernels()
+        kernels = load_kernels()
         ends, sums = torch.empty_like(starts), starts.new_empty(self.b, self.chunks, self.d)
         arguments = x, delta, weight, A, dt, delta_bias, ends, sums
         self.run(kernels.chunk_ends, *arguments, SOFTPLUS=delta_softplus, ADJOINT=adjoint)
-        options = {'ROWS': _CHAIN_ROWS, 'CHUNKS': min(_CHAIN_CHUNKS, _power_of_2(self.chunks)), **_COMPILER_OPTIONS}
+        options = {'ROWS': _CHAIN_ROWS, 'CHUNKS': min(_CHAIN_CHUNKS, power_of_2(self.chunks)), **COMPILER_OPTIONS}
         grid = self.b, -(-self.d * self.n // _CHAIN_ROWS)
         kernels.chain[grid](ends, sums, A, starts, self.d, self.n, self.chunks, ADJOINT=adjoint, **options)
 
 
-def _power_of_2(x):
+def power_of_2(x):
     """The smallest that is not below x."""
     return 1 << (x - 1).bit_length()
 
 
-def _view(x):
+def view(x):
     return x, *x.stride()
 
 
-def _tile_view(x):
+def tile_view(x):
     """x (b, d, l) as a tile's tuple, not folded."""
-    return *_view(x), None, 0
+    return *view(x), None, 0
 
 
-def _contiguous(*parameters):
+def contiguous(*parameters):
     return (None if x is None else x.contiguous() for x in parameters)
 
 
@@ -143,20 +143,20 @@ def _forward(
     keep: bool,
 ) -> tuple[Tensor, Tensor]:
     """y, in the layout of u, and the states that `_backward` starts from, if `keep`."""
-    A, D, delta_bias = _contiguous(A, D, delta_bias)
-    plan, y = _Plan(u, B), torch.empty_like(u)
+    A, D, delta_bias = contiguous(A, D, delta_bias)
+    plan, y = Plan(u, B), torch.empty_like(u)
     starts = u.new_empty(plan.states, dtype=torch.float32)
-    x, steps = _tile_view(u), _tile_view(delta)
+    x, steps = tile_view(u), tile_view(delta)
     with torch.cuda.device_of(u):
-        plan.find_starts(starts, x, steps, _view(B), A, None, delta_bias, delta_softplus, adjoint=False)
-        inputs = x, steps, A, _view(B), _view(C), D, None, delta_bias, starts
-        plan.run(_kernels().outputs, *inputs, _tile_view(y), SOFTPLUS=delta_softplus, ACCUMULATE=False)
+        plan.find_starts(starts, x, steps, view(B), A, None, delta_bias, delta_softplus, adjoint=False)
+        inputs = x, steps, A, view(B), view(C), D, None, delta_bias, starts
+        plan.run(load_kernels().outputs, *inputs, tile_view(y), SOFTPLUS=delta_softplus, ACCUMULATE=False)
     return y, starts if keep else starts.new_empty(0)
 
 
 @_forward.register_fake
 def _(u, delta, A, B, C, D, delta_bias, delta_softplus, keep):
-    states = _Plan(u, B).states if keep else (0,)
+    states = Plan(u, B).states if keep else (0,)
     return torch.empty_like(u), u.new_empty(states, dtype=torch.float32)
 
 
@@ -169,23 +169,23 @@ def _backward(
     C: Tensor,
     D: Tensor | None,
     delta_bias: Tensor | None,
-    delta_softplus: bool,
     starts: Tensor,
     dy: Tensor,
+    delta_softplus: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients of the seven tensors, in their types; in fp32, and to be ignored, for those that are None."""
     types = [torch.float32 if x is None else x.dtype for x in (A, D, delta_bias)]
-    A, D, delta_bias = _contiguous(A, D, delta_bias)
-    plan = _Plan(u, B)
+    A, D, delta_bias = contiguous(A, D, delta_bias)
+    plan = Plan(u, B)
     du, ddelta = torch.empty_like(u), torch.empty_like(delta)
     dB, dC = u.new_empty(2, plan.blocks, *B.shape, dtype=torch.float32)
     dparameters = u.new_empty(plan.n + 2, plan.b * plan.chunks, plan.d, dtype=torch.float32)
-    adjoints, steps, g_y = torch.empty_like(starts), _tile_view(delta), _tile_view(dy)
+    adjoints, steps, g_y = torch.empty_like(starts), tile_view(delta), tile_view(dy)
     with torch.cuda.device_of(u):
-        plan.find_starts(adjoints, g_y, steps, _view(C), A, None, delta_bias, delta_softplus, adjoint=True)
-        inputs = _tile_view(u), steps, A, _view(B), _view(C), D, None, delta_bias, starts, g_y, adjoints
-        results = _tile_view(du), _tile_view(ddelta), dB, dC, dparameters
-        plan.run(_kernels().gradients, *inputs, *results, SOFTPLUS=delta_softplus, ACCUMULATE=False)
+        plan.find_starts(adjoints, g_y, steps, view(C), A, None, delta_bias, delta_softplus, adjoint=True)
+        inputs = tile_view(u), steps, A, view(B), view(C), D, None, delta_bias, starts, g_y, adjoints
+        results = tile_view(du), tile_view(ddelta), dB, dC, dparameters
+        plan.run(load_kernels().gradients, *inputs, *results, SOFTPLUS=delta_softplus, ACCUMULATE=False)
     dparameters = dparameters.sum(1)
     parameters = dparameters[:-2].T, dparameters[-2], dparameters[-1]
     dA, dD, ddelta_bias = (x.to(dtype, copy=True).contiguous() for x, dtype in zip(parameters, types, strict=True))
@@ -193,25 +193,10 @@ def _backward(
 
 
 @_backward.register_fake
-def _(u, delta, A, B, C, D, delta_bias, delta_softplus, starts, dy):
+def _(u, delta, A, B, C, D, delta_bias, starts, dy, delta_softplus):
     contiguous = [x.new_empty(x.shape) for x in (A, B, C)]
     channels = [u.new_empty(u.shape[1], dtype=torch.float32 if x is None else x.dtype) for x in (D, delta_bias)]
     return torch.empty_like(u), torch.empty_like(delta), *contiguous, *channels
 
 
-def _setup_context(ctx, inputs, output):
-    *tensors, ctx.delta_softplus, ctx.keep = inputs
-    ctx.save_for_backward(*tensors, output[1])
-    ctx.set_materialize_grads(False)  # the states would get one, of zeros
-
-
-def _gradients(ctx, dy, _):
-    if not ctx.keep:
-        raise RuntimeError('selective_scan: no gradients through a call that was recorded with gradients switched off')
-    *tensors, starts = ctx.saved_tensors
-    gradients = _backward(*tensors, ctx.delta_softplus, starts, dy)
-    needed = ctx.needs_input_grad[: len(tensors)]
-    return *(x if need else None for x, need in zip(gradients, needed, strict=True)), None, None
-
-
-_forward.register_autograd(_gradients, setup_context=_setup_context)
+differentiate(_forward, _backward, 7)

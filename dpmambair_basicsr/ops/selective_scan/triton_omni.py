@@ -16,14 +16,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from dpmambair_basicsr.ops.selective_scan.gradients import differentiate, keeps_states
 from dpmambair_basicsr.ops.selective_scan.triton_backend import (
-    _COMPILER_OPTIONS,
-    _contiguous,
-    _kernels,
-    _Plan,
-    _power_of_2,
-    _tile_view,
-    _view,
+    COMPILER_OPTIONS,
+    Plan,
+    contiguous,
+    load_kernels,
+    power_of_2,
+    tile_view,
+    view,
     why_not,
 )
 
@@ -55,8 +56,7 @@ def scan(
         (b, h * w, d), in x's type.
     """
     inputs = x, projected, dt_weight, dt_bias, A, D
-    keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
-    return _forward(*inputs, list(directions), *size, keep)[0]
+    return _forward(*inputs, list(directions), *size, keeps_states(inputs))[0]
 
 
 def _pixels(x, direction, height, width):
@@ -80,14 +80,14 @@ class _Scans:
         self.columns = self.rank + 2 * self.n
         self.parameters = list(zip(A.chunk(self.k), D.chunk(self.k), dt_weight, dt_bias, strict=True))
         self.lines = x.new_empty(len(x), 1, self.columns, x.shape[1], dtype=projected.dtype)
-        self.plan = _Plan(x.mT, self.lines[:, :, : self.n], self.rank)
+        self.plan = Plan(x.mT, self.lines[:, :, : self.n], self.rank)
 
     def project(self, order):
         """Lay out one direction's projections, low-rank step sizes, B and C, (b, 1, r | n | n, l); as tuples."""
         start = order * self.columns
         source = self.projected[..., start : start + self.columns]
-        self.add_parts(self.pixels(source, order), _tile_view(self.lines.squeeze(1)), 1)
-        return (_view(part) for part in self.lines.split([self.rank, self.n, self.n], dim=2))
+        self.add_parts(self.pixels(source, order), tile_view(self.lines.squeeze(1)), 1)
+        return (view(part) for part in self.lines.split([self.rank, self.n, self.n], dim=2))
 
     def pixels(self, x, order):
         """x (b, h * w, ..) as a tile's tuple, in one direction's order."""
@@ -96,16 +96,16 @@ class _Scans:
     def add_parts(self, source, target, parts):
         """Sum lines of projections (parts * b, r + 2n, l) over parts into (b, r + 2n, l), both tiles' tuples."""
         length = self.plan.length
-        T = min(_POSITIONS, _power_of_2(length))
-        rows = min(_LINES, _power_of_2(self.columns))
+        T = min(_POSITIONS, power_of_2(length))
+        rows = min(_LINES, power_of_2(self.columns))
         grid = -(-length // T), -(-self.columns // rows), self.plan.b
         sizes = parts, self.columns, length
-        _kernels().add_parts[grid](source, target, *sizes, ROWS=rows, T=T, **_COMPILER_OPTIONS)
+        load_kernels().add_parts[grid](source, target, *sizes, ROWS=rows, T=T, **COMPILER_OPTIONS)
 
 
 def _states(x, dt_weight, A):
     """The shape of one state per direction and chunk."""
-    return len(dt_weight), *_Plan(x.mT, x.new_empty(len(x), 1, A.shape[1], 1)).states
+    return len(dt_weight), *Plan(x.mT, x.new_empty(len(x), 1, A.shape[1], 1)).states
 
 
 @torch.library.custom_op('dpmambair_basicsr::omni_scan_triton', mutates_args=())
@@ -122,7 +122,7 @@ def _forward(
     keep: bool,
 ) -> tuple[Tensor, Tensor]:
     """The sum of the scans, and the states that `_backward` starts from, if `keep`."""
-    x, *parameters = _contiguous(x, dt_weight, dt_bias, A, D)
+    x, *parameters = contiguous(x, dt_weight, dt_bias, A, D)
     scans = _Scans(x, projected, *parameters, directions, height, width)
     plan, y = scans.plan, torch.empty_like(x, dtype=torch.float32)
     states = y.new_empty(scans.k if keep else 1, *plan.states)
@@ -132,7 +132,7 @@ def _forward(
             pixels, starts = scans.pixels(x, order), states[order if keep else 0]
             plan.find_starts(starts, pixels, delta, B, A, dt, bias, True, adjoint=False)
             inputs = pixels, delta, A, B, C, D, dt, bias, starts
-            plan.run(_kernels().outputs, *inputs, scans.pixels(y, order), SOFTPLUS=True, ACCUMULATE=order > 0)
+            plan.run(load_kernels().outputs, *inputs, scans.pixels(y, order), SOFTPLUS=True, ACCUMULATE=order > 0)
     return y.to(x.dtype), states if keep else states.new_empty(0)
 
 
@@ -158,7 +158,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients of the first six, in their types."""
     types = [tensor.dtype for tensor in (dt_weight, dt_bias, A, D)]
-    x, *parameters = _contiguous(x, dt_weight, dt_bias, A, D)
+    x, *parameters = contiguous(x, dt_weight, dt_bias, A, D)
     scans = _Scans(x, projected, *parameters, directions, height, width)
     plan, n, rank = scans.plan, scans.n, scans.rank
     dx = torch.empty_like(x, dtype=torch.float32)
@@ -174,11 +174,11 @@ def _backward(
             pixels, g_y = scans.pixels(x, order), scans.pixels(dy, order)
             plan.find_starts(adjoints, g_y, delta, C, A, dt, bias, True, adjoint=True)
             inputs = pixels, delta, A, B, C, D, dt, bias, states[order], g_y, adjoints
-            results = scans.pixels(dx, order), _tile_view(dlow), dB, dC, sums
-            plan.run(_kernels().gradients, *inputs, *results, SOFTPLUS=True, ACCUMULATE=order > 0)
+            results = scans.pixels(dx, order), tile_view(dlow), dB, dC, sums
+            plan.run(load_kernels().gradients, *inputs, *results, SOFTPLUS=True, ACCUMULATE=order > 0)
             start = order * scans.columns
             target = scans.pixels(dprojected[..., start : start + scans.columns], order)
-            scans.add_parts(_tile_view(dlines), target, plan.blocks)
+            scans.add_parts(tile_view(dlines), target, plan.blocks)
             torch.sum(sums, 1, out=dparameters[order])
     dA, dD, dbias, dweight = dparameters.split([n, 1, 1, rank], dim=1)
     results = dweight.mT, dbias[:, 0], dA.mT.flatten(0, 1), dD.flatten()
@@ -191,17 +191,4 @@ def _(x, projected, dt_weight, dt_bias, A, D, states, dy, directions, height, wi
     return tuple(tensor.new_empty(tensor.shape) for tensor in (x, projected, dt_weight, dt_bias, A, D))
 
 
-def _setup_context(ctx, inputs, output):
-    *tensors, ctx.directions, ctx.height, ctx.width, ctx.keep = inputs
-    ctx.save_for_backward(*tensors, output[1])
-    ctx.set_materialize_grads(False)  # the states would get one, of zeros
-
-
-def _gradients(ctx, dy, _):
-    if not ctx.keep:
-        raise RuntimeError('omni_scan: no gradients through a call that was recorded with gradients switched off')
-    gradients = _backward(*ctx.saved_tensors, dy, ctx.directions, ctx.height, ctx.width)
-    return *(x if need else None for x, need in zip(gradients, ctx.needs_input_grad[:6], strict=True)), *[None] * 4
-
-
-_forward.register_autograd(_gradients, setup_context=_setup_context)
+differentiate(_forward, _backward, 6)

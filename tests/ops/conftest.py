@@ -1,0 +1,21 @@
+import pytest
+import torch
+
+from dpmambair_basicsr.ops.selective_scan import numba_runtime
+
+
+@pytest.fixture
+def nan_in_new_memory():
+    """What is read before it is written becomes NaN."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def threads(monkeypatch):
+    """A function that sets the number of threads; even tiny scans then use them all."""
+    monkeypatch.setattr(numba_runtime, '_STATES_PER_THREAD', 1)
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)

@@ -1,0 +1,22 @@
+"""What torch.compile and torch.export make of a module that has a scan in it."""
+
+import torch
+from torch import Tensor, nn
+
+
+def assert_compiles_without_a_graph_break(module: nn.Module, x: Tensor) -> None:
+    """module(x) is a scalar; gradients of the parameters are compared too."""
+    loss = module(x)
+    expected = torch.autograd.grad(loss, list(module.parameters()))
+    compiled = torch.compile(module, backend='aot_eager', fullgraph=True)(x)
+    torch.testing.assert_close(compiled, loss)
+    for gradient, other in zip(torch.autograd.grad(compiled, list(module.parameters())), expected, strict=True):
+        torch.testing.assert_close(gradient, other)
+
+
+def assert_exports_as_one_node(module: nn.Module, x: Tensor, operator: str) -> None:
+    program = torch.export.export(module, (x,))
+    torch.testing.assert_close(program.module()(x), module(x))
+    calls = [str(node.target) for node in program.graph.nodes if node.op == 'call_function']
+    scans = [name for name in calls if 'scan' in name]
+    assert scans == [f'dpmambair_basicsr.{operator}.default']
