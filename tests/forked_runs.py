@@ -15,9 +15,6 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-import dpmambair_basicsr.train
-
-# isort: split
 import cv2
 import numpy as np
 import torch
@@ -25,6 +22,8 @@ import yaml
 from basicsr.utils.registry import ARCH_REGISTRY, LOSS_REGISTRY
 from basicsr_runs import write_options
 from torch import nn
+
+import dpmambair_basicsr.train
 
 dpmambair_basicsr.register()
 

@@ -6,14 +6,13 @@ import sys
 from contextlib import contextmanager
 from pathlib import Path
 
-import dpmambair_basicsr
-
-# isort: split
 import cv2
 import numpy as np
 import skimage.data
 from basicsr.test import test_pipeline
 from basicsr.train import train_pipeline
+
+import dpmambair_basicsr
 
 ROOT = Path(__file__).parents[1]
 

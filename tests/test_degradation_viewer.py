@@ -5,9 +5,6 @@ Random features tell noise from darkness as surely as trained ones: they average
 
 import sys
 
-import dpmambair_basicsr
-
-# isort: split
 import cv2
 import numpy as np
 import pytest
@@ -15,6 +12,7 @@ import torch
 from basicsr_runs import python
 from torch.nn import functional as F
 
+import dpmambair_basicsr
 from dpmambair_basicsr import archs, degradation
 from dpmambair_basicsr.data.degradations import DEGRADATIONS
 from dpmambair_basicsr.degradation import Classes, load_extractor

@@ -3,9 +3,6 @@
 import random
 import shutil
 
-import dpmambair_basicsr
-
-# isort: split
 import cv2
 import forked_runs
 import numpy as np
@@ -15,6 +12,8 @@ import torch
 from basicsr.data import build_dataloader
 from basicsr.data.data_sampler import EnlargedSampler
 from forked_runs import changed, train
+
+import dpmambair_basicsr
 
 dpmambair_basicsr.register()
 

@@ -4,13 +4,11 @@ import importlib.util
 import itertools
 import sys
 
-import dpmambair_basicsr
-
-# isort: split
 import pytest
 import torch
 from basicsr_runs import PACKAGE_PARENT, python
 
+import dpmambair_basicsr
 from dpmambair_basicsr import archs
 from dpmambair_basicsr.ops import selective_scan
 

@@ -6,9 +6,6 @@ import signal
 import time
 from pathlib import Path
 
-import dpmambair_basicsr
-
-# isort: split
 import cv2
 import forked_runs
 import numpy as np
@@ -17,6 +14,8 @@ import torch
 from basicsr.data import build_dataset
 from basicsr.utils.lmdb_util import make_lmdb_from_imgs
 from forked_runs import Training, changed, train
+
+import dpmambair_basicsr
 
 dpmambair_basicsr.register()
 NAMES = [str(index) for index in range(7)]

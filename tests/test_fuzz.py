@@ -5,9 +5,6 @@ import os
 import sys
 from pathlib import Path
 
-import dpmambair_basicsr
-
-# isort: split
 import cv2
 import forked_runs
 import numpy as np
@@ -17,6 +14,7 @@ from basicsr.utils import options as basicsr_options
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import dpmambair_basicsr
 from dpmambair_basicsr.data.image_files import ImageReader
 
 dpmambair_basicsr.register()

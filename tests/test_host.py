@@ -9,9 +9,6 @@ import sys
 import threading
 import types
 
-import dpmambair_basicsr  # noqa: F401  (first: it makes BasicSR 1.4.2 importable)
-
-# isort: split
 import basicsr.data
 import numpy as np
 import pytest
@@ -24,6 +21,7 @@ from basicsr.utils import dist_util, options
 from basicsr_runs import stock_options, write_images, write_options
 from in_process import train
 
+import dpmambair_basicsr  # noqa: F401  (first: it makes BasicSR 1.4.2 importable)
 from dpmambair_basicsr import host
 
 

@@ -1,8 +1,5 @@
 from pathlib import Path
 
-import dpmambair_basicsr  # noqa: F401  (first: it makes BasicSR importable, and registers the losses)
-
-# isort: split
 import lpips
 import numpy as np
 import pytest
@@ -12,6 +9,7 @@ from basicsr.losses import build_loss
 from basicsr.metrics import calculate_psnr
 from torchvision.models import vgg
 
+import dpmambair_basicsr  # noqa: F401  (first: it makes BasicSR importable, and registers the losses)
 from dpmambair_basicsr.losses.fft_loss import FFTLoss, fft_l1
 from dpmambair_basicsr.losses.lpips_loss import LPIPSLoss
 from dpmambair_basicsr.losses.lpips_network import BACKBONES, backbone_path, build_lpips

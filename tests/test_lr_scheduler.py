@@ -2,13 +2,11 @@
 
 import math
 
-import dpmambair_basicsr  # noqa: F401  (first: it makes BasicSR importable)
-
-# isort: split
 import pytest
 import torch
 from basicsr.models.lr_scheduler import CosineAnnealingRestartLR
 
+import dpmambair_basicsr  # noqa: F401  (first: it makes BasicSR importable)
 from dpmambair_basicsr.models.lr_scheduler import CosineAnnealingRestartCyclicLR
 
 

@@ -1,6 +1,3 @@
-import dpmambair_basicsr  # noqa: F401  (first: it makes BasicSR importable, and registers the metric)
-
-# isort: split
 import cv2
 import numpy as np
 import pytest
@@ -11,6 +8,7 @@ from basicsr.metrics import calculate_metric, psnr_ssim
 from basicsr.utils import tensor2img
 from basicsr_runs import PACKAGE_PARENT
 
+import dpmambair_basicsr  # noqa: F401  (first: it makes BasicSR importable, and registers the metric)
 from dpmambair_basicsr.losses.lpips_network import build_lpips
 from dpmambair_basicsr.metrics.lpips import calculate_lpips
 

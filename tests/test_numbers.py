@@ -2,9 +2,6 @@
 
 import math
 
-import dpmambair_basicsr
-
-# isort: split
 import forked_runs
 import pytest
 import torch
@@ -12,6 +9,7 @@ from basicsr.models import build_model
 from forked_runs import Training, changed, load, start_processes, states, train
 from test_exact_resume import GAN, assert_equal
 
+import dpmambair_basicsr
 from dpmambair_basicsr import training_run
 from dpmambair_basicsr.models import training_state
 

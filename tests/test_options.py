@@ -6,9 +6,6 @@ import shutil
 import sys
 from pathlib import Path
 
-import dpmambair_basicsr
-
-# isort: split
 import pytest
 import torch
 import yaml
@@ -17,6 +14,7 @@ from basicsr.utils import options as basicsr_options
 from basicsr.utils.registry import ARCH_REGISTRY, DATASET_REGISTRY, METRIC_REGISTRY, MODEL_REGISTRY
 from basicsr_runs import stock_options, write_images
 
+import dpmambair_basicsr
 from dpmambair_basicsr.archs import DegradationAutoencoder, DPMambaIR
 from dpmambair_basicsr.option_types import did_you_mean
 from dpmambair_basicsr.options import apply_forced, check_options, check_root, check_structure, refuse

@@ -16,9 +16,6 @@ import time
 import zipfile
 from pathlib import Path
 
-import dpmambair_basicsr  # noqa: F401  (first: it makes BasicSR importable, and registers the data sets)
-
-# isort: split
 import cv2
 import numpy as np
 import pytest
@@ -27,6 +24,7 @@ from basicsr.data import build_dataset
 from basicsr.utils.matlab_functions import imresize
 from basicsr_runs import PACKAGE_PARENT, python
 
+import dpmambair_basicsr  # noqa: F401  (first: it makes BasicSR importable, and registers the data sets)
 from dpmambair_basicsr.data.public_sets import SETS, Layout, compile_pattern, pair, spaced
 
 SCRIPT = PACKAGE_PARENT / 'scripts' / 'prepare_data.py'

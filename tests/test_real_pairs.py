@@ -9,9 +9,6 @@ import re
 import runpy
 from pathlib import Path
 
-import dpmambair_basicsr  # noqa: F401  (first: it makes BasicSR importable, and registers the networks)
-
-# isort: split
 import cv2
 import numpy as np
 import pytest
@@ -19,6 +16,7 @@ import torch
 import yaml
 from basicsr_runs import PACKAGE_PARENT, python
 
+import dpmambair_basicsr  # noqa: F401  (first: it makes BasicSR importable, and registers the networks)
 from dpmambair_basicsr.archs import DPMambaIR
 
 metrics = pytest.importorskip('skimage.metrics', reason='its metrics are compared with')

@@ -3,15 +3,13 @@
 import copy
 import re
 
-import dpmambair_basicsr  # noqa: F401  (first: it makes BasicSR importable)
-
-# isort: split
 import pytest
 import torch
 from basicsr.models import build_model
 from basicsr.utils.registry import LOSS_REGISTRY
 from torch.nn.utils import parameters_to_vector
 
+import dpmambair_basicsr  # noqa: F401  (first: it makes BasicSR importable)
 from dpmambair_basicsr.archs import DegradationAutoencoder, DPMambaIR
 
 EXTRACTOR = {'embed_dim': 8, 'extractor_channels': [4, 4]}

@@ -2,9 +2,6 @@
 
 import io
 
-import dpmambair_basicsr
-
-# isort: split
 import cv2
 import numpy as np
 import pytest
@@ -18,6 +15,7 @@ from PIL import Image, ImageCms, ImageOps
 from torch import nn
 from torch.nn import functional as F
 
+import dpmambair_basicsr
 from dpmambair_basicsr import load, restore, restorer
 from dpmambair_basicsr.archs import DPMambaIR, degradation_extractor_arch
 from dpmambair_basicsr.archs.blocks import ImageMean

@@ -4,9 +4,6 @@ import json
 import re
 import sys
 
-import dpmambair_basicsr
-
-# isort: split
 import forked_runs
 import numpy as np
 import pytest
@@ -15,6 +12,7 @@ from basicsr_runs import python
 from forked_runs import Training, changed, train
 from safetensors.torch import load_file, save_file
 
+import dpmambair_basicsr
 from dpmambair_basicsr import convert, load
 from dpmambair_basicsr.archs import VmambaIR
 from dpmambair_basicsr.models.checkpoints import read_checkpoint, write_safetensors

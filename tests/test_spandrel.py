@@ -3,12 +3,10 @@
 import json
 from pathlib import Path
 
-import dpmambair_basicsr  # noqa: F401  (first: it makes BasicSR importable)
-
-# isort: split
 import pytest
 import torch
 
+import dpmambair_basicsr  # noqa: F401  (first: it makes BasicSR importable)
 from dpmambair_basicsr.archs import DPMambaIR, VmambaIR
 
 spandrel = pytest.importorskip('spandrel', reason='spandrel is not installed: pip install spandrel')
