@@ -7,7 +7,6 @@ wherever the function exists, and what a fork does not have is left alone. Nothi
 BasicSR itself has been imported.
 """
 
-import argparse
 import functools
 import importlib.abc
 import importlib.machinery
@@ -18,6 +17,9 @@ import re
 import sys
 import warnings
 from pathlib import Path
+
+from dpmambair_basicsr.command_line import command_line
+from dpmambair_basicsr.patching import MENDS, replaces
 
 # Before BasicSR is imported: modules that are gone.
 
@@ -134,18 +136,6 @@ def when_basicsr_is_imported(register) -> None:
 
 # Once BasicSR is imported: functions that fail.
 
-MENDS = []  # (owner, attribute, function from the original to its replacement)
-
-
-def replaces(owner: str, attribute: str):
-    """Marks a mend: it receives `owner.attribute` and returns what to put in its place."""
-
-    def note(make):
-        MENDS.append((owner, attribute, make))
-        return make
-
-    return note
-
 
 def mend() -> None:
     """Applies every mend to the imported BasicSR. May be repeated."""
@@ -207,15 +197,6 @@ def accept_local_rank() -> None:
     Can go when BasicSR accepts it; torchrun passes none.
     """
     sys.argv[:] = [re.sub(r'^--local-rank\b', '--local_rank', argument) for argument in sys.argv]
-
-
-def command_line() -> tuple[str | None, list[str]]:
-    """The option file and the `--force_yml` entries, as BasicSR's own parser will find them."""
-    parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument('-opt')
-    parser.add_argument('--force_yml', nargs='+', default=[])
-    arguments, _ = parser.parse_known_args()
-    return arguments.opt, arguments.force_yml
 
 
 def read_options(file: str):

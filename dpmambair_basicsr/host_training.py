@@ -4,7 +4,20 @@ Like `host.py`, of which this is the second part: one function per mend, with wh
 What the mends share is in `training_run`, `interruption` and `models/training_state`.
 """
 
-from dpmambair_basicsr.host import replaces
+import math
+import signal
+
+import torch
+from basicsr.data.data_sampler import EnlargedSampler
+from basicsr.utils import get_root_logger
+from basicsr.utils.dist_util import master_only
+
+from dpmambair_basicsr import interruption, training_run
+from dpmambair_basicsr.data.image_files import check_inside
+from dpmambair_basicsr.data.item_seeds import SeededIndex, SeededItems, seed_generators
+from dpmambair_basicsr.data.progressive import accompany
+from dpmambair_basicsr.models.training_state import keep_schedule, restore, write_network, write_state
+from dpmambair_basicsr.patching import replaces
 
 BASE_MODEL = 'basicsr.models.base_model:BaseModel'
 
@@ -16,12 +29,9 @@ def whole_networks(original):
     Training ends with exit status 0, and `--auto_resume` fails. Networks of NaN are written too. Can go when BasicSR
     renames complete files, and raises.
     """
-    from basicsr.utils.dist_util import master_only
 
     @master_only
     def save_network(self, net, net_label, current_iter, param_key='params'):
-        from dpmambair_basicsr.models.training_state import write_network
-
         nets, keys = net if isinstance(net, list) else [net], param_key if isinstance(param_key, list) else [param_key]
         write_network(self, nets, net_label, current_iter, keys)
 
@@ -37,9 +47,6 @@ def whole_states(original):
     """
 
     def save_training_state(self, epoch, current_iter):
-        from dpmambair_basicsr import interruption, training_run
-        from dpmambair_basicsr.models.training_state import write_state
-
         run, val = training_run.current, self.opt.get('val')
         if current_iter == -1:  # the end of training
             interruption.stop_listening()
@@ -59,9 +66,6 @@ def state_after_validation(original):
     """Other half of `whole_states`."""
 
     def validation(self, dataloader, current_iter, tb_logger, save_img=False):
-        from dpmambair_basicsr import training_run
-        from dpmambair_basicsr.models.training_state import write_state
-
         original(self, dataloader, current_iter, tb_logger, save_img)
         run = training_run.current
         if run is not None and run.sets_to_validate:
@@ -77,8 +81,6 @@ def finite_best(original):
     """Infinity, the PSNR of equal images, is the best for ever; models/base_model.py:65. Can go when it is not."""
 
     def update_best_metric_result(self, dataset_name, metric, val, current_iter):
-        import math
-
         if math.isfinite(val):
             original(self, dataset_name, metric, val, current_iter)
 
@@ -95,8 +97,6 @@ def exact_continuation(original):
     """
 
     def resume_training(self, resume_state):
-        from dpmambair_basicsr.models.training_state import keep_schedule, restore
-
         schedules = [dict(vars(scheduler)) for scheduler in self.schedulers]
         original(self, resume_state)
         for scheduler, schedule in zip(self.schedulers, schedules, strict=True):
@@ -116,9 +116,6 @@ def begin_iteration(original):
     """
 
     def update_learning_rate(self, current_iter, warmup_iter=-1):
-        from dpmambair_basicsr import interruption, training_run
-        from dpmambair_basicsr.data.item_seeds import seed_generators
-
         run = training_run.current
         if run is not None:
             interruption.listen()
@@ -139,8 +136,6 @@ def begin_iteration(original):
 
 def check_processes_agree(**facts: int) -> None:
     """Raises ValueError, in each process, naming a fact that is not the same in all: nodes that see other files."""
-    import torch
-
     of_all = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(of_all, facts)
     for name in facts:
@@ -152,12 +147,6 @@ def check_processes_agree(**facts: int) -> None:
 
 def end_after(model, iteration: int, number: int) -> None:
     """Saves the checkpoint of an iteration, if it is not there, and raises SystemExit as the shell expects it."""
-    import signal
-
-    from basicsr.utils import get_root_logger
-
-    from dpmambair_basicsr import interruption, training_run
-
     run = training_run.current
     if run.saved != iteration:
         model.save(run.epoch, iteration)
@@ -175,8 +164,6 @@ def paths_inside_their_folder(original):
     """
 
     def build_dataset(dataset_opt):
-        from dpmambair_basicsr.data.image_files import check_inside
-
         dataset = original(dataset_opt)
         on_disk = (dataset_opt.get('io_backend') or {}).get('type', 'disk') == 'disk'
         if on_disk and type(dataset).__module__.startswith('basicsr.'):
@@ -204,13 +191,6 @@ def known_run(original):
     """
 
     def build_dataloader(dataset, dataset_opt, num_gpu=1, dist=False, sampler=None, seed=None):
-        import torch
-        from basicsr.data.data_sampler import EnlargedSampler
-        from basicsr.utils import get_root_logger
-
-        from dpmambair_basicsr import interruption, training_run
-        from dpmambair_basicsr.data.item_seeds import SeededItems
-
         if dataset_opt['phase'] == 'train' and not hasattr(dataset, '__getitems__'):
             dataset = SeededItems(dataset)
         loader = original(dataset, dataset_opt, num_gpu=num_gpu, dist=dist, sampler=sampler, seed=seed)
@@ -252,9 +232,6 @@ def seeded_order(original):
     """
 
     def indices(self):
-        from dpmambair_basicsr.data.item_seeds import SeededIndex
-        from dpmambair_basicsr.data.progressive import accompany
-
         order = list(original(self))
         if hasattr(self, 'run'):
             seed, processes = self.run.seed, self.num_replicas
@@ -263,6 +240,6 @@ def seeded_order(original):
                 for place, index in enumerate(order)
             ]
             order = order[-(-self.run.items_used_before(self.epoch) // processes) :]
-        return accompany(self.dataset, order)
+        return accompany(self.dataset, order, done=self.run.iteration if hasattr(self, 'run') else 0)
 
     return indices

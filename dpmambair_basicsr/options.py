@@ -20,7 +20,6 @@ from basicsr.utils import options as basicsr_options
 
 from dpmambair_basicsr.losses import vgg_perceptual_loss
 from dpmambair_basicsr.losses.lpips_network import BACKBONES, backbone_path
-from dpmambair_basicsr.models.restoration_hooks import RestorationHooks
 from dpmambair_basicsr.option_trial import check_on_trial
 from dpmambair_basicsr.option_types import (
     KINDS,
@@ -190,7 +189,7 @@ def check_options(opt: dict) -> list[str]:
     model, problems = look_up(registered('MODEL'), 'model_type', opt['model_type'])
     if hasattr(model, 'option_keys'):
         problems = check_keys(opt, model)
-    problems = check_loaders(opt, model) + problems
+    problems = check_loaders(opt) + problems
     return problems + check_on_trial(opt, model, problems)
 
 
@@ -224,7 +223,7 @@ def check_keys(opt: dict, model: type) -> list[str]:
     return problems + check_files('path', opt['path'], files) + check_numbers('', opt)
 
 
-def check_loaders(opt: dict, model: type | None) -> list[str]:
+def check_loaders(opt: dict) -> list[str]:
     """What ends any model's run after folders were renamed, or later: devices and loaders that do not work so."""
     problems, cuda = [], torch.cuda.is_available()
     if not cuda and opt['num_gpu'] != 0:
@@ -248,9 +247,6 @@ def check_loaders(opt: dict, model: type | None) -> list[str]:
                 )
             elif phase != 'train' or dataset.get('num_worker_per_gpu') == 0:
                 problems.append(f'{path}.persistent_workers: true, but this loader has no workers; write false')
-        if dataset.get('progressive') is not None and model is not None and not issubclass(model, RestorationHooks):
-            known = ', '.join(sorted(name for name, value in registered('MODEL').items() if is_ours(value)))
-            problems.append(f'{path}.progressive: {opt["model_type"]} does not report its iterations; choices: {known}')
     return problems
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from dpmambair_basicsr.report import Comparison
+from dpmambair_basicsr.comparison import Comparison
 from dpmambair_basicsr.results import Run, provenance
 
 MAX_PAIRS = 24  # of images in a page

@@ -22,7 +22,6 @@ from basicsr.data import build_dataloader, build_dataset
 from basicsr.data.data_sampler import EnlargedSampler
 
 from dpmambair_basicsr.data.image_files import ImageReader
-from dpmambair_basicsr.data.progressive import report_iteration
 
 OPTIONS = Path(__file__).parents[1] / 'options' / 'train_vmambair_derain.yml'
 
@@ -47,8 +46,9 @@ def measure(options: dict, iteration: int, batches: int, keep=None) -> tuple[flo
     dataset = build_dataset(options)
     folders = {role: options[f'dataroot_{role}'] for role in ('lq', 'gt')}
     dataset.images = CountingReader(dataset.opt['io_backend'], folders)
-    report_iteration(iteration)
-    loader = build_dataloader(dataset, options, num_gpu=0, sampler=EnlargedSampler(dataset, 1, 0), seed=0)
+    sampler = EnlargedSampler(dataset, 1, 0)
+    loader = build_dataloader(dataset, options, num_gpu=0, sampler=sampler, seed=0)
+    sampler.run.iteration = iteration
     used, start = 0, time.perf_counter()
     for batch, _ in zip(loader, range(batches), strict=False):
         gt = batch['gt'] if keep is None else batch['gt'][: keep[1], :, : keep[0], : keep[0]]

@@ -6,8 +6,7 @@ phase does not use. Here the data set is asked for whole batches (`__getitems__`
 The phase follows the training iteration. BasicSR's sampler runs in the training process and its indices reach the
 loader's workers, so the sampler is what can tell them (`dpmambair_basicsr.host_training` lets it): each index of a
 progressive data set is accompanied by its position among those that the epoch still has, and by the number of
-iterations before them, which our models report. Nothing is assumed about epochs, workers, prefetching or where training
-was resumed. A model that reports nothing is an error at once.
+iterations before them. Nothing is assumed about epochs, workers, prefetching or where training was resumed.
 """
 
 import copy
@@ -18,14 +17,6 @@ from itertools import accumulate
 from typing import NamedTuple
 
 from dpmambair_basicsr.data.item_seeds import item
-
-iterations_done: int | None = None  # in the training process; None until a model has announced itself
-
-
-def report_iteration(iteration: int) -> None:
-    """For models: `iteration` is running (or, when training is resumed, was the last one)."""
-    global iterations_done
-    iterations_done = iteration
 
 
 @dataclass(frozen=True)
@@ -112,10 +103,7 @@ class ProgressiveBatches:
 
     def start_progressive(self) -> None:
         """Read the option `progressive`; None: batches are what the loader asks for."""
-        global iterations_done
         self.phases = read_phases(self.opt)
-        if self.phases is not None:
-            iterations_done = None  # what an earlier model has said is not about the training that begins
 
     def __getitems__(self, draws: list) -> list[dict]:
         """The items of a batch, fewer than asked for in a phase of smaller batches.
@@ -144,13 +132,8 @@ def with_gt_size(dataset, gt_size: int):
     return view
 
 
-def accompany(dataset, indices: Iterable[int]) -> Iterator[int | Draw]:
+def accompany(dataset, indices: Iterable[int], done: int) -> Iterator[int | Draw]:
     """What BasicSR's sampler yields in place of these indices of its epoch: a Draw each, for a progressive data set."""
     if getattr(dataset, 'phases', None) is None:
         return iter(indices)
-    if iterations_done is None:
-        raise RuntimeError(
-            'progressive: the model does not report its iterations; model_type has to be one of dpmambair_basicsr'
-        )
-    done = iterations_done
     return (Draw(index, position, done) for position, index in enumerate(indices))

@@ -1,6 +1,6 @@
 import cv2
 
-from dpmambair_basicsr.host import replaces
+from dpmambair_basicsr.patching import replaces
 
 WINDOW = cv2.getGaussianKernel(11, 1.5)  # (11, 1), float64; the window is its outer product with itself
 C1, C2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2

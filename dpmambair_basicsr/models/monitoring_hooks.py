@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import dpmambair_basicsr
+from dpmambair_basicsr.command_line import command_line
 from dpmambair_basicsr.files import sha256
-from dpmambair_basicsr.host import command_line
 from dpmambair_basicsr.models.checkpoints import plain, read_checkpoint
 from dpmambair_basicsr.models.training_state import read_nets, write
 from dpmambair_basicsr.results import Run, SetResult, mean, to_markdown, write_run

@@ -147,7 +147,6 @@ class RestorationHooks(NumberHooks, SpeedHooks, MonitoringHooks):
                 super().setup_schedulers()
         self.optimizers = optimizers
 
-        progressive.report_iteration(0)
         warning = progressive.compare_lengths(self.opt)
         if warning:
             get_root_logger().warning(warning)
@@ -159,14 +158,6 @@ class RestorationHooks(NumberHooks, SpeedHooks, MonitoringHooks):
         for name, parameter in self.net_g_ema.named_parameters():
             if not own[name].requires_grad:
                 parameter.data.copy_(own[name].data)
-
-    def update_learning_rate(self, current_iter: int, warmup_iter: int = -1) -> None:
-        progressive.report_iteration(current_iter)
-        super().update_learning_rate(current_iter, warmup_iter)
-
-    def resume_training(self, resume_state: dict) -> None:
-        progressive.report_iteration(resume_state['iter'])
-        super().resume_training(resume_state)
 
     def show_progress(self, current_iter: int) -> None:
         """Advance the bar of `train.pbar`."""
