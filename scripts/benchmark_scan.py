@@ -260,7 +260,7 @@ def clock(device):
 
 def multiply_adds():
     """How many vectors of 16 one thread multiplies and adds in a second, if nothing has to wait for another."""
-    from dpmambair_basicsr.ops.selective_scan.numba_simd import Address, Integer, fma, kernel, load, store
+    from dpmambair_basicsr.ops.selective_scan.numba.simd import Address, Integer, fma, kernel, load, store
 
     @kernel(Integer, Address)
     def rounds(number, place):

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from dpmambair_basicsr.ops.cross_scan import DIRECTIONS, cross_merge, cross_scan
-from dpmambair_basicsr.ops.selective_scan import numba_omni, selective_scan, triton_omni
+from dpmambair_basicsr.ops.selective_scan import selective_scan
+from dpmambair_basicsr.ops.selective_scan.numba import omni as numba_omni
+from dpmambair_basicsr.ops.selective_scan.triton import omni as triton_omni
 
 # Name -> module of what scans in one go, the best first. Of these Triton's reads half types.
 _IN_ONE_GO = {'triton': triton_omni, 'numba': numba_omni}

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from dpmambair_basicsr.ops.selective_scan import numba_runtime
+from dpmambair_basicsr.ops.selective_scan.numba import runtime as numba_runtime
 
 
 @pytest.fixture

@@ -4,7 +4,8 @@ import pytest
 import torch
 from test_selective_scan import TOLERANCE, run_with_grads, scan_inputs
 
-from dpmambair_basicsr.ops.selective_scan import BACKENDS, available_backends, mamba_ssm_backend
+from dpmambair_basicsr.ops.selective_scan import BACKENDS, available_backends
+from dpmambair_basicsr.ops.selective_scan import mamba_ssm as mamba_ssm_backend
 
 installed = torch.cuda.is_available() and mamba_ssm_backend.why_not(torch.device('cuda'), torch.float32) is None
 

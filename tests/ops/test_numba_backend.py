@@ -17,7 +17,7 @@ from test_selective_scan import assert_agrees, run_with_grads, scan_inputs
 from torch.utils.data import DataLoader, Dataset
 
 from dpmambair_basicsr.ops import selective_scan
-from dpmambair_basicsr.ops.selective_scan import numba_backend
+from dpmambair_basicsr.ops.selective_scan.numba import selective as numba_backend
 
 pytest.importorskip('numba', reason='the extra [cpu] is not installed')
 pytestmark = pytest.mark.usefixtures('nan_in_new_memory')
@@ -244,7 +244,7 @@ def test_compiles_where_nothing_can_be_cached(monkeypatch):
     from numba import types
     from numba.core.caching import CacheImpl
 
-    from dpmambair_basicsr.ops.selective_scan.numba_simd import kernel as compiled
+    from dpmambair_basicsr.ops.selective_scan.numba.simd import kernel as compiled
 
     monkeypatch.setattr(CacheImpl, '_locator_classes', [])
     kernel = compiled(types.intp)(lambda number: None)
@@ -255,7 +255,7 @@ def test_compiles_where_nothing_can_be_cached(monkeypatch):
 def test_a_change_of_any_of_the_kernels_files_makes_the_cache_stale(monkeypatch, tmp_path):
     import numba
 
-    from dpmambair_basicsr.ops.selective_scan import numba_simd
+    from dpmambair_basicsr.ops.selective_scan.numba import simd as numba_simd
 
     monkeypatch.setattr(numba.config, 'CACHE_DIR', str(tmp_path))
 

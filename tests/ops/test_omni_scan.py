@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dpmambair_basicsr.archs.blocks import directional_scan
 from dpmambair_basicsr.ops import omni_scan
-from dpmambair_basicsr.ops.selective_scan import numba_omni
+from dpmambair_basicsr.ops.selective_scan.numba import omni as numba_omni
 
 pytestmark = pytest.mark.usefixtures('nan_in_new_memory')
 CPU, FP32 = torch.device('cpu'), torch.float32

@@ -18,7 +18,8 @@ from operator_checks import assert_compiles_without_a_graph_break, assert_export
 from test_selective_scan import TOLERANCE, run_with_grads, scan_inputs, weights
 
 from dpmambair_basicsr.ops import selective_scan
-from dpmambair_basicsr.ops.selective_scan import available_backends, triton_backend
+from dpmambair_basicsr.ops.selective_scan import available_backends
+from dpmambair_basicsr.ops.selective_scan.triton import selective as triton_backend
 
 pytest.importorskip('triton', reason="Triton comes with PyTorch's CUDA builds; pip install triton")
 pytestmark = pytest.mark.usefixtures('nan_in_new_memory')

@@ -24,7 +24,8 @@ from test_triton_backend import (
 )
 
 from dpmambair_basicsr.ops import omni_scan
-from dpmambair_basicsr.ops.selective_scan import triton_backend, triton_omni
+from dpmambair_basicsr.ops.selective_scan.triton import omni as triton_omni
+from dpmambair_basicsr.ops.selective_scan.triton import selective as triton_backend
 
 ALL = (0, 1, 2, 3)
 

@@ -20,11 +20,11 @@ from torch import Tensor
 # Name -> module, the best first: backend=None takes the first that can run, so what follows 'torch' runs on request
 # only.
 BACKENDS = {
-    'triton': 'triton_backend',
-    'numba': 'numba_backend',
+    'triton': 'triton.selective',
+    'numba': 'numba.selective',
     'torch': 'torch_chunked',
     'reference': 'reference',
-    'mamba_ssm': 'mamba_ssm_backend',
+    'mamba_ssm': 'mamba_ssm',
 }
 # These read bf16 and fp16 themselves, half the bytes of fp32; the others get everything in fp32.
 READ_HALF = ('triton', 'mamba_ssm')

@@ -24,7 +24,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dpmambair_basicsr.ops.selective_scan.gradients import keeps_states
+from dpmambair_basicsr.ops.selective_scan.operators import keeps_states
 
 # Elements of one step. On a CPU its few tensors stay in cache and still outweigh the cost of a call; measured flat from
 # 2^15 to 2^17. Elsewhere a launch costs more, so steps are larger (not measured).

@@ -6,8 +6,8 @@ start from; the backward pass recomputes the others from these, chunk by chunk.
 
 from numba import types
 
-from dpmambair_basicsr.ops.selective_scan.numba_runtime import CHUNK, LANES
-from dpmambair_basicsr.ops.selective_scan.numba_simd import (
+from dpmambair_basicsr.ops.selective_scan.numba.runtime import CHUNK, LANES
+from dpmambair_basicsr.ops.selective_scan.numba.simd import (
     FLOAT_BYTES,
     VECTOR_BYTES,
     Address,
@@ -15,7 +15,7 @@ from dpmambair_basicsr.ops.selective_scan.numba_simd import (
     kernel,
     subroutine,
 )
-from dpmambair_basicsr.ops.selective_scan.numba_tiles import (
+from dpmambair_basicsr.ops.selective_scan.numba.tiles import (
     BACK_DDELTA,
     BACK_DELTA,
     BACK_DU,

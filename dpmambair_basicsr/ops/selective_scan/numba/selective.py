@@ -11,9 +11,8 @@ u for the states that the backward pass starts from, the gradients, and a buffer
 import torch
 from torch import Tensor
 
-from dpmambair_basicsr.ops.selective_scan import numba_runtime
-from dpmambair_basicsr.ops.selective_scan.gradients import differentiate, keeps_states
-from dpmambair_basicsr.ops.selective_scan.numba_runtime import (
+from dpmambair_basicsr.ops.selective_scan.numba import runtime as numba_runtime
+from dpmambair_basicsr.ops.selective_scan.numba.runtime import (
     CHUNK,
     LANES,
     LOG2_E,
@@ -24,6 +23,7 @@ from dpmambair_basicsr.ops.selective_scan.numba_runtime import (
     unpack,
     view,
 )
+from dpmambair_basicsr.ops.selective_scan.operators import differentiate, keeps_states
 
 # The backward pass has at least so many units, and so can use as many threads, if there are as many blocks.
 _BACKWARD_UNITS = 16
@@ -31,7 +31,7 @@ _BACKWARD_UNITS = 16
 # is free again.
 _BACKWARD_POSITIONS = 8192
 
-_KERNELS = 'numba_kernels'
+_KERNELS = 'selective_kernels'
 
 
 def scan(u, delta, A, B, C, D, delta_bias, delta_softplus):

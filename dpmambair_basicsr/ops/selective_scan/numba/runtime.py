@@ -63,7 +63,7 @@ def load_kernels(name: str):
             pass
 
     with event.install_listener('numba:compile', Notice()):
-        return importlib.import_module(f'dpmambair_basicsr.ops.selective_scan.{name}')
+        return importlib.import_module(f'dpmambair_basicsr.ops.selective_scan.numba.{name}')
 
 
 def view(x):
@@ -90,7 +90,7 @@ def add_parts(source, target):
     parts, rows, _ = source.shape
     (_, part_stride, row_stride, _), (start, target_stride, _) = view(source), view(target)
     arguments = parts, source.data_ptr(), part_stride, row_stride, start, target_stride, target.shape[1]
-    run(load_kernels('numba_tiles').add_parts, arguments, rows, parts * target.numel() // 2)
+    run(load_kernels('tiles').add_parts, arguments, rows, parts * target.numel() // 2)
 
 
 def run(kernel, arguments, units, work, scratch=0):

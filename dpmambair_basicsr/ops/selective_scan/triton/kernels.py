@@ -1,4 +1,4 @@
-"""The selective scan's kernels in Triton, driven by triton_backend.py and, for images, by triton_omni.py.
+"""The selective scan's kernels in Triton, driven by selective.py and, for images, by omni.py.
 
 Importing this needs Triton, but no GPU.
 

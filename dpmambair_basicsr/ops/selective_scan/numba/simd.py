@@ -14,7 +14,7 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic, models, overload, register_model
 
-from dpmambair_basicsr.ops.selective_scan.numba_runtime import LANES, LOG2_E
+from dpmambair_basicsr.ops.selective_scan.numba.runtime import LANES, LOG2_E
 
 FLOAT_BYTES, INTEGER_BYTES = 4, 8
 VECTOR_BYTES = FLOAT_BYTES * LANES
@@ -273,7 +273,7 @@ _overload(operator.mul, 'fmul')
 
 
 # Numba recompiles a cached kernel when its file changes; it knows nothing of other files that the kernel is made of.
-_VERSION = hashlib.sha256(b''.join(path.read_bytes() for path in sorted(Path(__file__).parent.glob('numba_*.py'))))
+_VERSION = hashlib.sha256(b''.join(path.read_bytes() for path in sorted(Path(__file__).parent.glob('*.py'))))
 
 
 def kernel(*arguments):

@@ -10,9 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dpmambair_basicsr.ops.selective_scan import numba_runtime
-from dpmambair_basicsr.ops.selective_scan.gradients import differentiate, keeps_states
-from dpmambair_basicsr.ops.selective_scan.numba_runtime import (
+from dpmambair_basicsr.ops.selective_scan.numba import runtime as numba_runtime
+from dpmambair_basicsr.ops.selective_scan.numba.runtime import (
     CHUNK,
     LANES,
     LOG2_E,
@@ -23,8 +22,9 @@ from dpmambair_basicsr.ops.selective_scan.numba_runtime import (
     unpack,
     view,
 )
+from dpmambair_basicsr.ops.selective_scan.operators import differentiate, keeps_states
 
-_KERNELS = 'numba_omni_kernels'
+_KERNELS = 'omni_kernels'
 # So many units, and so threads with work, there are at least, if blocks and directions suffice. If samples do not, some
 # directions' outputs, or some blocks' gradients of projections, are summed by themselves first.
 _UNITS = 8

@@ -4,7 +4,7 @@ Triton comes with PyTorch's CUDA builds. Both passes are PyTorch operators, so t
 them as they are. Results are bitwise reproducible. Extra memory, in fp32: n / 128 of u for the states that the backward
 pass starts from; while it runs, the gradients and 2 n / 16 of u for sums of dB and dC.
 
-triton_kernels.py says how it works. With TRITON_INTERPRET=1 Triton runs the kernels on the CPU, for tests. Nothing here
+kernels.py says how it works. With TRITON_INTERPRET=1 Triton runs the kernels on the CPU, for tests. Nothing here
 has been run on a GPU: tile sizes rest on the machine code that Triton makes for compute capability 9.0.
 """
 
@@ -15,7 +15,7 @@ import os
 import torch
 from torch import Tensor
 
-from dpmambair_basicsr.ops.selective_scan.gradients import differentiate, keeps_states
+from dpmambair_basicsr.ops.selective_scan.operators import differentiate, keeps_states
 
 # A tile. Each thread of a warp scans 4 positions of a channel, the fewer shuffles the more; the channels share what is
 # read of B and C, and their sums of dB and dC. With 8 elements per thread `gradients` fits into 128 registers without
@@ -65,7 +65,7 @@ def _triton_trouble():
 
 @functools.cache
 def load_kernels():
-    from dpmambair_basicsr.ops.selective_scan import triton_kernels
+    from dpmambair_basicsr.ops.selective_scan.triton import kernels as triton_kernels
 
     return triton_kernels
 

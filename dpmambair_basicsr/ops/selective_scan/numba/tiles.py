@@ -12,8 +12,8 @@ D, delta_bias.
 
 import math
 
-from dpmambair_basicsr.ops.selective_scan.numba_runtime import CHUNK, LANES
-from dpmambair_basicsr.ops.selective_scan.numba_simd import (
+from dpmambair_basicsr.ops.selective_scan.numba.runtime import CHUNK, LANES
+from dpmambair_basicsr.ops.selective_scan.numba.simd import (
     FLOAT_BYTES,
     VECTOR_BYTES,
     Address,

@@ -8,7 +8,7 @@ Extra memory, in fp32 and units of x: (r + 2n) / d for one direction's projectio
 that the backward pass starts from; while that runs, the gradients and (r + 2n) / 16 for sums of those of one
 direction's projections. For half types, y and the gradient of x are summed in fp32 first.
 
-The kernels are triton_backend.py's, and so is what it says about tests and about tiles.
+The kernels are selective.py's, and so is what it says about tests and about tiles.
 """
 
 from collections.abc import Sequence
@@ -16,8 +16,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dpmambair_basicsr.ops.selective_scan.gradients import differentiate, keeps_states
-from dpmambair_basicsr.ops.selective_scan.triton_backend import (
+from dpmambair_basicsr.ops.selective_scan.operators import differentiate, keeps_states
+from dpmambair_basicsr.ops.selective_scan.triton.selective import (
     COMPILER_OPTIONS,
     Plan,
     contiguous,

@@ -10,8 +10,8 @@ The parameters of a block are (n + 2 + r, 16): A * log2(e), D, delta_bias, and t
 
 from numba import types
 
-from dpmambair_basicsr.ops.selective_scan.numba_runtime import CHUNK, LANES
-from dpmambair_basicsr.ops.selective_scan.numba_simd import (
+from dpmambair_basicsr.ops.selective_scan.numba.runtime import CHUNK, LANES
+from dpmambair_basicsr.ops.selective_scan.numba.simd import (
     FLOAT_BYTES,
     INTEGER_BYTES,
     VECTOR_BYTES,
@@ -31,7 +31,7 @@ from dpmambair_basicsr.ops.selective_scan.numba_simd import (
     subroutine,
     zeros,
 )
-from dpmambair_basicsr.ops.selective_scan.numba_tiles import (
+from dpmambair_basicsr.ops.selective_scan.numba.tiles import (
     BACK_DDELTA,
     BACK_DELTA,
     BACK_DU,

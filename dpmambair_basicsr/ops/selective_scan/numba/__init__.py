@@ -1,0 +1,1 @@
+"""Scans on a CPU, compiled by numba."""

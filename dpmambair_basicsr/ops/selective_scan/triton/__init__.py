@@ -1,0 +1,1 @@
+"""Scans on NVIDIA GPUs, compiled by Triton."""
