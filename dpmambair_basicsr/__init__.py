@@ -4,24 +4,25 @@ Importing this package is all it takes: as soon as BasicSR has been imported, be
 Neither torch nor basicsr is imported from here, so `dpmambair_basicsr.ops` can be used without BasicSR.
 """
 
-from dpmambair_basicsr import host
+from dpmambair_basicsr.patches import imports
 
 __version__ = '0.1.0'
 
 
 def register() -> None:
-    """Registers our networks, data sets, losses, metrics and models with BasicSR and mends BasicSR. May be repeated."""
+    """Registers our networks, data sets, losses, metrics and models with BasicSR, and patches BasicSR. Idempotent."""
     from dpmambair_basicsr import archs, data, losses, metrics, models  # noqa: F401  (imported to register)
+    from dpmambair_basicsr.patches.apply import apply_patches
 
-    host.mend()
+    apply_patches()
 
 
 def load(weights, *, network: dict | None = None, device: str = 'auto', half: bool = False):
-    """A trained network: `load('net_g_latest.pth').restore(image)`. See `dpmambair_basicsr.restorer`."""
-    from dpmambair_basicsr import restorer
+    """A trained network: `load('net_g_latest.pth').restore(image)`. See `dpmambair_basicsr.inference.restorer`."""
+    from dpmambair_basicsr.inference import restorer
 
     return restorer.load(weights, network=network, device=device, half=half)
 
 
-host.prepare()
-host.when_basicsr_is_imported(register)
+imports.prepare()
+imports.when_basicsr_is_imported(register)

@@ -6,7 +6,7 @@ A safetensors file holds tensors and text and can run no code, so it may be pass
 
 import argparse
 
-from dpmambair_basicsr.models.checkpoints import SAFETENSORS, read_checkpoint, select_weights, write_safetensors
+from dpmambair_basicsr.files.checkpoints import SAFETENSORS, read_checkpoint, select_weights, write_safetensors
 
 KEYS = ('params_ema', 'params', None)
 

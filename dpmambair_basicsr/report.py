@@ -1,7 +1,7 @@
 """Several tests beside each other and beside the papers: `python -m dpmambair_basicsr.report results/A results/B`.
 
 Prints one Markdown table: a row for the degraded images, for each run and for each published method of the same test
-sets. A set of yours stands beside a published one if it has its name (see `dpmambair_basicsr.published`), whatever the
+sets. A set of yours stands beside a published one if it has its name (see `results.published_tables`), whatever the
 case and the punctuation: Rain100H, RESIDE-6K, "BSD400 noise". `--html FILE` writes one self-contained page with the
 table, bars, and sliders between the degraded and the restored image.
 """
@@ -9,8 +9,8 @@ table, bars, and sliders between the degraded and the restored image.
 import argparse
 from pathlib import Path
 
-from dpmambair_basicsr.comparison import compare, label_runs, to_markdown
-from dpmambair_basicsr.files import replacing
+from dpmambair_basicsr.files.atomic import replacing
+from dpmambair_basicsr.results.comparison import compare, label_runs, to_markdown
 
 
 def main() -> None:
@@ -28,7 +28,7 @@ def main() -> None:
         comparison = compare(runs)
         print(to_markdown(comparison))
         if arguments.html:
-            from dpmambair_basicsr.report_page import page  # OpenCV is needed for its pictures alone
+            from dpmambair_basicsr.results.page import page  # OpenCV is needed for its pictures alone
 
             folders = [
                 Path(path) if Path(path).is_dir() else Path(path).parent for path in dict.fromkeys(arguments.results)

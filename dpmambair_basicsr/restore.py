@@ -6,7 +6,6 @@ reported and passed over, and the exit status is 1 in the end. See `pictures` fo
 """
 
 import argparse
-import glob
 import sys
 from pathlib import Path
 
@@ -14,10 +13,16 @@ import cv2
 from tqdm import tqdm
 
 import dpmambair_basicsr
-from dpmambair_basicsr import host
-from dpmambair_basicsr.data.image_files import EXTENSIONS
-from dpmambair_basicsr.pictures import check_format, read_picture, restored_picture, side_by_side, write_picture
-from dpmambair_basicsr.restorer import OVERLAP, Restorer, load
+from dpmambair_basicsr.files.pictures import (
+    check_format,
+    list_pictures,
+    read_picture,
+    restored_picture,
+    side_by_side,
+    write_picture,
+)
+from dpmambair_basicsr.inference.restorer import OVERLAP, Restorer, load
+from dpmambair_basicsr.patches import apply as host
 
 
 def main() -> int:
@@ -110,17 +115,6 @@ def plan(inputs: list[str], output: Path, suffix: str) -> list[tuple[Path, Path]
         if target.resolve() in pictures:
             raise SystemExit(f'{target}: is a picture itself; choose another -o than its folder, or a --suffix')
     return [(source, target) for target, source in sources.items()]
-
-
-def list_pictures(argument: str) -> list[Path]:
-    """The file, the pictures directly in the folder (by extension, hidden files left out), or the matches."""
-    path = Path(argument)
-    if path.is_dir():
-        found = (part for part in path.iterdir() if part.suffix.lower() in EXTENSIONS and part.name[0] != '.')
-        return sorted(part for part in found if part.is_file())
-    if path.exists():
-        return [path]
-    return [part for match in sorted(glob.glob(argument, recursive=True)) for part in list_pictures(match)]
 
 
 def same_file(a: Path, b: Path) -> bool:

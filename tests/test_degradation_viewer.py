@@ -15,7 +15,8 @@ from torch.nn import functional as F
 import dpmambair_basicsr
 from dpmambair_basicsr import archs, degradation
 from dpmambair_basicsr.data.degradations import DEGRADATIONS
-from dpmambair_basicsr.degradation import Classes, load_extractor
+from dpmambair_basicsr.inference.degradation_classes import Classes
+from dpmambair_basicsr.inference.embedder import load_extractor
 
 dpmambair_basicsr.register()
 

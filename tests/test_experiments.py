@@ -19,10 +19,11 @@ import yaml
 from basicsr.utils.options import ordered_yaml
 from torchvision.models import AlexNet, vgg
 
-from dpmambair_basicsr import archs, published
-from dpmambair_basicsr.data.public_sets import SETS
+from dpmambair_basicsr import archs
 from dpmambair_basicsr.models.restoration_model import LOG_NAMES
-from dpmambair_basicsr.options import apply_forced
+from dpmambair_basicsr.option_checks.sections import apply_forced
+from dpmambair_basicsr.prepare.public_sets import SETS
+from dpmambair_basicsr.results import published_tables as published
 
 PAGE = (in_process.ROOT / 'docs' / 'experiments.md').read_text(encoding='utf-8')
 FILES = sorted(file.name for file in (in_process.ROOT / 'options').glob('*.yml'))

@@ -1,4 +1,4 @@
-"""scripts/export.py: networks as ONNX and .pt2 files that need nothing of this package."""
+"""`python -m dpmambair_basicsr.export`: networks as ONNX and .pt2 files that need nothing of this package."""
 
 import importlib.util
 import itertools
@@ -18,7 +18,7 @@ onnxruntime = pytest.importorskip('onnxruntime', reason='it runs ONNX')
 
 dpmambair_basicsr.register()
 
-SCRIPT = PACKAGE_PARENT / 'scripts' / 'export.py'
+SCRIPT = PACKAGE_PARENT / 'dpmambair_basicsr' / 'export.py'
 specification = importlib.util.spec_from_file_location('export', SCRIPT)
 export = importlib.util.module_from_spec(specification)
 specification.loader.exec_module(export)

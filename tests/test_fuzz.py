@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import dpmambair_basicsr
-from dpmambair_basicsr.data.image_files import ImageReader
+from dpmambair_basicsr.files.images import ImageReader
 
 dpmambair_basicsr.register()
 # The same examples in each run of the same tests: a finding belongs into a test of its own.

@@ -22,20 +22,23 @@ from basicsr_runs import stock_options, write_images, write_options
 from in_process import train
 
 import dpmambair_basicsr  # noqa: F401  (first: it makes BasicSR 1.4.2 importable)
-from dpmambair_basicsr import host
+from dpmambair_basicsr.patches.apply import apply_patches
+from dpmambair_basicsr.patches.imports import distutils_version
+from dpmambair_basicsr.patches.registry import PATCHES
+from dpmambair_basicsr.patches.resume import load_resume_state
 
 
 def test_every_mend_is_applied_once():
-    host.mend()
-    for owner, attribute, _ in host.MENDS:
+    apply_patches()
+    for owner, attribute, _ in PATCHES:
         mended = getattr(pkgutil.resolve_name(owner), attribute)
-        assert mended.mended_by == 'dpmambair_basicsr.host', attribute
-        assert not hasattr(mended.__wrapped__, 'mended_by'), attribute
+        assert mended.patched_by == 'dpmambair_basicsr.patches.apply', attribute
+        assert not hasattr(mended.__wrapped__, 'patched_by'), attribute
 
 
 def test_stand_in_for_distutils_compares_versions():
     module = types.ModuleType('distutils.version')
-    host.distutils_version(module)
+    distutils_version(module)
     assert module.LooseVersion('0.29.2+cu132') >= module.LooseVersion('0.9.0')
     assert module.LooseVersion('0.8.2') < module.LooseVersion('0.13.0')
 
@@ -291,7 +294,7 @@ def run_folder(tmp_path):
 
 
 def test_auto_resume_takes_the_newest_state_that_can_be_used(run_folder, capsys):
-    assert host.load_resume_state(run_folder) == STATE | {'iter': 2}
+    assert load_resume_state(run_folder) == STATE | {'iter': 2}
     assert run_folder['path']['pretrain_network_g'] == f'{run_folder["path"]["models"]}/net_g_2.pth'
     output = capsys.readouterr().out
     assert '10.state' in output and 'net_g_4.pth' in output
@@ -303,18 +306,18 @@ def test_auto_resume_asks_for_every_network(run_folder, tmp_path, capsys):
         torch.save({'params': {}}, tmp_path / 'models' / f'net_g_{iteration}.pth')
     torch.save({'params': {}}, tmp_path / 'models' / 'net_d_2.pth')
     (tmp_path / 'models' / 'net_d_4.pth').write_text('')
-    assert host.load_resume_state(copy.deepcopy(run_folder))['iter'] == 2
+    assert load_resume_state(copy.deepcopy(run_folder))['iter'] == 2
     assert 'net_d_4.pth' in capsys.readouterr().out
     run_folder['path']['ignore_resume_networks'] = ['network_d']
-    assert host.load_resume_state(run_folder)['iter'] == 4
+    assert load_resume_state(run_folder)['iter'] == 4
 
 
 def test_auto_resume_never_starts_again_silently(run_folder, tmp_path, capsys):
     (tmp_path / 'models' / 'net_g_2.pth').unlink()
     with pytest.raises(SystemExit, match='none of its 3 training states'):
-        host.load_resume_state(run_folder)
+        load_resume_state(run_folder)
     run_folder['path']['training_states'] = str(tmp_path / 'not there yet')
-    assert host.load_resume_state(run_folder) is None
+    assert load_resume_state(run_folder) is None
     assert f'finds no training state in {tmp_path}/not there yet' in capsys.readouterr().out
 
 
@@ -324,7 +327,7 @@ def test_a_state_that_cannot_be_resumed_from_is_named(run_folder, tmp_path):
     for name, reason in (('text.state', 'UnpicklingError'), ('network.state', 'no training state'), ('none', 'none')):
         path = run_folder['path'] | {'resume_state': str(tmp_path / name)}
         with pytest.raises(SystemExit, match=f'^path.resume_state: cannot resume from {tmp_path}/{name}: .*{reason}'):
-            host.load_resume_state(run_folder | {'auto_resume': False, 'path': path})
+            load_resume_state(run_folder | {'auto_resume': False, 'path': path})
 
 
 def test_a_state_that_would_run_code_is_refused(tmp_path):
@@ -334,5 +337,5 @@ def test_a_state_that_would_run_code_is_refused(tmp_path):
 
     torch.save({'iter': Attack()}, tmp_path / '2.state')
     with pytest.raises(SystemExit, match='[Ww]eights.only'):
-        host.load_resume_state({'auto_resume': False, 'path': {'resume_state': str(tmp_path / '2.state')}})
+        load_resume_state({'auto_resume': False, 'path': {'resume_state': str(tmp_path / '2.state')}})
     assert not (tmp_path / 'marker').exists()

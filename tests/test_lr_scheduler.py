@@ -7,7 +7,7 @@ import torch
 from basicsr.models.lr_scheduler import CosineAnnealingRestartLR
 
 import dpmambair_basicsr  # noqa: F401  (first: it makes BasicSR importable)
-from dpmambair_basicsr.models.lr_scheduler import CosineAnnealingRestartCyclicLR
+from dpmambair_basicsr.training.lr_schedulers import CosineAnnealingRestartCyclicLR
 
 
 def optimizer(*rates):

@@ -10,8 +10,8 @@ from forked_runs import Training, changed, load, start_processes, states, train
 from test_exact_resume import GAN, assert_equal
 
 import dpmambair_basicsr
-from dpmambair_basicsr import training_run
-from dpmambair_basicsr.models import training_state
+from dpmambair_basicsr.training import run as training_run
+from dpmambair_basicsr.training import state as training_state
 
 dpmambair_basicsr.register()
 

@@ -16,8 +16,8 @@ from basicsr_runs import stock_options, write_images
 
 import dpmambair_basicsr
 from dpmambair_basicsr.archs import DegradationAutoencoder, DPMambaIR
-from dpmambair_basicsr.option_types import did_you_mean
-from dpmambair_basicsr.options import apply_forced, check_options, check_root, check_structure, refuse
+from dpmambair_basicsr.option_checks.sections import apply_forced, check_options, check_root, check_structure, refuse
+from dpmambair_basicsr.registry import did_you_mean
 
 ROOT = Path(dpmambair_basicsr.__file__).parents[1]
 OPTION_FILES = sorted((ROOT / 'options').glob('*.yml'))
@@ -521,15 +521,11 @@ def test_our_parts_are_made_on_trial_for_models_of_basicsr_too(ours):
     assert network.startswith('network_g: insertion') and dataset.startswith('datasets.train: sampling')
 
 
-def test_progressive_needs_a_model_that_reports(ours):
+def test_progressive_is_for_any_model_also_basicsrs_own(ours):
     phases = {'gt_sizes': [8, 16], 'batch_sizes': [2, 1], 'iters': [5, 5]}
     ours['datasets']['train']['progressive'] = phases
-    assert check_options(ours) == []
-    ours['model_type'] = 'SRModel'
-    (problem,) = check_options(ours)
-    assert problem.startswith(
-        'datasets.train.progressive: SRModel does not report its iterations; choices: Degradation'
-    )
+    for model in ('RestorationModel', 'SRModel'):
+        assert check_options(ours | {'model_type': model}) == []
 
 
 def test_checking_does_not_open_the_log(ours, monkeypatch):

@@ -1,4 +1,4 @@
-"""scripts/prepare_data.py on miniature trees with the published layouts: what it arranges, refuses, continues.
+"""prepare_data on miniature trees with the published layouts: what it arranges, refuses, continues.
 
 Miniature trees have fewer images than was published, so the commands have --any-count, as users need it then.
 """
@@ -25,9 +25,9 @@ from basicsr.utils.matlab_functions import imresize
 from basicsr_runs import PACKAGE_PARENT, python
 
 import dpmambair_basicsr  # noqa: F401  (first: it makes BasicSR importable, and registers the data sets)
-from dpmambair_basicsr.data.public_sets import SETS, Layout, compile_pattern, pair, spaced
+from dpmambair_basicsr.prepare.public_sets import SETS, Layout, compile_pattern, pair, spaced
 
-SCRIPT = PACKAGE_PARENT / 'scripts' / 'prepare_data.py'
+SCRIPT = PACKAGE_PARENT / 'dpmambair_basicsr' / 'prepare_data.py'
 SHARED = Path(__file__).parents[2] / 'shared' / 'data'
 script = runpy.run_path(str(SCRIPT), run_name='prepare_data')
 prepare = script['main']

@@ -264,7 +264,7 @@ def test_gt_sizes_fit_the_network_at_scale_4(options):
 
 def test_one_image_is_decoded_per_used_crop(options):
     """Restormer's way: as many as the full batch has."""
-    compare = runpy.run_path(str(in_process.ROOT / 'scripts' / 'benchmark_progressive.py'))['compare']
+    compare = runpy.run_path(str(in_process.ROOT / 'benchmarks' / 'progressive.py'))['compare']
     rows = compare(options['datasets']['train'] | {'phase': 'train', 'scale': 1}, batches=2)
     assert [row[:2] for row in rows] == list(zip(PHASES['gt_sizes'], PHASES['batch_sizes'], strict=True))
     assert [row[2] for row in rows] == [1.0] * 4

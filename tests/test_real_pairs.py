@@ -1,4 +1,4 @@
-"""options/test_all_in_one.yml on published pairs: downloads in miniature, scripts/prepare_data.py, the test, its table.
+"""options/test_all_in_one.yml on published pairs: downloads in miniature, prepare_data, the test, its table.
 
 Haze is SOTS outdoor in RESIDE-6K's layout, low light training pairs of LOL as its test pairs; there are none of LSRW.
 """
@@ -45,7 +45,7 @@ def tested(tmp_path_factory):
     if not SHARED.is_dir():
         pytest.skip(f'no published pairs: {SHARED} does not exist')
     folder = tmp_path_factory.mktemp('all_in_one')
-    prepare = runpy.run_path(str(PACKAGE_PARENT / 'scripts' / 'prepare_data.py'), run_name='prepare_data')['main']
+    prepare = runpy.run_module('dpmambair_basicsr.prepare_data')['main']
     for name, (source, places, count) in DOWNLOADS.items():
         for part, place in places.items():
             download = folder / 'downloads' / name / place

@@ -40,7 +40,7 @@ expected = {
 for kind, names in expected.items():
     missing = set(names.split()) - set(getattr(registry, f'{kind}_REGISTRY').keys())
     assert not missing, f'{kind}: {missing}'
-assert options.parse_options.mended_by == 'dpmambair_basicsr.host'
+assert options.parse_options.patched_by == 'dpmambair_basicsr.patches.apply'
 assert basicsr.train.parse_options is basicsr.test.parse_options is options.parse_options
 """
 
@@ -60,7 +60,8 @@ ORDERS = {
     'twice and reloaded': """
 import importlib, dpmambair_basicsr, basicsr, dpmambair_basicsr
 dpmambair_basicsr.register()
-importlib.reload(dpmambair_basicsr.host)
+importlib.reload(dpmambair_basicsr.patches.imports)
+importlib.reload(dpmambair_basicsr.patches.apply)
 importlib.reload(dpmambair_basicsr)
 importlib.reload(basicsr.utils.options)
 dpmambair_basicsr.register()
@@ -78,7 +79,7 @@ FORKS = {
     'without registry': """
 import sys; sys.path.insert(0, 'without_registry')
 import dpmambair_basicsr, basicsr.models
-assert not any(name.startswith('dpmambair_basicsr.') for name in sys.modules if name != 'dpmambair_basicsr.host')
+assert not any(name.startswith('dpmambair_basicsr.') for name in sys.modules if '.patches' not in name)
 """,
     'with another registry': """
 import sys, warnings; sys.path.insert(0, 'with_another_registry')

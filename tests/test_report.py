@@ -18,9 +18,11 @@ import torch
 import yaml
 from browser import browser
 
-from dpmambair_basicsr import published, report, results
+from dpmambair_basicsr import report
 from dpmambair_basicsr.archs import DegradationAutoencoder, VmambaIR
-from dpmambair_basicsr.files import replacing
+from dpmambair_basicsr.files.atomic import replacing
+from dpmambair_basicsr.results import published_tables as published
+from dpmambair_basicsr.results import run as results
 
 metrics = pytest.importorskip('skimage.metrics', reason='its metrics are compared with')
 

@@ -16,15 +16,16 @@ from torch import nn
 from torch.nn import functional as F
 
 import dpmambair_basicsr
-from dpmambair_basicsr import load, restore, restorer
+from dpmambair_basicsr import load, restore
 from dpmambair_basicsr.archs import DPMambaIR, degradation_extractor_arch
 from dpmambair_basicsr.archs.blocks import ImageMean
-from dpmambair_basicsr.memory import PeakMemory
-from dpmambair_basicsr.models.checkpoints import read_weights
+from dpmambair_basicsr.files.checkpoints import read_weights
+from dpmambair_basicsr.files.pictures import read_picture, restored_picture, write_picture
+from dpmambair_basicsr.inference import restorer
+from dpmambair_basicsr.inference.memory import PeakMemory
+from dpmambair_basicsr.inference.restorer import Restorer
+from dpmambair_basicsr.inference.tiles import blend_weights
 from dpmambair_basicsr.ops import tile_spans, tiled
-from dpmambair_basicsr.ops.tiles import blend_weights
-from dpmambair_basicsr.pictures import read_picture, restored_picture, write_picture
-from dpmambair_basicsr.restorer import Restorer
 
 SMALL = {'num_blocks': [1, 1, 1, 1], 'num_refinement_blocks': 1, 'd_state': 2}
 VMAMBAIR = {'type': 'VmambaIR', 'dim': 4, **SMALL}

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 import dpmambair_basicsr
 from dpmambair_basicsr import convert, load
 from dpmambair_basicsr.archs import VmambaIR
-from dpmambair_basicsr.models.checkpoints import read_checkpoint, write_safetensors
+from dpmambair_basicsr.files.checkpoints import read_checkpoint, write_safetensors
 
 dpmambair_basicsr.register()
 NETWORK = {'type': 'VmambaIR', 'dim': 4, 'num_blocks': [1, 1, 1, 1], 'num_refinement_blocks': 1, 'd_state': 2}

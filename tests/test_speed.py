@@ -13,7 +13,7 @@ from torch import nn
 from dpmambair_basicsr.archs import DPMambaIR, VmambaIR
 from dpmambair_basicsr.archs.blocks import planar_scan
 from dpmambair_basicsr.archs.vmambair_arch import OSSBlock, OSSModule
-from dpmambair_basicsr.models.speed_hooks import in_training, missing_compiler, mixed
+from dpmambair_basicsr.models.precision import in_training, missing_compiler, mixed
 
 TINY = {'dim': 16, 'num_blocks': [1, 1, 1, 1], 'num_refinement_blocks': 1, 'd_state': 4}
 DPMAMBAIR = {**TINY, 'd_inner': [16, 16, 16, 16], 'embed_dim': 8, 'extractor_channels': [4, 4]}

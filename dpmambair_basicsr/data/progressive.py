@@ -4,7 +4,7 @@ Restormer's loader always makes batch_size_per_gpu crops of the last phase's siz
 phase does not use. Here the data set is asked for whole batches (`__getitems__`) and loads only what is used.
 
 The phase follows the training iteration. BasicSR's sampler runs in the training process and its indices reach the
-loader's workers, so the sampler is what can tell them (`dpmambair_basicsr.host_training` lets it): each index of a
+loader's workers, so the sampler is what can tell them (`patches/seeding` lets it): each index of a
 progressive data set is accompanied by its position among those that the epoch still has, and by the number of
 iterations before them. Nothing is assumed about epochs, workers, prefetching or where training was resumed.
 """
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import NamedTuple
 
-from dpmambair_basicsr.data.item_seeds import item
+from dpmambair_basicsr.training.item_seeds import item
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ from torch.utils.data import Dataset
 
 from dpmambair_basicsr.data.dataset_options import CROP_KEYS, complete_options
 from dpmambair_basicsr.data.degradations import DEGRADATIONS, degrade, to_uint8
-from dpmambair_basicsr.data.image_files import (
+from dpmambair_basicsr.data.progressive import ProgressiveBatches
+from dpmambair_basicsr.files.images import (
     ImageReader,
     check_inside,
     fit_crop,
@@ -18,7 +19,6 @@ from dpmambair_basicsr.data.image_files import (
     to_float,
     to_tensor,
 )
-from dpmambair_basicsr.data.progressive import ProgressiveBatches
 
 
 @DATASET_REGISTRY.register()

@@ -1,7 +1,7 @@
 from basicsr.models.srgan_model import SRGANModel
 from basicsr.utils.registry import MODEL_REGISTRY
 
-from dpmambair_basicsr.models.restoration_hooks import RestorationHooks
+from dpmambair_basicsr.models.restoration_mixin import RestorationHooks
 
 
 @MODEL_REGISTRY.register()

@@ -2,10 +2,10 @@
 
 from dpmambair_basicsr.archs.blocks.checks import one_of
 from dpmambair_basicsr.archs.blocks.effn import EFFN
-from dpmambair_basicsr.archs.blocks.halves import convolve_halves
 from dpmambair_basicsr.archs.blocks.image_mean import ImageMean, MeansOverTiles
 from dpmambair_basicsr.archs.blocks.layer_norm import LayerNorm
 from dpmambair_basicsr.archs.blocks.planar_scan import PlanarScan, directional_scan, log_uniform_delta_bias
+from dpmambair_basicsr.archs.blocks.split_conv import convolve_halves
 from dpmambair_basicsr.archs.blocks.unet import UNet
 
 __all__ = [

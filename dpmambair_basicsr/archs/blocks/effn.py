@@ -2,7 +2,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dpmambair_basicsr.archs.blocks.halves import convolve_halves
+from dpmambair_basicsr.archs.blocks.split_conv import convolve_halves
 
 # On a CPU, a channels_last depthwise convolution of 127 or 255 channels takes twice as long as one of 128 or 256.
 CHANNELS_MULTIPLE = 8

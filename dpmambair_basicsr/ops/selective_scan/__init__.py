@@ -7,7 +7,7 @@ A backend is a module of this package, imported when first asked for, with two f
   bf16 or fp16; tensors need not be contiguous;
 - `why_not(device, dtype) -> str | None`: what keeps it from running there and what to install; None if it can run.
 
-A new one is a file and its line in `BACKENDS`; the tests and `scripts/benchmark_scan.py` find it there.
+A new one is a file and its line in `BACKENDS`; the tests and `benchmarks/scan.py` find it there.
 """
 
 import functools

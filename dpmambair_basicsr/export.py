@@ -1,0 +1,203 @@
+"""Writes a trained network as one file that runs without this package: ONNX, or a program of torch.export (.pt2).
+
+    python -m dpmambair_basicsr.export --weights net_g_latest.pth --output net.onnx
+    python -m dpmambair_basicsr.export --weights net_g_latest.pth --output net.pt2
+
+One input, `image`, (B, 3, H, W) float32 RGB in [0, 1]; one output, `restored`, (B, 3, scale * H, scale * W), not
+clamped. B, H and W are free; H and W have to be multiples of 8, as for the network itself (pad, restore, crop), and at
+least 16 for .pt2. The selective scan is made of standard operators, ONNX's Scan or PyTorch's own; nothing to install.
+The file is written only if its results agree with the network's at several sizes. Minutes for a network of full size.
+"""
+
+import argparse
+import importlib
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+from torch.nn import functional as F
+
+import dpmambair_basicsr
+from dpmambair_basicsr.files.atomic import replacing
+from dpmambair_basicsr.inference.restorer import load
+from dpmambair_basicsr.restore import read_network
+
+FORMATS = {'.onnx': 'onnx', '.pt2': 'torch'}
+CHUNK = 32  # positions; see scan
+EXAMPLE = (2, 5, 7)  # batch, and height and width in strides: no two alike, or they would be taken for the same
+CHECKED = [(1, 2, 3), (2, 8, 5), (1, 16, 16)]  # the same, of the images with which the file is tried
+TOLERANCE = 1e-3
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    form = arguments.format or FORMATS.get(arguments.output.suffix)
+    if form is None:
+        raise SystemExit(f'{arguments.output}: is neither .onnx nor .pt2; choose --format onnx or torch')
+    if form == 'onnx':
+        check_libraries()
+    dpmambair_basicsr.register()
+    try:
+        network = None if arguments.opt is None else read_network(arguments.opt)
+        net = load(arguments.weights, network=network, device='cpu').net
+    except (ValueError, OSError) as error:
+        raise SystemExit(str(error)) from None
+    print('tracing the network', flush=True)
+    program = trace(net)
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(arguments.output) as part:
+        print(f'writing {form}', flush=True)
+        (write_onnx if form == 'onnx' else write_torch)(program, part)
+        check(net, (run_onnx if form == 'onnx' else run_torch)(part))
+    print(f'{arguments.output}: {arguments.output.stat().st_size / 2**20:.1f} MiB')
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add('-w', '--weights', required=True, metavar='FILE', help='checkpoint, net_g_*.pth')
+    add('-o', '--output', required=True, type=Path, metavar='FILE', help='FILE.onnx or FILE.pt2')
+    add('--format', choices=FORMATS.values(), help='default: by the extension of the output')
+    add('--opt', metavar='FILE', help='option file with network_g, for a checkpoint that does not hold its own')
+    return parser.parse_args()
+
+
+def check_libraries() -> None:
+    """Raises SystemExit if a library is missing; before the work."""
+    for library in ('onnx', 'onnxscript', 'onnxruntime'):
+        try:
+            importlib.import_module(library)
+        except ImportError as error:
+            raise SystemExit(f'ONNX needs {library} ({error}); pip install onnx onnxscript onnxruntime') from None
+
+
+def trace(net: nn.Module) -> ExportedProgram:
+    """The network as a graph of PyTorch's own operators, for any batch and any multiples of its stride."""
+    batch, height, width = EXAMPLE
+    image = torch.rand(batch, 3, height * net.stride, width * net.stride)
+    sizes = {0: Dim('batch'), 2: net.stride * Dim('height'), 3: net.stride * Dim('width')}
+    with torch.no_grad(), scans_by(scan), without_blocks(net):
+        return torch.export.export(net, (image,), dynamic_shapes=(sizes,))
+
+
+@contextmanager
+def scans_by(function: Callable) -> Iterator[None]:
+    """While it lasts, this is the one backend of `selective_scan`, and `omni_scan` goes by sequences."""
+    # By import_module: the names in ops are the functions.
+    scan_module, omni_module = (
+        importlib.import_module(f'dpmambair_basicsr.ops.{name}') for name in ('selective_scan', 'omni_scan')
+    )
+    choose_scan, choose_omni = scan_module._choose, omni_module._choose
+    scan_module._choose, omni_module._choose = lambda *_: 'export', lambda *_: None
+    scan_module._scans['export'] = function
+    try:
+        yield
+    finally:
+        scan_module._choose, omni_module._choose = choose_scan, choose_omni
+        del scan_module._scans['export']
+
+
+@contextmanager
+def without_blocks(net: nn.Module) -> Iterator[None]:
+    """While it lasts, a degradation extractor sees the image at once: a graph cannot ask how large it is."""
+    extractor = getattr(net, 'extractor', None)
+    if extractor is not None:
+        extractor.forward = lambda image: extractor.head(extractor.features(image).mean(dim=(2, 3)))
+    try:
+        yield
+    finally:
+        if extractor is not None:
+            del extractor.forward
+
+
+def scan(u, delta, A, B, C, D, delta_bias, delta_softplus) -> Tensor:
+    """The contract of a backend of `selective_scan`, for any length l, in three loops of PyTorch's `scan`.
+
+    A loop over l would be slow, and a graph without loops cannot have any length. So chunks of CHUNK positions, c of
+    them, advance side by side as in `torch_chunked`, which explains it: sweep them from a zero state, chain what they
+    add to the state, sweep again from the states so found. Together, 2 * CHUNK + c steps.
+
+    Shapes: b batch, g groups, w channels per group, n states; a state is (b, g, w, n, c).
+    """
+    (b, d, length), (g, n) = u.shape, B.shape[1:3]
+    w = d // g
+    c = length // CHUNK + 2  # one more than needed: PyTorch takes 1 for another kind of number than 2, 3, ...
+    loop = torch.ops.higher_order.scan  # (body, states, inputs by step, constants) -> last states, outputs by step
+
+    def by_step(x):
+        """(..., l) -> (CHUNK, ..., c); zeros beyond the end, where delta = 0 keeps the state."""
+        x = F.pad(x, (0, c * CHUNK - length)).unflatten(-1, (c, CHUNK))
+        return x.movedim(-1, 0).contiguous()
+
+    def advance(h, delta, drive, B, A):
+        return torch.exp(delta * A) * h + drive * B
+
+    def sweep(h, delta, drive, B, A):
+        return (advance(h, delta, drive, B, A),)
+
+    def chain(h, delta, end, A):
+        return torch.exp(delta * A) * h + end, h.clone()
+
+    def read(h, delta, drive, B, C, A):
+        h = advance(h, delta, drive, B, A)
+        return h, (h * C).sum(dim=3)
+
+    if delta_bias is not None:
+        delta = delta + delta_bias[:, None]
+    if delta_softplus:
+        delta = F.softplus(delta)
+    A = A.view(g, w, n, 1)
+    step, drive = (by_step(x.unflatten(1, (g, w)).unsqueeze(3)) for x in (delta, delta * u))
+    B, C = (by_step(x.unsqueeze(2)) for x in (B, C))
+
+    (end,) = loop(sweep, (u.new_zeros(b, g, w, n, c),), (step, drive, B), (A,))
+    total, end = (x.movedim(-1, 0).contiguous() for x in (step.sum(dim=0), end))
+    _, start = loop(chain, (u.new_zeros(b, g, w, n),), (total, end), (A.squeeze(3),))
+    _, y = loop(read, (start.movedim(0, -1).contiguous(),), (step, drive, B, C), (A,))
+
+    y = y.movedim(0, -1).flatten(-2)[..., :length].flatten(1, 2)  # (b, d, l)
+    return y if D is None else y + D[:, None] * u
+
+
+def write_onnx(program: ExportedProgram, file: Path) -> None:
+    logging.getLogger('onnx_ir').setLevel(logging.ERROR)  # it warns of the sweep, which has no output by step
+    sizes = {0: 'batch', 2: 'height', 3: 'width'}
+    names = {'input_names': ['image'], 'output_names': ['restored'], 'dynamic_shapes': (sizes,)}
+    torch.onnx.export(program, dynamo=True, external_data=False, verbose=False, **names).save(file)
+
+
+def run_onnx(file: Path) -> Callable[[Tensor], Tensor]:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(file), providers=['CPUExecutionProvider'])
+    return lambda image: torch.from_numpy(session.run(['restored'], {'image': image.numpy()})[0])
+
+
+def write_torch(program: ExportedProgram, file: Path) -> None:
+    with open(file, 'wb') as stream:  # a path would have to end in .pt2
+        torch.export.save(program, stream)
+
+
+def run_torch(file: Path) -> Callable[[Tensor], Tensor]:
+    with open(file, 'rb') as stream:
+        return torch.export.load(stream).module()
+
+
+@torch.no_grad()
+def check(net: nn.Module, run: Callable[[Tensor], Tensor]) -> None:
+    """Prints the largest difference to the network at each size; raises SystemExit if it is above TOLERANCE."""
+    for batch, height, width in CHECKED:
+        image = torch.rand(batch, 3, height * net.stride, width * net.stride)
+        error = (run(image) - net(image)).abs().max().item()
+        print(f'{" x ".join(map(str, image.shape))}: largest difference {error:.1e}', flush=True)
+        if not error <= TOLERANCE:
+            raise SystemExit(f'the results differ by more than {TOLERANCE}: nothing written')
+
+
+if __name__ == '__main__':
+    sys.exit(main())

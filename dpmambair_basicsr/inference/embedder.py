@@ -1,0 +1,117 @@
+"""Pictures to embeddings, by the extractor of a checkpoint."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from dpmambair_basicsr.archs import DegradationExtractor
+from dpmambair_basicsr.data.degradations import DEGRADATIONS, degrade
+from dpmambair_basicsr.files.checkpoints import differences, read_checkpoint, select_weights
+from dpmambair_basicsr.files.images import to_float, to_tensor
+from dpmambair_basicsr.files.pictures import list_pictures, read_picture
+from dpmambair_basicsr.inference.degradation_classes import Classes
+
+
+def sub_folders(folder: Path) -> dict[str, list[Path]]:
+    """{name: pictures} of the folders in a folder that hold pictures, sorted; hidden ones are left out."""
+    folders = sorted(path for path in folder.iterdir() if path.is_dir() and path.name[0] != '.')
+    return {path.name: pictures for path in folders if (pictures := list_pictures(str(path)))}
+
+
+def load_extractor(weights: str) -> DegradationExtractor:
+    """The extractor of a DegradationAutoencoder, DegradationExtractor or DPMambaIR, merged.
+
+    Its widths are those of its weights, so the checkpoint need not hold its options.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: naming the file: no checkpoint, or one without an extractor.
+    """
+    state_dict = select_weights(weights, read_checkpoint(weights), 'params_ema', 'params', None)
+    prefix = 'extractor.' if any(name.startswith('extractor.') for name in state_dict) else ''
+    own = {name.removeprefix(prefix): value for name, value in state_dict.items() if name.startswith(prefix)}
+    if not {'layers.0.bias', 'head.2.bias'} <= own.keys():
+        raise ValueError(f'{weights}: holds no degradation extractor; checkpoints of stage 1 and of most DPMambaIRs do')
+    channels = []
+    while (bias := own.get(f'layers.{len(channels)}.bias')) is not None:
+        channels.append(len(bias))
+    extractor = DegradationExtractor(
+        embed_dim=len(own['head.2.bias']), channels=channels, merged='layers.0.weight' in own
+    )
+    if report := differences(extractor, own):
+        raise ValueError(f'{weights}: {report}')
+    extractor.load_state_dict(own)
+    return extractor.merge().eval().requires_grad_(False)
+
+
+class Embedder:
+    """Embeds picture files; reports what it cannot read and counts it in `failed`.
+
+    Args:
+        extractor: merged or not.
+        device: where it runs.
+        crop: side of the part that is looked at, in the middle; None: all.
+    """
+
+    def __init__(self, extractor: DegradationExtractor, device: torch.device, crop: int | None):
+        self.extractor = extractor.to(device)
+        self.device = device
+        self.crop = crop
+        self.failed = 0
+
+    def classes_of_folders(self, folder: Path) -> Classes:
+        """Raises OSError if there is no such folder, ValueError without enough pictures in its sub-folders."""
+        folders = sub_folders(folder)
+        if not folders:
+            raise ValueError(f'{folder}: no sub-folder with pictures in it; there has to be one for each class')
+        return Classes.of({name: list(self.embed(paths, name).values()) for name, paths in folders.items()})
+
+    def classes_of_degradations(self, folder: Path) -> Classes:
+        """Of the pictures in the folder, each degraded in all ways. Raises ValueError if there are fewer than two."""
+        paths = list_pictures(str(folder))
+        if not paths:
+            raise ValueError(f'{folder}: no picture there')
+        found = self.embed(paths, 'clean', degraded_versions)
+        return Classes.of({kind: [part[i : i + 1] for part in found.values()] for i, kind in enumerate(DEGRADATIONS)})
+
+    def embed(
+        self,
+        paths: list[Path],
+        description: str,
+        versions: Callable[[np.ndarray, int], list[np.ndarray]] = lambda image, seed: [image],
+    ) -> dict[Path, Tensor]:
+        """{picture: embeddings (V, E) of unit length of its V versions}, without those that fail."""
+        embeddings = {}
+        bar = tqdm(paths, desc=description, unit='picture', disable=None)
+        for seed, path in enumerate(bar):
+            try:
+                image = middle(to_float(read_picture(path).image), self.crop)
+                embeddings[path] = torch.cat([self.embed_image(version) for version in versions(image, seed)])
+            except (OSError, ValueError, MemoryError, RuntimeError) as error:  # RuntimeError: out of memory, in PyTorch
+                self.failed += 1
+                bar.write(f'{path}: {" ".join(str(error).split()) or type(error).__name__}', file=sys.stderr)
+        return embeddings
+
+    def embed_image(self, image: np.ndarray) -> Tensor:
+        """(H, W, 3) RGB float32 in [0, 1] -> (1, E)."""
+        with torch.no_grad():
+            return F.normalize(self.extractor(to_tensor(image)[None].to(self.device)), dim=1).cpu()
+
+
+def middle(image: np.ndarray, size: int | None) -> np.ndarray:
+    if size is None:
+        return image
+    top, left = (max(length - size, 0) // 2 for length in image.shape[:2])
+    return image[top : top + size, left : left + size]
+
+
+def degraded_versions(image: np.ndarray, seed: int) -> list[np.ndarray]:
+    """One for each of DEGRADATIONS."""
+    rng = np.random.default_rng(seed)
+    return [degrade(image, kind, rng) for kind in DEGRADATIONS]

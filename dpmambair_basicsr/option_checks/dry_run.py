@@ -1,0 +1,159 @@
+"""The checks of an option file that make or read what it names: networks, data sets, optimisers, checkpoints."""
+
+import math
+import re
+import warnings
+from copy import deepcopy
+
+import torch
+
+from dpmambair_basicsr.files.checkpoints import differences, read_checkpoint, read_weights, select_weights
+from dpmambair_basicsr.files.images import fit_crop
+from dpmambair_basicsr.registry import arguments_of, describe, optimizers, our_type, schedulers, will_resume
+
+
+def check_on_trial(opt: dict, model: type | None, reported: list[str]) -> list[str]:
+    """What shows only when things are made or read. What is already reported for a section is not looked at again."""
+    problems = []
+
+    def attempt(path: str, make, *arguments):
+        if any(re.match(rf'{re.escape(path)}[.:\[]', problem) for problem in reported):
+            return None
+        try:
+            with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+                warnings.simplefilter('ignore')
+                return make(*arguments)
+        except Exception as error:  # whatever it is, it would end the run later
+            problems.append(describe(path, error))
+            return None
+
+    is_checked = hasattr(model, 'option_keys')
+    if opt['is_train'] and hasattr(model, 'check_training') and not reported:
+        attempt('model_type', model.check_training, opt)
+    networks = {}
+    for key, section in opt.items():
+        target = our_type('ARCH', section) if str(key).startswith('network_') else None
+        if target is not None:
+            networks[key] = attempt(key, make_without_storage, target, arguments_of(section))
+            scale = getattr(networks[key], 'scale', None)
+            if isinstance(scale, int) and scale != opt.get('scale', 1):
+                problems.append(f'{key}.scale: {scale}, but scale is {opt.get("scale", 1)}')
+    for phase, section in opt['datasets'].items():
+        target = our_type('DATASET', section)
+        dataset = None if target is None else attempt(f'datasets.{phase}', target, deepcopy(section))
+        if phase == 'train' and dataset is not None:
+            attempt('datasets.train', check_batches, opt, len(dataset))
+            attempt('datasets.train.gt_size', check_crop, dataset)
+    if opt['is_train'] and networks.get('network_g') is not None:
+        attempt('datasets.train.gt_size', check_crop_size, opt, networks['network_g'])
+    if is_checked:
+        for key, section in (opt.get('train') or {}).items():
+            if key.startswith('optim_'):
+                attempt(f'train.{key}', make_optimizer, section)
+            elif key.startswith('scheduler') and section is not None:
+                attempt(f'train.{key}', make_scheduler, section)
+    if not will_resume(opt):
+        for key, file in opt['path'].items():
+            network = key.removeprefix('pretrain_')
+            if file is None or not key.startswith('pretrain_network_') or network == 'network_e':
+                continue
+            if networks.get(network) is not None or (is_checked and network in opt):
+                attempt(f'path.{key}', check_checkpoint, opt, network, networks.get(network))
+        if opt['is_train'] and is_checked and networks.get('network_g') is not None:
+            attempt('path.pretrain_network_e', check_extractor, opt['path'], networks['network_g'])
+    return problems
+
+
+def make_without_storage(target: type, arguments: dict) -> torch.nn.Module:
+    with torch.device('meta'):
+        return target(**arguments)
+
+
+def make_optimizer(section: dict) -> torch.optim.Optimizer:
+    return optimizers()[section['type']]([torch.nn.Parameter(torch.zeros(1))], **arguments_of(section))
+
+
+def make_scheduler(section: dict) -> torch.optim.lr_scheduler.LRScheduler:
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    return schedulers()[section['type']](optimizer, **arguments_of(section))
+
+
+def check_batches(opt: dict, items: int) -> None:
+    """Raises ValueError if not a single batch can be made: BasicSR leaves incomplete ones out."""
+    train = opt['datasets']['train']
+    ratio, size = train.get('dataset_enlarge_ratio', 1), train['batch_size_per_gpu']
+    if not opt['dist']:
+        size *= max(opt['num_gpu'], 1)
+    if math.ceil(items * ratio / opt['world_size']) < size:
+        raise ValueError(no_batch(items, size, ratio, opt['world_size']))
+
+
+def check_crop(dataset) -> None:
+    """Raises ValueError if the first image, or the first of a part, is smaller than the crops; one is not all of them.
+
+    Not for lmdb: a database must not be open when the loader's workers are forked.
+    """
+    for part in getattr(dataset, 'datasets', [dataset]):
+        if part.opt['io_backend']['type'] == 'disk':
+            path = part.paths[0]
+            path = path['gt_path'] if isinstance(path, dict) else path
+            fit_crop(part.images.read(path, 'gt', 0), part.opt['gt_size'], part.opt['pad_small'], path, 0)
+
+
+def check_crop_size(opt: dict, net: torch.nn.Module) -> None:
+    """Raises ValueError if crops are no multiple of what the network halves, or pads pictures to when it is tested."""
+    train, scale = opt['datasets']['train'], opt.get('scale', 1)
+    # Real-ESRGAN's data set has crops that the model cuts once more, to the gt_size at the top of the file.
+    sizes = [opt.get('gt_size', train.get('gt_size')), *(train.get('progressive') or {}).get('gt_sizes', ())]
+    unit = scale * getattr(net, 'stride', 1)
+    if wrong := [size for size in sizes if isinstance(size, int) and size % unit]:
+        raise ValueError(f'{wrong[0]} is no multiple of {unit}, as {type(net).__name__} needs it at scale {scale}')
+
+
+def no_batch(items: int, batch_size: int, ratio: float, processes: int) -> str:
+    return (
+        f'{items} items times dataset_enlarge_ratio {ratio}, shared by {processes} process(es), '
+        f'are less than one batch of {batch_size}; raise dataset_enlarge_ratio or lower batch_size_per_gpu'
+    )
+
+
+def check_checkpoint(opt: dict, network: str, net: torch.nn.Module | None) -> None:
+    """Raises ValueError if `pretrain_<network>` cannot be read, or does not fit the network, if that is ours."""
+    path = opt['path']
+    file, name = path[f'pretrain_{network}'], network.removeprefix('network_')
+    checkpoint = read_checkpoint(file)
+    weights = select_weights(file, checkpoint, path.get(f'param_key_{name}', 'params'), 'params')
+    report = differences(net, weights) if net is not None and path.get(f'strict_load_{name}', True) else ''
+    if report:
+        raise ValueError(f'{file}: {other_options(checkpoint.get(network), opt[network], network)}{report}')
+
+
+def other_options(of_file: dict | None, wanted: dict, network: str) -> str:
+    """In what the network that was saved differs from the one of the options, if the file says it."""
+    found = [
+        f'{key} {of_file[key]!r} (options: {wanted.get(key, "its default")!r})'
+        for key in of_file or ()
+        if of_file[key] != wanted.get(key)
+    ]
+    return f'its {network} has {", ".join(found)}; ' if found else ''
+
+
+def check_extractor(path: dict, net: torch.nn.Module) -> None:
+    """Raises ValueError if a network does not get the frozen extractor it needs, see `RestorationHooks.load_extractor`.
+
+    Whether `pretrain_network_g` brings one is left to that.
+    """
+    file, whole = path.get('pretrain_network_e'), path.get('pretrain_network_g')
+    if not getattr(net, 'needs_extractor', False):
+        if file is not None:
+            raise ValueError(f'this {type(net).__name__} takes no extractor; write ~')
+    elif file is not None:
+        try:
+            with torch.device('meta'):
+                net.load_extractor(read_weights(file, 'params_ema', 'params', None))
+        except RuntimeError as error:
+            raise ValueError(f'{file}: not a checkpoint of stage 1 for this network: {error}') from error
+    elif whole is None:
+        raise ValueError(
+            'missing; the degradation extractor is frozen: pre-train it with options/train_degradation_extractor.yml'
+        )

@@ -1,0 +1,99 @@
+"""Mends of BasicSR's training: nothing is lost when it is interrupted, and a resumed training goes on exactly.
+
+What these patches share is in `training/run`, `training/signals` and `training/state`.
+"""
+
+import math
+
+from basicsr.utils.dist_util import master_only
+
+from dpmambair_basicsr.patches.registry import replaces
+from dpmambair_basicsr.training import run as training_run
+from dpmambair_basicsr.training import signals as interruption
+from dpmambair_basicsr.training.state import keep_schedule, restore, write_network, write_state
+
+BASE_MODEL = 'basicsr.models.base_model:BaseModel'
+
+
+@replaces(BASE_MODEL, 'save_network')
+def whole_networks(original):
+    """A network that cannot be written is left half written under its name, and ignored; models/base_model.py:222.
+
+    Training ends with exit status 0, and `--auto_resume` fails. Networks of NaN are written too. Can go when BasicSR
+    renames complete files, and raises.
+    """
+
+    @master_only
+    def save_network(self, net, net_label, current_iter, param_key='params'):
+        nets, keys = net if isinstance(net, list) else [net], param_key if isinstance(param_key, list) else [param_key]
+        write_network(self, nets, net_label, current_iter, keys)
+
+    return save_network
+
+
+@replaces(BASE_MODEL, 'save_training_state')
+def whole_states(original):
+    """As `whole_networks`, models/base_model.py:326; and the state lacks what an exact continuation needs.
+
+    It is saved before the validation of the same iteration, whose best metrics are missing in it: if one is due, the
+    state says so, and is written once more when that is done. Can go when BasicSR does so.
+    """
+
+    def save_training_state(self, epoch, current_iter):
+        run, val = training_run.current, self.opt.get('val')
+        if current_iter == -1:  # the end of training
+            interruption.stop_listening()
+            training_run.current = None
+            if interruption.received:
+                raise SystemExit(128 + interruption.received)
+        else:
+            if run is not None:
+                run.sets_to_validate = len(run.val_loaders) if val and current_iter % val['val_freq'] == 0 else 0
+            write_state(self, epoch, current_iter)
+
+    return save_training_state
+
+
+@replaces(BASE_MODEL, 'validation')
+def state_after_validation(original):
+    """Other half of `whole_states`."""
+
+    def validation(self, dataloader, current_iter, tb_logger, save_img=False):
+        original(self, dataloader, current_iter, tb_logger, save_img)
+        run = training_run.current
+        if run is not None and run.sets_to_validate:
+            run.sets_to_validate -= 1
+            if run.sets_to_validate == 0:
+                write_state(self, run.epoch, current_iter)
+
+    return validation
+
+
+@replaces(BASE_MODEL, '_update_best_metric_result')
+def finite_best(original):
+    """Infinity, the PSNR of equal images, is the best for ever; models/base_model.py:65. Can go when it is not."""
+
+    def update_best_metric_result(self, dataset_name, metric, val, current_iter):
+        if math.isfinite(val):
+            original(self, dataset_name, metric, val, current_iter)
+
+    return update_best_metric_result
+
+
+@replaces(BASE_MODEL, 'resume_training')
+def exact_continuation(original):
+    """A resumed training repeats its epoch with other random numbers, and forgets the best; models/base_model.py:340.
+
+    And its schedulers take no notice of the options: with a longer `total_iter`, CosineAnnealingRestartLR ends with a
+    TypeError however long `periods` are. Can go when BasicSR's states hold what `training/state.py` puts into
+    them, and not the options of schedulers.
+    """
+
+    def resume_training(self, resume_state):
+        schedules = [dict(vars(scheduler)) for scheduler in self.schedulers]
+        original(self, resume_state)
+        for scheduler, schedule in zip(self.schedulers, schedules, strict=True):
+            keep_schedule(scheduler, schedule)
+        restore(self, resume_state)
+
+    return resume_training

@@ -1,0 +1,124 @@
+"""What lets BasicSR be imported on current libraries, and the hook that registers us once it has been.
+
+`prepare` supplies modules that BasicSR imports and nobody has any more; each is used only where the real one is
+missing.
+Nothing here imports torch or BasicSR before BasicSR itself has been imported.
+"""
+
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import re
+import sys
+import warnings
+from pathlib import Path
+
+
+def functional_tensor(module) -> None:
+    """torchvision 0.17 removed `torchvision.transforms.functional_tensor`; data/degradations.py:8 imports it.
+
+    Can go when BasicSR 1.4.2 is no longer supported: master imports from `functional`.
+    """
+    from torchvision.transforms.functional import rgb_to_grayscale
+
+    module.rgb_to_grayscale = rgb_to_grayscale
+
+
+def distutils(module) -> None:
+    """Python 3.12 removed distutils; archs/arch_util.py:6 imports `distutils.version`. See `distutils_version`."""
+
+
+def distutils_version(module) -> None:
+    """Python 3.12 removed distutils; archs/arch_util.py:6 compares torchvision's version with its LooseVersion.
+
+    setuptools brings distutils back, so this is for environments without it. Can go when BasicSR stops importing it.
+    """
+
+    class LooseVersion(list):
+        def __init__(self, version: str):
+            super().__init__(int(number) for number in re.findall(r'\d+', version.partition('+')[0]))
+
+    module.LooseVersion = LooseVersion
+
+
+def basicsr_version(module) -> None:
+    """basicsr/version.py is made by setup.py and ignored by git, so a raw clone lacks it; __init__.py:12 imports it.
+
+    Can go when BasicSR keeps its version in a tracked file.
+    """
+    file = Path(sys.modules['basicsr'].__path__[0]).parent / 'VERSION'
+    module.__version__ = file.read_text().strip() if file.is_file() else 'unknown'
+    module.__gitsha__ = 'unknown'
+
+
+STAND_INS = {
+    'torchvision.transforms.functional_tensor': functional_tensor,
+    'distutils': distutils,
+    'distutils.version': distutils_version,
+    'basicsr.version': basicsr_version,
+}
+
+
+class StandInFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Last on sys.meta_path, so it is asked only for modules that nobody else has."""
+
+    def find_spec(self, name, path=None, target=None):
+        if name in STAND_INS:
+            return importlib.util.spec_from_loader(name, self, is_package=name == 'distutils')
+        return None
+
+    def exec_module(self, module) -> None:
+        STAND_INS[module.__name__](module)
+
+
+def prepare() -> None:
+    """Makes BasicSR importable; call it before BasicSR is imported. May be repeated."""
+    if not any(type(finder).__name__ == 'StandInFinder' for finder in sys.meta_path):
+        sys.meta_path.append(StandInFinder())
+
+
+class AfterImport(importlib.abc.MetaPathFinder):
+    """Calls `callback` right after the module `name` has been executed, each time it is."""
+
+    def __init__(self, name: str, callback):
+        self.name, self.callback = name, callback
+
+    def find_spec(self, name, path=None, target=None):
+        if name != self.name:
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(name, path, target)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def exec_module(module):
+                execute(module)
+                self.callback()
+
+            spec.loader.exec_module = exec_module
+        return spec
+
+
+def when_basicsr_is_imported(register) -> None:
+    """Calls `register` when BasicSR's five kinds of modules are there, at once if they are.
+
+    `basicsr/__init__` imports archs, data, losses, metrics and models in this order, then among others `basicsr.test`.
+    If a file in basicsr/models imports us, models is half-way, so the one after it has to do.
+    """
+
+    def register_if_possible():
+        try:
+            if importlib.util.find_spec('basicsr.utils.registry') is None:
+                return  # BasicSR before 1.3, such as NAFNet's and Restormer's: there is nothing to register with
+            register()
+        except Exception as error:  # a foreign basicsr that we do not fit must still be importable
+            package = ', '.join(sys.modules['basicsr'].__path__)
+            message = f'dpmambair_basicsr is not registered with {package}: {type(error).__name__}: {error}'
+            warnings.warn(message, RuntimeWarning, stacklevel=2)
+
+    models = sys.modules.get('basicsr.models')
+    if models is None or getattr(models.__spec__, '_initializing', False):
+        if not any(type(finder).__name__ == 'AfterImport' for finder in sys.meta_path):
+            name = 'basicsr.models' if models is None else 'basicsr.test'
+            sys.meta_path.insert(0, AfterImport(name, register_if_possible))
+    else:
+        register_if_possible()

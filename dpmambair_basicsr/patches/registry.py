@@ -1,0 +1,13 @@
+"""The list of patches to BasicSR, and the decorator that adds to it."""
+
+PATCHES = []  # (owner, attribute, function from the original to its replacement)
+
+
+def replaces(owner: str, attribute: str):
+    """Marks a mend: it receives `owner.attribute` and returns what to put in its place."""
+
+    def note(make):
+        PATCHES.append((owner, attribute, make))
+        return make
+
+    return note

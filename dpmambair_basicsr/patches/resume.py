@@ -1,0 +1,115 @@
+"""Patches of how BasicSR finds the state to resume from, and plans the epochs that are left."""
+
+import functools
+from pathlib import Path
+
+from dpmambair_basicsr.files.checkpoints import read_on_cpu
+
+
+def load_resume_state(opt: dict) -> dict | None:
+    """Resuming needs a GPU (train.py:85), unpickles anything, and `--auto_resume` looks below the current directory.
+
+    train.py:71: from another directory it starts again at 0. A name such as `best.state` stops it, and so does a
+    truncated file. Here: the experiment's own directory, the highest number whose state and networks can be read, on
+    any device, weights_only. Can go when BasicSR does so.
+
+    Raises:
+        SystemExit: if there are states but none can be used, or networks without any: starting from 0 would be a
+            surprise. So too if the state that path.resume_state names cannot be used.
+    """
+    from basicsr.utils import check_resume
+
+    if opt['auto_resume']:
+        file = newest_usable_state(opt)
+        opt['path']['resume_state'] = None if file is None else str(file)
+    file = opt['path'].get('resume_state')
+    if not file:
+        return None
+    try:
+        state = read_state(opt, file)
+    except ValueError as error:
+        raise SystemExit(f'path.resume_state: cannot resume from {error}') from None
+    check_resume(opt, state['iter'])
+    return state
+
+
+def newest_usable_state(opt: dict) -> Path | None:
+    folder = Path(opt['path']['training_states'])
+    files = [file for file in folder.glob('*.state') if file.stem.isdecimal()]
+    for file in sorted(files, key=lambda file: int(file.stem), reverse=True):
+        try:
+            read_state(opt, file)
+            return file
+        except ValueError as error:
+            print(f'Cannot resume from {error}. Trying the one before.', flush=True)
+    if files:
+        raise SystemExit(f'{folder}: none of its {len(files)} training states can be resumed from')
+    networks = {file.stem.rpartition('_')[2] for file in Path(opt['path']['models']).glob('net_g_*.pth')} - {'best'}
+    if 'latest' in networks or len(networks) > 1:  # one number may be of a checkpoint that is not complete
+        raise SystemExit(
+            f'{opt["path"]["models"]} holds networks, but {folder} no training state: without --auto_resume training '
+            'starts at iteration 0 and renames the folder of the run'
+        )
+    if opt.get('rank', 0) == 0:
+        print(
+            f'WARNING: --auto_resume finds no training state in {folder}: training starts at iteration 0.', flush=True
+        )
+    return None
+
+
+def read_state(opt: dict, file) -> dict:
+    """A training state, on the CPU, of which every network of the options has its checkpoint beside it.
+
+    Raises:
+        ValueError: naming the state, and what of it cannot be read.
+    """
+    state = read_on_cpu(file)
+    if not (isinstance(state, dict) and {'epoch', 'iter', 'optimizers', 'schedulers'} <= state.keys()):
+        raise ValueError(f'{file}: is no training state')
+    ignored = opt['path'].get('ignore_resume_networks') or ()
+    for network in (key for key in opt if key.startswith('network_') and key not in ignored):
+        checkpoint = Path(opt['path']['models']) / f'net_{network.removeprefix("network_")}_{state["iter"]}.pth'
+        try:
+            read_on_cpu(checkpoint)
+        except ValueError as error:
+            raise ValueError(f'{file}: {error}') from None
+    return state
+
+
+def whole_epochs(original):
+    """Epochs are planned as if incomplete batches were used (train.py:41), but the loader leaves them out.
+
+    Training ends early: 13 images in batches of 8, total_iter 40: after 21. The same happens after `--auto_resume` with
+    larger batches. Here: as many epochs as are left to do. Can go when BasicSR divides by len(train_loader).
+
+    Raises:
+        ValueError: if there is not a single batch; BasicSR would end at once, without a word.
+    """
+    if hasattr(original, 'patched_by'):
+        return original
+
+    @functools.wraps(original)
+    def create_train_val_dataloader(opt, logger):
+        from dpmambair_basicsr.option_checks.dry_run import no_batch
+        from dpmambair_basicsr.patches.distributed import check_processes_agree
+        from dpmambair_basicsr.training import run as training_run
+
+        train_loader, train_sampler, val_loaders, planned, total_iters = original(opt, logger)
+        per_epoch = len(train_loader)
+        if per_epoch == 0:
+            ratio = opt['datasets']['train'].get('dataset_enlarge_ratio', 1)
+            message = no_batch(len(train_loader.dataset), train_loader.batch_size, ratio, opt['world_size'])
+            raise ValueError(f'datasets.train: {message}')
+        if training_run.current is not None:
+            training_run.current.val_loaders = val_loaders
+        state = opt['path'].get('resume_state')
+        state = read_on_cpu(state) if state else {'epoch': 0, 'iter': 0}
+        if opt['dist']:
+            check_processes_agree(items=len(train_loader.dataset), iterations_done=state['iter'])
+        total_epochs = state['epoch'] - (state['iter'] - total_iters) // per_epoch
+        if total_epochs != planned:
+            logger.info(f'Incomplete batches are left out: {per_epoch} iterations per epoch, {total_epochs} epochs.')
+        return train_loader, train_sampler, val_loaders, total_epochs, total_iters
+
+    create_train_val_dataloader.patched_by = __name__
+    return create_train_val_dataloader

@@ -1,0 +1,74 @@
+"""Patches that make what BasicSR loads depend on the seed and the place of an item alone, so that it can be resumed."""
+
+import torch
+from basicsr.data.data_sampler import EnlargedSampler
+from basicsr.utils import get_root_logger
+
+from dpmambair_basicsr.data.progressive import accompany
+from dpmambair_basicsr.patches.registry import replaces
+from dpmambair_basicsr.training import run as training_run
+from dpmambair_basicsr.training import signals as interruption
+from dpmambair_basicsr.training.item_seeds import SeededIndex, SeededItems
+
+
+@replaces('basicsr.data', 'build_dataloader')
+def known_run(original):
+    """An item's randomness depends on what was loaded before it, and by which worker; data/__init__.py:97.
+
+    Here the sampler learns the seed, which is the same in all processes, and what loads items obeys it. Can go when
+    BasicSR seeds each item.
+    """
+
+    def build_dataloader(dataset, dataset_opt, num_gpu=1, dist=False, sampler=None, seed=None):
+        if dataset_opt['phase'] == 'train' and not hasattr(dataset, '__getitems__'):
+            dataset = SeededItems(dataset)
+        loader = original(dataset, dataset_opt, num_gpu=num_gpu, dist=dist, sampler=sampler, seed=seed)
+        if isinstance(sampler, EnlargedSampler):
+            seeds = [seed]
+            if dist:  # each process has drawn one of its own where manual_seed is not given
+                torch.distributed.broadcast_object_list(seeds, src=0)
+            run = training_run.TrainingRun(seeds[0], loader.batch_size * sampler.num_replicas)
+            sampler.run = training_run.current = run
+            interruption.received = 0
+            if dataset_opt.get('prefetch_mode') == 'cpu' and loader.num_workers == 0:
+                get_root_logger().warning(
+                    'prefetch_mode cpu without workers: images are loaded beside the training and share its random '
+                    'numbers, so that two runs differ. With num_worker_per_gpu: 1 they are equal.'
+                )
+        return loader
+
+    return build_dataloader
+
+
+@replaces('basicsr.data.data_sampler:EnlargedSampler', 'set_epoch')
+def known_epoch(original):
+    """The loop's epochs are known to the sampler alone; data/data_sampler.py:47. See `seeded_order`."""
+
+    def set_epoch(self, epoch):
+        original(self, epoch)
+        if hasattr(self, 'run'):
+            self.run.begin_epoch(epoch)
+
+    return set_epoch
+
+
+@replaces('basicsr.data.data_sampler:EnlargedSampler', '__iter__')
+def seeded_order(original):
+    """An interrupted epoch is begun anew after `--auto_resume`, train.py:143: its first images are seen twice.
+
+    Here the sampler leaves out what was used, and tells more than indices: the seed of each item, and for progressive
+    training its place. Can go when BasicSR's sampler has a state.
+    """
+
+    def indices(self):
+        order = list(original(self))
+        if hasattr(self, 'run'):
+            seed, processes = self.run.seed, self.num_replicas
+            order = [
+                SeededIndex(index, 'item', seed, self.epoch, place * processes + self.rank)
+                for place, index in enumerate(order)
+            ]
+            order = order[-(-self.run.items_used_before(self.epoch) // processes) :]
+        return accompany(self.dataset, order, done=self.run.iteration if hasattr(self, 'run') else 0)
+
+    return indices

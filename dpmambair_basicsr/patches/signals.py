@@ -1,0 +1,50 @@
+"""Patches of what BasicSR does at the beginning of an iteration: end where a signal asks for it, or seed."""
+
+import signal
+
+from basicsr.utils import get_root_logger
+
+from dpmambair_basicsr.patches.checkpoints import BASE_MODEL
+from dpmambair_basicsr.patches.registry import replaces
+from dpmambair_basicsr.training import run as training_run
+from dpmambair_basicsr.training import signals as interruption
+from dpmambair_basicsr.training.item_seeds import seed_generators
+
+
+@replaces(BASE_MODEL, 'update_learning_rate')
+def begin_iteration(original):
+    """SIGTERM and Ctrl-C lose what was done since the last checkpoint; train.py:155, whose loop asks for nothing.
+
+    Its first call of an iteration is this one. So here it ends if it has to, and otherwise each iteration gets random
+    numbers of its own: the state of a generator would not do, a loader draws from it whenever it is started. Can go
+    when BasicSR saves on signals, and seeds.
+    """
+
+    def update_learning_rate(self, current_iter, warmup_iter=-1):
+        run = training_run.current
+        if run is not None:
+            interruption.listen()
+            number = interruption.requested(self.device, self.opt['dist'])
+            if number:
+                end_after(self, current_iter - 1, number)
+            if run.validation_is_missing:
+                run.validation_is_missing = False
+                run.sets_to_validate = len(run.val_loaders)
+                for loader in run.val_loaders:
+                    self.validation(loader, current_iter - 1, None, self.opt['val']['save_img'])
+            run.iteration = current_iter
+            seed_generators('iteration', run.seed, self.opt['rank'], current_iter)
+        original(self, current_iter, warmup_iter)
+
+    return update_learning_rate
+
+
+def end_after(model, iteration: int, number: int) -> None:
+    """Saves the checkpoint of an iteration, if it is not there, and raises SystemExit as the shell expects it."""
+    run = training_run.current
+    if run.saved != iteration:
+        model.save(run.epoch, iteration)
+    name = signal.Signals(number).name
+    get_root_logger().info(f'{name}: training ends after iteration {iteration}, which is saved; --auto_resume goes on.')
+    interruption.stop_listening()
+    raise SystemExit(128 + number)

@@ -1,0 +1,191 @@
+"""The results of a test: one table per run, as Markdown, CSV and JSON. Needs neither torch nor BasicSR."""
+
+import csv
+import io
+import json
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from dpmambair_basicsr.files.atomic import replacing
+
+
+@dataclass
+class SetResult:
+    """One data set.
+
+    Args:
+        count: of images.
+        degradation: of its items, '' if unknown or if there are several.
+        images: name -> file of the degraded image.
+        restored: metric -> mean over the images.
+        unrestored: the same of the degraded images; empty where they are of another size than the restored ones.
+    """
+
+    name: str
+    count: int = 0
+    degradation: str = ''
+    images: dict[str, str] = field(default_factory=dict)
+    restored: dict[str, float] = field(default_factory=dict)
+    unrestored: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class Run:
+    """One test.
+
+    Args:
+        options: the option file; `forced`: the `--force_yml` entries.
+        checkpoint: the file of the network, its `param_key` and its `sha256`; '' without one.
+        versions: package -> version.
+        metrics: name -> type and arguments, the section `val.metrics`.
+        suffix: restored images are visualization/<data set>/<image>_<suffix>.png.
+    """
+
+    name: str
+    options: str
+    forced: list[str]
+    checkpoint: str
+    param_key: str
+    sha256: str
+    versions: dict[str, str]
+    metrics: dict[str, dict]
+    suffix: str
+    sets: list[SetResult]
+
+
+def mean(parts: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Metric -> mean; of the metrics that every part has. Every data set counts alike, however many images it has."""
+    common = [metric for metric in parts[0] if all(metric in part for part in parts)] if parts else []
+    return {metric: math.fsum(part[metric] for part in parts) / len(parts) for metric in common}
+
+
+def average_of(run: Run) -> SetResult:
+    """The last row of the table."""
+    restored, unrestored = ([getattr(part, kind) for part in run.sets] for kind in ('restored', 'unrestored'))
+    return SetResult('average', restored=mean(restored), unrestored=mean(unrestored))
+
+
+def columns(run: Run) -> list[tuple[str, str, str]]:
+    """(heading, which of SetResult's dictionaries, metric); the input's beside the restored image's."""
+    kinds = ['restored'] + ['unrestored'] * any(part.unrestored for part in run.sets)
+    headings = {'restored': '{}', 'unrestored': '{} of the input'}
+    return [(headings[kind].format(metric), kind, metric) for metric in run.metrics for kind in kinds]
+
+
+def to_markdown(run: Run) -> str:
+    """The table, and below it what was tested with what."""
+    wanted = columns(run)
+    header = ['data set', 'images', *(heading for heading, _, _ in wanted)]
+    rows = [
+        [part.name, part.count or '', *(number(getattr(part, kind).get(metric)) for _, kind, metric in wanted)]
+        for part in [*run.sets, average_of(run)]
+    ]
+    facts = [f'- {name}: {escape_markdown(value)}' for name, value in provenance(run).items()]
+    return '\n'.join([markdown_table(header, rows), '', *facts, ''])
+
+
+def provenance(run: Run) -> dict[str, str]:
+    measures = '; '.join(f'{name} {describe_metric(metric)}' for name, metric in run.metrics.items())
+    return {
+        'options': ' '.join([run.options, *run.forced]),
+        'checkpoint': f'{run.checkpoint} ({run.param_key})' if run.checkpoint else 'none',
+        'sha256': run.sha256 or 'none',
+        'versions': ', '.join(f'{package} {version}' for package, version in run.versions.items()),
+        'metrics': measures,
+    }
+
+
+def describe_metric(metric: dict) -> str:
+    arguments = ', '.join(f'{key} {value}' for key, value in settings_of(metric).items() if key != 'type')
+    return f'{metric["type"]} ({arguments})' if arguments else metric['type']
+
+
+def settings_of(metric: dict) -> dict:
+    """What a metric is measured with, without what does not change its value."""
+    ignored = ('better', 'weights')
+    return {
+        key: value for key, value in metric.items() if key not in ignored and value is not None and value is not False
+    }
+
+
+def to_csv(run: Run) -> str:
+    """One line per data set and one for the average, with all that identifies the run, so that files can be joined."""
+    wanted = columns(run)
+    facts = {'run': run.name} | provenance(run)
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator='\n')
+    writer.writerow(['data set', 'degradation', 'images', *(heading for heading, _, _ in wanted), *facts])
+    for part in [*run.sets, average_of(run)]:
+        values = [getattr(part, kind).get(metric, '') for _, kind, metric in wanted]
+        writer.writerow([part.name, part.degradation, part.count or '', *values, *facts.values()])
+    return stream.getvalue()
+
+
+def to_json(run: Run) -> str:
+    """Numbers that JSON does not have, infinite ones and NaN, are text."""
+
+    def plain(value):
+        if isinstance(value, dict):
+            return {key: plain(part) for key, part in value.items()}
+        if isinstance(value, list):
+            return [plain(part) for part in value]
+        return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+    average = asdict(average_of(run))
+    content = asdict(run) | {'average': {kind: average[kind] for kind in ('restored', 'unrestored')}}
+    return json.dumps(plain(content), indent=1, ensure_ascii=False, allow_nan=False) + '\n'
+
+
+def write_run(run: Run, folder: str | Path) -> None:
+    """Writes results.md, results.csv and results.json."""
+    for suffix, content in {'md': to_markdown(run), 'csv': to_csv(run), 'json': to_json(run)}.items():
+        with replacing(Path(folder) / f'results.{suffix}') as part:
+            part.write_text(content, encoding='utf-8')
+
+
+def read_run(path: str | Path) -> Run:
+    """The run of a results folder, or of the results.json in one.
+
+    Raises:
+        ValueError: naming the file, if there is none or it is not what `write_run` writes.
+    """
+    file = Path(path) / 'results.json' if Path(path).is_dir() else Path(path)
+    try:
+        content = json.loads(file.read_text(encoding='utf-8'))
+        del content['average']
+        for part in content['sets']:
+            for kind in ('restored', 'unrestored'):
+                part[kind] = {metric: float(value) for metric, value in part[kind].items()}
+        return Run(**content | {'sets': [SetResult(**part) for part in content['sets']]})
+    except OSError as error:
+        raise ValueError(f'{file}: {error.strerror}; a test with val.metrics writes it') from None
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f'{file}: is not a results.json of a test ({type(error).__name__}: {error})') from None
+
+
+def number(value: float | None, digits: int = 4) -> str:
+    return '' if value is None else f'{value:.{digits}f}'
+
+
+def markdown_table(header: Sequence, rows: Sequence[Sequence]) -> str:
+    """Cells are escaped; all columns but the first are aligned to the right."""
+    lines = [[escape_markdown(cell) for cell in row] for row in [header, *rows]]
+    widths = [max(3, *(len(line[column]) for line in lines)) for column in range(len(header))]
+    aligned = [
+        [
+            cell.rjust(width) if column else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ]
+        for line in lines
+    ]
+    rule = ['-' * width if column == 0 else '-' * (width - 1) + ':' for column, width in enumerate(widths)]
+    return '\n'.join(f'| {" | ".join(line)} |' for line in [aligned[0], rule, *aligned[1:]])
+
+
+def escape_markdown(value) -> str:
+    """As text in a table: no markup, no column or line of its own. Within words underscores are no markup."""
+    text = ' '.join(str(value).split())
+    return re.sub(r'[\\`*\[\]<>|&]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])', r'\\\g<0>', text)

@@ -1,0 +1,218 @@
+"""Checkpoints that are whole: networks, and the training state that makes training go on as if nothing had happened.
+
+The networks of an iteration are written first and its state last, each under its final name only when it is complete,
+so a state that is there has its networks. `patches/checkpoints` puts these functions in the place of BasicSR's.
+
+A state is BasicSR's, which reads it, with an entry `exact`:
+    seed: manual_seed of the run;
+    items: indices of the interrupted epoch that all processes together have used;
+    best: BasicSR's best value of each metric, by data set;
+    validated: whether that includes the validation of this iteration, if one was due;
+    scaler: state of the scale of the loss, where `train.amp` is fp16;
+    pool: Real-ESRGAN's pool of training pairs, where the model has one. Those of the other processes are in files
+        beside the state, <iteration>.rank<number>.pool, which are written before it.
+"""
+
+import time
+from pathlib import Path
+
+import torch
+from basicsr.utils import get_root_logger
+from basicsr.utils.dist_util import get_dist_info
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
+
+from dpmambair_basicsr.files.atomic import replacing
+from dpmambair_basicsr.files.checkpoints import read_checkpoint
+from dpmambair_basicsr.training import run as training_run
+
+ATTEMPTS = 3  # as in BasicSR
+POOL = ('queue_lr', 'queue_gt', 'queue_ptr')
+# Options of the schedulers, and what these make of them
+SCHEDULE = 'periods', 'restart_weights', 'eta_min', 'eta_mins', 'cumulative_period', 'milestones', 'gamma', 'restarts'
+
+
+def write(content: dict, file: Path) -> None:
+    """torch.save, of which nothing can be seen before it is complete.
+
+    Raises:
+        OSError: naming the file, if it cannot be written, also not in the third attempt.
+    """
+    for remaining in reversed(range(ATTEMPTS)):
+        try:
+            with replacing(file) as part, open(part, 'wb') as stream:
+                torch.save(content, stream)
+            return
+        except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+            reason = root_cause(error)
+            get_root_logger().warning(f'{file} cannot be saved: {reason}; attempts left: {remaining}')
+            if remaining:
+                time.sleep(1)
+    raise OSError(f'{file} cannot be saved: {reason}. Checkpoints of earlier iterations are as they were')
+
+
+def root_cause(error: BaseException) -> BaseException:
+    while error.__context__ is not None:
+        error = error.__context__
+    return error
+
+
+def read_nets(model, nets: dict[str, nn.Module], file_name: str) -> dict[str, dict]:
+    """{key: state dict} on the CPU, to be saved under this name.
+
+    Raises:
+        FloatingPointError: naming file and parameter, if a number is not finite: the file would take the place of one
+            that can be used. Buffers may be infinite, as masks of attention are.
+    """
+    content = {}
+    for key, net in nets.items():
+        net, content[key] = model.get_bare_model(net), {}
+        buffers = dict(net.named_buffers()) if isinstance(net, nn.Module) else ()  # else a PlainValue
+        for name, value in net.state_dict().items():
+            content[key][name.removeprefix('module.')] = value = value.cpu()
+            if isinstance(value, Tensor) and (value.isnan() if name in buffers else ~value.isfinite()).any():
+                raise FloatingPointError(f'{file_name} is not saved: {key}, {name} is not finite')
+    return content
+
+
+def write_network(model, nets: list[nn.Module], label: str, iteration: int, keys: list[str]) -> None:
+    """Write `<label>_<iteration>.pth`, {key: state dict}; -1 is the latest.
+
+    Raises:
+        FloatingPointError: see `read_nets`.
+        OSError: see `write`.
+    """
+    name = f'{label}_{"latest" if iteration == -1 else iteration}.pth'
+    content = read_nets(model, dict(zip(keys, nets, strict=True)), name)
+    if iteration != -1 and 'training_states' in model.opt['path']:
+        # There is one if training was resumed from an earlier iteration, and it is not of these networks.
+        state_file(model.opt, iteration).unlink(missing_ok=True)
+    write(content, Path(model.opt['path']['models'], name))
+
+
+def state_file(opt: dict, iteration: int) -> Path:
+    return Path(opt['path']['training_states'], f'{iteration}.state')
+
+
+def pool_file(opt: dict, iteration: int, rank: int | str) -> Path:
+    return Path(opt['path']['training_states'], f'{iteration}.rank{rank}.pool')
+
+
+def write_state(model, epoch: int, iteration: int) -> None:
+    """Write `<iteration>.state`, which completes the checkpoint; then remove what `logger.keep_last` does not keep.
+
+    To be called by all processes.
+
+    Raises:
+        OSError: see `write`.
+    """
+    run, (rank, processes) = training_run.current, get_dist_info()
+    pool = {name: getattr(model, name) for name in POOL if hasattr(model, name)}
+    if pool and processes > 1:
+        if rank != 0:
+            write(pool, pool_file(model.opt, iteration, rank))
+        torch.distributed.barrier()
+    if rank != 0:
+        return
+    state = {
+        'epoch': epoch if run is None else run.epoch,
+        'iter': iteration,
+        'optimizers': [optimizer.state_dict() for optimizer in model.optimizers],
+        'schedulers': [scheduler.state_dict() for scheduler in model.schedulers],
+    }
+    if run is not None:
+        state['exact'] = {
+            'seed': run.seed,
+            'items': run.items_used(iteration),
+            'best': plain(getattr(model, 'best_metric_results', {})),
+            'validated': run.sets_to_validate == 0,
+            'scaler': model.scaler.state_dict() if hasattr(model, 'scaler') else {},
+            'pool': pool,
+        }
+    write(state, state_file(model.opt, iteration))
+    if run is not None:
+        run.saved = iteration
+    keep = model.opt.get('logger', {}).get('keep_last')
+    if keep is not None:
+        remove_older(model.opt, iteration, keep)
+
+
+def plain(best: dict) -> dict:
+    """BasicSR's best_metric_results with Python's numbers in the place of NumPy's, which weights_only would refuse."""
+    return {
+        name: {
+            metric: {'better': record['better'], 'val': float(record['val']), 'iter': int(record['iter'])}
+            for metric, record in metrics.items()
+        }
+        for name, metrics in best.items()
+    }
+
+
+def remove_older(opt: dict, iteration: int, keep: int) -> None:
+    """Remove the checkpoints with a training state before the last `keep` up to this iteration, states first."""
+    folder = Path(opt['path']['training_states'])
+    iterations = sorted(int(file.stem) for file in folder.glob('*.state') if file.stem.isdecimal())
+    networks = [key.removeprefix('network_') for key in opt if key.startswith('network_')]
+    for old in [number for number in iterations if number <= iteration][:-keep]:
+        state_file(opt, old).unlink()
+        for network in networks:
+            Path(opt['path']['models'], f'net_{network}_{old}.pth').unlink(missing_ok=True)
+        for pool in folder.glob(pool_file(opt, old, '*').name):
+            pool.unlink()
+
+
+def keep_schedule(scheduler: LRScheduler, before: dict) -> None:
+    """Give a scheduler that has taken up a state its options again, which `before`, its attributes until then, hold."""
+    changed = {key: before[key] for key in SCHEDULE if key in before and before[key] != getattr(scheduler, key)}
+    if changed:
+        vars(scheduler).update(changed)
+        get_root_logger().warning(
+            f'{type(scheduler).__name__}: {", ".join(changed)} changed; from now on as the option file has it.'
+        )
+
+
+def restore(model, state: dict) -> None:
+    """Take up what a state has to say beside BasicSR's entries; a state of BasicSR's own has nothing."""
+    run, exact, logger = training_run.current, state.get('exact'), get_root_logger()
+    if exact is None:
+        logger.warning(
+            'The training state does not say which images were used: its epoch begins anew, and the best metrics too.'
+        )
+        exact = {'seed': None if run is None else run.seed, 'items': 0, 'best': {}, 'scaler': {}, 'pool': {}}
+    if best := comparable(exact['best'], (model.opt.get('val') or {}).get('metrics') or {}):
+        model.best_metric_results = best
+    if exact['scaler'] and hasattr(model, 'scaler'):
+        model.scaler.load_state_dict(exact['scaler'])
+    if exact['pool']:
+        restore_pool(model, state['iter'], exact['pool'])
+    if run is not None:
+        if exact['seed'] != run.seed:
+            logger.info(f'manual_seed stays {exact["seed"]}, with which the training was begun.')
+        run.resume(state['iter'], state['epoch'], exact['items'], exact['seed'])
+        run.validation_is_missing = bool(model.opt.get('val')) and not exact.get('validated', True)
+
+
+def comparable(best: dict, metrics: dict) -> dict:
+    """The records of data sets that have just these metrics, of which BasicSR asks for each; all if there are none."""
+    better = {metric: options.get('better', 'higher') for metric, options in metrics.items()}
+    return {
+        name: records
+        for name, records in best.items()
+        if not metrics or {metric: record['better'] for metric, record in records.items()} == better
+    }
+
+
+def restore_pool(model, iteration: int, pool: dict) -> None:
+    """Give each process its pool of training pairs; `pool` is that of the first."""
+    rank, _ = get_dist_info()
+    reason = 'its options have changed'
+    if rank != 0:
+        try:
+            pool = read_checkpoint(str(pool_file(model.opt, iteration, rank)))
+        except (OSError, ValueError) as error:
+            pool, reason = {}, str(error)
+    if pool and len(pool['queue_gt']) == model.queue_size and pool['queue_gt'].shape[-1] == model.opt['gt_size']:
+        for name, value in pool.items():
+            setattr(model, name, value.to(model.device) if isinstance(value, Tensor) else value)
+    else:  # not by the logger, which only the first process has
+        print(f'WARNING: process {rank} begins with an empty pool of training pairs: {reason}', flush=True)
