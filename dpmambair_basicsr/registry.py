@@ -1,52 +1,13 @@
 """What the names and values in an option file stand for: classes registered under a name, kinds of values."""
 
-import collections.abc
 import difflib
 import inspect
-import re
-import types
-import typing
-from pathlib import Path
 
 import torch
 from basicsr.models import lr_scheduler as basicsr_schedulers
 from basicsr.utils import registry
 
 from dpmambair_basicsr.training import lr_schedulers as our_schedulers
-
-KINDS = {
-    int: 'a whole number',
-    float: 'a number',
-    str: 'text',
-    bool: 'true or false',
-    dict: 'a section',
-    type(None): '~',
-}
-NUMBER = re.compile(r'[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?')
-
-
-def is_kind(value, wanted) -> bool:
-    origin, parts = typing.get_origin(wanted), typing.get_args(wanted)
-    if origin in (types.UnionType, typing.Union):
-        return any(is_kind(value, part) for part in parts)
-    if origin in (collections.abc.Sequence, list):
-        return isinstance(value, list) and all(is_kind(part, parts[0]) or is_number_as_text(part) for part in value)
-    if wanted in (int, float):
-        return isinstance(value, int | wanted) and not isinstance(value, bool)
-    return (origin or wanted) not in KINDS or isinstance(value, origin or wanted)
-
-
-def kind_in_words(wanted) -> str:
-    origin, parts = typing.get_origin(wanted), typing.get_args(wanted)
-    if origin in (types.UnionType, typing.Union):
-        return ' or '.join(kind_in_words(part) for part in parts)
-    if origin in (collections.abc.Sequence, list):
-        return f'a list, each {KINDS[parts[0]]}'
-    return KINDS[origin or wanted]
-
-
-def is_number_as_text(value) -> bool:
-    return isinstance(value, str) and NUMBER.fullmatch(value) is not None
 
 
 def describe(path: str, error: Exception) -> str:
@@ -83,13 +44,6 @@ def look_up(known: dict, path: str, name) -> tuple[object, list[str]]:
 def did_you_mean(name, choices) -> str:
     near = difflib.get_close_matches(str(name), choices, n=1)
     return f', did you mean {near[0]}?' if near else f'; choices: {", ".join(sorted(choices))}'
-
-
-def will_resume(opt: dict) -> bool:
-    """Whether BasicSR will ignore path.pretrain_network_*: a run may outlive the files it started from."""
-    if opt['auto_resume']:
-        return any(Path(opt['path'].get('training_states', '')).glob('*.state'))
-    return bool(opt['path'].get('resume_state'))
 
 
 def registered(kind: str) -> dict[str, object]:

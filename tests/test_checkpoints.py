@@ -8,10 +8,10 @@ import subprocess
 import time
 from pathlib import Path
 
-import forked_runs
 import pytest
 import torch
-from forked_runs import Training, changed, load, start_processes, states, train
+from support import forked
+from support.forked import Training, changed, load, start_processes, states, train
 from test_exact_resume import assert_equal
 
 RUN = 'experiments/run'
@@ -19,7 +19,7 @@ RUN = 'experiments/run'
 
 @pytest.fixture(scope='module')
 def images(tmp_path_factory):
-    return forked_runs.write_images(tmp_path_factory.mktemp('images') / 'images')
+    return forked.write_images(tmp_path_factory.mktemp('images') / 'images')
 
 
 def names(folder, part):
@@ -70,7 +70,7 @@ def check_failed_save(run, folder, before, refused):
 
 @pytest.mark.parametrize(('limit', 'refused'), [(40_000, 'net_g_6.pth'), (90_000, '6.state')])
 def test_a_failed_save_is_an_error(images, tmp_path, limit, refused):
-    opt = changed(forked_runs.options(images), WIDE)
+    opt = changed(forked.options(images), WIDE)
     train(changed(opt, {'train.total_iter': 4}), tmp_path)
     before = files(tmp_path)
     run = Training(opt, tmp_path, '--auto_resume', limit=limit)
@@ -81,7 +81,7 @@ def test_a_failed_save_is_an_error(images, tmp_path, limit, refused):
 
 
 def test_a_full_disk(images, tmp_path, small_disk):
-    opt = changed(forked_runs.options(images), WIDE)
+    opt = changed(forked.options(images), WIDE)
     train(changed(opt, {'train.total_iter': 4}), small_disk)
     with open(small_disk / 'filler', 'wb') as filler:
         free = shutil.disk_usage(small_disk).free
@@ -95,7 +95,7 @@ def test_a_full_disk(images, tmp_path, small_disk):
 
 
 def test_a_best_network_that_cannot_be_saved_is_an_error(images, tmp_path):
-    opt = changed(forked_runs.options(images), {'val.val_freq': 3, 'logger.save_checkpoint_freq': 1})
+    opt = changed(forked.options(images), {'val.val_freq': 3, 'logger.save_checkpoint_freq': 1})
     train(changed(opt, {'train.total_iter': 2}), tmp_path)
     best = tmp_path / RUN / 'models/net_g_best.pth'
     best.unlink()
@@ -111,10 +111,8 @@ def test_a_best_network_that_cannot_be_saved_is_an_error(images, tmp_path):
 @pytest.mark.parametrize('sets', [1, 2])
 def test_a_failed_validation_does_not_cost_the_checkpoint(images, tmp_path, sets):
     """It is done first when training is resumed, so that the best is the best."""
-    opt = changed(
-        forked_runs.options(images), {'val.val_freq': 4, 'train.total_iter': 6, 'logger.save_checkpoint_freq': 2}
-    )
-    own = forked_runs.write_images(tmp_path / 'val images')
+    opt = changed(forked.options(images), {'val.val_freq': 4, 'train.total_iter': 6, 'logger.save_checkpoint_freq': 2})
+    own = forked.write_images(tmp_path / 'val images')
     opt['datasets'] |= {f'val_{n}': opt['datasets']['val'] | own | {'name': f'set {n}'} for n in range(1, sets)}
     opt['datasets']['val'] |= own if sets == 1 else {}
     image = Path(own['dataroot_lq'], '5.png')
@@ -134,7 +132,7 @@ def test_a_failed_validation_does_not_cost_the_checkpoint(images, tmp_path, sets
 def test_a_finished_training_is_made_longer(images, tmp_path):
     """BasicSR's schedulers forget the new periods, and end with a TypeError."""
     cosine = {'type': 'CosineAnnealingRestartLR', 'periods': [6], 'restart_weights': [1], 'eta_min': 0.004}
-    opt = changed(forked_runs.options(images), {'train.total_iter': 6, 'train.scheduler': cosine})
+    opt = changed(forked.options(images), {'train.total_iter': 6, 'train.scheduler': cosine})
     train(opt, tmp_path)
     again = files(tmp_path)
     log = train(opt, tmp_path, '--auto_resume')
@@ -146,7 +144,7 @@ def test_a_finished_training_is_made_longer(images, tmp_path):
 
 
 def test_metrics_may_change(images, tmp_path):
-    opt = forked_runs.options(images)
+    opt = forked.options(images)
     train(changed(opt, {'train.total_iter': 4}), tmp_path)
     ssim = {'type': 'calculate_ssim', 'crop_border': 0}
     train(changed(opt, {'val.metrics.ssim': ssim, 'train.total_iter': 8}), tmp_path, '--auto_resume')
@@ -160,7 +158,7 @@ def test_metrics_may_change(images, tmp_path):
 
 
 def test_only_the_last_are_kept(images, tmp_path):
-    opt = changed(forked_runs.options(images), {'logger.keep_last': 2, 'train.total_iter': 4})
+    opt = changed(forked.options(images), {'logger.keep_last': 2, 'train.total_iter': 4})
     train(opt, tmp_path)
     models = tmp_path / RUN / 'models'
     for name in ('net_g_mine.pth', 'net_g_1.pth'):
@@ -172,12 +170,12 @@ def test_only_the_last_are_kept(images, tmp_path):
 
 
 def test_keep_last_is_a_number(images, tmp_path):
-    run = Training(changed(forked_runs.options(images), {'logger.keep_last': 0}), tmp_path)
+    run = Training(changed(forked.options(images), {'logger.keep_last': 0}), tmp_path)
     assert run.status() == 1 and 'logger.keep_last: has to be a whole number of at least 1, not 0' in run.log()
 
 
 def test_a_broken_pair_is_passed_over(images, tmp_path):
-    opt = forked_runs.options(images)
+    opt = forked.options(images)
     train(changed(opt, {'train.total_iter': 8}), tmp_path)
     newest = tmp_path / RUN / 'training_states/8.state'
     newest.write_bytes(newest.read_bytes()[:-50])
@@ -200,7 +198,7 @@ def test_a_broken_pair_is_passed_over(images, tmp_path):
 @pytest.mark.parametrize('frequency', [2, 1000])
 def test_networks_without_any_state_are_not_renamed_away(images, tmp_path, frequency):
     """Their states were lost, or never saved: the training was shorter than that."""
-    opt = changed(forked_runs.options(images), {'logger.save_checkpoint_freq': frequency, 'train.total_iter': 4})
+    opt = changed(forked.options(images), {'logger.save_checkpoint_freq': frequency, 'train.total_iter': 4})
     train(opt, tmp_path)
     for state in (tmp_path / RUN / 'training_states').iterdir():
         state.unlink()
@@ -211,7 +209,7 @@ def test_networks_without_any_state_are_not_renamed_away(images, tmp_path, frequ
 
 
 def test_an_unfinished_first_checkpoint_is_none(images, tmp_path):
-    opt = changed(forked_runs.options(images), {'train.total_iter': 4})
+    opt = changed(forked.options(images), {'train.total_iter': 4})
     train(changed(opt, {'train.total_iter': 2}), tmp_path)
     (tmp_path / RUN / 'models/net_g_latest.pth').unlink()
     (tmp_path / RUN / 'training_states/2.state').unlink()
@@ -219,7 +217,7 @@ def test_an_unfinished_first_checkpoint_is_none(images, tmp_path):
 
 
 def test_a_state_of_basicsr_resumes(images, tmp_path):
-    opt = forked_runs.options(images)
+    opt = forked.options(images)
     train(changed(opt, {'train.total_iter': 4}), tmp_path)
     file = tmp_path / RUN / 'training_states/4.state'
     state = torch.load(file, weights_only=True)
@@ -237,7 +235,7 @@ def test_a_state_of_basicsr_resumes(images, tmp_path):
 )
 def test_a_signal_ends_it_after_the_iteration(images, tmp_path, number, workers, prefetch):
     """The loader's workers get it too: Ctrl-C and torchrun send it to the whole group, Slurm to each process."""
-    opt = forked_runs.options(images)
+    opt = forked.options(images)
     opt['datasets']['train'] |= {'num_worker_per_gpu': workers, 'prefetch_mode': prefetch, 'dataset_enlarge_ratio': 99}
     opt = changed(opt, {'logger.save_checkpoint_freq': 1000, 'val.val_freq': 3})
     run = Training(changed(opt, {'train.total_iter': 20_000}), tmp_path)
@@ -257,7 +255,7 @@ def test_a_signal_ends_it_after_the_iteration(images, tmp_path, number, workers,
 
 
 def test_a_signal_to_one_of_two_processes_ends_both(images, tmp_path):
-    opt = changed(forked_runs.options(images), {'train.total_iter': 20_000, 'logger.save_checkpoint_freq': 1000})
+    opt = changed(forked.options(images), {'train.total_iter': 20_000, 'logger.save_checkpoint_freq': 1000})
     first, second = start_processes(opt, tmp_path)
     first.wait_for('iter:       4,')
     os.kill(second.process.pid, signal.SIGTERM)
@@ -266,7 +264,7 @@ def test_a_signal_to_one_of_two_processes_ends_both(images, tmp_path):
 
 
 def test_a_second_signal_ends_it_at_once(images, tmp_path):
-    run = Training(changed(forked_runs.options(images), {'network_g.seconds': 60}), tmp_path)
+    run = Training(changed(forked.options(images), {'network_g.seconds': 60}), tmp_path)
     run.wait_for('TinyNet takes 60 s')
     os.kill(run.process.pid, signal.SIGTERM)
     run.wait_for('once more, and it ends at once')
@@ -280,7 +278,7 @@ def test_a_second_signal_ends_it_at_once(images, tmp_path):
 def test_killed_at_random_moments(images, tmp_path):
     """Every file under a final name is whole, and the last of the trainings ends as if it had been the only one."""
     opt = {'train.total_iter': 20_000, 'logger.save_checkpoint_freq': 1, 'val.val_freq': 7, 'logger.keep_last': 3}
-    opt = changed(forked_runs.options(images), opt)
+    opt = changed(forked.options(images), opt)
     rng = random.Random(0)
     for attempt in range(20):
         run = Training(opt, tmp_path, '--auto_resume')

@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from basicsr_runs import python
+from support.commands import python
 from torch.nn import functional as F
 
 import dpmambair_basicsr

@@ -6,7 +6,7 @@ import shutil
 import cv2
 import pytest
 import yaml
-from basicsr_runs import PACKAGE_PARENT, python
+from support.commands import PACKAGE_PARENT, python
 
 from dpmambair_basicsr.data.degradations import DEGRADATIONS
 

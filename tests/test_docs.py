@@ -14,8 +14,8 @@ import pytest
 import skimage.data
 import torch
 import yaml
-from basicsr_runs import PACKAGE_PARENT, python
-from in_process import write_pairs
+from support.commands import PACKAGE_PARENT, python
+from support.pipelines import write_pairs
 
 from dpmambair_basicsr.archs import DPMambaIR, VmambaIR
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from basicsr_runs import PACKAGE_PARENT, basicsr_source, python, stock_options, write_images, write_options
+from support.commands import PACKAGE_PARENT, basicsr_source, python, stock_options, write_images, write_options
 
 from dpmambair_basicsr.data.degradations import DEGRADATIONS
 

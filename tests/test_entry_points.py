@@ -7,7 +7,7 @@ import shutil
 import sys
 
 import pytest
-from basicsr_runs import PACKAGE_PARENT, python, run, stock_options, write_images, write_options
+from support.commands import PACKAGE_PARENT, python, run, stock_options, write_images, write_options
 
 import dpmambair_basicsr
 

@@ -4,14 +4,14 @@ import random
 import shutil
 
 import cv2
-import forked_runs
 import numpy as np
 import pytest
 import skimage.data
 import torch
 from basicsr.data import build_dataloader
 from basicsr.data.data_sampler import EnlargedSampler
-from forked_runs import changed, train
+from support import forked
+from support.forked import changed, train
 
 import dpmambair_basicsr
 
@@ -50,7 +50,7 @@ KINDS = {
 
 @pytest.fixture(scope='module')
 def images(tmp_path_factory):
-    return forked_runs.write_images(tmp_path_factory.mktemp('images') / 'images')
+    return forked.write_images(tmp_path_factory.mktemp('images') / 'images')
 
 
 def contents(folder):
@@ -59,7 +59,7 @@ def contents(folder):
     for optional in ('net_d_latest', 'net_g_best'):
         if (folder / f'experiments/run/models/{optional}.pth').exists():
             names.append(f'models/{optional}.pth')
-    return {name: forked_runs.load(folder, name) for name in names}
+    return {name: forked.load(folder, name) for name in names}
 
 
 def assert_equal(value, other, path=''):
@@ -99,14 +99,14 @@ def check(opt, folder, iterations=(2, 3, 4), train=train):
 
 @pytest.mark.parametrize('kind', KINDS)
 def test_a_resumed_training_ends_as_an_uninterrupted_one(kind, images, tmp_path):
-    opt = changed(forked_runs.options(images), {'train.total_iter': TOTAL, 'logger.save_checkpoint_freq': 1})
+    opt = changed(forked.options(images), {'train.total_iter': TOTAL, 'logger.save_checkpoint_freq': 1})
     opt = changed(opt, KINDS[kind])
     expected = check(opt, tmp_path)
     assert {'params', 'params_ema'} <= expected['models/net_g_latest.pth'].keys()
     assert ('models/net_g_best.pth' in expected) == (kind != 'of BasicSR')
     best = expected[f'training_states/{TOTAL}.state']['exact']['best']['val set']['psnr']
     assert best['val'] > 0 and best['iter'] % 2 == 0
-    first = forked_runs.load(tmp_path / 'straight', 'training_states/2.state')['exact']['best']
+    first = forked.load(tmp_path / 'straight', 'training_states/2.state')['exact']['best']
     assert first['val set']['psnr']['iter'] == 2, 'the state has the validation of its own iteration'
 
 
@@ -117,7 +117,7 @@ def test_mixtures_and_synthetic_degradations(images, tmp_path):
             key: images[key] for key in ('dataroot_gt', 'dataroot_lq') if 'type' not in part or key == 'dataroot_gt'
         }
     mixture = {'type': 'MixedDegradationDataset', 'sampling': 'uniform', 'datasets': parts}
-    opt = forked_runs.options(images)
+    opt = forked.options(images)
     opt['datasets']['train'] = {
         key: value for key, value in opt['datasets']['train'].items() if not key.startswith('dataroot')
     } | mixture
@@ -132,7 +132,7 @@ def real_world(folder):
         assert cv2.imwrite(str(folder / 'photos' / f'{index}.png'), photo)
     names = ''.join(f'{index}.png (401,401,3)\n' for index in range(6))
     (folder / 'photos' / 'meta_info.txt').write_text(names)
-    opt = forked_runs.options({})
+    opt = forked.options({})
     del opt['val'], opt['datasets']['val'], opt['datasets']['train']['gt_size']
     opt['datasets']['train'] |= {
         'type': 'RealESRGANDataset', 'io_backend': {'type': 'disk'}, 'dataroot_gt': str(folder / 'photos'),
@@ -146,7 +146,7 @@ def real_world(folder):
 
 
 def train_in_two_processes(opt, folder, *arguments):
-    runs = forked_runs.start_processes(opt, folder, *arguments)
+    runs = forked.start_processes(opt, folder, *arguments)
     assert [run.status() for run in runs] == [0, 0], runs[0].log() + runs[1].log()
     return runs[0].log()
 
@@ -156,7 +156,7 @@ def test_two_processes(images, tmp_path):
 
     Without manual_seed each process draws one, of which the first process's is saved.
     """
-    opt = changed(forked_runs.options(images), {'train.total_iter': TOTAL, 'logger.save_checkpoint_freq': 1})
+    opt = changed(forked.options(images), {'train.total_iter': TOTAL, 'logger.save_checkpoint_freq': 1})
     changes = {'train.ema_decay': 0, 'datasets.train.dataset_enlarge_ratio': 2, 'datasets.train.num_worker_per_gpu': 1}
     changes['manual_seed'] = None
     check(changed(opt, changes), tmp_path, iterations=(2, 3), train=train_in_two_processes)

@@ -12,21 +12,21 @@ import shlex
 import shutil
 from pathlib import Path
 
-import in_process
 import pytest
 import torch
 import yaml
 from basicsr.utils.options import ordered_yaml
+from support import pipelines
 from torchvision.models import AlexNet, vgg
 
 from dpmambair_basicsr import archs
 from dpmambair_basicsr.models.restoration_model import LOG_NAMES
-from dpmambair_basicsr.option_checks.sections import apply_forced
+from dpmambair_basicsr.option_checks.structure import apply_forced
 from dpmambair_basicsr.prepare.public_sets import SETS
 from dpmambair_basicsr.results import published_tables as published
 
-PAGE = (in_process.ROOT / 'docs' / 'experiments.md').read_text(encoding='utf-8')
-FILES = sorted(file.name for file in (in_process.ROOT / 'options').glob('*.yml'))
+PAGE = (pipelines.ROOT / 'docs' / 'experiments.md').read_text(encoding='utf-8')
+FILES = sorted(file.name for file in (pipelines.ROOT / 'options').glob('*.yml'))
 RUN_HERE = [name for name in FILES if not re.match(r'demo_|(train|test)_(vmambair_|your_own)', name)]
 STAGES = ('train_degradation_extractor.yml', 'train_dpmambair.yml')
 SMALL = {
@@ -44,7 +44,7 @@ SHORT = {
 
 
 def option_file(name: str) -> Path:
-    return in_process.ROOT / 'options' / name
+    return pipelines.ROOT / 'options' / name
 
 
 def parse(text: str) -> dict:
@@ -119,8 +119,8 @@ def project(tmp_path_factory):
     """A folder with images wherever an option file or the page names some, both stages trained there; their logs."""
     folder = tmp_path_factory.mktemp('project')
     sizes = [(64, 72), (66, 64)]
-    pairs = {name: in_process.write_pairs(folder / name, sizes, 4 if name[2:] else 1) for name in ('LQ', 'LQ_x4')}
-    photos = in_process.write_photos(folder / 'photos')['dataroot_gt']
+    pairs = {name: pipelines.write_pairs(folder / name, sizes, 4 if name[2:] else 1) for name in ('LQ', 'LQ_x4')}
+    photos = pipelines.write_photos(folder / 'photos')['dataroot_gt']
     for text in [PAGE, *(option_file(name).read_text(encoding='utf-8') for name in FILES)]:
         for place in set(re.findall(r'dataroot_\w+[=:] *(datasets/[\w/]+)', text)):
             parent, _, last = place.rpartition('/')
@@ -139,7 +139,7 @@ def project(tmp_path_factory):
 def run(stage: str, name: str, forced: list[str], folder) -> str:
     file = folder / name
     shutil.copy(option_file(name), file)
-    return getattr(in_process, stage)(file, '--force_yml', *forced, *reduced(name), cwd=folder)
+    return getattr(pipelines, stage)(file, '--force_yml', *forced, *reduced(name), cwd=folder)
 
 
 def results_of(name: str, folder) -> dict:

@@ -1,15 +1,14 @@
 """`python -m dpmambair_basicsr.export`: networks as ONNX and .pt2 files that need nothing of this package."""
 
-import importlib.util
 import itertools
 import sys
 
 import pytest
 import torch
-from basicsr_runs import PACKAGE_PARENT, python
+from support.commands import PACKAGE_PARENT, python
 
 import dpmambair_basicsr
-from dpmambair_basicsr import archs
+from dpmambair_basicsr import archs, export
 from dpmambair_basicsr.ops import selective_scan
 
 pytest.importorskip('onnxscript', reason='it writes ONNX')
@@ -19,9 +18,6 @@ onnxruntime = pytest.importorskip('onnxruntime', reason='it runs ONNX')
 dpmambair_basicsr.register()
 
 SCRIPT = PACKAGE_PARENT / 'dpmambair_basicsr' / 'export.py'
-specification = importlib.util.spec_from_file_location('export', SCRIPT)
-export = importlib.util.module_from_spec(specification)
-specification.loader.exec_module(export)
 
 # One block at the lowest, one at the full resolution: tracing takes seconds a block.
 FEW = {'num_blocks': [0, 0, 0, 1], 'num_refinement_blocks': 1, 'd_state': 2}

@@ -7,13 +7,13 @@ import time
 from pathlib import Path
 
 import cv2
-import forked_runs
 import numpy as np
 import pytest
 import torch
 from basicsr.data import build_dataset
 from basicsr.utils.lmdb_util import make_lmdb_from_imgs
-from forked_runs import Training, changed, train
+from support import forked
+from support.forked import Training, changed, train
 
 import dpmambair_basicsr
 
@@ -23,13 +23,13 @@ NAMES = [str(index) for index in range(7)]
 
 @pytest.fixture
 def images(tmp_path):
-    return forked_runs.write_images(tmp_path / 'images')
+    return forked.write_images(tmp_path / 'images')
 
 
 @pytest.fixture
 def opt(images):
     """One batch has all training images."""
-    return changed(forked_runs.options(images), {'datasets.train.batch_size_per_gpu': 7, 'train.total_iter': 2})
+    return changed(forked.options(images), {'datasets.train.batch_size_per_gpu': 7, 'train.total_iter': 2})
 
 
 def cut_short(path):
@@ -112,7 +112,7 @@ def test_a_bad_image_in_a_data_set_of_basicsr(opt, tmp_path):
 
 def test_a_bad_image_in_validation(opt, tmp_path):
     for phase, dataset in opt['datasets'].items():
-        dataset |= forked_runs.write_images(tmp_path / phase)
+        dataset |= forked.write_images(tmp_path / phase)
     cut_short(tmp_path / 'val/gt/5.png')
     assert 'item 5: gt image' in refused(opt, tmp_path, str(tmp_path / 'val/gt/5.png'))
 
@@ -167,7 +167,7 @@ def test_a_killed_worker_ends_it(opt, tmp_path):
     start = time.monotonic()
     assert run.status(timeout=60) == 1 and 'killed by signal: Killed' in run.log()
     assert time.monotonic() - start < 30
-    train(changed(opt, {'train.total_iter': forked_runs.states(tmp_path)[-1] + 1}), tmp_path, '--auto_resume')
+    train(changed(opt, {'train.total_iter': forked.states(tmp_path)[-1] + 1}), tmp_path, '--auto_resume')
 
 
 # Hostile files. Options: test_host.py

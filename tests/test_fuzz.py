@@ -6,13 +6,13 @@ import sys
 from pathlib import Path
 
 import cv2
-import forked_runs
 import numpy as np
 import pytest
 import yaml
 from basicsr.utils import options as basicsr_options
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from support import forked
 
 import dpmambair_basicsr
 from dpmambair_basicsr.files.images import ImageReader
@@ -32,7 +32,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def opt(folder):
-    return forked_runs.options(forked_runs.write_images(folder / 'images'))
+    return forked.options(forked.write_images(folder / 'images'))
 
 
 def parse(file, *arguments) -> dict | None:

@@ -18,8 +18,8 @@ from basicsr.data.prefetch_dataloader import CPUPrefetcher, PrefetchDataLoader
 from basicsr.metrics import calculate_niqe
 from basicsr.models.base_model import BaseModel
 from basicsr.utils import dist_util, options
-from basicsr_runs import stock_options, write_images, write_options
-from in_process import train
+from support.commands import stock_options, write_images, write_options
+from support.pipelines import train
 
 import dpmambair_basicsr  # noqa: F401  (first: it makes BasicSR 1.4.2 importable)
 from dpmambair_basicsr.patches.apply import apply_patches

@@ -6,7 +6,7 @@ import torchvision
 import yaml
 from basicsr.metrics import calculate_metric, psnr_ssim
 from basicsr.utils import tensor2img
-from basicsr_runs import PACKAGE_PARENT
+from support.commands import PACKAGE_PARENT
 
 import dpmambair_basicsr  # noqa: F401  (first: it makes BasicSR importable, and registers the metric)
 from dpmambair_basicsr.losses.lpips_network import build_lpips

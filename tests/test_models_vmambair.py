@@ -3,7 +3,6 @@
 import copy
 import re
 
-import in_process
 import pytest
 import torch
 import yaml
@@ -12,7 +11,8 @@ from basicsr.losses import build_loss
 from basicsr.models import build_model
 from basicsr.utils import set_random_seed
 from basicsr.utils.options import ordered_yaml
-from basicsr_runs import python
+from support import pipelines
+from support.commands import python
 from torchvision.models import vgg
 
 TINY_NET = {'dim': 4, 'num_blocks': [1, 1, 1, 1], 'num_refinement_blocks': 1}
@@ -26,7 +26,7 @@ RECIPES = {
 
 
 def option_file(stage, recipe):
-    return in_process.ROOT / 'options' / f'{stage}_vmambair_{recipe}.yml'
+    return pipelines.ROOT / 'options' / f'{stage}_vmambair_{recipe}.yml'
 
 
 def options(stage, recipe):
@@ -38,10 +38,10 @@ def data(tmp_path_factory):
     """{scale: data set options}, and under 'photos' those of RealESRGANDataset."""
     folder = tmp_path_factory.mktemp('data')
     pairs = {
-        scale: in_process.write_pairs(folder / f'x{scale}', [(44, 52), (40, 40), (60, 44), (48, 48)], scale)
+        scale: pipelines.write_pairs(folder / f'x{scale}', [(44, 52), (40, 40), (60, 44), (48, 48)], scale)
         for scale in (1, 4)
     }
-    return pairs | {'photos': in_process.write_photos(folder / 'photos')}
+    return pairs | {'photos': pipelines.write_photos(folder / 'photos')}
 
 
 @pytest.fixture(scope='module')
@@ -136,7 +136,7 @@ def test_recipe_trains_resumes_and_tests(recipe, data, weights, tmp_path):
 
     def run(stage, *arguments, file=recipe):
         if recipe != 'derain':
-            return getattr(in_process, stage)(option_file(stage, file), *arguments, cwd=tmp_path)
+            return getattr(pipelines, stage)(option_file(stage, file), *arguments, cwd=tmp_path)
         result = python('-m', f'dpmambair_basicsr.{stage}', '-opt', option_file(stage, file), *arguments, cwd=tmp_path)
         assert result.returncode == 0, result.stdout
         return result.stdout

@@ -2,11 +2,11 @@
 
 import math
 
-import forked_runs
 import pytest
 import torch
 from basicsr.models import build_model
-from forked_runs import Training, changed, load, start_processes, states, train
+from support import forked
+from support.forked import Training, changed, load, start_processes, states, train
 from test_exact_resume import GAN, assert_equal
 
 import dpmambair_basicsr
@@ -18,11 +18,11 @@ dpmambair_basicsr.register()
 
 @pytest.fixture(scope='module')
 def images(tmp_path_factory):
-    return forked_runs.write_images(tmp_path_factory.mktemp('images') / 'images')
+    return forked.write_images(tmp_path_factory.mktemp('images') / 'images')
 
 
 def build(**changes):
-    opt = changed(forked_runs.options({}), changes)
+    opt = changed(forked.options({}), changes)
     torch.manual_seed(0)
     model = build_model(opt | {'is_train': True, 'dist': False, 'rank': 0, 'world_size': 1})
     model.clean = torch.rand(2, 3, 16, 16), torch.rand(2, 3, 16, 16)
@@ -129,7 +129,7 @@ def finite(folder, name):
 
 
 def test_a_bad_batch_in_a_training(images, tmp_path):
-    log = train(changed(forked_runs.options(images), {'network_g.nan_in': [3, 4, 7]}), tmp_path)
+    log = train(changed(forked.options(images), {'network_g.nan_in': [3, 4, 7]}), tmp_path)
     assert log.count('is not finite: step skipped') == 3 and '(2 in a row, 2 in all)' in log
     assert 'skipped_steps: 3.0' in log
     assert finite(tmp_path, 'models/net_g_latest.pth')
@@ -137,7 +137,7 @@ def test_a_bad_batch_in_a_training(images, tmp_path):
 
 def test_a_training_of_nan_ends_with_an_error(images, tmp_path):
     changes = {'network_g.nan_in': list(range(6, 20)), 'train.max_skipped_steps': 3}
-    run = Training(changed(forked_runs.options(images), changes), tmp_path)
+    run = Training(changed(forked.options(images), changes), tmp_path)
     assert run.status() == 1
     last = run.log().splitlines()[-1]
     assert 'The gradient of net_g.body.0.weight is not finite; steps in a row: 4, train.max_skipped_steps: 3' in last
@@ -147,7 +147,7 @@ def test_a_training_of_nan_ends_with_an_error(images, tmp_path):
 
 
 def test_a_network_of_nan_is_not_saved(images, tmp_path):
-    opt = forked_runs.options(images)
+    opt = forked.options(images)
     train(changed(opt, {'train.total_iter': 4}), tmp_path)
     file = tmp_path / 'experiments/run/models/net_g_4.pth'
     content = torch.load(file, weights_only=True)
@@ -173,6 +173,6 @@ def test_a_buffer_may_be_infinite(tmp_path):
 def test_the_processes_skip_the_same_steps(images, tmp_path):
     """If one stepped and the other did not, their networks would differ from then on."""
     changes = {'train.pixel_opt.type': 'InfiniteInOneProcess', 'train.max_skipped_steps': 2}
-    runs = start_processes(changed(forked_runs.options(images), changes), tmp_path)
+    runs = start_processes(changed(forked.options(images), changes), tmp_path)
     assert [run.status() for run in runs] == [1, 1]
     assert 'The loss is not finite: step skipped (2 in a row, 2 in all)' in runs[0].log()

@@ -12,11 +12,12 @@ import yaml
 from basicsr.models.sr_model import SRModel
 from basicsr.utils import options as basicsr_options
 from basicsr.utils.registry import ARCH_REGISTRY, DATASET_REGISTRY, METRIC_REGISTRY, MODEL_REGISTRY
-from basicsr_runs import stock_options, write_images
+from support.commands import stock_options, write_images
 
 import dpmambair_basicsr
 from dpmambair_basicsr.archs import DegradationAutoencoder, DPMambaIR
-from dpmambair_basicsr.option_checks.sections import apply_forced, check_options, check_root, check_structure, refuse
+from dpmambair_basicsr.option_checks.sections import check_options
+from dpmambair_basicsr.option_checks.structure import apply_forced, check_root, check_structure, refuse
 from dpmambair_basicsr.registry import did_you_mean
 
 ROOT = Path(dpmambair_basicsr.__file__).parents[1]

@@ -6,7 +6,6 @@ Miniature trees have fewer images than was published, so the commands have --any
 import hashlib
 import os
 import re
-import runpy
 import shutil
 import signal
 import subprocess
@@ -22,15 +21,16 @@ import pytest
 import yaml
 from basicsr.data import build_dataset
 from basicsr.utils.matlab_functions import imresize
-from basicsr_runs import PACKAGE_PARENT, python
+from support.commands import PACKAGE_PARENT, python
 
 import dpmambair_basicsr  # noqa: F401  (first: it makes BasicSR importable, and registers the data sets)
+from dpmambair_basicsr import prepare_data
+from dpmambair_basicsr.prepare.images import shrink
 from dpmambair_basicsr.prepare.public_sets import SETS, Layout, compile_pattern, pair, spaced
 
 SCRIPT = PACKAGE_PARENT / 'dpmambair_basicsr' / 'prepare_data.py'
 SHARED = Path(__file__).parents[2] / 'shared' / 'data'
-script = runpy.run_path(str(SCRIPT), run_name='prepare_data')
-prepare = script['main']
+prepare = prepare_data.main
 
 # {set: [(LQ files or None, GT files, result folder, stems)]}, {n} counts. In the order in which the parts are declared.
 ALL = 'all_in_one'
@@ -490,7 +490,7 @@ def test_tiles_cover_the_image_and_fit(tmp_path):
     (tmp_path / 'raw/DIV2K_train_HR').mkdir(parents=True)
     assert cv2.imwrite(str(tmp_path / 'raw/DIV2K_train_HR/0001.png'), image)
     arrange('df2k', tmp_path / 'raw', '--output', tmp_path, '--part', 'div2k')
-    small = script['shrink'](image)
+    small = shrink(image)
     assert small.shape == (182, 240, 3)
     basicsr = imresize(image[:728, :960] / 255.0, 0.25) * 255
     assert np.abs(small - basicsr)[2:-2, 2:-2].max() < 1.2  # which rounds neither in between nor at the end
@@ -651,4 +651,4 @@ def test_small_images_are_those_of_matlab(name):
         pytest.skip(f'no ../shared/data/pairs/sr_x4/{name}: LQ images made by MATLAB')
     for path in (folder / 'GT').iterdir():
         gt, lq = (cv2.imread(str(folder / side / path.name)) for side in ('GT', 'LQ'))
-        assert np.array_equal(script['shrink'](gt), lq), path
+        assert np.array_equal(shrink(gt), lq), path

@@ -9,13 +9,12 @@ import sys
 import time
 from pathlib import Path
 
-import basicsr_runs
 import cv2
-import forked_runs
 import numpy as np
 import pytest
 import torch
-from forked_runs import changed, start_processes, states, train
+from support import commands, forked
+from support.forked import changed, start_processes, states, train
 from test_checkpoints import assert_ends_like
 from test_exact_resume import GAN, real_world, train_in_two_processes
 
@@ -53,13 +52,13 @@ def plain_photos(folder):
 
 @pytest.fixture(scope='module')
 def images(tmp_path_factory):
-    return forked_runs.write_images(tmp_path_factory.mktemp('images') / 'images', count=8)
+    return forked.write_images(tmp_path_factory.mktemp('images') / 'images', count=8)
 
 
 @pytest.mark.parametrize('kind', KINDS)
 def test_two_processes_are_one_with_the_doubled_batch(kind, images, tmp_path):
     is_real_world = kind.startswith('RealWorld')
-    opt = plain_photos(tmp_path) if is_real_world else forked_runs.options(images)
+    opt = plain_photos(tmp_path) if is_real_world else forked.options(images)
     common = {'network_g.dropout': 0.0, 'train.optim_g': SGD, 'train.total_iter': TOTAL}
     opt = changed(changed(opt, common), KINDS[kind] | {'model_type': kind})
 
@@ -99,7 +98,7 @@ def in_folders_of_their_own(tmp_path, images):
         folder.mkdir()
         shutil.copytree(Path(images['dataroot_gt']).parent, folder / 'images')
         shutil.copytree(Path(images['dataroot_gt']).parent, folder / 'val images')
-    opt = forked_runs.options({'dataroot_gt': 'images/gt', 'dataroot_lq': 'images/lq'})
+    opt = forked.options({'dataroot_gt': 'images/gt', 'dataroot_lq': 'images/lq'})
     val = {'datasets.val.dataroot_gt': 'val images/gt', 'datasets.val.dataroot_lq': 'val images/lq'}
     return changed(opt, val), folders[:2], folders[2]
 
@@ -153,7 +152,7 @@ LONG = {'train.total_iter': 20_000, 'logger.save_checkpoint_freq': 5, 'logger.ke
 
 @pytest.mark.parametrize('rank', [0, 1])
 def test_a_killed_process_ends_the_other(rank, images, tmp_path):
-    opt = changed(forked_runs.options(images), LONG)
+    opt = changed(forked.options(images), LONG)
     runs = start_processes(opt, tmp_path)
     runs[0].wait_for('iter:       6,')
     runs[rank].process.kill()
@@ -169,11 +168,11 @@ def test_a_killed_process_ends_the_other(rank, images, tmp_path):
 def test_torchrun(fault, images, tmp_path):
     """It ends all processes if one is killed, and passes signals on: then the state is saved."""
     network = {'type': 'VmambaIR', 'dim': 4, 'num_blocks': [1, 1, 1, 1], 'num_refinement_blocks': 1, 'd_state': 2}
-    opt = changed(forked_runs.options(images), LONG | {'network_g': network, 'val.val_freq': 1000})
-    file, log = basicsr_runs.write_options(opt, tmp_path / 'options.yml'), tmp_path / 'log'
+    opt = changed(forked.options(images), LONG | {'network_g': network, 'val.val_freq': 1000})
+    file, log = commands.write_options(opt, tmp_path / 'options.yml'), tmp_path / 'log'
     command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']
     command += ['-m', 'dpmambair_basicsr.train', '-opt', str(file), '--launcher', 'pytorch']
-    environment = os.environ | {'PYTHONPATH': str(basicsr_runs.PACKAGE_PARENT), 'OMP_NUM_THREADS': '1'}
+    environment = os.environ | {'PYTHONPATH': str(commands.PACKAGE_PARENT), 'OMP_NUM_THREADS': '1'}
     with open(log, 'wb') as output:
         run = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=output, stderr=subprocess.STDOUT)
     try:

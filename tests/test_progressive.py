@@ -5,7 +5,6 @@ import re
 import runpy
 import sys
 
-import in_process
 import pytest
 import torch
 import yaml
@@ -13,7 +12,8 @@ from basicsr.data import build_dataloader, build_dataset
 from basicsr.data.data_sampler import EnlargedSampler
 from basicsr.models.sr_model import SRModel
 from basicsr.utils.registry import MODEL_REGISTRY
-from basicsr_runs import run
+from support import pipelines
+from support.commands import run
 
 from dpmambair_basicsr.data.progressive import Phases
 from dpmambair_basicsr.models import RestorationModel
@@ -72,7 +72,7 @@ class SilentModel(SRModel):
 def options(tmp_path):
     """Options with eight pairs: two iterations per epoch."""
     opt = yaml.safe_load(OPTIONS)
-    pairs = in_process.write_pairs(tmp_path / 'pairs', [(40, 36)] * 8)
+    pairs = pipelines.write_pairs(tmp_path / 'pairs', [(40, 36)] * 8)
     opt['datasets']['train'] |= pairs | {'progressive': PHASES}
     return opt
 
@@ -81,7 +81,7 @@ def train(opt, folder, *arguments):
     """Returns the trace and the log."""
     (folder / 'progressive.yml').write_text(yaml.safe_dump(opt))
     TracingModel.trace.clear()
-    log = in_process.train(folder / 'progressive.yml', *arguments, cwd=folder)
+    log = pipelines.train(folder / 'progressive.yml', *arguments, cwd=folder)
     return list(TracingModel.trace), log
 
 
@@ -131,7 +131,7 @@ def test_disagreement_with_total_iter_is_said_at_the_start(options, tmp_path, to
 def test_distributed(options, tmp_path):
     """Two processes with a worker each, resumed amid an epoch: both follow the schedule, with images of their own."""
     train_set = options['datasets']['train']
-    train_set |= in_process.write_pairs(tmp_path / 'twelve', [(40, 36)] * 12) | {'batch_size_per_gpu': 3}
+    train_set |= pipelines.write_pairs(tmp_path / 'twelve', [(40, 36)] * 12) | {'batch_size_per_gpu': 3}
     train_set['progressive'] = {'gt_sizes': [8, 32], 'batch_sizes': [3, 1], 'iters': [5, 2]}
     options['logger']['save_checkpoint_freq'] = options['train']['total_iter'] = 3
     train(options, tmp_path)
@@ -264,7 +264,7 @@ def test_gt_sizes_fit_the_network_at_scale_4(options):
 
 def test_one_image_is_decoded_per_used_crop(options):
     """Restormer's way: as many as the full batch has."""
-    compare = runpy.run_path(str(in_process.ROOT / 'benchmarks' / 'progressive.py'))['compare']
+    compare = runpy.run_path(str(pipelines.ROOT / 'benchmarks' / 'progressive.py'))['compare']
     rows = compare(options['datasets']['train'] | {'phase': 'train', 'scale': 1}, batches=2)
     assert [row[:2] for row in rows] == list(zip(PHASES['gt_sizes'], PHASES['batch_sizes'], strict=True))
     assert [row[2] for row in rows] == [1.0] * 4

@@ -6,7 +6,6 @@ Haze is SOTS outdoor in RESIDE-6K's layout, low light training pairs of LOL as i
 import csv
 import json
 import re
-import runpy
 from pathlib import Path
 
 import cv2
@@ -14,9 +13,10 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from basicsr_runs import PACKAGE_PARENT, python
+from support.commands import PACKAGE_PARENT, python
 
 import dpmambair_basicsr  # noqa: F401  (first: it makes BasicSR importable, and registers the networks)
+from dpmambair_basicsr import prepare_data
 from dpmambair_basicsr.archs import DPMambaIR
 
 metrics = pytest.importorskip('skimage.metrics', reason='its metrics are compared with')
@@ -45,7 +45,7 @@ def tested(tmp_path_factory):
     if not SHARED.is_dir():
         pytest.skip(f'no published pairs: {SHARED} does not exist')
     folder = tmp_path_factory.mktemp('all_in_one')
-    prepare = runpy.run_module('dpmambair_basicsr.prepare_data')['main']
+    prepare = prepare_data.main
     for name, (source, places, count) in DOWNLOADS.items():
         for part, place in places.items():
             download = folder / 'downloads' / name / place

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from basicsr_runs import basicsr_source, python
+from support.commands import basicsr_source, python
 
 # Imports torch and torchvision once, then runs each case in a forked copy of itself: separate interpreters, but quick.
 DRIVER = """

@@ -9,14 +9,13 @@ import re
 import shutil
 from pathlib import Path
 
-import basicsr_runs
 import cv2
-import in_process
 import numpy as np
 import pytest
 import torch
 import yaml
-from browser import browser
+from support import commands, pipelines
+from support.browser import browser
 
 from dpmambair_basicsr import report
 from dpmambair_basicsr.archs import DegradationAutoencoder, VmambaIR
@@ -48,7 +47,7 @@ def paired(name: str, folders: dict, **more) -> dict:
 
 @pytest.fixture(scope='module')
 def pairs(tmp_path_factory):
-    return in_process.write_pairs(tmp_path_factory.mktemp('pairs'), [(40, 48), (33, 45)])
+    return pipelines.write_pairs(tmp_path_factory.mktemp('pairs'), [(40, 48), (33, 45)])
 
 
 @pytest.fixture(scope='module')
@@ -69,11 +68,11 @@ def tested(pairs, tmp_path_factory):
         torch.manual_seed(seed)
         torch.save({'params': VmambaIR(**NETWORK).state_dict()}, folder / f'{name}.pth')
         opt = options(name, sets, {'pretrain_network_g': str(folder / f'{name}.pth')})
-        basicsr_runs.write_options(opt, folder / f'{name}.yml')
+        commands.write_options(opt, folder / f'{name}.yml')
     command = ('-m', 'dpmambair_basicsr.test', '-opt', 'one.yml', '--force_yml', 'val:suffix=restored')
-    process = basicsr_runs.python(*command, cwd=folder)
+    process = commands.python(*command, cwd=folder)
     assert process.returncode == 0, process.stdout
-    logs = {'one': process.stdout, 'two': in_process.test(folder / 'two.yml', cwd=folder)}
+    logs = {'one': process.stdout, 'two': pipelines.test(folder / 'two.yml', cwd=folder)}
     return folder, logs
 
 
@@ -150,13 +149,13 @@ def test_the_three_files_say_the_same_and_what_was_tested_with_what(tested):
 
 
 def test_the_log_and_the_files_of_a_set_that_changes_its_size_have_no_input(pairs, tmp_path):
-    shrunk = in_process.write_pairs(tmp_path / 'shrunk', [(32, 32)], scale=4)
+    shrunk = pipelines.write_pairs(tmp_path / 'shrunk', [(32, 32)], scale=4)
     torch.save({'params': VmambaIR(**NETWORK, scale=4).state_dict()}, tmp_path / 'net.pth')
     network = {'type': 'VmambaIR', **NETWORK, 'scale': 4}
     path = {'pretrain_network_g': str(tmp_path / 'net.pth')}
     opt = options('sr', {'test': paired('shrunk', shrunk)}, path, scale=4, network_g=network)
-    basicsr_runs.write_options(opt, tmp_path / 'sr.yml')
-    in_process.test(tmp_path / 'sr.yml', cwd=tmp_path)
+    commands.write_options(opt, tmp_path / 'sr.yml')
+    pipelines.test(tmp_path / 'sr.yml', cwd=tmp_path)
     run = results.read_run(tmp_path / 'results' / 'sr')
     assert run.sets[0].restored and not run.sets[0].unrestored
     assert 'of the input' not in (tmp_path / 'results' / 'sr' / 'results.md').read_text()
@@ -168,8 +167,8 @@ def test_the_input_of_stage_1_is_the_clean_image(pairs, tmp_path):
     path = {'pretrain_network_g': str(tmp_path / 'net.pth')}
     sections = {'model_type': 'DegradationExtractorModel', 'network_g': {'type': 'DegradationAutoencoder', **network}}
     opt = options('stage1', {'test': paired('pairs', pairs)}, path, **sections)
-    basicsr_runs.write_options(opt, tmp_path / 'stage1.yml')
-    in_process.test(tmp_path / 'stage1.yml', cwd=tmp_path)
+    commands.write_options(opt, tmp_path / 'stage1.yml')
+    pipelines.test(tmp_path / 'stage1.yml', cwd=tmp_path)
     (part,) = results.read_run(tmp_path / 'results' / 'stage1').sets
     assert part.unrestored == pytest.approx(mean_over(Path(pairs['dataroot_lq']).glob('*'), pairs), abs=1e-3)
     for name, file in part.images.items():
@@ -182,8 +181,8 @@ def test_what_is_degraded_on_the_fly_is_shown_degraded(pairs, tmp_path):
     made = {'name': 'made', 'type': 'SyntheticDegradationDataset', 'dataroot_gt': pairs['dataroot_gt']}
     sets = {'test': made | {'degradations': ['noise']}}
     opt = options('made', sets, {'pretrain_network_g': str(tmp_path / 'net.pth')})
-    basicsr_runs.write_options(opt, tmp_path / 'made.yml')
-    in_process.test(tmp_path / 'made.yml', cwd=tmp_path)
+    commands.write_options(opt, tmp_path / 'made.yml')
+    pipelines.test(tmp_path / 'made.yml', cwd=tmp_path)
     (part,) = results.read_run(tmp_path / 'results' / 'made').sets
     assert part.unrestored == pytest.approx(mean_over(map(Path, part.images.values()), pairs), abs=1e-3)
 
@@ -221,7 +220,7 @@ def write_runs(folder, *runs: results.Run) -> list[str]:
 
 
 def command(*arguments, cwd):
-    return basicsr_runs.python('-m', 'dpmambair_basicsr.report', *arguments, cwd=cwd)
+    return commands.python('-m', 'dpmambair_basicsr.report', *arguments, cwd=cwd)
 
 
 def table_of(text: str) -> dict[tuple[str, str], dict[str, str]]:
@@ -265,7 +264,7 @@ def test_an_average_needs_every_set(tmp_path):
 
 
 def test_the_published_numbers_are_those_of_the_paper():
-    file = basicsr_runs.PACKAGE_PARENT.parent / 'shared' / 'spec' / 'dpmambair.md'
+    file = commands.PACKAGE_PARENT.parent / 'shared' / 'spec' / 'dpmambair.md'
     if not file.is_file():
         pytest.skip(f'{file} is not here')
     lines = file.read_text(encoding='utf-8').splitlines()
@@ -298,7 +297,7 @@ def test_what_is_no_result_is_named(tmp_path, content):
 
 def test_the_report_needs_no_torch(tmp_path):
     script = 'import sys, dpmambair_basicsr.report; print([m for m in ("torch", "basicsr") if m in sys.modules])'
-    assert basicsr_runs.python('-c', script, cwd=tmp_path).stdout == '[]\n'
+    assert commands.python('-c', script, cwd=tmp_path).stdout == '[]\n'
 
 
 # The page
@@ -398,7 +397,7 @@ def training(pairs, tmp_path, **changes) -> dict:
         for name in section.split('__'):
             target = target[name]
         target[key] = value
-    basicsr_runs.write_options(opt, tmp_path / 'run.yml')
+    commands.write_options(opt, tmp_path / 'run.yml')
     return opt
 
 
@@ -406,7 +405,7 @@ def training(pairs, tmp_path, **changes) -> dict:
 def trained(pairs, tmp_path_factory):
     folder = tmp_path_factory.mktemp('trained')
     training(pairs, folder, logger__use_tb_logger=True)
-    return folder, in_process.train(folder / 'run.yml', cwd=folder)
+    return folder, pipelines.train(folder / 'run.yml', cwd=folder)
 
 
 def test_the_average_over_the_sets_is_logged(trained):
@@ -464,13 +463,13 @@ def test_a_resumed_training_replaces_the_best_only_by_a_better_one(trained, tmp_
     shutil.copytree(folder / 'experiments', tmp_path / 'experiments')
     opt = yaml.safe_load((folder / 'run.yml').read_text())
     opt['logger']['use_tb_logger'] = False
-    basicsr_runs.write_options(opt, tmp_path / 'run.yml')
+    commands.write_options(opt, tmp_path / 'run.yml')
     file = tmp_path / 'experiments/run/models/net_g_best.pth'
     content = torch.load(file, weights_only=True)
     content['best']['value'] = value
     torch.save(content, file)
     before = file.read_bytes()
-    log = in_process.train(tmp_path / 'run.yml', '--auto_resume', '--force_yml', 'train:total_iter=6', cwd=tmp_path)
+    log = pipelines.train(tmp_path / 'run.yml', '--auto_resume', '--force_yml', 'train:total_iter=6', cwd=tmp_path)
     assert f'Best psnr so far: {value:.4f}, of iteration' in log
     assert (file.read_bytes() == before) == kept
     assert len(best_lines(log)) == (0 if kept else 1)
@@ -483,8 +482,8 @@ def test_a_best_by_another_measure_is_not_compared_with(trained, tmp_path):
     opt = yaml.safe_load((folder / 'run.yml').read_text())
     opt['logger']['use_tb_logger'] = False
     opt['val']['metrics'] = {'ssim': METRICS['ssim']}
-    basicsr_runs.write_options(opt, tmp_path / 'run.yml')
-    log = in_process.train(tmp_path / 'run.yml', '--auto_resume', '--force_yml', 'train:total_iter=6', cwd=tmp_path)
+    commands.write_options(opt, tmp_path / 'run.yml')
+    log = pipelines.train(tmp_path / 'run.yml', '--auto_resume', '--force_yml', 'train:total_iter=6', cwd=tmp_path)
     assert 'net_g_best.pth: is the best by another measure' in log and 'Best ssim so far, ' in log
 
 
@@ -496,7 +495,7 @@ def test_an_infinite_metric_is_never_best(pairs, tmp_path):
     same = paired('same', {key: pairs['dataroot_gt'] for key in pairs})
     changes = {'train__optim_g__lr': 1e-12, 'path__pretrain_network_g': str(tmp_path / 'identity.pth')}
     training(pairs, tmp_path, datasets__val_2=same, **changes)
-    log = in_process.train(tmp_path / 'run.yml', cwd=tmp_path)
+    log = pipelines.train(tmp_path / 'run.yml', cwd=tmp_path)
     assert log.count('# psnr: inf\tBest: -inf @ -1 iter') == 3
     assert log.count('\t # psnr: inf\n') == 3, 'the average'
     assert not (tmp_path / 'experiments/run/models/net_g_best.pth').exists()
@@ -515,4 +514,4 @@ def test_a_set_of_one_degradation_is_not_counted(pairs, tmp_path):
     loader = {'gt_size': 16, 'num_worker_per_gpu': 0, 'batch_size_per_gpu': 2, 'dataset_enlarge_ratio': 4}
     one = paired('one', pairs, degradation='rain') | loader
     training(pairs, tmp_path, datasets__train=one, train__total_iter=2, val__val_freq=10)
-    assert 'Drawn' not in in_process.train(tmp_path / 'run.yml', cwd=tmp_path)
+    assert 'Drawn' not in pipelines.train(tmp_path / 'run.yml', cwd=tmp_path)

@@ -10,8 +10,8 @@ import yaml
 from basicsr.models import build_model
 from basicsr.models.sr_model import SRModel
 from basicsr.utils import tensor2img
-from basicsr_runs import python
 from PIL import Image, ImageCms, ImageOps
+from support.commands import python
 from torch import nn
 from torch.nn import functional as F
 

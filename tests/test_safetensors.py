@@ -4,13 +4,13 @@ import json
 import re
 import sys
 
-import forked_runs
 import numpy as np
 import pytest
 import torch
-from basicsr_runs import python
-from forked_runs import Training, changed, train
 from safetensors.torch import load_file, save_file
+from support import forked
+from support.commands import python
+from support.forked import Training, changed, train
 
 import dpmambair_basicsr
 from dpmambair_basicsr import convert, load
@@ -69,7 +69,7 @@ def test_spandrel_recognises_it(converted):
 
 def test_training_starts_from_it(converted, tmp_path):
     opt = changed(
-        forked_runs.options(forked_runs.write_images(tmp_path / 'images')),
+        forked.options(forked.write_images(tmp_path / 'images')),
         {
             'network_g': NETWORK,
             'path.pretrain_network_g': str(converted / 'net.safetensors'),
@@ -78,7 +78,7 @@ def test_training_starts_from_it(converted, tmp_path):
         },
     )
     train(opt, tmp_path)
-    content = forked_runs.load(tmp_path, 'models/net_g_latest.pth')
+    content = forked.load(tmp_path, 'models/net_g_latest.pth')
     for key in ('params', 'params_ema'):
         for name, value in network(1).items():
             torch.testing.assert_close(content[key][name], value, rtol=1e-6, atol=0)

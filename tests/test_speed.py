@@ -2,12 +2,12 @@
 
 import copy
 
-import in_process
 import pytest
 import torch
 import yaml
 from basicsr.models import build_model
 from basicsr.utils.registry import ARCH_REGISTRY
+from support import pipelines
 from torch import nn
 
 from dpmambair_basicsr.archs import DPMambaIR, VmambaIR
@@ -155,7 +155,7 @@ def test_what_does_not_work_is_named(train, message, monkeypatch):
     monkeypatch.setenv('CXX', 'no-such-compiler')
     opt = options({'type': 'VmambaIR', **TINY}, **train)
     with pytest.raises(ValueError, match=message):
-        in_process.dpmambair_basicsr.models.__dict__[opt['model_type']].check_training(opt)
+        pipelines.dpmambair_basicsr.models.__dict__[opt['model_type']].check_training(opt)
 
 
 def test_gan_training_in_bf16():
@@ -171,7 +171,7 @@ def test_gan_training_in_bf16():
 
 def test_a_training_in_bf16_from_its_option_file(tmp_path):
     """The keys pass the check of the options; the log says what runs; names in the checkpoint are plain."""
-    pairs = in_process.write_pairs(tmp_path / 'pairs', [(24, 24)] * 2)
+    pairs = pipelines.write_pairs(tmp_path / 'pairs', [(24, 24)] * 2)
     opt = options({'type': 'VmambaIR', **TINY}, amp='bf16')
     opt = {key: opt[key] for key in ('name', 'model_type', 'num_gpu', 'network_g', 'path', 'train')}
     opt['train'] |= {'total_iter': 2}
@@ -181,7 +181,7 @@ def test_a_training_in_bf16_from_its_option_file(tmp_path):
     }
     opt['logger'] = {'print_freq': 1, 'save_checkpoint_freq': 2, 'use_tb_logger': False}
     (tmp_path / 'train.yml').write_text(yaml.safe_dump({**opt, 'scale': 1}))
-    log = in_process.train(tmp_path / 'train.yml', cwd=tmp_path)
+    log = pipelines.train(tmp_path / 'train.yml', cwd=tmp_path)
     assert 'Training VmambaIR on cpu: bf16, but losses, parameters and scans fp32.' in log
     saved = torch.load(tmp_path / 'experiments/model/models/net_g_latest.pth', weights_only=True)['params']
     assert saved.keys() == VmambaIR(**TINY).state_dict().keys()

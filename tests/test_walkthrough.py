@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from basicsr_runs import python, write_options
+from support.commands import python, write_options
 
 from dpmambair_basicsr.data.degradations import degrade, to_uint8
 

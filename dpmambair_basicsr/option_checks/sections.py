@@ -10,177 +10,35 @@ checks that no working file fails; the others need to know which keys are read, 
 
 import inspect
 import math
-import re
 from copy import deepcopy
 from pathlib import Path
 
 import torch
-import yaml
-from basicsr.utils import options as basicsr_options
 
 from dpmambair_basicsr.losses import vgg_perceptual_loss
 from dpmambair_basicsr.losses.lpips_network import BACKBONES, backbone_path
 from dpmambair_basicsr.option_checks.dry_run import check_on_trial
+from dpmambair_basicsr.option_checks.schema import (
+    KNOWN,
+    LIMITS,
+    LOADER,
+    LOADER_LIMITS,
+    MAY_BE_EMPTY,
+    REQUIRED,
+    TEXT_KEYS,
+)
+from dpmambair_basicsr.option_checks.structure import check_renamed
+from dpmambair_basicsr.option_checks.values import KINDS, is_kind, is_number_as_text, kind_in_words, will_resume
 from dpmambair_basicsr.registry import (
-    KINDS,
     arguments_of,
     describe,
     did_you_mean,
-    is_kind,
-    is_number_as_text,
     is_ours,
-    kind_in_words,
     look_up,
     optimizers,
     registered,
     schedulers,
-    will_resume,
 )
-
-# What BasicSR (1.4.2 and master) reads in each section, and what parse_options adds. In train also <name>_opt, a loss.
-KNOWN = {
-    'top': 'name model_type scale num_gpu manual_seed datasets network_g path train val logger dist_params '
-    'find_unused_parameters dist rank world_size auto_resume is_train root_path',
-    'train': 'total_iter warmup_iter ema_decay scheduler optim_g optim_d net_d_iters net_d_init_iters',
-    'val': 'val_freq save_img suffix metrics pbar',
-    'path': 'resume_state ignore_resume_networks experiments_root results_root models training_states log '
-    'visualization',
-    'logger': 'print_freq save_checkpoint_freq use_tb_logger wandb',
-}
-LOADER = (
-    'name type phase scale io_backend batch_size_per_gpu num_worker_per_gpu dataset_enlarge_ratio prefetch_mode '
-    'num_prefetch_queue pin_memory persistent_workers use_shuffle filename_tmpl mean std color'
-)
-# What BasicSR reads without a default, in training and in testing.
-SECTIONS = {True: ('datasets', 'path', 'train', 'logger'), False: ('datasets', 'path', 'val')}
-OPTIONAL_SECTIONS = ('val', 'dist_params')
-REQUIRED = {
-    True: {
-        'train': 'total_iter scheduler optim_g',
-        'logger': 'print_freq save_checkpoint_freq use_tb_logger',
-        'val': 'val_freq save_img',
-    },
-    False: {'val': 'save_img'},
-}
-# What is compared or divided by: least and greatest value, and whether a float will do (BasicSR's files have 5.0e+3).
-LIMITS = {
-    'num_gpu': (0, math.inf, int),
-    'scale': (1, math.inf, int),
-    'train.total_iter': (1, math.inf, float),
-    'train.warmup_iter': (-1, math.inf, float),
-    'train.ema_decay': (0, 1, float),
-    'train.grad_clip_norm': (0, math.inf, float),
-    'train.max_skipped_steps': (0, math.inf, int),
-    'train.net_d_iters': (1, math.inf, float),
-    'train.net_d_init_iters': (0, math.inf, float),
-    'val.val_freq': (1, math.inf, float),
-    'logger.print_freq': (1, math.inf, float),
-    'logger.save_checkpoint_freq': (1, math.inf, float),
-    'logger.keep_last': (1, math.inf, int),
-}
-LOADER_LIMITS = {
-    'batch_size_per_gpu': (1, math.inf, int),
-    'num_worker_per_gpu': (0, math.inf, int),
-    'num_prefetch_queue': (1, math.inf, int),
-    'dataset_enlarge_ratio': (0, math.inf, float),
-}
-MAY_BE_EMPTY = ('train.grad_clip_norm', 'logger.keep_last')
-TEXT_KEYS = re.compile(r'name|type|project|resume_id|dataroot.*|pretrain.*|(.*_)?(suffix|tmpl|root|file|state)')
-
-
-def refuse(file: str, problems: list[str]) -> None:
-    """Raises SystemExit (exit status 1) with all problems of an option file, if there are any."""
-    if problems:
-        count = '1 problem' if len(problems) == 1 else f'{len(problems)} problems'
-        raise SystemExit('\n  '.join([f'{file}: {count} in the options:', *problems]))
-
-
-def apply_forced(opt, forced: list[str]) -> list[str]:
-    """Carries out `--force_yml section:key=value` on the file's options as BasicSR will, and returns its problems.
-
-    BasicSR runs the keys as Python (utils/options.py:128), so nothing else than keys may be there.
-    """
-    problems = []
-    for entry in forced if isinstance(opt, dict) else ():
-        if not re.fullmatch(r'\s*[\w-]+(:[\w-]+)*\s*=[^=]*', entry):
-            problems.append(f'--force_yml {entry}: is not of the form key=value or section:key=value')
-            continue
-        keys, _, text = entry.partition('=')
-        *sections, key = keys.strip().split(':')
-        section = opt
-        for name in sections:
-            section = section.get(name) if isinstance(section, dict) else None
-        if not isinstance(section, dict):
-            problems.append(f'--force_yml {entry}: the file has no such section')
-            continue
-        try:
-            section[key] = basicsr_options._postprocess_yml_value(text.strip())
-        except (ValueError, yaml.YAMLError) as error:
-            problems.append(describe(f'--force_yml {entry}', error))
-    return problems
-
-
-def check_structure(opt, is_train: bool) -> list[str]:
-    """Problems with what BasicSR's parse_options itself reads, where it ends with a bare KeyError or TypeError."""
-    if not isinstance(opt, dict):
-        return ['the file is not a mapping of keys to values']
-    if wrong := keys_that_are_no_text(opt):
-        return [f'{path}: the key has to be text, not {key!r}' for path, key in wrong]
-    sections = {name: opt.get(name) for name in SECTIONS[is_train]}
-    texts = {'name': opt.get('name')}
-    if isinstance(opt.get('datasets'), dict):
-        sections |= {f'datasets.{phase}': dataset for phase, dataset in opt['datasets'].items()}
-        if is_train:
-            sections.setdefault('datasets.train', None)
-        for phase, dataset in opt['datasets'].items():
-            if isinstance(dataset, dict):
-                texts |= {f'datasets.{phase}.{key}': dataset.get(key) for key in ('dataroot_gt', 'dataroot_lq')}
-    if isinstance(opt.get('path'), dict):
-        files = re.compile(r'experiments_root|results_root|.*(resume_state|pretrain_network).*')
-        texts |= {f'path.{key}': value for key, value in opt['path'].items() if files.fullmatch(str(key))}
-    problems = [f'{key}: missing' for key in ('name', 'model_type', 'num_gpu') if opt.get(key) is None]
-    problems += [f'{path}: missing' for path, section in sections.items() if section is None]
-    sections |= {name: opt[name] for name in OPTIONAL_SECTIONS if name in opt}
-    wrong = {path: section for path, section in sections.items() if not isinstance(section, dict | None)}
-    problems += [f'{path}: has to be a section, not {value!r}' for path, value in wrong.items()]
-    problems += [
-        f'{path}: has to be text, not {value!r}' for path, value in texts.items() if not isinstance(value, str | None)
-    ]
-    if type(opt.get('manual_seed', 0)) is not int and opt['manual_seed'] is not None:
-        problems.append(f'manual_seed: has to be a whole number, not {opt["manual_seed"]!r}')
-    return problems
-
-
-def keys_that_are_no_text(value, path: str = '') -> list[tuple[str, object]]:
-    """The path and key of each, in sections and lists of any depth."""
-    if isinstance(value, dict):
-        found = [(f'{path}{key}', key) for key in value if not isinstance(key, str)]
-        return found + [wrong for key, part in value.items() for wrong in keys_that_are_no_text(part, f'{path}{key}.')]
-    parts = enumerate(value) if isinstance(value, list) else ()
-    return [wrong for index, part in parts for wrong in keys_that_are_no_text(part, f'{path}{index}.')]
-
-
-def check_root(opt: dict, wanted: dict) -> list[str]:
-    """Problem if `path.experiments_root` or `results_root` of the file, `wanted`, is no folder of BasicSR's.
-
-    A folder that exists is renamed as a whole when a run starts: one that holds other things must not be.
-    """
-    key, signs = ('results_root', ('visualization', 'test_*.log'))
-    if opt['is_train']:
-        key, signs = 'experiments_root', ('models', 'training_states', '*.yml')
-    folder = Path(opt['path'][key])
-    if wanted.get(key) is None or not folder.exists():
-        return []
-    if not folder.is_dir():
-        return [f'path.{key}: {folder} is a file']
-    if any(folder.iterdir()) and not any(is_of_a_run(file) for sign in signs for file in folder.glob(sign)):
-        return [f'path.{key}: {folder} holds other things than a run, and would be renamed; name a folder of its own']
-    return []
-
-
-def is_of_a_run(file: Path) -> bool:
-    """Not any yml file: the copy that BasicSR puts there."""
-    return file.suffix != '.yml' or file.read_bytes().startswith(b'# GENERATE TIME')
 
 
 def check_options(opt: dict) -> list[str]:
@@ -384,23 +242,6 @@ def check_files(path: str, opt: dict, prefixes: tuple[str, ...]) -> list[str]:
     named = {key: value for key, value in opt.items() if key.startswith(prefixes) and value is not None}
     pairs = [(key, name) for key, value in named.items() for name in (value if isinstance(value, list) else [value])]
     return [f'{path}.{key}: {name} does not exist' for key, name in pairs if not Path(str(name)).expanduser().exists()]
-
-
-def check_renamed(opt: dict) -> list[str]:
-    """Checkpoints in the folder that BasicSR renames when this training starts: it would not find them any more."""
-    folder = opt['path'].get('experiments_root')
-    if not opt['is_train'] or folder is None or will_resume(opt):
-        return []
-    inside = [
-        (key, file)
-        for key, file in opt['path'].items()
-        if key.startswith('pretrain_network_') and file is not None
-        if Path(file).resolve().is_relative_to(Path(folder).resolve()) and Path(file).exists()
-    ]
-    return [
-        f'path.{key}: {file} is in the folder of this run, which is renamed when it starts; change the name of the run'
-        for key, file in inside
-    ]
 
 
 def check_numbers(path: str, value) -> list[str]:

@@ -23,13 +23,8 @@ def checked_options(original):
         file, forced = command_line()
         if file is None:  # BasicSR's own message
             return original(root_path, is_train)
-        from dpmambair_basicsr.option_checks.sections import (
-            apply_forced,
-            check_options,
-            check_root,
-            check_structure,
-            refuse,
-        )
+        from dpmambair_basicsr.option_checks.sections import check_options
+        from dpmambair_basicsr.option_checks.structure import apply_forced, check_root, check_structure, refuse
 
         raw = read_options(file)
         refuse(file, apply_forced(raw, forced) or check_structure(raw, is_train))
@@ -104,7 +99,7 @@ def forced_value(original):
     def postprocess_yml_value(text):
         import yaml
 
-        from dpmambair_basicsr.registry import is_number_as_text
+        from dpmambair_basicsr.option_checks.values import is_number_as_text
 
         def convert(value):
             if isinstance(value, list):

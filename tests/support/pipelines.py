@@ -14,7 +14,7 @@ from basicsr.train import train_pipeline
 
 import dpmambair_basicsr
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 dpmambair_basicsr.register()
 

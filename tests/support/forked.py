@@ -20,10 +20,10 @@ import numpy as np
 import torch
 import yaml
 from basicsr.utils.registry import ARCH_REGISTRY, LOSS_REGISTRY
-from basicsr_runs import write_options
 from torch import nn
 
 import dpmambair_basicsr.train
+from support.commands import write_options
 
 dpmambair_basicsr.register()
 
@@ -157,10 +157,10 @@ class Training:
         self.log_file = folder / f'output {time.monotonic_ns()}.txt'
         file = write_options(opt, folder / 'options.yml')
         context = multiprocessing.get_context('forkserver')
-        context.set_forkserver_preload(['forked_runs'])
+        context.set_forkserver_preload(['support.forked'])
         arguments = ['-opt', str(file), *arguments], folder, self.log_file, limit, dict(environment)
-        saved, here = dict(os.environ), Path(__file__).parent
-        os.environ |= {'PYTHONPATH': f'{here.parent}{os.pathsep}{here}', 'OMP_NUM_THREADS': '1'}
+        saved, tests = dict(os.environ), Path(__file__).parents[1]
+        os.environ |= {'PYTHONPATH': f'{tests.parent}{os.pathsep}{tests}', 'OMP_NUM_THREADS': '1'}
         try:  # the first call starts the process that the others are forked from
             self.process = context.Process(target=child, args=arguments)
             self.process.start()

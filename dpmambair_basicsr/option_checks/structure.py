@@ -1,0 +1,125 @@
+"""Checks of an option file before BasicSR reads it: its sections, what --force_yml adds, and the folder of the run."""
+
+import re
+from pathlib import Path
+
+import yaml
+from basicsr.utils import options as basicsr_options
+
+from dpmambair_basicsr.option_checks.schema import OPTIONAL_SECTIONS, SECTIONS
+from dpmambair_basicsr.option_checks.values import will_resume
+from dpmambair_basicsr.registry import (
+    describe,
+)
+
+
+def refuse(file: str, problems: list[str]) -> None:
+    """Raises SystemExit (exit status 1) with all problems of an option file, if there are any."""
+    if problems:
+        count = '1 problem' if len(problems) == 1 else f'{len(problems)} problems'
+        raise SystemExit('\n  '.join([f'{file}: {count} in the options:', *problems]))
+
+
+def apply_forced(opt, forced: list[str]) -> list[str]:
+    """Carries out `--force_yml section:key=value` on the file's options as BasicSR will, and returns its problems.
+
+    BasicSR runs the keys as Python (utils/options.py:128), so nothing else than keys may be there.
+    """
+    problems = []
+    for entry in forced if isinstance(opt, dict) else ():
+        if not re.fullmatch(r'\s*[\w-]+(:[\w-]+)*\s*=[^=]*', entry):
+            problems.append(f'--force_yml {entry}: is not of the form key=value or section:key=value')
+            continue
+        keys, _, text = entry.partition('=')
+        *sections, key = keys.strip().split(':')
+        section = opt
+        for name in sections:
+            section = section.get(name) if isinstance(section, dict) else None
+        if not isinstance(section, dict):
+            problems.append(f'--force_yml {entry}: the file has no such section')
+            continue
+        try:
+            section[key] = basicsr_options._postprocess_yml_value(text.strip())
+        except (ValueError, yaml.YAMLError) as error:
+            problems.append(describe(f'--force_yml {entry}', error))
+    return problems
+
+
+def check_structure(opt, is_train: bool) -> list[str]:
+    """Problems with what BasicSR's parse_options itself reads, where it ends with a bare KeyError or TypeError."""
+    if not isinstance(opt, dict):
+        return ['the file is not a mapping of keys to values']
+    if wrong := keys_that_are_no_text(opt):
+        return [f'{path}: the key has to be text, not {key!r}' for path, key in wrong]
+    sections = {name: opt.get(name) for name in SECTIONS[is_train]}
+    texts = {'name': opt.get('name')}
+    if isinstance(opt.get('datasets'), dict):
+        sections |= {f'datasets.{phase}': dataset for phase, dataset in opt['datasets'].items()}
+        if is_train:
+            sections.setdefault('datasets.train', None)
+        for phase, dataset in opt['datasets'].items():
+            if isinstance(dataset, dict):
+                texts |= {f'datasets.{phase}.{key}': dataset.get(key) for key in ('dataroot_gt', 'dataroot_lq')}
+    if isinstance(opt.get('path'), dict):
+        files = re.compile(r'experiments_root|results_root|.*(resume_state|pretrain_network).*')
+        texts |= {f'path.{key}': value for key, value in opt['path'].items() if files.fullmatch(str(key))}
+    problems = [f'{key}: missing' for key in ('name', 'model_type', 'num_gpu') if opt.get(key) is None]
+    problems += [f'{path}: missing' for path, section in sections.items() if section is None]
+    sections |= {name: opt[name] for name in OPTIONAL_SECTIONS if name in opt}
+    wrong = {path: section for path, section in sections.items() if not isinstance(section, dict | None)}
+    problems += [f'{path}: has to be a section, not {value!r}' for path, value in wrong.items()]
+    problems += [
+        f'{path}: has to be text, not {value!r}' for path, value in texts.items() if not isinstance(value, str | None)
+    ]
+    if type(opt.get('manual_seed', 0)) is not int and opt['manual_seed'] is not None:
+        problems.append(f'manual_seed: has to be a whole number, not {opt["manual_seed"]!r}')
+    return problems
+
+
+def keys_that_are_no_text(value, path: str = '') -> list[tuple[str, object]]:
+    """The path and key of each, in sections and lists of any depth."""
+    if isinstance(value, dict):
+        found = [(f'{path}{key}', key) for key in value if not isinstance(key, str)]
+        return found + [wrong for key, part in value.items() for wrong in keys_that_are_no_text(part, f'{path}{key}.')]
+    parts = enumerate(value) if isinstance(value, list) else ()
+    return [wrong for index, part in parts for wrong in keys_that_are_no_text(part, f'{path}{index}.')]
+
+
+def check_root(opt: dict, wanted: dict) -> list[str]:
+    """Problem if `path.experiments_root` or `results_root` of the file, `wanted`, is no folder of BasicSR's.
+
+    A folder that exists is renamed as a whole when a run starts: one that holds other things must not be.
+    """
+    key, signs = ('results_root', ('visualization', 'test_*.log'))
+    if opt['is_train']:
+        key, signs = 'experiments_root', ('models', 'training_states', '*.yml')
+    folder = Path(opt['path'][key])
+    if wanted.get(key) is None or not folder.exists():
+        return []
+    if not folder.is_dir():
+        return [f'path.{key}: {folder} is a file']
+    if any(folder.iterdir()) and not any(is_of_a_run(file) for sign in signs for file in folder.glob(sign)):
+        return [f'path.{key}: {folder} holds other things than a run, and would be renamed; name a folder of its own']
+    return []
+
+
+def is_of_a_run(file: Path) -> bool:
+    """Not any yml file: the copy that BasicSR puts there."""
+    return file.suffix != '.yml' or file.read_bytes().startswith(b'# GENERATE TIME')
+
+
+def check_renamed(opt: dict) -> list[str]:
+    """Checkpoints in the folder that BasicSR renames when this training starts: it would not find them any more."""
+    folder = opt['path'].get('experiments_root')
+    if not opt['is_train'] or folder is None or will_resume(opt):
+        return []
+    inside = [
+        (key, file)
+        for key, file in opt['path'].items()
+        if key.startswith('pretrain_network_') and file is not None
+        if Path(file).resolve().is_relative_to(Path(folder).resolve()) and Path(file).exists()
+    ]
+    return [
+        f'path.{key}: {file} is in the folder of this run, which is renamed when it starts; change the name of the run'
+        for key, file in inside
+    ]

@@ -1,0 +1,86 @@
+"""A download: folders and archives as one tree of files, never changed."""
+
+import os
+import re
+import shutil
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from dpmambair_basicsr.files.images import EXTENSIONS
+
+UNREADABLE = (OSError, EOFError, RuntimeError, zlib.error, zipfile.BadZipFile, tarfile.TarError)
+
+
+@contextmanager
+def whole(target: Path) -> Iterator[Path]:
+    """A path beside the target to write to, renamed to it at the end: there is never a half-written target."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f'.{target.name}.part')
+    temporary.unlink(missing_ok=True)
+    yield temporary
+    os.replace(temporary, target)
+
+
+class Download:
+    """A folder or an archive. `names` are its images, {path as patterns see it: name inside}, in an archive's order.
+
+    Raises:
+        SystemExit: no such folder or archive, or not one that can be read.
+    """
+
+    def __init__(self, path: Path):
+        self.path, self.archive, self.sizes = path, None, {}
+        try:
+            if path.is_dir():
+                found = (Path(folder, file) for folder, _, files in os.walk(path, followlinks=True) for file in files)
+                names = [file.relative_to(path).as_posix() for file in found]
+            elif zipfile.is_zipfile(path):
+                self.archive = zipfile.ZipFile(path)
+                names = self.sizes = {info.filename: info.file_size for info in self.archive.infolist()}
+            elif path.is_file() and tarfile.is_tarfile(path):
+                self.archive = tarfile.open(path)  # noqa: SIM115  (read from until the program ends)
+                self.members = {info.name: info for info in self.archive if info.isfile()}
+                names = self.sizes = {name: info.size for name, info in self.members.items()}
+            elif path.exists():
+                raise SystemExit(f'{path} is neither a folder nor a zip or tar archive (rar, 7z: unpack it first)')
+            else:
+                raise SystemExit(f'{path} does not exist')
+        except UNREADABLE as error:
+            raise SystemExit(f'{path} cannot be read: {error}') from error
+        root = re.sub(r'(\.tar(\.\w+)?|\.tgz|\.zip)$', '', path.as_posix())
+        self.names = {f'{root}/{name.removeprefix("./")}': name for name in names if is_image(name)}
+        self.order = {name: position for position, name in enumerate(self.names.values())}
+
+    def extract(self, name: str, target: Path) -> None:
+        if is_file(target, self.sizes[name]):
+            return
+        zipped = isinstance(self.archive, zipfile.ZipFile)
+        member = self.archive.open(name) if zipped else self.archive.extractfile(self.members[name])
+        with member, whole(target) as temporary, temporary.open('wb') as file:
+            shutil.copyfileobj(member, file)
+
+
+def is_image(name: str) -> bool:
+    """By its name; not hidden files, nor what macOS adds to archives."""
+    parts = name.removeprefix('./').split('/')
+    return name.lower().endswith(EXTENSIONS) and not any(part.startswith('.') or part == '__MACOSX' for part in parts)
+
+
+def is_file(path: Path, size: int) -> bool:
+    return path.is_file() and path.stat().st_size == size
+
+
+def fetch(source: Path, target: Path, copy: bool) -> None:
+    """Link or copy, unless it is there."""
+    if copy:
+        state = source.stat()
+        if target.is_symlink() or not is_file(target, state.st_size) or target.stat().st_mtime_ns != state.st_mtime_ns:
+            with whole(target) as temporary:
+                shutil.copy2(source, temporary)
+    elif not target.is_symlink() or os.readlink(target) != str(source):
+        with whole(target) as temporary:
+            os.symlink(source, temporary)

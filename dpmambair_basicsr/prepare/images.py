@@ -1,0 +1,67 @@
+"""Images of a download read, resized, cut and written, as the published preparations do it."""
+
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from basicsr.utils.matlab_functions import cubic
+from PIL import Image
+
+from dpmambair_basicsr.prepare.download import whole
+
+TILE, STEP = 480, 240  # BasicSR's extract_subimages
+
+
+SCALES, SHORT_SIDE = (0.75, 0.5, 1 / 3), 400  # Real-ESRGAN's generate_multiscale_DF2K
+
+
+def read(path: Path) -> np.ndarray:
+    """(h, w, 3) BGR, uint8 or uint16, decoded as our data sets do.
+
+    Raises:
+        OSError: cannot be read.
+        ValueError: not an image, or cut short.
+    """
+    content = path.read_bytes()
+    flags = cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH
+    image = cv2.imdecode(np.frombuffer(content, np.uint8), flags) if content else None
+    if image is None or image.dtype not in (np.uint8, np.uint16):
+        raise ValueError('not an image that decodes')
+    return image
+
+
+def write(path: Path, image: np.ndarray) -> None:
+    with whole(path) as temporary:
+        temporary.write_bytes(cv2.imencode('.png', image)[1])
+
+
+def shrink(image: np.ndarray) -> np.ndarray:
+    """4 times smaller by bicubic, as MATLAB does it with 8 bits. Sides that are no multiples of 4 lose the rest first.
+
+    It weights 16 pixels, those of a column first, and rounds in between. BasicSR's imresize does not round, and mirrors
+    the border; here the border is repeated. That gives the published LQ images of Set5, Set14 and Urban100 bit for bit
+    (tests/test_prepare_data.py).
+    """
+    weights = (cubic(torch.arange(-7.5, 8) / 4) / 4).numpy()  # multiples of 1 / 4096, so that float32 is exact
+    image = image[: image.shape[0] // 4 * 4, : image.shape[1] // 4 * 4]
+    for _ in range(2):
+        padded = np.pad(image, ((6, 6), (0, 0), (0, 0)), mode='edge').astype(np.float32)
+        total = sum(weight * padded[start : start + len(image) : 4] for start, weight in enumerate(weights))
+        image = np.floor(total.clip(0, 255) + 0.5).astype(np.uint8).swapaxes(0, 1)
+    return image
+
+
+def scaled(image: np.ndarray) -> dict[str, np.ndarray]:
+    """{ending of the name: image} at the original scale and Real-ESRGAN's others."""
+    height, width = image.shape[:2]
+    sizes = [(int(width * scale), int(height * scale)) for scale in SCALES]
+    sizes.append(tuple(SHORT_SIDE * side // min(height, width) for side in (width, height)))
+    picture = Image.fromarray(image)  # in BGR, which is all the same for resizing
+    return {'': image} | {f'T{n}': np.asarray(picture.resize(size, Image.LANCZOS)) for n, size in enumerate(sizes)}
+
+
+def tiles(image: np.ndarray, size: int, step: int) -> list[np.ndarray]:
+    """`step` apart, the last at the borders. A side shorter than a tile stays whole."""
+    tops, lefts = ([*range(0, side - size, step), max(side - size, 0)] for side in image.shape[:2])
+    return [image[top : top + size, left : left + size] for top in tops for left in lefts]
