@@ -13,6 +13,7 @@ import cv2
 from tqdm import tqdm
 
 import dpmambair_basicsr
+from dpmambair_basicsr.files.option_files import read_options
 from dpmambair_basicsr.files.pictures import (
     check_format,
     list_pictures,
@@ -22,7 +23,6 @@ from dpmambair_basicsr.files.pictures import (
     write_picture,
 )
 from dpmambair_basicsr.inference.restorer import OVERLAP, Restorer, load
-from dpmambair_basicsr.patches import apply as host
 
 
 def main() -> int:
@@ -87,7 +87,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def read_network(file: str) -> dict:
     """`network_g` of an option file. Raises SystemExit, naming it, if there is none."""
-    options = host.read_options(file)
+    options = read_options(file)
     network = options.get('network_g') if isinstance(options, dict) else None
     if not isinstance(network, dict):
         raise SystemExit(f'{file}: network_g: missing')
