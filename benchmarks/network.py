@@ -19,7 +19,7 @@ from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 
-import dpmambair_basicsr.huge_pages  # noqa: F401  (first: before PyTorch, as our commands do; makes BasicSR importable)
+import dpmambair_basicsr.training.huge_pages  # noqa: F401  (first: before PyTorch, as our commands do; makes BasicSR importable)
 
 # isort: split
 import torch

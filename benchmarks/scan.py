@@ -29,7 +29,7 @@ import time
 from functools import partial
 from pathlib import Path
 
-import dpmambair_basicsr.huge_pages  # noqa: F401  (first: before PyTorch, as our commands do)
+import dpmambair_basicsr.training.huge_pages  # noqa: F401  (first: before PyTorch, as our commands do)
 
 # isort: split
 import torch

@@ -6,8 +6,6 @@ A safetensors file holds tensors and text and can run no code, so it may be pass
 
 import argparse
 
-from dpmambair_basicsr.files.checkpoints import SAFETENSORS, read_checkpoint, select_weights, write_safetensors
-
 KEYS = ('params_ema', 'params', None)
 
 
@@ -17,6 +15,10 @@ def main() -> None:
     parser.add_argument('output', help='file to write, .safetensors')
     parser.add_argument('--key', help='state dict of the checkpoint; default: params_ema, or else params, or the file')
     arguments = parser.parse_args()
+
+    # Not before: PyTorch takes seconds, and --help needs none of it.
+    from dpmambair_basicsr.files.checkpoints import SAFETENSORS, read_checkpoint, select_weights, write_safetensors
+
     if not arguments.output.endswith(SAFETENSORS):
         parser.error(f'{arguments.output}: has to end in {SAFETENSORS}')
     try:

@@ -5,7 +5,7 @@ Writes to ./results: the current directory is BasicSR's root_path.
 
 from pathlib import Path
 
-import dpmambair_basicsr.huge_pages  # before PyTorch
+import dpmambair_basicsr.training.huge_pages  # before PyTorch
 
 # isort: split
 from basicsr.test import test_pipeline

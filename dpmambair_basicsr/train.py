@@ -6,7 +6,7 @@ directory name the run's own in the option file, path.experiments_root.
 
 from pathlib import Path
 
-import dpmambair_basicsr.huge_pages  # before PyTorch
+import dpmambair_basicsr.training.huge_pages  # before PyTorch
 
 # isort: split
 from basicsr.train import train_pipeline

@@ -5,7 +5,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 venv="${DPMAMBAIR_VENV:-$PWD/.venv}"
 stamp="$venv/.dpmambair_basicsr"
-recipe="$(cat setup.py scripts/setup_env.sh | cksum)"
+recipe="$(cat pyproject.toml setup.py scripts/setup_env.sh | cksum)"
 
 if [ ! -f "$stamp" ] || [ "$(cat "$stamp")" != "$recipe" ]; then
     echo "Setting up $venv (once; downloads about 5 GB where PyTorch is not there yet)"
@@ -13,15 +13,11 @@ if [ ! -f "$stamp" ] || [ "$(cat "$stamp")" != "$recipe" ]; then
         "Python 3.10, 3.11 or 3.12 is needed, python3 is %d.%d: BasicSR 1.4.2 cannot be built on 3.13" % sys.version_info[:2])'
     python3 -m venv "$venv"
     install() { "$venv/bin/python" -m pip install --quiet --disable-pip-version-check "$@"; }
-    install 'torch>=2.10' torchvision
+    install 'setuptools>=77' wheel cython
+    install --no-build-isolation --editable '.[test]'
     # basicsr is a source distribution: isolated builds would fetch a second PyTorch, and its requirement tb-nightly is not needed.
-    install 'setuptools>=77' wheel cython numpy
     "$venv/bin/python" -c 'import importlib.metadata as m; m.version("basicsr")' 2>/dev/null ||
         install --no-build-isolation --no-deps basicsr==1.4.2
-    install addict future lmdb lpips 'opencv-python>=4.13' pyyaml requests scikit-image scipy tensorboard tqdm yapf \
-        fvcore hypothesis matplotlib numba onnx onnxruntime onnxscript pytest pytest-xdist ruff safetensors \
-        scikit-learn spandrel
-    install --no-build-isolation --no-deps --editable .
     echo "$recipe" > "$stamp"
 fi
 export PATH="$venv/bin:$PATH"

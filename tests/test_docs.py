@@ -15,6 +15,7 @@ import skimage.data
 import torch
 import yaml
 from support.commands import PACKAGE_PARENT, python
+from support.metadata import name_of, pyproject
 from support.pipelines import write_pairs
 
 from dpmambair_basicsr.archs import DPMambaIR, VmambaIR
@@ -47,16 +48,13 @@ def test_links_point_somewhere():
             assert (page.parent / target).exists(), f'{page.name}: {target}'
 
 
-def test_installing_is_what_the_setup_script_does():
-    """It runs before each run of the tests."""
-    script = shlex.split((PACKAGE_PARENT / 'scripts/setup_env.sh').read_text(encoding='utf-8'), comments=True)
-    extras = (PACKAGE_PARENT / 'setup.py').read_text(encoding='utf-8')
+def test_what_a_page_installs_is_one_of_our_requirements():
+    """The recipe itself: test_packaging.py."""
+    project = pyproject()['project']
+    ours = {name_of(word) for extra in project['optional-dependencies'].values() for word in extra}
     for command in all_commands():
-        if command[:2] == ['pip', 'install']:
-            for word in command[2:]:
-                if word not in ('-e', '.'):
-                    name = re.split('[>=]', word)[0]
-                    assert name in {re.split('[>=]', part)[0] for part in script} or f"'{name}" in extras, word
+        if command[:2] == ['pip', 'install'] and not any(word.startswith('-') for word in command):
+            assert {name_of(word) for word in command[2:]} <= ours | {'setuptools', 'wheel', 'cython'}, command
 
 
 def test_other_commands_name_what_is_there():

@@ -45,6 +45,16 @@ def test_training_resumes_from_another_directory_in_two_processes(folder, traine
     assert not list(folder.glob('run_archived*'))
 
 
+def test_the_short_name_of_a_command_trains_in_two_processes_too(folder, trained):
+    (folder / 'short').mkdir()
+    command = (sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2', '-m', 'dpmambair_basicsr', 'train')
+    own_run = f'path:experiments_root={folder / "short" / "run"}'
+    options = ('-opt', folder / 'train.yml', '--launcher', 'pytorch', '--force_yml', own_run)
+    result = run(*command, *options, 'datasets:train:num_worker_per_gpu=0', cwd=folder / 'short')
+    assert result.returncode == 0, result.stdout
+    assert (folder / 'short/run/models/net_g_2.pth').is_file()
+
+
 def test_testing_writes_to_the_current_directory(folder, trained):
     opt = stock_options(write_images(folder / 'test images'))
     opt = {key: opt[key] for key in ('name', 'model_type', 'scale', 'num_gpu', 'network_g', 'val')} | {
@@ -54,7 +64,7 @@ def test_testing_writes_to_the_current_directory(folder, trained):
     opt['val'] |= {'save_img': True, 'suffix': None}
     write_options(opt, folder / 'test.yml')
     (folder / 'third').mkdir()
-    result = python('-m', 'dpmambair_basicsr.test', '-opt', '../test.yml', cwd=folder / 'third')
+    result = python('-m', 'dpmambair_basicsr', 'test', '-opt', '../test.yml', cwd=folder / 'third')
     assert result.returncode == 0, result.stdout
     assert '# psnr:' in result.stdout
     images = folder / 'third/results/tiny/visualization/val set'
@@ -73,13 +83,14 @@ def test_a_wrong_option_ends_it_before_anything_is_written(tmp_path):
     assert sorted(tmp_path.rglob('*')) == before
 
 
-# Stands in for the system's python3: of the given version, and its virtual environments only write down what they do.
+# Stands in for the system's python3: of the given version, and its virtual environments, which hold
+# nothing, only write down what they do.
 PYTHON3 = """#!/bin/sh
 if [ "$1" = -c ]; then
     exec {python} -c 'import sys; sys.version_info = {version}; exec(sys.argv[1])' "$2"
 fi
 mkdir -p "$3/bin"
-printf '#!/bin/sh\\necho "$@" >> "{log}"\\n' > "$3/bin/python"
+printf '#!/bin/sh\\necho "$@" >> "{log}"\\n[ "$1" != -c ]\\n' > "$3/bin/python"
 chmod +x "$3/bin/python"
 """
 
@@ -89,7 +100,7 @@ def setup(request, tmp_path):
     """Runs scripts/setup_env.sh of a copy, in a path without and with a space; returns the outcome and the commands."""
     checkout = tmp_path / 'check' / request.param / 'out'
     (checkout / 'scripts').mkdir(parents=True)
-    for name in ('setup.py', 'scripts/setup_env.sh'):
+    for name in ('pyproject.toml', 'setup.py', 'scripts/setup_env.sh'):
         shutil.copy(PACKAGE_PARENT / name, checkout / name)
     (tmp_path / 'bin').mkdir()
 
@@ -101,14 +112,24 @@ def setup(request, tmp_path):
         result = run('bash', 'scripts/setup_env.sh', cwd=checkout, **environment)
         return result, log.read_text() if log.exists() else ''
 
+    run_it.checkout = checkout
     return run_it
 
 
 def test_setup_works_in_any_path(setup):
     result, commands = setup((3, 12, 1))
     assert result.returncode == 0, result.stdout
-    for part in ('torch>=2.10', 'basicsr', '--editable .'):
+    for part in ('--editable .[test]', '--no-deps basicsr=='):
         assert part in commands
+
+
+def test_a_new_requirement_sets_up_again(setup):
+    """And nothing changed does not."""
+    _, once = setup((3, 12, 1))
+    assert setup((3, 12, 1))[1] == once
+    with open(setup.checkout / 'pyproject.toml', 'a') as stream:
+        stream.write('# changed')
+    assert setup((3, 12, 1))[1] == once * 2
 
 
 def test_setup_refuses_other_pythons(setup):
@@ -121,4 +142,5 @@ def test_setup_refuses_other_pythons(setup):
 def test_the_version_is_written_once():
     result = python('setup.py', '--version', cwd=PACKAGE_PARENT)
     assert result.stdout.splitlines()[-1] == dpmambair_basicsr.__version__
-    assert dpmambair_basicsr.__version__ not in (PACKAGE_PARENT / 'setup.py').read_text()
+    for name in ('setup.py', 'pyproject.toml'):
+        assert dpmambair_basicsr.__version__ not in (PACKAGE_PARENT / name).read_text()

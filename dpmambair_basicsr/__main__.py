@@ -1,0 +1,39 @@
+"""All commands under one name: `dpmambair restore ...` is `python -m dpmambair_basicsr.restore ...`."""
+
+import argparse
+import importlib
+import sys
+
+import dpmambair_basicsr
+
+COMMANDS = {
+    'train': "train with BasicSR's loop and arguments",
+    'test': "test with BasicSR's loop and arguments, and write a table of the results",
+    'restore': 'restore image files of any size with a trained network',
+    'degradation': 'name the degradations of image files, and map their embeddings',
+    'report': "set test results beside each other and beside the papers'",
+    'convert': 'write a checkpoint as a safetensors file',
+    'export': 'write a trained network as ONNX or as a program of torch.export',
+    'prepare_data': 'arrange a public dataset, as downloaded, as the option files expect it',
+    'dropin': 'make the option files work in a BasicSR checkout, or undo that',
+}
+
+
+def main() -> None:
+    """Runs the command that the first argument names with the arguments after it, and ends with its exit status."""
+    parser = argparse.ArgumentParser(
+        prog='dpmambair',
+        usage='dpmambair COMMAND [ARGUMENTS]',
+        description=dpmambair_basicsr.__doc__.splitlines()[0],
+        epilog='\n'.join(['commands:', *(f'  {name:13} {line}' for name, line in COMMANDS.items())]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument('--version', action='version', version=f'%(prog)s {dpmambair_basicsr.__version__}')
+    parser.add_argument('command', metavar='COMMAND', choices=COMMANDS, help='with --help: its arguments')
+    command = parser.parse_args(sys.argv[1:2]).command
+    sys.argv[:2] = [f'dpmambair {command}']  # what the commands, and BasicSR for train and test, parse
+    sys.exit(importlib.import_module(f'dpmambair_basicsr.{command}').main())
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,120 @@
+"""What pip installs, and the commands by their short name."""
+
+import ast
+import re
+import shlex
+import shutil
+import sys
+import zipfile
+
+import pytest
+from support.commands import PACKAGE_PARENT, python
+from support.metadata import name_of, pyproject
+
+import dpmambair_basicsr
+from dpmambair_basicsr.__main__ import COMMANDS
+
+BUILD_TOOLS = {'setuptools', 'wheel', 'cython'}  # what BasicSR's setup.py imports beside PyTorch and NumPy
+
+
+def test_every_command_of_the_package_is_listed(tmp_path):
+    with_main = {
+        file.stem
+        for file in (PACKAGE_PARENT / 'dpmambair_basicsr').glob('*.py')
+        if any(isinstance(node, ast.FunctionDef) and node.name == 'main' for node in ast.parse(file.read_text()).body)
+    }
+    assert set(COMMANDS) == with_main - {'__main__'}
+    result = python('-m', 'dpmambair_basicsr', '--help', cwd=tmp_path)
+    assert result.returncode == 0
+    for name, line in COMMANDS.items():
+        assert re.search(rf'^ +{name} +{re.escape(line)}$', result.stdout, re.M), result.stdout
+
+
+def test_a_command_takes_its_arguments_and_gives_its_exit_status(tmp_path):
+    result = python('-m', 'dpmambair_basicsr', 'dropin', '--remove', 'nowhere', cwd=tmp_path)
+    assert result.returncode == 1 and 'nowhere: nothing to remove' in result.stdout
+
+
+@pytest.mark.parametrize('arguments', [(), ('restroe', '--help')])
+def test_anything_but_a_command_is_refused_with_the_choices(arguments, tmp_path):
+    result = python('-m', 'dpmambair_basicsr', *arguments, cwd=tmp_path)
+    assert result.returncode == 2 and 'COMMAND' in result.stdout
+
+
+@pytest.mark.parametrize('command', ['', 'convert', 'dropin', 'report'])
+def test_help_imports_neither_pytorch_nor_basicsr(command, tmp_path):
+    code = f"""
+import sys
+from dpmambair_basicsr.__main__ import main
+sys.argv = ['dpmambair', *{command.split()}, '--help']
+try:
+    main()
+except SystemExit as end:
+    assert not end.code
+assert not {{'torch', 'basicsr'}} & set(sys.modules)
+"""
+    result = python('-c', code, cwd=tmp_path)
+    assert result.returncode == 0, result.stdout
+
+
+def test_a_wheel_holds_the_option_files_and_the_command(tmp_path):
+    for name in ('dpmambair_basicsr', 'options'):
+        shutil.copytree(PACKAGE_PARENT / name, tmp_path / name, ignore=shutil.ignore_patterns('__pycache__'))
+    for name in ('LICENSE', 'README.md', 'pyproject.toml', 'setup.py'):
+        shutil.copy(PACKAGE_PARENT / name, tmp_path / name)
+    built = python('-m', 'pip', 'wheel', '--no-deps', '--no-build-isolation', '-w', 'wheels', '.', cwd=tmp_path)
+    assert built.returncode == 0, built.stdout
+    (wheel,) = tmp_path.glob('wheels/*.whl')
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+        (entry_points,) = (name for name in names if name.endswith('entry_points.txt'))
+        assert 'dpmambair = dpmambair_basicsr.__main__:main' in archive.read(entry_points).decode()
+    options = {f'dpmambair_basicsr/option_files/{file.name}' for file in (PACKAGE_PARENT / 'options').glob('*.yml')}
+    modules = {str(file.relative_to(PACKAGE_PARENT)) for file in (PACKAGE_PARENT / 'dpmambair_basicsr').rglob('*.py')}
+    assert options and options | modules | {'dpmambair_basicsr/py.typed'} <= names
+    assert f'-{dpmambair_basicsr.__version__}-' in wheel.name
+
+
+def installing(text: str) -> list[list[str]]:
+    """What the lines `pip install ...`, or `install ...` of the setup script, install, without --options."""
+    lines = re.findall(r'^ *(?:pip )?install (.+)', text, re.M)
+    words = [[word for word in shlex.split(line, comments=True) if not word.startswith('-')] for line in lines]
+    return [[re.sub(r'^\.\[.*\]$', '.', word) for word in line] for line in words]
+
+
+@pytest.mark.parametrize('page', ['README.md', 'docs/install.md'])
+def test_the_pages_install_what_the_setup_script_installs(page):
+    """In this order for the script, which builds without isolation: build tools, this package, BasicSR."""
+    script = installing((PACKAGE_PARENT / 'scripts/setup_env.sh').read_text(encoding='utf-8'))
+    (recipe,) = re.findall(r'```bash\n(pip install -e.*?)```', (PACKAGE_PARENT / page).read_text('utf-8'), re.S)
+    package, tools, basicsr = installing(recipe)
+    assert {name_of(word) for word in tools} == BUILD_TOOLS == {name_of(word) for word in script[0]}
+    assert [package, basicsr] == script[1:] == [['.'], pyproject()['project']['optional-dependencies']['basicsr']]
+
+
+def test_what_the_pages_say_an_optional_feature_needs_is_one_of_our_extras():
+    extras = pyproject()['project']['optional-dependencies']
+    known = {frozenset(map(name_of, requirements)) for requirements in extras.values()}
+    rows = re.findall(r'^\| `pip install ([^`]+)` \|', (PACKAGE_PARENT / 'docs/install.md').read_text('utf-8'), re.M)
+    assert len(rows) >= 6
+    for row in rows:
+        assert frozenset(row.split()) in known, row
+
+
+def test_every_library_that_the_package_imports_is_one_of_its_requirements():
+    project = pyproject()['project']
+    everything = sum(project['optional-dependencies'].values(), project['dependencies'])
+    distributions = {'cv2': 'opencv-python', 'PIL': 'pillow', 'yaml': 'pyyaml', 'skimage': 'scikit-image'}
+    distributions |= {
+        'sklearn': 'scikit-learn',
+        'triton': 'torch',
+        'selective_scan_cuda': 'mamba-ssm',
+        'llvmlite': 'numba',
+    }
+    required = {name_of(requirement).replace('_', '-') for requirement in everything}
+    for file in (PACKAGE_PARENT / 'dpmambair_basicsr').rglob('*.py'):
+        for node in ast.walk(ast.parse(file.read_text(encoding='utf-8'))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) else []
+            for name in {name.partition('.')[0] for name in names} - sys.stdlib_module_names - {'dpmambair_basicsr'}:
+                assert distributions.get(name, name).replace('_', '-') in required, f'{file}: {name}'
