@@ -4,12 +4,15 @@ What these patches share is in `training/run`, `training/signals` and `training/
 """
 
 import math
+import signal
 
+from basicsr.utils import get_root_logger
 from basicsr.utils.dist_util import master_only
 
 from dpmambair_basicsr.patches.registry import replaces
 from dpmambair_basicsr.training import run as training_run
 from dpmambair_basicsr.training import signals as interruption
+from dpmambair_basicsr.training.output import release_output
 from dpmambair_basicsr.training.state import keep_schedule, restore, write_network, write_state
 
 BASE_MODEL = 'basicsr.models.base_model:BaseModel'
@@ -42,10 +45,13 @@ def whole_states(original):
     def save_training_state(self, epoch, current_iter):
         run, val = training_run.current, self.opt.get('val')
         if current_iter == -1:  # the end of training
-            interruption.stop_listening()
             training_run.current = None
-            if interruption.received:
-                raise SystemExit(128 + interruption.received)
+            if number := interruption.requested(self.device, self.opt['dist']):
+                name = signal.Signals(number).name
+                get_root_logger().info(f'{name}: training has ended and is saved; its last validation is left out.')
+                raise SystemExit(128 + number)
+            interruption.stop_listening()
+            release_output()
         else:
             if run is not None:
                 run.sets_to_validate = len(run.val_loaders) if val and current_iter % val['val_freq'] == 0 else 0

@@ -23,13 +23,15 @@ def known_run(original):
         if dataset_opt['phase'] == 'train' and not hasattr(dataset, '__getitems__'):
             dataset = SeededItems(dataset)
         loader = original(dataset, dataset_opt, num_gpu=num_gpu, dist=dist, sampler=sampler, seed=seed)
+        if loader.worker_init_fn is not None:
+            start_workers_unsignalled(loader)
         if isinstance(sampler, EnlargedSampler):
             seeds = [seed]
             if dist:  # each process has drawn one of its own where manual_seed is not given
                 torch.distributed.broadcast_object_list(seeds, src=0)
             run = training_run.TrainingRun(seeds[0], loader.batch_size * sampler.num_replicas)
             sampler.run = training_run.current = run
-            interruption.received = 0
+            interruption.forget()
             if dataset_opt.get('prefetch_mode') == 'cpu' and loader.num_workers == 0:
                 get_root_logger().warning(
                     'prefetch_mode cpu without workers: images are loaded beside the training and share its random '
@@ -38,6 +40,17 @@ def known_run(original):
         return loader
 
     return build_dataloader
+
+
+def start_workers_unsignalled(loader) -> None:
+    """A worker that a signal finds before `leave_to_parent` is ended by it, and the training with it."""
+    start = loader._get_iterator
+
+    def get_iterator():
+        with interruption.withheld():
+            return start()
+
+    loader._get_iterator = get_iterator
 
 
 @replaces('basicsr.data.data_sampler:EnlargedSampler', 'set_epoch')

@@ -2,6 +2,7 @@
 
 import signal
 
+import torch
 from basicsr.utils import get_root_logger
 
 from dpmambair_basicsr.patches.checkpoints import BASE_MODEL
@@ -9,11 +10,12 @@ from dpmambair_basicsr.patches.registry import replaces
 from dpmambair_basicsr.training import run as training_run
 from dpmambair_basicsr.training import signals as interruption
 from dpmambair_basicsr.training.item_seeds import seed_generators
+from dpmambair_basicsr.training.output import keep_output
 
 
 @replaces(BASE_MODEL, 'update_learning_rate')
 def begin_iteration(original):
-    """SIGTERM and Ctrl-C lose what was done since the last checkpoint; train.py:155, whose loop asks for nothing.
+    """A signal to end loses what was done since the last checkpoint; train.py:155, whose loop asks for nothing.
 
     Its first call of an iteration is this one. So here it ends if it has to, and otherwise each iteration gets random
     numbers of its own: the state of a generator would not do, a loader draws from it whenever it is started. Can go
@@ -24,6 +26,7 @@ def begin_iteration(original):
         run = training_run.current
         if run is not None:
             interruption.listen()
+            keep_output()
             number = interruption.requested(self.device, self.opt['dist'])
             if number:
                 end_after(self, current_iter - 1, number)
@@ -40,11 +43,15 @@ def begin_iteration(original):
 
 
 def end_after(model, iteration: int, number: int) -> None:
-    """Saves the checkpoint of an iteration, if it is not there, and raises SystemExit as the shell expects it."""
-    run = training_run.current
+    """Saves the checkpoint of an iteration, if it is not there, and raises SystemExit as the shell expects it.
+
+    The signals stay noted: what repeats the request has no effect while the process ends.
+    """
+    run, logger, name = training_run.current, get_root_logger(), signal.Signals(number).name
+    logger.info(f'{name}: training stops; iteration {iteration} is saved in {model.opt["path"]["experiments_root"]}.')
     if run.saved != iteration:
         model.save(run.epoch, iteration)
-    name = signal.Signals(number).name
-    get_root_logger().info(f'{name}: training ends after iteration {iteration}, which is saved; --auto_resume goes on.')
-    interruption.stop_listening()
+    if model.opt['dist']:  # a process that ends earlier makes torchrun end the one that still writes
+        torch.distributed.barrier()
+    logger.info(f'{name}: training ends after iteration {iteration}, which is saved; --auto_resume goes on.')
     raise SystemExit(128 + number)

@@ -112,8 +112,15 @@ def write_state(model, epoch: int, iteration: int) -> None:
         if rank != 0:
             write(pool, pool_file(model.opt, iteration, rank))
         torch.distributed.barrier()
-    if rank != 0:
-        return
+    if rank == 0:
+        write_main_state(model, epoch, iteration, pool)
+    if run is not None:
+        run.saved = iteration
+
+
+def write_main_state(model, epoch: int, iteration: int, pool: dict) -> None:
+    """The part of `write_state` that the first process does."""
+    run = training_run.current
     state = {
         'epoch': epoch if run is None else run.epoch,
         'iter': iteration,
@@ -130,8 +137,6 @@ def write_state(model, epoch: int, iteration: int) -> None:
             'pool': pool,
         }
     write(state, state_file(model.opt, iteration))
-    if run is not None:
-        run.saved = iteration
     keep = model.opt.get('logger', {}).get('keep_last')
     if keep is not None:
         remove_older(model.opt, iteration, keep)

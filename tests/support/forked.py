@@ -3,13 +3,16 @@
 Real processes: they can be killed, signalled and limited, and have an exit status.
 """
 
+import fcntl
 import math
 import multiprocessing
 import os
 import random
 import resource
 import socket
+import subprocess
 import sys
+import termios
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -130,12 +133,35 @@ def changed(opt: dict, changes: dict) -> dict:
     return opt
 
 
-def child(arguments: list[str], folder: Path, log: Path, limit: int | None, environment: dict[str, str]) -> None:
-    os.setpgid(0, 0)
-    multiprocessing.set_start_method('fork', force=True)  # for the loader's workers, as in a command
+def redirect_output(output: str, log: Path) -> None:
+    """stdout and stderr of this process, which leads a group, to the log: a file, or through another process.
+
+    'tee' is in the group, as in a shell's pipeline. 'terminal' is a program that shows a pseudo terminal, the
+    controlling one of this process; whoever kills it closes the terminal. Its process id is in the file <log>.pid.
+    """
     with open(log, 'wb') as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
+        if output == 'tee':
+            reader = subprocess.Popen(['tee', str(log)], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
+            target = os.dup(reader.stdin.fileno())
+        elif output == 'terminal':
+            master, target = os.openpty()
+            reader = subprocess.Popen(['cat'], stdin=master, stdout=file, start_new_session=True)
+            os.close(master)
+            fcntl.ioctl(target, termios.TIOCSCTTY, 0)
+            log.with_suffix('.pid').write_text(str(reader.pid))
+        else:
+            target = os.dup(file.fileno())
+    os.dup2(target, 1)
+    os.dup2(target, 2)
+    os.close(target)
+
+
+def child(
+    arguments: list[str], folder: Path, log: Path, limit: int | None, environment: dict[str, str], output: str
+) -> None:
+    os.setsid() if output == 'terminal' else os.setpgid(0, 0)
+    multiprocessing.set_start_method('fork', force=True)  # for the loader's workers, as in a command
+    redirect_output(output, log)
     os.chdir(folder)
     os.environ |= environment
     if limit is not None:
@@ -150,15 +176,24 @@ class Training:
     Args:
         limit: of the size of a file, in bytes.
         environment: further variables.
+        output: 'file', 'tee' or 'terminal', see `redirect_output`.
     """
 
-    def __init__(self, opt: dict, folder: Path, *arguments: str, limit: int | None = None, environment: dict = {}):  # noqa: B006
+    def __init__(
+        self,
+        opt: dict,
+        folder: Path,
+        *arguments: str,
+        limit: int | None = None,
+        environment: dict = {},  # noqa: B006
+        output: str = 'file',
+    ):
         folder.mkdir(exist_ok=True)
         self.log_file = folder / f'output {time.monotonic_ns()}.txt'
         file = write_options(opt, folder / 'options.yml')
         context = multiprocessing.get_context('forkserver')
         context.set_forkserver_preload(['support.forked'])
-        arguments = ['-opt', str(file), *arguments], folder, self.log_file, limit, dict(environment)
+        arguments = ['-opt', str(file), *arguments], folder, self.log_file, limit, dict(environment), output
         saved, tests = dict(os.environ), Path(__file__).parents[1]
         os.environ |= {'PYTHONPATH': f'{tests.parent}{os.pathsep}{tests}', 'OMP_NUM_THREADS': '1'}
         try:  # the first call starts the process that the others are forked from

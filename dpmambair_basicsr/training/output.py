@@ -1,0 +1,52 @@
+"""What nobody reads does not end a training: Ctrl-C ends the `tee` of a pipeline too, and terminals are closed."""
+
+import os
+import sys
+
+from basicsr.utils import get_root_logger
+
+
+class LastingStream:
+    """A text stream that leads nowhere from the first failed write on; the log in the folder of the run goes on."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        try:
+            return self.stream.write(text)
+        except OSError as error:
+            self.give_up(error)
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self.stream.flush()
+        except OSError as error:
+            self.give_up(error)
+
+    def give_up(self, error: OSError) -> None:
+        """Redirects the descriptor, so that what else writes to it does not fail: the logger, Python as it ends."""
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self.stream.fileno())
+        os.close(nowhere)
+        get_root_logger().warning(f'{self.stream.name}: {error}. Nobody reads it any more; see this log.')
+
+
+def keep_output() -> None:
+    """Makes stdout and stderr last. Idempotent."""
+    for name in ('stdout', 'stderr'):
+        stream = getattr(sys, name)
+        if stream is not None and not isinstance(stream, LastingStream):
+            setattr(sys, name, LastingStream(stream))
+
+
+def release_output() -> None:
+    """As it was before `keep_output`."""
+    for name in ('stdout', 'stderr'):
+        stream = getattr(sys, name)
+        if isinstance(stream, LastingStream):
+            setattr(sys, name, stream.stream)
