@@ -78,7 +78,8 @@ def install(root: Path) -> None:
         if not (root / name).is_file():
             raise SystemExit(f'{root}: not a BasicSR checkout with a registry: {name} is missing')
     files = {'basicsr/archs/dpmambair_arch.py': SHIM.encode(), 'basicsr/basicsr.py': LAUNCHER.encode()}
-    files |= {f'options/{file.name}': file.read_bytes() for file in sorted(option_files().glob('*.yml'))}
+    shipped = [*sorted(option_files().glob('*.yml')), option_files() / 'dpmambair.schema.json']  # which editors read
+    files |= {f'options/{file.name}': file.read_bytes() for file in shipped}
     record = read_record(root)
     refuse_changed(root, record)
     foreign = [name for name in (*files, RECORD) if os.path.lexists(root / name) and name not in record['files']]

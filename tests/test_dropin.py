@@ -13,7 +13,7 @@ from support.commands import PACKAGE_PARENT, basicsr_source, python, stock_optio
 from dpmambair_basicsr.data.degradations import DEGRADATIONS
 
 SHIMS = ['basicsr/.dpmambair_dropin.json', 'basicsr/archs/dpmambair_arch.py', 'basicsr/basicsr.py']
-OPTIONS = sorted(f'options/{file.name}' for file in (PACKAGE_PARENT / 'options').glob('*.yml'))
+OPTIONS = sorted(f'options/{file.name}' for file in (PACKAGE_PARENT / 'options').glob('*'))
 
 
 @pytest.fixture(scope='module')

@@ -16,6 +16,7 @@ from support.commands import stock_options, write_images
 
 import dpmambair_basicsr
 from dpmambair_basicsr.archs import DegradationAutoencoder, DPMambaIR
+from dpmambair_basicsr.files.option_row import Option
 from dpmambair_basicsr.option_checks.sections import check_options
 from dpmambair_basicsr.option_checks.structure import apply_forced, check_root, check_structure, refuse
 from dpmambair_basicsr.registry import did_you_mean
@@ -26,12 +27,16 @@ OPTION_FILES = sorted((ROOT / 'options').glob('*.yml'))
 
 @MODEL_REGISTRY.register()
 class CheckedModel(SRModel):
-    option_keys = {'train': frozenset({'clip'}), 'val': frozenset({'tile'}), 'top': frozenset({'extra'})}
+    option_keys = (
+        Option('train', 'clip', float, 'x'),
+        Option('val', 'tile', int, 'x'),
+        Option('', 'extra', int, 'x'),
+    )
 
 
 @MODEL_REGISTRY.register()
 class CheckedChildModel(CheckedModel):
-    option_keys = {'path': frozenset({'pretrain_network_e'})}
+    option_keys = (Option('path', 'pretrain_network_e', str | None, 'x'),)
 
 
 @ARCH_REGISTRY.register()
@@ -42,7 +47,11 @@ class CheckedNet(torch.nn.Module):
 
 @DATASET_REGISTRY.register()
 class CheckedDataset(torch.utils.data.Dataset):
-    option_keys = frozenset({'dataroot_gt', 'dataroot_lq', 'meta_info_file', 'gt_size', 'degradation', 'datasets'})
+    option_keys = (
+        *(Option('datasets', key, str | None, 'x') for key in ('dataroot_gt', 'dataroot_lq', 'meta_info_file')),
+        Option('datasets', 'gt_size', int, 'x'),
+        Option('datasets', 'datasets', dict, 'x'),
+    )
 
 
 @METRIC_REGISTRY.register()
@@ -143,7 +152,7 @@ MISTAKES = {
     'backend is no section': (
         'datasets.train.io_backend',
         'disk',
-        "has to be a section with a type, not 'disk'",
+        "has to be a section or ~, not 'disk'",
     ),
     'parts are a list': ('datasets.train.datasets', ['rain'], "has to be a section, not ['rain']"),
     'a part is text': (
@@ -184,7 +193,7 @@ MISTAKES = {
         {'name': 'x', 'type': 'CheckedDataset', 'phase': 'test'},
         'unknown data set; choices: train, val, val_<name>',
     ),
-    'prefetch mode': ('datasets.train.prefetch_mode', 'gpu', "'gpu' is none of cpu, cuda, ~"),
+    'prefetch mode': ('datasets.train.prefetch_mode', 'gpu', "has to be cpu or cuda or ~, not 'gpu'"),
     'no workers to keep': (
         'datasets.train.persistent_workers',
         True,
@@ -285,8 +294,8 @@ STRUCTURES = {
         {'name': 'x', 'model_type': 'x', 'num_gpu': 0, 'datasets': {'val': 3}, 'path': 4, 'train': {}, 'logger': {}},
         True,
         [
-            'datasets.train: missing',
             'path: has to be a section, not 4',
+            'datasets.train: missing',
             'datasets.val: has to be a section, not 3',
         ],
     ),
@@ -298,11 +307,11 @@ STRUCTURES = {
         },
         True,
         [
-            "val: has to be a section, not 'x'",
             'name: has to be text, not 1',
+            "manual_seed: has to be a whole number or ~, not 'x'",
+            "val: has to be a section or ~, not 'x'",
             "datasets.train.dataroot_gt: has to be text, not ['a']",
             'path.pretrain_network_g: has to be text, not 5',
-            "manual_seed: has to be a whole number, not 'x'",
         ],
     ),
 }
@@ -449,7 +458,7 @@ FOUND_ON_TRIAL = {
         9,
         'datasets.train: 8 items times dataset_enlarge_ratio 1,',
     ),
-    'norm': ('train.grad_clip_norm', 'x', "train.grad_clip_norm: has to be a number of at least 0, not 'x'"),
+    'norm': ('train.grad_clip_norm', 'x', "train.grad_clip_norm: has to be a number of at least 0 or ~, not 'x'"),
     'no extractor': (
         'path.pretrain_network_e',
         None,

@@ -69,7 +69,7 @@ def test_a_wheel_holds_the_option_files_and_the_command(tmp_path):
         names = set(archive.namelist())
         (entry_points,) = (name for name in names if name.endswith('entry_points.txt'))
         assert 'dpmambair = dpmambair_basicsr.__main__:main' in archive.read(entry_points).decode()
-    options = {f'dpmambair_basicsr/option_files/{file.name}' for file in (PACKAGE_PARENT / 'options').glob('*.yml')}
+    options = {f'dpmambair_basicsr/option_files/{file.name}' for file in (PACKAGE_PARENT / 'options').iterdir()}
     modules = {str(file.relative_to(PACKAGE_PARENT)) for file in (PACKAGE_PARENT / 'dpmambair_basicsr').rglob('*.py')}
     assert options and options | modules | {'dpmambair_basicsr/py.typed'} <= names
     assert f'-{dpmambair_basicsr.__version__}-' in wheel.name

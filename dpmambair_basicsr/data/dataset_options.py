@@ -2,8 +2,23 @@
 
 from os import path as osp
 
+from dpmambair_basicsr.files.option_row import Option
+
 DEFAULTS = {'scale': 1, 'use_hflip': False, 'use_vflip': False, 'use_rot': False, 'pad_small': False}
-CROP_KEYS = frozenset({'gt_size', 'use_hflip', 'use_vflip', 'use_rot', 'pad_small', 'progressive'})
+CROPS = (
+    Option('datasets', 'gt_size', int | None, 'side of the crops of the clean image, in training', low=1),
+    Option('datasets', 'use_hflip', bool | None, 'flip left and right at random'),
+    Option('datasets', 'use_vflip', bool | None, 'flip up and down at random'),
+    Option('datasets', 'use_rot', bool | None, 'flip up and down, and transpose, at random'),
+    Option('datasets', 'pad_small', bool | None, 'mirror images that are smaller than the crops'),
+    Option('datasets', 'progressive', dict | None, 'gt_sizes, batch_sizes, iters by phase'),
+)
+CLEAN = (
+    Option('datasets', 'dataroot_gt', str, 'folder of the clean images'),
+    Option('datasets', 'meta_info_file', str | None, 'list of the images to use'),
+)
+TEMPLATE = Option('datasets', 'filename_tmpl', str, "stem of a degraded image's file by that of the clean one, as {}x4")
+SEED = Option('datasets', 'seed', int, 'of the degradations in validation', low=0)
 PHASES = ('train', 'val', 'test')
 
 

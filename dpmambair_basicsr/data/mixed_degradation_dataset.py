@@ -6,12 +6,13 @@ import numpy as np
 from basicsr.utils.registry import DATASET_REGISTRY
 from torch.utils.data import Dataset
 
-from dpmambair_basicsr.data.dataset_options import CROP_KEYS
+from dpmambair_basicsr.data.dataset_options import CROPS, SEED, TEMPLATE
 from dpmambair_basicsr.data.paired_degradation_dataset import PairedDegradationDataset
 from dpmambair_basicsr.data.progressive import ProgressiveBatches
 from dpmambair_basicsr.data.synthetic_degradation_dataset import SyntheticDegradationDataset
+from dpmambair_basicsr.files.option_row import Option, names
 
-INHERITED = CROP_KEYS - {'progressive'} | {'phase', 'scale', 'io_backend', 'filename_tmpl', 'seed'}
+INHERITED = names(CROPS) - {'progressive'} | {'phase', 'scale', 'io_backend', 'filename_tmpl', 'seed'}
 SUB_DATASETS = {cls.__name__: cls for cls in (PairedDegradationDataset, SyntheticDegradationDataset)}
 
 
@@ -38,7 +39,13 @@ class MixedDegradationDataset(ProgressiveBatches, Dataset):
         ValueError: unknown key, type, sampling or name.
     """
 
-    option_keys = CROP_KEYS | {'datasets', 'sampling', 'filename_tmpl', 'seed'}
+    option_keys = (
+        *CROPS,
+        Option('datasets', 'datasets', dict, 'the parts, by degradation'),
+        Option('datasets', 'sampling', str | dict, 'concat, uniform, or weights by name'),
+        TEMPLATE,
+        SEED,
+    )
 
     def __init__(self, opt):
         self.opt = opt
@@ -65,7 +72,7 @@ class MixedDegradationDataset(ProgressiveBatches, Dataset):
         kind = sub.setdefault('type', 'PairedDegradationDataset')
         if kind not in SUB_DATASETS:
             raise ValueError(f'datasets, {name}: type must be one of {", ".join(SUB_DATASETS)}, got {kind!r}')
-        accepted = SUB_DATASETS[kind].option_keys - {'progressive'}
+        accepted = names(SUB_DATASETS[kind].option_keys) - {'progressive'}
         for key in sub:
             if key not in accepted | {'type', 'name', 'scale', 'io_backend'}:
                 raise ValueError(f'datasets, {name}: unknown key {key!r}, choose from {", ".join(sorted(accepted))}')

@@ -3,7 +3,7 @@ from basicsr.data.transforms import paired_random_crop
 from basicsr.utils.registry import DATASET_REGISTRY
 from torch.utils.data import Dataset
 
-from dpmambair_basicsr.data.dataset_options import CROP_KEYS, complete_options
+from dpmambair_basicsr.data.dataset_options import CLEAN, CROPS, TEMPLATE, complete_options
 from dpmambair_basicsr.data.degradations import DEGRADATIONS
 from dpmambair_basicsr.data.progressive import ProgressiveBatches
 from dpmambair_basicsr.files.images import (
@@ -17,6 +17,7 @@ from dpmambair_basicsr.files.images import (
     to_float,
     to_tensor,
 )
+from dpmambair_basicsr.files.option_row import Option
 
 
 @DATASET_REGISTRY.register()
@@ -39,7 +40,13 @@ class PairedDegradationDataset(ProgressiveBatches, Dataset):
         ValueError: options or folders that do not fit; on access, a broken image or sizes that do not fit.
     """
 
-    option_keys = CROP_KEYS | {'dataroot_gt', 'dataroot_lq', 'meta_info_file', 'filename_tmpl', 'degradation'}
+    option_keys = (
+        *CROPS,
+        *CLEAN,
+        Option('datasets', 'dataroot_lq', str, 'folder of the degraded images'),
+        TEMPLATE,
+        Option('datasets', 'degradation', str | None, f'one of {", ".join(DEGRADATIONS)}'),
+    )
 
     def __init__(self, opt):
         opt = self.opt = complete_options(opt, ('dataroot_gt', 'dataroot_lq'))

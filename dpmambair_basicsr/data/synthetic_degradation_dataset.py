@@ -6,7 +6,7 @@ import numpy as np
 from basicsr.utils.registry import DATASET_REGISTRY
 from torch.utils.data import Dataset
 
-from dpmambair_basicsr.data.dataset_options import CROP_KEYS, complete_options
+from dpmambair_basicsr.data.dataset_options import CLEAN, CROPS, SEED, complete_options
 from dpmambair_basicsr.data.degradations import DEGRADATIONS, degrade, to_uint8
 from dpmambair_basicsr.data.progressive import ProgressiveBatches
 from dpmambair_basicsr.files.images import (
@@ -19,6 +19,7 @@ from dpmambair_basicsr.files.images import (
     to_float,
     to_tensor,
 )
+from dpmambair_basicsr.files.option_row import Option
 
 
 @DATASET_REGISTRY.register()
@@ -45,7 +46,12 @@ class SyntheticDegradationDataset(ProgressiveBatches, Dataset):
         ValueError: options that do not fit; on access, a broken image or one smaller than gt_size (file and item).
     """
 
-    option_keys = CROP_KEYS | {'dataroot_gt', 'meta_info_file', 'degradations', 'seed'}
+    option_keys = (
+        *CROPS,
+        *CLEAN,
+        Option('datasets', 'degradations', list[str] | dict, 'names, or names with their parameters'),
+        SEED,
+    )
 
     def __init__(self, opt):
         opt = self.opt = complete_options(opt, ('dataroot_gt',))

@@ -5,10 +5,13 @@ import shutil
 import sys
 from collections.abc import Callable
 from types import MethodType
+from typing import Literal
 
 import torch
 from basicsr.utils import get_root_logger
 from torch import nn
+
+from dpmambair_basicsr.files.option_row import Option
 
 DTYPES = {'bf16': torch.bfloat16, 'fp16': torch.float16}
 
@@ -23,7 +26,10 @@ class SpeedHooks:
             minutes at the first iteration, and again where the crops change their size.
     """
 
-    option_keys = {'train': frozenset({'amp', 'compile'})}
+    option_keys = (
+        Option('train', 'amp', Literal['bf16', 'fp16'] | None, 'mixed precision'),
+        Option('train', 'compile', bool | None, 'compile the blocks of the network'),
+    )
     scales_loss = False  # whether optimize_parameters uses `scaler`, without which fp16 gradients vanish
 
     @classmethod

@@ -1,6 +1,7 @@
 from basicsr.models.srgan_model import SRGANModel
 from basicsr.utils.registry import MODEL_REGISTRY
 
+from dpmambair_basicsr.files.option_row import Option
 from dpmambair_basicsr.models.restoration_mixin import RestorationHooks
 
 
@@ -19,7 +20,13 @@ class RestorationGANModel(RestorationHooks, SRGANModel):
             the network needs labels, which that code does not give it.
     """
 
-    option_keys = {'train': frozenset({'scheduler_d'})}
+    option_keys = (
+        Option('', 'network_d', dict, 'the discriminator', calls='ARCH'),
+        Option('train', 'optim_d', dict, 'optimizer of network_d', calls='optimizer'),
+        Option('train', 'scheduler_d', dict | None, "of network_d; default: network_g's", calls='scheduler'),
+        Option('train', 'net_d_iters', float, 'network_g is trained every so many iterations', low=1),
+        Option('train', 'net_d_init_iters', float, 'iterations before network_g is trained', low=0),
+    )
     loss_keys = ('pixel_opt', 'perceptual_opt', 'gan_opt')  # what optimize_parameters of the base class reads
 
     @classmethod

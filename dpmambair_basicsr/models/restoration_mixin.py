@@ -7,6 +7,7 @@ from tqdm import tqdm
 
 from dpmambair_basicsr.data import progressive
 from dpmambair_basicsr.files.checkpoints import PlainValue, differences, read_weights
+from dpmambair_basicsr.files.option_row import Option
 from dpmambair_basicsr.models.precision import SpeedHooks
 from dpmambair_basicsr.models.step_guard import NumberHooks
 from dpmambair_basicsr.models.validation_monitor import MonitoringHooks
@@ -17,11 +18,12 @@ from dpmambair_basicsr.training import lr_schedulers as lr_scheduler
 class RestorationHooks(NumberHooks, SpeedHooks, MonitoringHooks):
     """Mix-in for SRModel and its descendants; each method overrides the hook of the same name there."""
 
-    option_keys = {
-        'logger': frozenset({'keep_last'}),
-        'path': frozenset({'pretrain_network_e'}),
-        'train': frozenset({'grad_clip_norm', 'pbar'}),
-    }
+    option_keys = (
+        Option('logger', 'keep_last', int | None, 'checkpoints that are kept; ~: all', low=1),
+        Option('path', 'pretrain_network_e', str | None, 'checkpoint of stage 1, for DPMambaIR'),
+        Option('train', 'grad_clip_norm', float | None, "limit of the gradient's norm; ~: none", low=0),
+        Option('train', 'pbar', bool | None, 'a progress bar'),
+    )
 
     @classmethod
     def check_training(cls, opt: dict) -> None:

@@ -7,6 +7,8 @@ from basicsr.utils import get_root_logger
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from dpmambair_basicsr.files.option_row import Option
+
 MAX_SKIPPED_STEPS = 10
 
 
@@ -22,7 +24,7 @@ class NumberHooks:
             Default 10. With fp16 the first few of a training are among them: the scale of the loss is found so.
     """
 
-    option_keys = {'train': frozenset({'max_skipped_steps'})}
+    option_keys = (Option('train', 'max_skipped_steps', int, 'in a row; the next ends the training', low=0),)
 
     def __init__(self, opt: dict):
         self.skipped_steps = 0  # since this process began

@@ -1,20 +1,29 @@
 """Real-ESRGAN's degradation for training (Wang et al. 2021, Sec. 3), as BasicSR's models do it, on any device."""
 
+from dataclasses import replace
+
 import torch
 from basicsr.models.sr_model import SRModel
 from basicsr.utils import DiffJPEG
 from torch import nn
 
+from dpmambair_basicsr.files.option_row import Option
+
 FIRST_ORDER = (
-    'resize_prob',
-    'resize_range',
-    'gaussian_noise_prob',
-    'noise_range',
-    'poisson_scale_range',
-    'gray_noise_prob',
-    'jpeg_range',
+    Option('', 'resize_prob', list[float], 'of up, down, keep'),
+    Option('', 'resize_range', list[float], 'least and greatest factor'),
+    Option('', 'gaussian_noise_prob', float, 'otherwise the noise is Poisson', low=0, high=1),
+    Option('', 'noise_range', list[float], 'sigma of Gaussian noise, in 1/255'),
+    Option('', 'poisson_scale_range', list[float], 'scale of Poisson noise'),
+    Option('', 'gray_noise_prob', float, 'of one noise for all channels', low=0, high=1),
+    Option('', 'jpeg_range', list[float], 'quality'),
 )
-DEGRADATION = (*FIRST_ORDER, *(f'{key}2' for key in FIRST_ORDER), 'second_blur_prob', 'gt_size')
+DEGRADATION = (
+    *FIRST_ORDER,
+    *(replace(row, name=f'{row.name}2', text=f'{row.text}; second order') for row in FIRST_ORDER),
+    Option('', 'second_blur_prob', float, 'of a blur in the second order', low=0, high=1),
+    Option('', 'gt_size', int, 'side of the crops of the clean image, after the degradation', low=1),
+)
 QUEUE_SIZE = 180
 SHARPENING = ('gt_usm', 'l1_gt_usm', 'percep_gt_usm', 'gan_gt_usm')
 
@@ -31,7 +40,12 @@ class TwoOrderDegradation:
     There is no sharpening (USM): VmambaIR uses none, and BasicSR's keys for it may be absent or false.
     """
 
-    option_keys = {'top': frozenset({*DEGRADATION, *SHARPENING, 'queue_size', 'high_order_degradation'})}
+    option_keys = (
+        *DEGRADATION,
+        *(Option('', key, bool | None, 'absent or false: there is no sharpening') for key in SHARPENING),
+        Option('', 'queue_size', int, 'of the pool that batches are drawn from', low=1),
+        Option('', 'high_order_degradation', bool | None, "false: the dataset's own LQ images"),
+    )
 
     @classmethod
     def check_degradation(cls, opt: dict) -> None:
@@ -41,7 +55,7 @@ class TwoOrderDegradation:
                 raise ValueError(f'{key}: {opt[key]}, but {cls.__name__} does not sharpen; write false')
         if not opt.get('high_order_degradation', True):
             return
-        missing = [key for key in DEGRADATION if key not in opt]
+        missing = [row.name for row in DEGRADATION if row.name not in opt]
         if missing:
             raise ValueError(f'{", ".join(missing)}: missing, the two-order degradation needs them')
         batch_size = opt['datasets']['train']['batch_size_per_gpu']

@@ -1,70 +1,80 @@
-"""The keys that BasicSR reads in each section of an option file, their limits, and which of them are required."""
+"""The one table of the keys that BasicSR (1.4.2 and master) reads in an option file; see `files.option_row.Option`.
 
-import math
-import re
+What our models and datasets read beside them, those declare in rows of the same shape: `option_keys`.
+"""
 
-# What BasicSR (1.4.2 and master) reads in each section, and what parse_options adds. In train also <name>_opt, a loss.
-KNOWN = {
-    'top': 'name model_type scale num_gpu manual_seed datasets network_g path train val logger dist_params '
-    'find_unused_parameters dist rank world_size auto_resume is_train root_path',
-    'train': 'total_iter warmup_iter ema_decay scheduler optim_g optim_d net_d_iters net_d_init_iters',
-    'val': 'val_freq save_img suffix metrics pbar',
-    'path': 'resume_state ignore_resume_networks experiments_root results_root models training_states log '
-    'visualization',
-    'logger': 'print_freq save_checkpoint_freq use_tb_logger wandb',
-}
+from typing import Literal
 
+from dpmambair_basicsr.files.option_row import TEST, TRAIN, Option
 
-LOADER = (
-    'name type phase scale io_backend batch_size_per_gpu num_worker_per_gpu dataset_enlarge_ratio prefetch_mode '
-    'num_prefetch_queue pin_memory persistent_workers use_shuffle filename_tmpl mean std color'
+ALWAYS = (TRAIN, TEST)
+
+OPTIONS = (
+    Option('', 'name', str, 'of the run, and of its folder in experiments/ or results/', required=ALWAYS),
+    Option('', 'model_type', str, 'the class that trains and tests', required=ALWAYS),
+    Option('', 'num_gpu', int | Literal['auto'], '0: the CPU; auto: all GPUs there are', low=0, required=ALWAYS),
+    Option('', 'scale', int, 'of the clean images to the degraded', low=1),
+    Option('', 'manual_seed', int | None, 'of all random numbers; default: drawn'),
+    Option('', 'datasets', dict, 'train, val, val_<name>; in testing test_<name> too', required=ALWAYS),
+    Option('', 'network_g', dict, 'the network that restores', required=ALWAYS, calls='ARCH'),
+    Option('', 'path', dict, 'checkpoints to start from, folders of results', required=ALWAYS),
+    Option('', 'train', dict, 'losses, optimizers, schedules', required=(TRAIN,)),
+    Option('', 'val', dict | None, 'validation and testing', required=(TEST,)),
+    Option('', 'logger', dict, 'what is printed and saved how often', required=(TRAIN,)),
+    Option('', 'dist_params', dict | None, 'of torch.distributed'),
+    Option('', 'find_unused_parameters', bool | None, 'of DistributedDataParallel'),
+    Option('train', 'total_iter', float, 'iterations of the training', low=1, required=(TRAIN,)),
+    Option('train', 'warmup_iter', float, 'iterations in which the learning rate grows from 0; -1: none', low=-1),
+    Option('train', 'ema_decay', float, 'of the average of the network, params_ema; 0: none', low=0, high=1),
+    Option('train', 'scheduler', dict, 'of the learning rate', required=(TRAIN,), calls='scheduler'),
+    Option('train', 'optim_g', dict, 'optimizer of network_g', required=(TRAIN,), calls='optimizer'),
+    Option('train', '*_opt', dict | None, 'a loss', calls='LOSS'),
+    Option('val', 'val_freq', float, 'iterations from one validation to the next', low=1, required=(TRAIN,)),
+    Option('val', 'save_img', bool | None, 'keep the restored images', required=ALWAYS),
+    Option('val', 'suffix', str | int | float | None, 'of the names of restored images; ~: the name of the run'),
+    Option('val', 'metrics', dict | None, 'name: metric', calls='METRIC'),
+    Option('val', 'pbar', bool | None, 'a progress bar'),
+    Option('path', 'pretrain_network_*', str | None, 'checkpoint to start from, or to test'),
+    Option('path', 'strict_load_*', bool, 'every parameter has to be in the checkpoint; default true'),
+    Option('path', 'param_key_*', str | None, 'params or params_ema; ~: the file is a bare state dict'),
+    Option('path', 'resume_state', str | None, 'training state to resume from'),
+    Option('path', 'ignore_resume_networks', list[str] | str | None, 'networks that a resume does not read'),
+    Option('path', 'experiments_root', str | None, 'folder of the training; default: experiments/<name>'),
+    Option('path', 'results_root', str | None, 'folder of the test; default: results/<name>'),
+    Option('logger', 'print_freq', float, 'iterations from one line of the log to the next', low=1, required=(TRAIN,)),
+    Option('logger', 'save_checkpoint_freq', float, 'iterations between checkpoints', low=1, required=(TRAIN,)),
+    Option('logger', 'use_tb_logger', bool | None, 'write TensorBoard logs', required=(TRAIN,)),
+    Option('logger', 'wandb', dict | None, 'Weights & Biases'),
+    Option('logger.wandb', 'project', str | None, '~: not used'),
+    Option('logger.wandb', 'resume_id', str | None, 'of the run to continue'),
+    Option('dist_params', 'backend', str, 'nccl'),
+    Option('dist_params', 'port', int | None, 'of the first process, with slurm', low=0),
+    Option('datasets', 'name', str, 'in logs and results', required=ALWAYS),
+    Option('datasets', 'type', str, 'the class', required=ALWAYS),
+    Option('datasets', 'scale', int, 'as at the top of the file', low=1),
+    Option('datasets', 'io_backend', dict | None, 'disk or lmdb; default: disk'),
+    Option('datasets', 'batch_size_per_gpu', int, 'crops per iteration and GPU', low=1, required=(TRAIN,)),
+    Option('datasets', 'num_worker_per_gpu', int, 'processes that load images', low=0, required=(TRAIN,)),
+    Option('datasets', 'dataset_enlarge_ratio', float, 'an epoch is so many times the images', low=0),
+    Option('datasets', 'prefetch_mode', Literal['cpu', 'cuda'] | None, 'batches made in advance'),
+    Option('datasets', 'num_prefetch_queue', int, 'batches made in advance by cpu', low=1),
+    Option('datasets', 'pin_memory', bool | None, 'needed by prefetch_mode cuda'),
+    Option('datasets', 'persistent_workers', bool | None, 'keep the processes from epoch to epoch'),
+    Option('datasets', 'use_shuffle', bool | None, 'BasicSR shuffles always'),
 )
 
-
-# What BasicSR reads without a default, in training and in testing.
-SECTIONS = {True: ('datasets', 'path', 'train', 'logger'), False: ('datasets', 'path', 'val')}
-
-
-OPTIONAL_SECTIONS = ('val', 'dist_params')
-
-
-REQUIRED = {
-    True: {
-        'train': 'total_iter scheduler optim_g',
-        'logger': 'print_freq save_checkpoint_freq use_tb_logger',
-        'val': 'val_freq save_img',
-    },
-    False: {'val': 'save_img'},
+# What parse_options adds, and what it overwrites: known, but not for option files.
+SET_BY_BASICSR = {
+    '': frozenset({'dist', 'rank', 'world_size', 'auto_resume', 'is_train', 'root_path'}),
+    'path': frozenset({'models', 'training_states', 'log', 'visualization'}),
+    'datasets': frozenset({'phase'}),
 }
+# Our datasets refuse them, saying why; BasicSR's have them.
+REFUSED_LATER = frozenset({'mean', 'std', 'color'})
+
+FILES = ('dataroot', 'meta_info')  # keys of datasets that begin so name files or folders
 
 
-# What is compared or divided by: least and greatest value, and whether a float will do (BasicSR's files have 5.0e+3).
-LIMITS = {
-    'num_gpu': (0, math.inf, int),
-    'scale': (1, math.inf, int),
-    'train.total_iter': (1, math.inf, float),
-    'train.warmup_iter': (-1, math.inf, float),
-    'train.ema_decay': (0, 1, float),
-    'train.grad_clip_norm': (0, math.inf, float),
-    'train.max_skipped_steps': (0, math.inf, int),
-    'train.net_d_iters': (1, math.inf, float),
-    'train.net_d_init_iters': (0, math.inf, float),
-    'val.val_freq': (1, math.inf, float),
-    'logger.print_freq': (1, math.inf, float),
-    'logger.save_checkpoint_freq': (1, math.inf, float),
-    'logger.keep_last': (1, math.inf, int),
-}
-
-
-LOADER_LIMITS = {
-    'batch_size_per_gpu': (1, math.inf, int),
-    'num_worker_per_gpu': (0, math.inf, int),
-    'num_prefetch_queue': (1, math.inf, int),
-    'dataset_enlarge_ratio': (0, math.inf, float),
-}
-
-
-MAY_BE_EMPTY = ('train.grad_clip_norm', 'logger.keep_last')
-
-
-TEXT_KEYS = re.compile(r'name|type|project|resume_id|dataroot.*|pretrain.*|(.*_)?(suffix|tmpl|root|file|state)')
+def rows_of(model: type) -> tuple[Option, ...]:
+    """The rows of a model: BasicSR's, its own, and those of its base classes."""
+    return (*OPTIONS, *(row for base in model.__mro__ for row in vars(base).get('option_keys', ())))

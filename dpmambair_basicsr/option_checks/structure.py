@@ -6,11 +6,12 @@ from pathlib import Path
 import yaml
 from basicsr.utils import options as basicsr_options
 
-from dpmambair_basicsr.option_checks.schema import OPTIONAL_SECTIONS, SECTIONS
-from dpmambair_basicsr.option_checks.values import will_resume
-from dpmambair_basicsr.registry import (
-    describe,
-)
+from dpmambair_basicsr.files.option_row import TEST, TRAIN
+from dpmambair_basicsr.option_checks.schema import OPTIONS
+from dpmambair_basicsr.option_checks.values import check_value, will_resume
+from dpmambair_basicsr.registry import describe
+
+READ_BY_BASICSR = [row for row in OPTIONS if row.section == '' and row.name not in ('network_g', 'scale')]
 
 
 def refuse(file: str, problems: list[str]) -> None:
@@ -51,28 +52,28 @@ def check_structure(opt, is_train: bool) -> list[str]:
         return ['the file is not a mapping of keys to values']
     if wrong := keys_that_are_no_text(opt):
         return [f'{path}: the key has to be text, not {key!r}' for path, key in wrong]
-    sections = {name: opt.get(name) for name in SECTIONS[is_train]}
-    texts = {'name': opt.get('name')}
+    sections, texts = {}, {}
     if isinstance(opt.get('datasets'), dict):
-        sections |= {f'datasets.{phase}': dataset for phase, dataset in opt['datasets'].items()}
+        sections = {f'datasets.{phase}': dataset for phase, dataset in opt['datasets'].items()}
         if is_train:
             sections.setdefault('datasets.train', None)
-        for phase, dataset in opt['datasets'].items():
+        for path, dataset in sections.items():
             if isinstance(dataset, dict):
-                texts |= {f'datasets.{phase}.{key}': dataset.get(key) for key in ('dataroot_gt', 'dataroot_lq')}
+                texts |= {f'{path}.{key}': dataset.get(key) for key in ('dataroot_gt', 'dataroot_lq')}
     if isinstance(opt.get('path'), dict):
         files = re.compile(r'experiments_root|results_root|.*(resume_state|pretrain_network).*')
         texts |= {f'path.{key}': value for key, value in opt['path'].items() if files.fullmatch(str(key))}
-    problems = [f'{key}: missing' for key in ('name', 'model_type', 'num_gpu') if opt.get(key) is None]
+    given = {row: opt.get(row.name) for row in READ_BY_BASICSR}
+    required = TRAIN if is_train else TEST
+    problems = [f'{row.name}: missing' for row, value in given.items() if value is None and required in row.required]
+    for row, value in given.items():
+        problems += [] if value is None else check_value(row.name, value, row)
     problems += [f'{path}: missing' for path, section in sections.items() if section is None]
-    sections |= {name: opt[name] for name in OPTIONAL_SECTIONS if name in opt}
     wrong = {path: section for path, section in sections.items() if not isinstance(section, dict | None)}
     problems += [f'{path}: has to be a section, not {value!r}' for path, value in wrong.items()]
     problems += [
         f'{path}: has to be text, not {value!r}' for path, value in texts.items() if not isinstance(value, str | None)
     ]
-    if type(opt.get('manual_seed', 0)) is not int and opt['manual_seed'] is not None:
-        problems.append(f'manual_seed: has to be a whole number, not {opt["manual_seed"]!r}')
     return problems
 
 

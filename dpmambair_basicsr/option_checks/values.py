@@ -1,10 +1,13 @@
 """Kinds of values in option files: whether a value is one, and what it is called in a message."""
 
 import collections.abc
+import math
 import re
 import types
 import typing
 from pathlib import Path
+
+from dpmambair_basicsr.files.option_row import Option
 
 KINDS = {
     int: 'a whole number',
@@ -19,10 +22,17 @@ KINDS = {
 NUMBER = re.compile(r'[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?')
 
 
+def alternatives(kind) -> tuple:
+    """What a union is made of."""
+    return typing.get_args(kind) if typing.get_origin(kind) in (types.UnionType, typing.Union) else (kind,)
+
+
 def is_kind(value, wanted) -> bool:
     origin, parts = typing.get_origin(wanted), typing.get_args(wanted)
     if origin in (types.UnionType, typing.Union):
         return any(is_kind(value, part) for part in parts)
+    if origin is typing.Literal:
+        return value in parts
     if origin in (collections.abc.Sequence, list):
         return isinstance(value, list) and all(is_kind(part, parts[0]) or is_number_as_text(part) for part in value)
     if wanted in (int, float):
@@ -30,17 +40,49 @@ def is_kind(value, wanted) -> bool:
     return (origin or wanted) not in KINDS or isinstance(value, origin or wanted)
 
 
-def kind_in_words(wanted) -> str:
+def kind_in_words(wanted, bounds: str = '') -> str:
+    """Args: bounds: what is said of a number beside that it is one."""
     origin, parts = typing.get_origin(wanted), typing.get_args(wanted)
     if origin in (types.UnionType, typing.Union):
-        return ' or '.join(kind_in_words(part) for part in parts)
+        return ' or '.join(kind_in_words(part, bounds) for part in parts)
+    if origin is typing.Literal:
+        return ' or '.join(map(str, parts))
     if origin in (collections.abc.Sequence, list):
         return f'a list, each {KINDS[parts[0]]}'
-    return KINDS[origin or wanted]
+    return KINDS[origin or wanted] + (bounds if wanted in (int, float) else '')
+
+
+def check_value(path: str, value, row: Option) -> list[str]:
+    """Problem of a value that is not of its row's kind, or out of range; numbers as text: see `check_numbers`."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if is_number_as_text(value) or (is_kind(value, row.kind) and (not is_number or row.low <= value <= row.high)):
+        return []
+    bounds = '' if row.low == -math.inf else f' of at least {row.low}'
+    bounds = bounds if row.high == math.inf else f' from {row.low} to {row.high}'
+    return [f'{path}: has to be {kind_in_words(row.kind, bounds)}, not {value!r}']
 
 
 def is_number_as_text(value) -> bool:
     return isinstance(value, str) and NUMBER.fullmatch(value) is not None
+
+
+def check_numbers(path: str, value, texts: re.Pattern) -> list[str]:
+    """Numbers that YAML 1.1 reads as text: it wants a point and a sign, 3.0e-4; a quoted number is text as well.
+
+    Args:
+        texts: keys whose value is meant to be text.
+    """
+    if isinstance(value, dict):
+        parts = {f'{path}.{key}'.lstrip('.'): part for key, part in value.items() if not texts.fullmatch(str(key))}
+        return [problem for name, part in parts.items() for problem in check_numbers(name, part, texts)]
+    if isinstance(value, list):
+        parts = {f'{path}[{index}]': part for index, part in enumerate(value)}
+        return [problem for name, part in parts.items() for problem in check_numbers(name, part, texts)]
+    if not is_number_as_text(value):
+        return []
+    mantissa, _, exponent = value.lower().partition('e')
+    number = f'{mantissa if "." in mantissa else mantissa + ".0"}e{int(exponent):+d}' if exponent else mantissa
+    return [f'{path}: {value} is text in YAML; write {number}']
 
 
 def will_resume(opt: dict) -> bool:

@@ -1,0 +1,124 @@
+"""The checks of sections with a `type`, whose other keys are the arguments of what is registered under it."""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from dpmambair_basicsr.losses import vgg_perceptual_loss
+from dpmambair_basicsr.losses.lpips_network import BACKBONES, backbone_path
+from dpmambair_basicsr.option_checks.values import is_kind, is_number_as_text, kind_in_words
+from dpmambair_basicsr.registry import (
+    arguments_of,
+    describe,
+    did_you_mean,
+    is_ours,
+    look_up,
+    optimizers,
+    registered,
+    schedulers,
+)
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a `type` can name.
+
+    Args:
+        known: returns {name: class or function}.
+        given: names of the arguments that the program supplies.
+        required: names that are needed although they have a default.
+        open_ended: whether a `**kwargs` takes any key. BasicSR's metrics have one, which swallows misspelt keys.
+    """
+
+    known: Callable[[], dict]
+    given: tuple[str, ...] = ()
+    required: tuple[str, ...] = ()
+    open_ended: bool = True
+
+
+CALLS = {
+    'ARCH': Call(partial(registered, 'ARCH')),
+    'LOSS': Call(partial(registered, 'LOSS')),
+    'METRIC': Call(partial(registered, 'METRIC'), given=('img', 'img2'), open_ended=False),
+    'optimizer': Call(optimizers, given=('params',), required=('lr',)),
+    'scheduler': Call(schedulers, given=('optimizer',)),
+}
+
+
+def parameters_of(target, call: Call) -> tuple[dict[str, inspect.Parameter], bool]:
+    """The parameters that an option file can set, and whether any other key is taken."""
+    parameters = inspect.signature(target).parameters.values()
+    named = {p.name: p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    return (
+        {name: p for name, p in named.items() if name not in call.given},
+        call.open_ended and any(p.kind is p.VAR_KEYWORD for p in parameters),
+    )
+
+
+def check_call(path: str, opt, call: Call) -> list[str]:
+    """Unknown type, unknown or missing arguments, those of the wrong kind, weights that are not there."""
+    if not isinstance(opt, dict):
+        return [f'{path}: has to be a section with a type, not {opt!r}']
+    target, problems = look_up(call.known(), f'{path}.type', opt.get('type'))
+    if target is None:
+        return problems
+    named, takes_any = parameters_of(target, call)
+    missing = [name for name, p in named.items() if name not in opt and (p.default is p.empty or name in call.required)]
+    problems += [f'{path}.{name}: missing' for name in missing]
+    arguments = arguments_of(opt)
+    if not takes_any:
+        problems += unknown_keys(f'{path}.', arguments, {*named} | known_to_basicsr(target, call))
+    if is_ours(target):
+        for name, value in arguments.items():
+            if name in named:
+                problems += check_kind(f'{path}.{name}', value, named[name].annotation)
+    return problems or check_weights(path, target, arguments)
+
+
+def known_to_basicsr(target, call: Call) -> set[str]:
+    """`better` of a metric, which BasicSR reads, and passes on to a metric that takes any key."""
+    has_any = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(target).parameters.values())
+    return {'better'} if has_any and not call.open_ended else set()
+
+
+def check_metric(path: str, opt) -> list[str]:
+    call = CALLS['METRIC']
+    problems = check_call(path, opt, call)
+    if problems:
+        return problems
+    better = inspect.signature(look_up(call.known(), path, opt['type'])[0]).parameters.get('better')
+    if better is not None and 'better' not in opt:
+        problems = [f'{path}.better: missing; without better: {better.default} BasicSR takes the worst for the best']
+    elif opt.get('better', 'higher') not in ('higher', 'lower'):
+        problems = [f'{path}.better: {opt["better"]!r} is none of higher, lower']
+    return problems
+
+
+def check_weights(path: str, target, arguments: dict) -> list[str]:
+    """Pre-trained weights that a loss or a metric will look for: whether there is such a file."""
+    if target is vgg_perceptual_loss.VGGPerceptualLoss:
+        try:
+            vgg_perceptual_loss.find_vgg_weights(arguments.get('vgg_type', 'vgg19'), arguments.get('weights'))
+        except (ValueError, FileNotFoundError) as error:
+            return [describe(path, error)]
+    elif getattr(target, '__name__', '') in ('LPIPSLoss', 'calculate_lpips') and is_ours(target):
+        net = arguments.get('net', 'alex')
+        if net not in BACKBONES:
+            return [f'{path}.net: {net!r} is none of {", ".join(BACKBONES)}']
+        file = Path(arguments.get('weights') or backbone_path(net)).expanduser()
+        if not file.is_file():
+            return [f'{path}: needs the ImageNet weights {BACKBONES[net].url}; download them, {file} does not exist']
+    return []
+
+
+def check_kind(path: str, value, wanted) -> list[str]:
+    """Problem if a value is not of the kind that a function of ours declares; numbers as text: see `check_numbers`."""
+    if wanted is inspect.Parameter.empty or is_kind(value, wanted) or is_number_as_text(value):
+        return []
+    return [f'{path}: has to be {kind_in_words(wanted)}, not {value!r}']
+
+
+def unknown_keys(prefix: str, given, known: set[str]) -> list[str]:
+    return [f'{prefix}{key}: unknown key{did_you_mean(key, known)}' for key in given if key not in known]
