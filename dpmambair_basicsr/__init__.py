@@ -9,12 +9,14 @@ from dpmambair_basicsr.patches import imports
 __version__ = '0.1.0'
 
 
-def register() -> None:
-    """Registers our networks, data sets, losses, metrics and models with BasicSR, and patches BasicSR. Idempotent."""
-    from dpmambair_basicsr import archs, data, losses, metrics, models  # noqa: F401  (imported to register)
-    from dpmambair_basicsr.patches.apply import apply_patches
+def register():
+    """Registers our networks, data sets, losses, metrics and models with BasicSR. Idempotent.
 
-    apply_patches()
+    Returns what of them is available there and what not, with reasons: `dpmambair_basicsr.registration.Registration`.
+    """
+    from dpmambair_basicsr import registration
+
+    return registration.register()
 
 
 def load(weights, *, network: dict | None = None, device: str = 'auto', half: bool = False):

@@ -1,13 +1,85 @@
-"""What the names and values in an option file stand for: classes registered under a name, kinds of values."""
+"""Names in an option file and what they stand for: classes registered under a name, optimizers, schedulers.
+
+Our classes register here, so that they can be imported without BasicSR, or beside one that has no registry;
+`dpmambair_basicsr.registration` brings them into BasicSR's registries.
+"""
 
 import difflib
+import importlib
 import inspect
 
 import torch
-from basicsr.models import lr_scheduler as basicsr_schedulers
-from basicsr.utils import registry
 
-from dpmambair_basicsr.training import lr_schedulers as our_schedulers
+PREFIX = 'dpmambair_'  # every name of ours is also known with it, whoever owns the plain one
+
+
+class Registry(dict):
+    """Our classes and functions of one kind by name.
+
+    Attributes:
+        host: BasicSR's registry of this kind, once `connect` has been called.
+        missing: name -> why it is not available with this BasicSR.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.host, self.missing = None, {}
+
+    def register(self):
+        """The decorator, used as BasicSR's."""
+
+        def note(target):
+            self[target.__name__] = target
+            if self.host is not None:
+                self._offer(target.__name__, target)
+            return target
+
+        return note
+
+    def connect(self, host) -> None:
+        """Registers everything in BasicSR's registry `host`, what is defined later too. Idempotent.
+
+        A name that is taken stays its owner's; ours is always there as dpmambair_<name>.
+        """
+        self.host = host
+        for name, target in self.items():
+            self._offer(name, target)
+
+    def _offer(self, name: str, target) -> None:
+        for alias in (name, PREFIX + name):
+            if alias not in self.host:
+                self.host._do_register(alias, target)
+
+    def known(self) -> dict[str, object]:
+        """What an option file can name: ours by both names, and what BasicSR has registered."""
+        ours = {alias: target for name, target in self.items() for alias in (name, PREFIX + name)}
+        return ours | dict(iter(self.host if self.host is not None else ()))
+
+    def taken(self) -> list[str]:
+        """Our names that belong to somebody else in BasicSR's registry."""
+        known = self.known()
+        return [name for name in self if not is_ours(known[name])]
+
+
+ARCH_REGISTRY, DATASET_REGISTRY, LOSS_REGISTRY, METRIC_REGISTRY, MODEL_REGISTRY = (Registry() for _ in range(5))
+REGISTRIES = {
+    'ARCH': ARCH_REGISTRY,
+    'DATASET': DATASET_REGISTRY,
+    'LOSS': LOSS_REGISTRY,
+    'METRIC': METRIC_REGISTRY,
+    'MODEL': MODEL_REGISTRY,
+}
+
+
+def lazy_attributes(package: str, modules: dict[str, str]):
+    """`__getattr__` of a package (PEP 562): imports a name from its module when asked for, so that each fails alone."""
+
+    def get(name: str):
+        if name not in modules:
+            raise AttributeError(f'module {package!r} has no attribute {name!r}')
+        return getattr(importlib.import_module(f'{package}.{modules[name]}'), name)
+
+    return get
 
 
 def describe(path: str, error: Exception) -> str:
@@ -38,16 +110,22 @@ def look_up(known: dict, path: str, name) -> tuple[object, list[str]]:
     target = known.get(name, known.get(f'{name}_basicsr'))  # BasicSR's suffix for its own, see Registry.get
     if target is not None:
         return target, []
-    return None, [f'{path}: missing' if name is None else f'{path}: unknown type {name}{did_you_mean(name, known)}']
+    if name is None:
+        return None, [f'{path}: missing']
+    missing = {name: why for kind in REGISTRIES.values() for name, why in kind.missing.items()}
+    if (plain := name.removeprefix(PREFIX)) in missing:
+        return None, [f'{path}: {name} is not available with this BasicSR: {missing[plain]}']
+    return None, [f'{path}: unknown type {name}{did_you_mean(name, known)}']
 
 
 def did_you_mean(name, choices) -> str:
+    choices = [choice for choice in choices if not choice.startswith(PREFIX)] or choices
     near = difflib.get_close_matches(str(name), choices, n=1)
     return f', did you mean {near[0]}?' if near else f'; choices: {", ".join(sorted(choices))}'
 
 
 def registered(kind: str) -> dict[str, object]:
-    return dict(iter(getattr(registry, f'{kind}_REGISTRY')))
+    return REGISTRIES[kind].known()
 
 
 def optimizers() -> dict[str, type]:
@@ -56,6 +134,10 @@ def optimizers() -> dict[str, type]:
 
 def schedulers() -> dict[str, type]:
     """BasicSR's and ours; MultiStepLR is BasicSR's other name for MultiStepRestartLR (models/base_model.py:114)."""
+    from basicsr.models import lr_scheduler as basicsr_schedulers
+
+    from dpmambair_basicsr.training import lr_schedulers as our_schedulers
+
     found = subclasses(torch.optim.lr_scheduler.LRScheduler, basicsr_schedulers, our_schedulers)
     return found | {'MultiStepLR': basicsr_schedulers.MultiStepRestartLR}
 

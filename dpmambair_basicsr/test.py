@@ -5,15 +5,18 @@ Writes to ./results: the current directory is BasicSR's root_path.
 
 from pathlib import Path
 
-import dpmambair_basicsr.training.huge_pages  # before PyTorch
+import dpmambair_basicsr.training.huge_pages  # noqa: F401  (before PyTorch)
 
 # isort: split
-from basicsr.test import test_pipeline
+from dpmambair_basicsr import registration
 
 
 def main() -> None:
-    dpmambair_basicsr.register()  # here a failure to register is an error, not a warning
-    test_pipeline(str(Path.cwd()))
+    try:
+        run = registration.pipeline('test')
+    except ImportError as error:
+        raise SystemExit(f'dpmambair_basicsr.test: {error}') from None
+    run(str(Path.cwd()))
 
 
 if __name__ == '__main__':

@@ -6,15 +6,18 @@ directory name the run's own in the option file, path.experiments_root.
 
 from pathlib import Path
 
-import dpmambair_basicsr.training.huge_pages  # before PyTorch
+import dpmambair_basicsr.training.huge_pages  # noqa: F401  (before PyTorch)
 
 # isort: split
-from basicsr.train import train_pipeline
+from dpmambair_basicsr import registration
 
 
 def main() -> None:
-    dpmambair_basicsr.register()  # here a failure to register is an error, not a warning
-    train_pipeline(str(Path.cwd()))
+    try:
+        run = registration.pipeline('train')
+    except ImportError as error:
+        raise SystemExit(f'dpmambair_basicsr.train: {error}') from None
+    run(str(Path.cwd()))
 
 
 if __name__ == '__main__':

@@ -147,6 +147,7 @@ def test_the_literal_commands(checkout, tmp_path):
     files = tree(checkout)
     assert dropin(checkout).returncode == 0
     opt = stock_options(write_images(tmp_path / 'images'))
+    opt['train']['pixel_opt'] = {'type': 'FFTLoss', 'loss_weight': 1.0}  # names something of ours
     opt['datasets']['train']['batch_size_per_gpu'] = 3  # of four images: BasicSR plans too few epochs
     write_options(opt, checkout / 'options' / 'x.yml')
     result = python('basicsr/train.py', '-opt', 'options/x.yml', cwd=checkout, PYTHONDONTWRITEBYTECODE='')

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from support.commands import basicsr_source, python
+from support.commands import basicsr_source, python, replace_in, with_own_losses, without_vgg
 
 # Imports torch and torchvision once, then runs each case in a forked copy of itself: separate interpreters, but quick.
 DRIVER = """
@@ -76,6 +76,39 @@ importlib.reload(basicsr.train), importlib.reload(basicsr.test)
     'by a file in basicsr/models': FUNCTIONAL_TENSOR + "sys.path.insert(0, 'in_models'); import basicsr",
 }
 FORKS = {
+    'without VGG': """
+import sys, warnings; sys.path.insert(0, 'without_vgg')
+import dpmambair_basicsr
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter('always', RuntimeWarning)
+    import basicsr
+    result = dpmambair_basicsr.register()
+(said,) = [str(warning.message) for warning in caught if 'dpmambair' in str(warning.message)]
+assert 'losses: VGGPerceptualLoss is not available' in said and 'vgg_arch' in said and 'without_vgg' in said
+missing = {(kind, name) for kind, names in result.unavailable.items() for name in names}
+assert missing == {('losses', 'VGGPerceptualLoss')}, missing
+assert 'LPIPSLoss' in result.available['losses'] and 'RestorationModel' in result.available['models']
+from dpmambair_basicsr.registry import look_up, registered
+_, (problem,) = look_up(registered('LOSS'), 'train.perceptual_opt.type', 'VGGPerceptualLoss')
+assert 'train.perceptual_opt.type: VGGPerceptualLoss is not available with this BasicSR' in problem, problem
+""",
+    'with losses of its own': """
+import sys, warnings; sys.path.insert(0, 'with_own_losses')
+import dpmambair_basicsr
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter('always', RuntimeWarning)
+    import basicsr
+    result = dpmambair_basicsr.register()
+(said,) = [str(warning.message) for warning in caught if 'dpmambair' in str(warning.message)]
+assert 'losses: PSNRLoss is another class here, ours is dpmambair_PSNRLoss' in said, said
+from basicsr.utils.registry import ARCH_REGISTRY, LOSS_REGISTRY
+from dpmambair_basicsr.losses import LPIPSLoss, PSNRLoss
+assert LOSS_REGISTRY.get('PSNRLoss').__module__ == 'basicsr.losses.basic_loss'
+assert LOSS_REGISTRY.get('dpmambair_PSNRLoss') is PSNRLoss
+assert ARCH_REGISTRY.get('dpmambair_VmambaIR') is ARCH_REGISTRY.get('VmambaIR')
+assert set(result.available['losses']) >= {'FFTLoss', 'dpmambair_PSNRLoss', 'dpmambair_LPIPSLoss', 'VGGPerceptualLoss'}
+assert set(result.unavailable['patches']) == {'seeding'}, result.unavailable  # the sampler has another name here
+""",
     'without registry': """
 import sys; sys.path.insert(0, 'without_registry')
 import dpmambair_basicsr, basicsr.models
@@ -88,7 +121,11 @@ with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter('always')
     import basicsr
 assert basicsr.models.here
-assert 'is not registered with' in str(caught[-1].message) and 'with_another_registry' in str(caught[-1].message)
+said = str(caught[-1].message)
+assert 'with_another_registry' in said
+assert 'archs: VmambaIR is not available (basicsr.utils.registry has no ARCH_REGISTRY)' in said
+assert 'models: RestorationModel is not available (ModuleNotFoundError: No module named' in said
+assert not any(dpmambair_basicsr.register().available.values()) and len(caught) == 1
 """,
 }
 
@@ -100,6 +137,10 @@ def outcomes(tmp_path_factory):
         source = basicsr_source(folder)
         (source / 'basicsr' / kind / f'zz_{kind[:-1]}.py').write_text('import dpmambair_basicsr\n')
         source.rename(folder / f'in_{kind}')
+    for change in (without_vgg, with_own_losses):
+        change(basicsr_source(folder)).rename(folder / change.__name__)
+    for name in ('train.py', 'data/data_sampler.py'):
+        replace_in(folder / 'with_own_losses/basicsr' / name, ('EnlargedSampler', 'RepeatingSampler'))
     files = {'__init__.py': 'from .models import *\n', 'models/__init__.py': 'here = True\n', 'utils/__init__.py': ''}
     write_package(folder / 'without_registry' / 'basicsr', files)
     write_package(folder / 'with_another_registry' / 'basicsr', files | {'utils/registry.py': 'ARCHS = {}\n'})

@@ -1,4 +1,4 @@
-"""Networks. Importing this package registers them in BasicSR's ARCH_REGISTRY."""
+"""Networks. They need PyTorch alone."""
 
 from dpmambair_basicsr.archs.degradation_extractor_arch import DegradationAutoencoder, DegradationExtractor
 from dpmambair_basicsr.archs.dpmambair_arch import DPMambaIR

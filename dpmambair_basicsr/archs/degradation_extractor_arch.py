@@ -12,9 +12,10 @@ from collections.abc import Sequence
 from copy import deepcopy
 
 import torch
-from basicsr.utils.registry import ARCH_REGISTRY
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from dpmambair_basicsr.registry import ARCH_REGISTRY
 
 CDC_SIZES = (3, 5, 7)
 KERNEL = max(CDC_SIZES)

@@ -9,12 +9,12 @@ import math
 from collections.abc import Sequence
 
 import torch
-from basicsr.utils.registry import ARCH_REGISTRY
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dpmambair_basicsr.archs.blocks import EFFN, ImageMean, LayerNorm, PlanarScan, UNet, convolve_halves, one_of
 from dpmambair_basicsr.archs.degradation_extractor_arch import DegradationExtractor
+from dpmambair_basicsr.registry import ARCH_REGISTRY
 
 PROMPTS = ('delta', 'B', 'C')
 INSERTIONS = ('modulate', 'concat', 'attention', 'none')

@@ -9,7 +9,6 @@ import math
 from collections.abc import Sequence
 
 import torch
-from basicsr.utils.registry import ARCH_REGISTRY
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -24,6 +23,7 @@ from dpmambair_basicsr.archs.blocks import (
     log_uniform_delta_bias,
     one_of,
 )
+from dpmambair_basicsr.registry import ARCH_REGISTRY
 
 FORWARD_AND_BACK = (0, 2)  # scan orders of the channel scan, see `cross_scan`
 LIFTED_CHANNELS, LIFTED_RANK = 4, 6

@@ -1,7 +1,12 @@
 """Datasets, and the degradations they synthesise (`dpmambair_basicsr.data.degradations`)."""
 
-from dpmambair_basicsr.data.mixed_degradation_dataset import MixedDegradationDataset
-from dpmambair_basicsr.data.paired_degradation_dataset import PairedDegradationDataset
-from dpmambair_basicsr.data.synthetic_degradation_dataset import SyntheticDegradationDataset
+from dpmambair_basicsr.registry import lazy_attributes
 
-__all__ = ['MixedDegradationDataset', 'PairedDegradationDataset', 'SyntheticDegradationDataset']
+MODULES = {
+    'MixedDegradationDataset': 'mixed_degradation_dataset',
+    'PairedDegradationDataset': 'paired_degradation_dataset',
+    'SyntheticDegradationDataset': 'synthetic_degradation_dataset',
+}  # name -> module; each is imported by itself, because not every BasicSR has what all of them need
+
+__all__ = list(MODULES)
+__getattr__ = lazy_attributes(__name__, MODULES)

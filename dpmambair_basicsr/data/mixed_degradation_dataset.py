@@ -3,7 +3,6 @@ import random
 from pathlib import Path
 
 import numpy as np
-from basicsr.utils.registry import DATASET_REGISTRY
 from torch.utils.data import Dataset
 
 from dpmambair_basicsr.data.dataset_options import CROPS, SEED, TEMPLATE
@@ -11,6 +10,7 @@ from dpmambair_basicsr.data.paired_degradation_dataset import PairedDegradationD
 from dpmambair_basicsr.data.progressive import ProgressiveBatches
 from dpmambair_basicsr.data.synthetic_degradation_dataset import SyntheticDegradationDataset
 from dpmambair_basicsr.files.option_row import Option, names
+from dpmambair_basicsr.registry import DATASET_REGISTRY
 
 INHERITED = names(CROPS) - {'progressive'} | {'phase', 'scale', 'io_backend', 'filename_tmpl', 'seed'}
 SUB_DATASETS = {cls.__name__: cls for cls in (PairedDegradationDataset, SyntheticDegradationDataset)}

@@ -1,6 +1,5 @@
 from basicsr.data.data_util import paired_paths_from_meta_info_file
 from basicsr.data.transforms import paired_random_crop
-from basicsr.utils.registry import DATASET_REGISTRY
 from torch.utils.data import Dataset
 
 from dpmambair_basicsr.data.dataset_options import CLEAN, CROPS, TEMPLATE, complete_options
@@ -18,6 +17,7 @@ from dpmambair_basicsr.files.images import (
     to_tensor,
 )
 from dpmambair_basicsr.files.option_row import Option
+from dpmambair_basicsr.registry import DATASET_REGISTRY
 
 
 @DATASET_REGISTRY.register()

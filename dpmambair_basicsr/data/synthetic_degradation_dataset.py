@@ -3,7 +3,6 @@ import zlib
 from pathlib import Path
 
 import numpy as np
-from basicsr.utils.registry import DATASET_REGISTRY
 from torch.utils.data import Dataset
 
 from dpmambair_basicsr.data.dataset_options import CLEAN, CROPS, SEED, complete_options
@@ -20,6 +19,7 @@ from dpmambair_basicsr.files.images import (
     to_tensor,
 )
 from dpmambair_basicsr.files.option_row import Option
+from dpmambair_basicsr.registry import DATASET_REGISTRY
 
 
 @DATASET_REGISTRY.register()

@@ -1,8 +1,13 @@
 """Losses: called as loss(pred, target), BasicSR's way."""
 
-from dpmambair_basicsr.losses.fft_loss import FFTLoss
-from dpmambair_basicsr.losses.lpips_loss import LPIPSLoss
-from dpmambair_basicsr.losses.psnr_loss import PSNRLoss
-from dpmambair_basicsr.losses.vgg_perceptual_loss import VGGPerceptualLoss
+from dpmambair_basicsr.registry import lazy_attributes
 
-__all__ = ['FFTLoss', 'LPIPSLoss', 'PSNRLoss', 'VGGPerceptualLoss']
+MODULES = {
+    'FFTLoss': 'fft_loss',
+    'LPIPSLoss': 'lpips_loss',
+    'PSNRLoss': 'psnr_loss',
+    'VGGPerceptualLoss': 'vgg_perceptual_loss',
+}  # name -> module; each is imported by itself, because not every BasicSR has what all of them need
+
+__all__ = list(MODULES)
+__getattr__ = lazy_attributes(__name__, MODULES)

@@ -1,7 +1,7 @@
-from basicsr.utils.registry import LOSS_REGISTRY
 from torch import Tensor, nn
 
 from dpmambair_basicsr.losses.lpips_network import build_lpips
+from dpmambair_basicsr.registry import LOSS_REGISTRY
 
 
 @LOSS_REGISTRY.register()

@@ -1,6 +1,7 @@
 import torch
-from basicsr.utils.registry import LOSS_REGISTRY
 from torch import Tensor, nn
+
+from dpmambair_basicsr.registry import LOSS_REGISTRY
 
 
 @LOSS_REGISTRY.register()

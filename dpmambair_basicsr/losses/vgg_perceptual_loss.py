@@ -6,7 +6,8 @@ import torch
 import torchvision
 from basicsr.archs import vgg_arch
 from basicsr.losses.basic_loss import PerceptualLoss
-from basicsr.utils.registry import LOSS_REGISTRY
+
+from dpmambair_basicsr.registry import LOSS_REGISTRY
 
 
 @LOSS_REGISTRY.register()

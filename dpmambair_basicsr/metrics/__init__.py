@@ -3,6 +3,11 @@
 PSNR and SSIM are BasicSR's; `patches/ssim` makes the latter faster.
 """
 
-from dpmambair_basicsr.metrics.lpips import calculate_lpips
+from dpmambair_basicsr.registry import lazy_attributes
 
-__all__ = ['calculate_lpips']
+MODULES = {
+    'calculate_lpips': 'lpips',
+}  # name -> module; each is imported by itself, because not every BasicSR has what all of them need
+
+__all__ = list(MODULES)
+__getattr__ = lazy_attributes(__name__, MODULES)

@@ -2,9 +2,9 @@ from functools import lru_cache
 
 import numpy as np
 import torch
-from basicsr.utils.registry import METRIC_REGISTRY
 
 from dpmambair_basicsr.losses.lpips_network import build_lpips
+from dpmambair_basicsr.registry import METRIC_REGISTRY
 
 
 @lru_cache

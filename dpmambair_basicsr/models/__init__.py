@@ -1,15 +1,14 @@
-"""Training logic. Importing this package registers the models in BasicSR's MODEL_REGISTRY."""
+"""Training logic."""
 
-from dpmambair_basicsr.models.degradation_extractor_model import DegradationExtractorModel
-from dpmambair_basicsr.models.real_world_sr_gan_model import RealWorldSRGANModel
-from dpmambair_basicsr.models.real_world_sr_model import RealWorldSRModel
-from dpmambair_basicsr.models.restoration_gan_model import RestorationGANModel
-from dpmambair_basicsr.models.restoration_model import RestorationModel
+from dpmambair_basicsr.registry import lazy_attributes
 
-__all__ = [
-    'DegradationExtractorModel',
-    'RealWorldSRGANModel',
-    'RealWorldSRModel',
-    'RestorationGANModel',
-    'RestorationModel',
-]
+MODULES = {
+    'DegradationExtractorModel': 'degradation_extractor_model',
+    'RealWorldSRGANModel': 'real_world_sr_gan_model',
+    'RealWorldSRModel': 'real_world_sr_model',
+    'RestorationGANModel': 'restoration_gan_model',
+    'RestorationModel': 'restoration_model',
+}  # name -> module; each is imported by itself, because not every BasicSR has what all of them need
+
+__all__ = list(MODULES)
+__getattr__ = lazy_attributes(__name__, MODULES)

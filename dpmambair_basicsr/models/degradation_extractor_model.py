@@ -1,7 +1,7 @@
-from basicsr.utils.registry import MODEL_REGISTRY
 from torch import Tensor
 
 from dpmambair_basicsr.models.restoration_model import RestorationModel
+from dpmambair_basicsr.registry import MODEL_REGISTRY
 
 
 @MODEL_REGISTRY.register()

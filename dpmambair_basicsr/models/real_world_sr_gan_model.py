@@ -1,8 +1,8 @@
 from basicsr.models.realesrgan_model import RealESRGANModel
-from basicsr.utils.registry import MODEL_REGISTRY
 
 from dpmambair_basicsr.models.restoration_gan_model import RestorationGANModel
 from dpmambair_basicsr.models.two_order_degradation import TwoOrderDegradation
+from dpmambair_basicsr.registry import MODEL_REGISTRY
 
 
 @MODEL_REGISTRY.register()

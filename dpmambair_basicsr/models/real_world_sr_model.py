@@ -1,8 +1,8 @@
 from basicsr.models.realesrnet_model import RealESRNetModel
-from basicsr.utils.registry import MODEL_REGISTRY
 
 from dpmambair_basicsr.models.restoration_model import RestorationModel
 from dpmambair_basicsr.models.two_order_degradation import TwoOrderDegradation
+from dpmambair_basicsr.registry import MODEL_REGISTRY
 
 
 @MODEL_REGISTRY.register()

@@ -1,8 +1,8 @@
 from basicsr.models.srgan_model import SRGANModel
-from basicsr.utils.registry import MODEL_REGISTRY
 
 from dpmambair_basicsr.files.option_row import Option
 from dpmambair_basicsr.models.restoration_mixin import RestorationHooks
+from dpmambair_basicsr.registry import MODEL_REGISTRY
 
 
 @MODEL_REGISTRY.register()

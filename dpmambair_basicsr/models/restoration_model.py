@@ -3,10 +3,10 @@ from copy import deepcopy
 
 from basicsr.losses import build_loss
 from basicsr.models.sr_model import SRModel
-from basicsr.utils.registry import MODEL_REGISTRY
 from torch import Tensor
 
 from dpmambair_basicsr.models.restoration_mixin import RestorationHooks
+from dpmambair_basicsr.registry import MODEL_REGISTRY
 
 # Names in the log are l_<key without _opt>, except for the two that BasicSR abbreviates.
 LOG_NAMES = {'pixel_opt': 'l_pix', 'perceptual_opt': 'l_percep'}

@@ -20,7 +20,7 @@ from dpmambair_basicsr.files.atomic import replacing
 from dpmambair_basicsr.files.option_row import TEST, TRAIN, Option
 from dpmambair_basicsr.option_checks.calls import CALLS, Call, parameters_of
 from dpmambair_basicsr.option_checks.schema import OPTIONS
-from dpmambair_basicsr.registry import is_ours, registered
+from dpmambair_basicsr.registry import PREFIX, is_ours, registered
 
 FILE = 'dpmambair.schema.json'  # beside the option files
 TYPES = {int: 'integer', float: 'number', str: 'string', bool: 'boolean', dict: 'object', type(None): 'null'}
@@ -50,9 +50,13 @@ def declared(registry: str) -> list[Option]:
 
 
 def of_packages(known: dict) -> dict:
-    """Without what others have registered."""
+    """Without what others have registered, and our second names."""
     ours = ('basicsr.', 'dpmambair_basicsr.')
-    return {name: target for name, target in known.items() if target.__module__.startswith(ours)}
+    return {
+        name: target
+        for name, target in known.items()
+        if target.__module__.startswith(ours) and not name.startswith(PREFIX)
+    }
 
 
 def plain_name(name: str) -> str:

@@ -2,34 +2,142 @@
 
 BasicSR's files are never edited: single functions are replaced once BasicSR is imported. Each docstring says what
 breaks, where in BasicSR 1.4.2, and when the patch can go. No patch asks for a version: a replacement is right wherever
-the function exists, and what a fork does not have is left alone.
+the function exists, what a fork does not have is left alone, and a topic that does not fit one costs only itself.
+
+When: our commands apply all of them at once. Otherwise two functions, the gates below, apply them as soon as a run
+names something of ours: its option file a class, or `build_model` a model. A run that names nothing of ours is as it
+would be without us, to the bit.
 """
 
+import difflib
 import functools
 import importlib
 import pkgutil
 import sys
+import warnings
 
-from dpmambair_basicsr.patches.registry import PATCHES
+import yaml
+
+from dpmambair_basicsr.patches.registry import PATCHES, replaces
+from dpmambair_basicsr.registry import PREFIX, REGISTRIES, is_ours
+from dpmambair_basicsr.training.command_line import command_line
 
 TOPICS = ('options', 'distributed', 'fixes', 'ssim', 'checkpoints', 'seeding', 'signals')
 
+misfits = {}  # topic -> why it cannot be imported with this BasicSR
+applied = False
 
-def apply_patches() -> None:
-    """Applies every patch to the imported BasicSR. Idempotent."""
+
+class TolerantLoader(yaml.SafeLoader):
+    """Reads a tag that it does not know as None: what the names in a file are is asked before anything is refused."""
+
+
+TolerantLoader.add_multi_constructor('', lambda loader, suffix, node: None)
+
+
+def load_topics() -> None:
+    """Imports the topics, each by itself; notes in `misfits` what cannot be."""
     for topic in TOPICS:
-        importlib.import_module(f'dpmambair_basicsr.patches.{topic}')  # notes its patches
-    for owner_name, attribute, make in PATCHES:
         try:
-            owner = pkgutil.resolve_name(owner_name)
-            original = getattr(owner, attribute)
-        except (ImportError, AttributeError):
-            continue  # a fork without it
-        if hasattr(original, 'patched_by'):
-            continue
+            importlib.import_module(f'dpmambair_basicsr.patches.{topic}')  # notes its patches
+        except Exception as error:  # whatever a fork makes of what it imports
+            misfits[topic] = f'{type(error).__name__}: {error}'
+
+
+def apply_patches(*namespaces: dict) -> None:
+    """Applies every patch to the imported BasicSR, also to what these global namespaces have imported. Idempotent."""
+    global applied
+    load_topics()
+    if misfits and not applied:
+        problems = [f'patches/{topic} does not fit this BasicSR ({why})' for topic, why in misfits.items()]
+        warnings.warn('\n  '.join(['dpmambair_basicsr:', *problems]), RuntimeWarning, stacklevel=2)
+    applied = True
+    for patch in PATCHES:
+        apply(*patch, namespaces)
+
+
+def apply_gates() -> None:
+    """Applies what finds out whether a run names something of ours. Idempotent."""
+    for owner, attribute, make in PATCHES:
+        if make.__module__ == __name__:
+            apply(owner, attribute, make, ())
+
+
+def apply(owner_name: str, attribute: str, make, namespaces: tuple[dict, ...]) -> None:
+    try:
+        owner = pkgutil.resolve_name(owner_name)
+        original = getattr(owner, attribute)
+    except (ImportError, AttributeError):
+        return  # a fork without it
+    if not hasattr(original, 'patched_by'):
         replacement = functools.update_wrapper(make(original), original)
         replacement.patched_by = __name__
         setattr(owner, attribute, replacement)
-        for name in ('basicsr.train', 'basicsr.test', '__main__'):  # these import functions by name
-            if getattr(sys.modules.get(name), attribute, None) is original:
-                setattr(sys.modules[name], attribute, replacement)
+    # These import functions by name.
+    modules = [vars(sys.modules[name]) for name in ('basicsr.train', 'basicsr.test', '__main__') if name in sys.modules]
+    patched = getattr(owner, attribute)
+    for namespace in (*modules, *namespaces):
+        if namespace.get(attribute) is patched.__wrapped__:
+            namespace[attribute] = patched
+
+
+@replaces('basicsr.utils.options', 'parse_options')
+def options_that_name_ours(original):
+    """The gate for commands: train.py and test.py call this first."""
+
+    def parse_options(*arguments, **keywords):
+        if not (applied or names_ours(*command_line())):
+            return original(*arguments, **keywords)
+        caller = sys._getframe(1).f_globals
+        apply_patches(caller)
+        if 'options' in misfits:
+            return original(*arguments, **keywords)
+        from dpmambair_basicsr.patches.options import checked_options
+
+        return checked_options(original, caller)(*arguments, **keywords)
+
+    return parse_options
+
+
+@replaces('basicsr.models', 'build_model')
+def models_of_ours(original):
+    """The gate for programs with a loop of their own."""
+
+    def build_model(opt):
+        if is_ours(REGISTRIES['MODEL'].known().get(opt['model_type'])):
+            apply_patches()
+        return original(opt)
+
+    return build_model
+
+
+def names_ours(file: str | None, forced: list[str]) -> bool:
+    """Whether an option file, or --force_yml, names a class or function of ours, or clearly means one."""
+    if file is None:
+        return False
+    try:
+        with open(file, encoding='utf-8') as stream:
+            opt = yaml.load(stream, Loader=TolerantLoader)
+    except (OSError, ValueError, yaml.YAMLError):
+        return False  # BasicSR reports it
+    parts = [entry.partition('=') for entry in forced]
+    forced_types = {value.strip() for keys, _, value in parts if keys.strip().split(':')[-1] in ('type', 'model_type')}
+    ours = {name for kind in REGISTRIES.values() for name in (*kind, *kind.missing)}
+    known = [kind.known() for kind in REGISTRIES.values()]
+    for name in {*types(opt), *forced_types}:
+        owners = [names[name] for names in known if name in names]
+        if any(map(is_ours, owners)) or name.removeprefix(PREFIX) in ours and not owners:
+            return True
+        if not owners and difflib.get_close_matches(name, ours, n=1, cutoff=0.85):
+            return True
+    return False
+
+
+def types(value) -> list[str]:
+    """What `type` and `model_type` say, at any depth."""
+    if isinstance(value, list):
+        return [name for part in value for name in types(part)]
+    if not isinstance(value, dict):
+        return []
+    own = [value[key] for key in ('type', 'model_type') if isinstance(value.get(key), str)]
+    return own + [name for part in value.values() for name in types(part)]

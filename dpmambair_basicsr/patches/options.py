@@ -10,12 +10,14 @@ from dpmambair_basicsr.patches.resume import load_resume_state, whole_epochs
 from dpmambair_basicsr.training.command_line import command_line
 
 
-@replaces('basicsr.utils.options', 'parse_options')
-def checked_options(original):
+def checked_options(original, caller: dict):
     """Options are not checked at all: a misspelt key is ignored, and the rest fails after folders were renamed.
 
     utils/options.py:80. The place for everything that has to happen before the first folder is made; see the functions
     called here. Can go when BasicSR checks its options.
+
+    Args:
+        caller: the global namespace of train.py or test.py.
     """
 
     def parse_options(root_path, is_train=True):
@@ -35,7 +37,6 @@ def checked_options(original):
             problems = check_root(opt, raw['path'])
         refuse(file, problems + check_options(opt))
         # BasicSR's train.py runs as __main__, so its functions are not reached through the module basicsr.train
-        caller = sys._getframe(1).f_globals
         if 'load_resume_state' in caller:
             caller['load_resume_state'] = load_resume_state
         if 'create_train_val_dataloader' in caller:

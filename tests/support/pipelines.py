@@ -13,10 +13,12 @@ from basicsr.test import test_pipeline
 from basicsr.train import train_pipeline
 
 import dpmambair_basicsr
+from dpmambair_basicsr.patches.apply import apply_patches
 
 ROOT = Path(__file__).parents[2]
 
 dpmambair_basicsr.register()
+apply_patches()
 
 
 @contextmanager
