@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from dpmambair_basicsr.losses import vgg_perceptual_loss
 from dpmambair_basicsr.losses.lpips_network import BACKBONES, backbone_path
 from dpmambair_basicsr.option_checks.values import is_kind, is_number_as_text, kind_in_words
 from dpmambair_basicsr.registry import (
@@ -98,9 +97,11 @@ def check_metric(path: str, opt) -> list[str]:
 
 def check_weights(path: str, target, arguments: dict) -> list[str]:
     """Pre-trained weights that a loss or a metric will look for: whether there is such a file."""
-    if target is vgg_perceptual_loss.VGGPerceptualLoss:
+    if getattr(target, '__name__', '') == 'VGGPerceptualLoss' and is_ours(target):
+        from dpmambair_basicsr.losses.vgg_perceptual_loss import find_vgg_weights  # which not every BasicSR has
+
         try:
-            vgg_perceptual_loss.find_vgg_weights(arguments.get('vgg_type', 'vgg19'), arguments.get('weights'))
+            find_vgg_weights(arguments.get('vgg_type', 'vgg19'), arguments.get('weights'))
         except (ValueError, FileNotFoundError) as error:
             return [describe(path, error)]
     elif getattr(target, '__name__', '') in ('LPIPSLoss', 'calculate_lpips') and is_ours(target):
