@@ -13,7 +13,7 @@ import cv2
 from tqdm import tqdm
 
 import dpmambair_basicsr
-from dpmambair_basicsr.files.option_files import read_options
+from dpmambair_basicsr.files.option_files import OptionError, read_options
 from dpmambair_basicsr.files.pictures import (
     check_format,
     list_pictures,
@@ -30,9 +30,9 @@ def main() -> int:
     arguments = parse_arguments()
     dpmambair_basicsr.register()
     cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # its warnings name no file
-    network = None if arguments.opt is None else read_network(arguments.opt)
     jobs = plan([*arguments.inputs, *arguments.input], arguments.output, arguments.suffix)
     try:
+        network = None if arguments.opt is None else read_network(arguments.opt)
         restorer = load(arguments.weights, network=network, device=arguments.device, half=arguments.half)
     except (ValueError, OSError) as error:
         raise SystemExit(str(error)) from None
@@ -86,11 +86,11 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def read_network(file: str) -> dict:
-    """`network_g` of an option file. Raises SystemExit, naming it, if there is none."""
+    """`network_g` of an option file. Raises OptionError, naming it, if there is none."""
     options = read_options(file)
     network = options.get('network_g') if isinstance(options, dict) else None
     if not isinstance(network, dict):
-        raise SystemExit(f'{file}: network_g: missing')
+        raise OptionError(f'{file}: network_g: missing')
     return network
 
 

@@ -207,7 +207,7 @@ def test_a_file_that_is_no_text_is_named(tmp_path, monkeypatch):
     file = tmp_path / 'options.yml'
     file.write_bytes('name: Größe'.encode('latin-1'))
     monkeypatch.setattr(sys, 'argv', ['train.py', '-opt', str(file)])
-    with pytest.raises(SystemExit, match=f'^{file}: [^\n]*utf-8[^\n]*$'):
+    with pytest.raises(SystemExit, match=f'^{file}: line 1: [^\n]*UTF-8[^\n]*$'):
         options.parse_options('root', is_train=True)
 
 

@@ -16,6 +16,7 @@ from support.commands import stock_options, write_images
 
 import dpmambair_basicsr
 from dpmambair_basicsr.archs import DegradationAutoencoder, DPMambaIR
+from dpmambair_basicsr.files.option_files import OptionError
 from dpmambair_basicsr.files.option_row import Option
 from dpmambair_basicsr.option_checks.sections import check_options
 from dpmambair_basicsr.option_checks.structure import apply_forced, check_root, check_structure, refuse
@@ -342,7 +343,7 @@ def test_forced_options_are_checked_like_those_of_the_file(opt, forced):
 
 def test_refusal_is_one_message_and_a_failure():
     refuse('x.yml', [])
-    with pytest.raises(SystemExit) as refusal:
+    with pytest.raises(OptionError) as refusal:
         refuse('x.yml', ['a: missing', 'b: missing'])
     assert str(refusal.value) == 'x.yml: 2 problems in the options:\n  a: missing\n  b: missing'
 

@@ -6,6 +6,8 @@ from pathlib import Path
 import yaml
 from basicsr.utils import options as basicsr_options
 
+from dpmambair_basicsr.files.names import name_problem
+from dpmambair_basicsr.files.option_files import OptionError, key_lines
 from dpmambair_basicsr.files.option_row import TEST, TRAIN
 from dpmambair_basicsr.option_checks.schema import OPTIONS
 from dpmambair_basicsr.option_checks.values import check_value, will_resume
@@ -13,12 +15,38 @@ from dpmambair_basicsr.registry import describe
 
 READ_BY_BASICSR = [row for row in OPTIONS if row.section == '' and row.name not in ('network_g', 'scale')]
 
+MAX_ITERATIONS = 10**12  # BasicSR's estimate of the time left is a timedelta, which ends at 10^9 days
+MAX_REPORTED = 50  # problems, and of each
+MAX_LENGTH = 600  # characters
 
-def refuse(file: str, problems: list[str]) -> None:
-    """Raises SystemExit (exit status 1) with all problems of an option file, if there are any."""
-    if problems:
-        count = '1 problem' if len(problems) == 1 else f'{len(problems)} problems'
-        raise SystemExit('\n  '.join([f'{file}: {count} in the options:', *problems]))
+
+def refuse(file: str, problems: list[str], forced: list[str] = ()) -> None:
+    """Raises OptionError with all problems of an option file, if there are any, and the lines of their keys.
+
+    Args:
+        forced: the `--force_yml` entries, whose keys have no line.
+    """
+    if not problems:
+        return
+    try:
+        lines = key_lines(file)
+    except OptionError:
+        lines = {}
+    own = {entry.partition('=')[0].strip().replace(':', '.') for entry in forced}
+    count = '1 problem' if len(problems) == 1 else f'{len(problems)} problems'
+    told = [with_line(problem, lines, own) for problem in problems[:MAX_REPORTED]]
+    told += [f'and {len(problems) - MAX_REPORTED} more'] if len(problems) > MAX_REPORTED else []
+    raise OptionError('\n  '.join([f'{file}: {count} in the options:', *told]))
+
+
+def with_line(problem: str, lines: dict[str, int], forced: set[str]) -> str:
+    """The problem, shortened, with the line of its key, or of the section that should have it."""
+    key = re.split(r'[:\[]', problem, maxsplit=1)[0]
+    key = '' if key in forced else key
+    while key and key not in lines:
+        key = key.rpartition('.')[0]
+    problem = problem if len(problem) <= MAX_LENGTH else f'{problem[:MAX_LENGTH]} ...'
+    return f'{problem} (line {lines[key]})' if key else problem
 
 
 def apply_forced(opt, forced: list[str]) -> list[str]:
@@ -28,8 +56,9 @@ def apply_forced(opt, forced: list[str]) -> list[str]:
     """
     problems = []
     for entry in forced if isinstance(opt, dict) else ():
+        where = f'--force_yml {entry if len(entry) <= 100 else entry[:100] + "..."}'
         if not re.fullmatch(r'\s*[\w-]+(:[\w-]+)*\s*=[^=]*', entry):
-            problems.append(f'--force_yml {entry}: is not of the form key=value or section:key=value')
+            problems.append(f'{where}: is not of the form key=value or section:key=value')
             continue
         keys, _, text = entry.partition('=')
         *sections, key = keys.strip().split(':')
@@ -37,12 +66,12 @@ def apply_forced(opt, forced: list[str]) -> list[str]:
         for name in sections:
             section = section.get(name) if isinstance(section, dict) else None
         if not isinstance(section, dict):
-            problems.append(f'--force_yml {entry}: the file has no such section')
+            problems.append(f'{where}: the file has no such section')
             continue
         try:
             section[key] = basicsr_options._postprocess_yml_value(text.strip())
         except (ValueError, yaml.YAMLError) as error:
-            problems.append(describe(f'--force_yml {entry}', error))
+            problems.append(describe(where, error))
     return problems
 
 
@@ -74,7 +103,23 @@ def check_structure(opt, is_train: bool) -> list[str]:
     problems += [
         f'{path}: has to be text, not {value!r}' for path, value in texts.items() if not isinstance(value, str | None)
     ]
-    return problems
+    total = opt['train'].get('total_iter', 1) if isinstance(opt.get('train'), dict) else 1
+    if isinstance(total, int | float) and not total <= MAX_ITERATIONS:
+        problems.append(f'train.total_iter: must be at most {MAX_ITERATIONS}, not {total!r}')
+    return problems + check_names(opt)
+
+
+def check_names(opt: dict) -> list[str]:
+    """Problems with names that become those of files and folders: one that leads elsewhere has folders renamed."""
+    names = {'name': opt.get('name')}
+    for phase, dataset in opt['datasets'].items() if isinstance(opt.get('datasets'), dict) else ():
+        if isinstance(dataset, dict):
+            names[f'datasets.{phase}.name'] = dataset.get('name')
+    if isinstance(opt.get('val'), dict) and opt['val'].get('suffix') not in (None, ''):
+        names['val.suffix'] = f'{opt["val"]["suffix"]}_'  # in the middle of a name, which may be a dot
+    names |= {key: key for key in opt if key.startswith('network_')}
+    found = {key: name_problem(name) for key, name in names.items() if isinstance(name, str)}
+    return [f'{key}: {problem}' for key, problem in found.items() if problem]
 
 
 def keys_that_are_no_text(value, path: str = '') -> list[tuple[str, object]]:

@@ -18,6 +18,8 @@ import warnings
 
 import yaml
 
+from dpmambair_basicsr.files.option_files import check_bounds, read_text
+from dpmambair_basicsr.files.regular import open_regular
 from dpmambair_basicsr.patches.registry import PATCHES, replaces
 from dpmambair_basicsr.registry import PREFIX, REGISTRIES, is_ours
 from dpmambair_basicsr.training.command_line import command_line
@@ -116,8 +118,10 @@ def names_ours(file: str | None, forced: list[str]) -> bool:
     if file is None:
         return False
     try:
-        with open(file, encoding='utf-8') as stream:
-            opt = yaml.load(stream, Loader=TolerantLoader)
+        with open_regular(file) as stream:
+            text = read_text(stream)
+        check_bounds(text)
+        opt = yaml.load(text, Loader=TolerantLoader)
     except (OSError, ValueError, yaml.YAMLError):
         return False  # BasicSR reports it
     parts = [entry.partition('=') for entry in forced]

@@ -3,8 +3,13 @@
 import os
 import re
 import sys
+import time
+from pathlib import Path
 
-from dpmambair_basicsr.files.option_files import read_options
+from basicsr.utils.dist_util import master_only
+
+from dpmambair_basicsr.files.atomic import replacing
+from dpmambair_basicsr.files.option_files import OptionError, OptionLoader, parse_value, read_options
 from dpmambair_basicsr.patches.registry import replaces
 from dpmambair_basicsr.patches.resume import load_resume_state, whole_epochs
 from dpmambair_basicsr.training.command_line import command_line
@@ -28,14 +33,17 @@ def checked_options(original, caller: dict):
         from dpmambair_basicsr.option_checks.sections import check_options
         from dpmambair_basicsr.option_checks.structure import apply_forced, check_root, check_structure, refuse
 
-        raw = read_options(file)
-        refuse(file, apply_forced(raw, forced) or check_structure(raw, is_train))
-        opt, args = original(root_path, is_train)
-        problems = []
-        if not args.debug:  # whose runs must not take the place of the real ones: they have a folder of their own
-            obey_experiments_root(opt, raw['path'])
-            problems = check_root(opt, raw['path'])
-        refuse(file, problems + check_options(opt))
+        try:
+            raw = read_options(file)
+            refuse(file, apply_forced(raw, forced) or check_structure(raw, is_train), forced)
+            opt, args = original(root_path, is_train)
+            problems = []
+            if not args.debug:  # whose runs must not take the place of the real ones: they have a folder of their own
+                obey_experiments_root(opt, raw['path'])
+                problems = check_root(opt, raw['path'])
+            refuse(file, problems + check_options(opt), forced)
+        except OptionError as error:
+            raise SystemExit(str(error)) from None
         # BasicSR's train.py runs as __main__, so its functions are not reached through the module basicsr.train
         if 'load_resume_state' in caller:
             caller['load_resume_state'] = load_resume_state
@@ -74,32 +82,43 @@ def obey_experiments_root(opt: dict, wanted: dict) -> None:
 def safe_yaml(original):
     """Option files are read with the unsafe loader, so `!!python/object/apply:os.system` runs; utils/options.py:12, 95.
 
-    Can go when BasicSR uses the safe one.
+    And in the encoding of the system, without limits, the last of two equal keys. Can go when BasicSR's loader is safe
+    in all this.
     """
-    import yaml
-
-    class Loader(getattr(yaml, 'CSafeLoader', yaml.SafeLoader)):
-        pass
 
     def ordered_yaml():
-        safe, dumper = original()
-        ordered = safe.yaml_constructors[yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG]
-        Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, ordered)
-        return Loader, dumper
+        return OptionLoader, original()[1]
 
     return ordered_yaml
+
+
+@replaces('basicsr.utils.options', 'copy_opt_file')
+def whole_copy(original):
+    """The copy is changed in its place, in the encoding of the system: utils/options.py:191. A UTF-8 file ends it.
+
+    Can go when BasicSR writes it at once, in UTF-8.
+    """
+
+    @master_only
+    def copy_opt_file(opt_file, experiments_root):
+        command = ' '.join(sys.argv).replace('\n', ' ')
+        head = f'# GENERATE TIME: {time.asctime()}\n# CMD:\n# {command}\n\n'
+        content = Path(opt_file).read_bytes().removeprefix(b'\xef\xbb\xbf')
+        with replacing(Path(experiments_root, Path(opt_file).name)) as part:
+            part.write_bytes(head.encode('utf-8', 'surrogateescape') + content)
+
+    return copy_opt_file
 
 
 @replaces('basicsr.utils.options', '_postprocess_yml_value')
 def forced_value(original):
     """`--force_yml` evaluates lists as Python (utils/options.py:77) and leaves '-1' and '1e-4' as text.
 
-    And none is always no value: here 'none', in quotes, is the word. Can go when BasicSR parses these values.
+    And none is always no value: here 'none', in quotes, is the word. The limits are those of a file. Can go when
+    BasicSR parses these values.
     """
 
     def postprocess_yml_value(text):
-        import yaml
-
         from dpmambair_basicsr.option_checks.values import is_number_as_text
 
         def convert(value):
@@ -107,10 +126,11 @@ def forced_value(original):
                 return [convert(part) for part in value]
             if not is_number_as_text(value):
                 return value
-            return int(value) if value.lstrip('+-').isdecimal() else float(value)
+            return parse_value(str(int(value))) if value.lstrip('+-').isdecimal() else float(value)
 
         if text.startswith(("'", '"')):
-            return yaml.safe_load(text)
-        return convert(yaml.safe_load(text) if text.startswith('[') else original(text))
+            return parse_value(text)
+        value = convert(parse_value(text) if text.startswith('[') else original(text))
+        return parse_value(str(value)) if type(value) is int else value  # which has limits
 
     return postprocess_yml_value
