@@ -75,21 +75,21 @@ def test_too_many_in_a_row_are_an_error(limit):
         step(model, math.nan)
     with pytest.raises(FloatingPointError, match=f'^The loss is not finite; steps in a row: {limit + 1}'):
         step(model, math.nan)
-    assert model.skipped_steps == 4 * limit + 1
+    assert model.step_guard.skipped == 4 * limit + 1
 
 
 def test_steps_that_the_scaler_of_fp16_leaves_out_are_counted():
     """Its fp16 needs a GPU, the scaler does not."""
     model = build(**{'train.max_skipped_steps': 2})
-    model.scaler = torch.amp.GradScaler('cpu', init_scale=64.0)
+    model.precision.scaler = torch.amp.GradScaler('cpu', init_scale=64.0)
     step(model)
     before = everything(model)
     step(model, math.nan, changed='lq')  # the scaler finds this one
     step(model, math.nan)  # and the hook this one: the gradient is finite
     assert_equal(list(everything(model)), list(before))
-    assert model.skipped_steps == 2 and model.scaler.get_scale() == 32
+    assert model.step_guard.skipped == 2 and model.precision.scaler.get_scale() == 32
     step(model)
-    assert model.optimizer_g.skipped_in_a_row == 0 and model.skipped_steps == 2
+    assert model.step_guard.skipped_in_a_row[model.optimizer_g] == 0 and model.step_guard.skipped == 2
     assert not torch.equal(everything(model)[0][0][0], before[0][0][0])
     for _ in range(2):
         step(model, math.nan, changed='lq')
@@ -101,13 +101,17 @@ def test_the_scale_of_the_loss_is_resumed(tmp_path, monkeypatch):
     monkeypatch.setattr(training_run, 'current', training_run.TrainingRun(seed=1, items_per_iteration=2))
     model, resumed = (build(**{'path.training_states': str(tmp_path), 'path.models': str(tmp_path)}) for _ in range(2))
     for each in (model, resumed):
-        each.scaler = torch.amp.GradScaler('cpu')
+        each.precision.scaler = torch.amp.GradScaler('cpu')
     step(model)
     step(model, math.nan, changed='lq')
     step(model)
     training_state.write_state(model, 0, 3)
     resumed.resume_training(torch.load(tmp_path / '3.state', weights_only=True))
-    assert resumed.scaler.state_dict() == model.scaler.state_dict() != torch.amp.GradScaler('cpu').state_dict()
+    assert (
+        resumed.precision.scaler.state_dict()
+        == model.precision.scaler.state_dict()
+        != torch.amp.GradScaler('cpu').state_dict()
+    )
     without = build(**{'path.models': str(tmp_path)})
     without.resume_training(torch.load(tmp_path / '3.state', weights_only=True))
 

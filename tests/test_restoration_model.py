@@ -10,6 +10,7 @@ from basicsr.utils.registry import LOSS_REGISTRY
 from torch.nn.utils import parameters_to_vector
 
 import dpmambair_basicsr  # noqa: F401  (first: it makes BasicSR importable)
+from dpmambair_basicsr import models
 from dpmambair_basicsr.archs import DegradationAutoencoder, DPMambaIR
 
 EXTRACTOR = {'embed_dim': 8, 'extractor_channels': [4, 4]}
@@ -368,3 +369,12 @@ def test_files_of_other_programs_start_network_and_average(key, tmp_path):
     model = build(path={'pretrain_network_g': file, 'param_key_g': key}, ema_decay=0.9)
     for net in (model.net_g, model.net_g_ema):
         assert all(torch.equal(value, state[name]) for name, value in net.state_dict().items())
+
+
+# Classes
+
+
+@pytest.mark.parametrize(('model', 'most'), [('RestorationModel', 5), ('RealWorldSRGANModel', 9)])
+def test_few_classes_stand_between_a_model_and_basicsr(model, most):
+    """What a model does beside BasicSR is in parts that it owns, not in its ancestors."""
+    assert len(vars(models)[model].__mro__) <= most

@@ -9,37 +9,52 @@ from typing import Literal
 
 import torch
 from basicsr.utils import get_root_logger
-from torch import nn
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from dpmambair_basicsr.files.option_row import Option
 
 DTYPES = {'bf16': torch.bfloat16, 'fp16': torch.float16}
 
 
-class SpeedHooks:
-    """Mix-in for SRModel and its descendants. Testing and validation are as without it: fp32, not compiled.
+class Precision:
+    """Makes the network compute in lower precision, or compiled, while it is trained.
 
-    Options:
-        train.amp: bf16 or fp16: the network's convolutions and the like compute in it, losses, parameters, the
-            optimiser and the selective scans in fp32. fp16 needs a GPU and a model that scales its loss. Default: fp32.
-        train.compile: whether torch.compile compiles the network's blocks, or all of it if it has none of a kind: some
-            minutes at the first iteration, and again where the crops change their size.
+    Testing and validation are as without it: fp32, not compiled.
+
+    Args:
+        train: the section `train` of the options.
+            amp: bf16 or fp16: the network's convolutions and the like compute in it, losses, parameters, the
+                optimizer and the selective scans in fp32. fp16 needs a GPU and a model that scales its loss.
+                Default: fp32.
+            compile: whether torch.compile compiles the network's blocks, or all of it if it has none of a kind: some
+                minutes at the first iteration, and again where the crops change their size.
+        device: the network's.
     """
 
     option_keys = (
         Option('train', 'amp', Literal['bf16', 'fp16'] | None, 'mixed precision'),
         Option('train', 'compile', bool | None, 'compile the blocks of the network'),
     )
-    scales_loss = False  # whether optimize_parameters uses `scaler`, without which fp16 gradients vanish
 
-    @classmethod
-    def check_training(cls, opt: dict) -> None:
-        """Raises ValueError naming the option that is wrong or does not work here."""
+    def __init__(self, train: dict, device: torch.device):
+        self.amp, self.compile = train.get('amp'), train.get('compile')
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.amp == 'fp16')
+        self.device = device
+
+    @staticmethod
+    def check_options(opt: dict, model: str, scales_loss: bool) -> None:
+        """Raises ValueError naming the option that is wrong or does not work here.
+
+        Args:
+            model: its name.
+            scales_loss: whether its optimize_parameters uses `scaler`, without which fp16 gradients vanish.
+        """
         amp, compiled = (opt['train'].get(key) for key in ('amp', 'compile'))
         if amp is not None and amp not in DTYPES:
             raise ValueError(f'train.amp: {amp!r} is none of {", ".join(DTYPES)}, ~')
-        if amp == 'fp16' and not cls.scales_loss:
-            raise ValueError(f'train.amp: {cls.__name__} does not scale its losses, as fp16 needs it; write bf16')
+        if amp == 'fp16' and not scales_loss:
+            raise ValueError(f'train.amp: {model} does not scale its losses, as fp16 needs it; write bf16')
         if amp == 'fp16' and opt['num_gpu'] == 0:
             raise ValueError('train.amp: fp16 needs a GPU; write bf16')
         if compiled not in (None, True, False):
@@ -52,21 +67,36 @@ class SpeedHooks:
                 f'train.compile: needs a C++ compiler, and {missing} is not there; install one or write false'
             )
 
-    def set_up_speed(self) -> None:
-        """Called once the network, its average and its parallel form have been made."""
-        amp, compiled = (self.opt['train'].get(key) for key in ('amp', 'compile'))
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=amp == 'fp16')
-        if not amp and not compiled:
+    def prepare(self, net: nn.Module) -> None:
+        """To be called once the network and its average have been made."""
+        if not self.amp and not self.compile:
             return
-        net = self.get_bare_model(self.net_g)
         forward = type(net).forward
-        if compiled and not compile_blocks(net):
+        if self.compile and not compile_blocks(net):
             forward = torch.compile(forward)
-        if amp:
-            forward = mixed(DTYPES[amp], forward)
+        if self.amp:
+            forward = mixed(DTYPES[self.amp], forward)
         in_training(net, forward)
-        how = [f'{amp}, but losses, parameters and scans fp32'] * bool(amp) + ['compiled'] * bool(compiled)
+        how = [f'{self.amp}, but losses, parameters and scans fp32'] * bool(self.amp)
+        how += ['compiled'] * bool(self.compile)
         get_root_logger().info(f'Training {type(net).__name__} on {self.device.type}: {", ".join(how)}.')
+
+    def backward(self, loss: Tensor) -> None:
+        """Its gradients are `scaler`'s multiple of the loss's with fp16, otherwise the loss's own."""
+        self.scaler.scale(loss).backward()
+
+    def step(self, optimizer: Optimizer, if_left_out: Callable[[Optimizer], None]) -> None:
+        """A step of gradients that `backward` has made.
+
+        Where they are not finite, the scaler of fp16 does not call the optimizer, whose hooks would count:
+        `if_left_out` is called then.
+        """
+        scale = self.scaler.get_scale()
+        self.scaler.unscale_(optimizer)
+        self.scaler.step(optimizer)
+        self.scaler.update()
+        if self.scaler.get_scale() < scale:
+            if_left_out(optimizer)
 
 
 def in_training(module: nn.Module, forward: Callable) -> None:

@@ -1,19 +1,19 @@
 from basicsr.models.srgan_model import SRGANModel
 
 from dpmambair_basicsr.files.option_row import Option
-from dpmambair_basicsr.models.restoration_mixin import RestorationHooks
+from dpmambair_basicsr.models.restoration_mixin import RestorationMixin
 from dpmambair_basicsr.registry import MODEL_REGISTRY
 
 
 @MODEL_REGISTRY.register()
-class RestorationGANModel(RestorationHooks, SRGANModel):
+class RestorationGANModel(RestorationMixin, SRGANModel):
     """SRGANModel (pixel, perceptual and adversarial loss, EMA) with inference at any size: VmambaIR's single-image SR.
 
     Options beside SRGANModel's:
         train.scheduler_d: the discriminator's scheduler; default: the generator's, `scheduler`.
         train.grad_clip_norm: limit of the norm of the generator's gradient; default: none.
         train.pbar: show a progress bar.
-        train.amp (bf16), train.compile: of the generator, see `SpeedHooks`.
+        train.amp (bf16), train.compile: of the generator, see `Precision`.
 
     Raises:
         ValueError: a part that GAN training needs is missing, a loss is named that BasicSR's code would pass over, or
@@ -54,7 +54,3 @@ class RestorationGANModel(RestorationHooks, SRGANModel):
         optim_opt = self.opt['train']['optim_d']
         self.optimizer_d = self.get_optimizer(optim_opt.pop('type'), self.net_d.parameters(), **optim_opt)
         self.optimizers.append(self.optimizer_d)
-
-    def optimize_parameters(self, current_iter: int) -> None:
-        super().optimize_parameters(current_iter)
-        self.show_progress(current_iter)

@@ -2,10 +2,10 @@ from collections import OrderedDict
 from copy import deepcopy
 
 from basicsr.losses import build_loss
-from basicsr.models.sr_model import SRModel
-from torch import Tensor
+from torch import Tensor, nn
 
-from dpmambair_basicsr.models.restoration_mixin import RestorationHooks
+from dpmambair_basicsr.models.extractor import load_extractor
+from dpmambair_basicsr.models.restoration_mixin import RestorationMixin
 from dpmambair_basicsr.registry import MODEL_REGISTRY
 
 # Names in the log are l_<key without _opt>, except for the two that BasicSR abbreviates.
@@ -13,14 +13,14 @@ LOG_NAMES = {'pixel_opt': 'l_pix', 'perceptual_opt': 'l_percep'}
 
 
 @MODEL_REGISTRY.register()
-class RestorationModel(RestorationHooks, SRModel):
+class RestorationModel(RestorationMixin):
     """SRModel with any number of losses, gradient clipping, a frozen degradation extractor, and inference at any size.
 
     Options beside SRModel's:
         train.<name>_opt: a loss, type and arguments; logged as l_<name>. The sum is minimised.
         train.grad_clip_norm: limit of the gradient's norm; default: none.
         train.pbar: show a progress bar.
-        train.amp, train.compile: mixed precision and compilation, see `SpeedHooks`.
+        train.amp, train.compile: mixed precision and compilation, see `Precision`.
         path.pretrain_network_e: checkpoint of stage 1 for a network with a degradation extractor (DPMambaIR). The
             extractor is saved in this model's checkpoints, so testing and resuming do not need it.
     """
@@ -37,7 +37,7 @@ class RestorationModel(RestorationHooks, SRModel):
         self.check_training(self.opt)
         train_opt = self.opt['train']
         self.net_g.train()
-        self.load_extractor()
+        load_extractor(self.get_bare_model(self.net_g), self.opt['path'])
         self.losses = {
             key: build_loss(opt).to(self.device)
             for key, opt in train_opt.items()
@@ -55,12 +55,15 @@ class RestorationModel(RestorationHooks, SRModel):
         self.setup_optimizers()
         self.setup_schedulers()
 
+    def get_losses(self) -> list[nn.Module]:
+        return [*self.losses.values()]
+
     def optimize_parameters(self, current_iter: int) -> None:
         self.optimizer_g.zero_grad()
         self.output = self.net_g(*self.network_inputs())
         loss_dict = self.compute_losses(self.output, self.gt)
-        self.scaler.scale(sum(loss_dict.values())).backward()  # a factor for fp16, otherwise nothing
-        self.scaled_step(self.optimizer_g)
+        self.precision.backward(sum(loss_dict.values()))
+        self.precision.step(self.optimizer_g, if_left_out=self.step_guard.check)
 
         self.log_dict = self.reduce_loss_dict(loss_dict)
         if self.ema_decay > 0:

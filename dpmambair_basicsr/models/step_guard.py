@@ -12,94 +12,85 @@ from dpmambair_basicsr.files.option_row import Option
 MAX_SKIPPED_STEPS = 10
 
 
-class NumberHooks:
-    """Mix-in for SRModel and its descendants: a step whose loss or gradient is not finite is not taken.
+class StepGuard:
+    """Skips the steps of the optimizers it watches whose loss or gradient is not finite.
 
-    BasicSR takes it, trains a network of NaN to the end, and saves that. Here the optimiser finds no gradients and does
-    nothing, the step is counted in the log as `skipped_steps`, and training goes on, which gets over a bad batch. With
-    DistributedDataParallel all processes skip the step, also if one alone has the bad loss.
+    BasicSR takes such a step, trains a network of NaN to the end, and saves that. Here the optimizer finds no gradients
+    and does nothing, the step is counted in the log as `skipped_steps`, and training goes on, which gets over a bad
+    batch. With DistributedDataParallel all processes skip the step, also if one alone has the bad loss.
 
-    Options:
-        train.max_skipped_steps: this many in a row are skipped by an optimiser; the next is a FloatingPointError.
-            Default 10. With fp16 the first few of a training are among them: the scale of the loss is found so.
+    Args:
+        opt: of the training. `train.max_skipped_steps`: this many in a row are skipped by an optimizer; the next is a
+            FloatingPointError. Default 10. With fp16 the first few of a training are among them: the scale of the loss
+            is found so.
     """
 
     option_keys = (Option('train', 'max_skipped_steps', int, 'in a row; the next ends the training', low=0),)
 
     def __init__(self, opt: dict):
-        self.skipped_steps = 0  # since this process began
-        self.losses_are_finite: list[Tensor] = []  # since the last step of an optimiser
-        super().__init__(opt)
+        self.limit = (opt.get('train') or {}).get('max_skipped_steps', MAX_SKIPPED_STEPS)
+        self.distributed = opt['dist']
+        self.skipped = 0  # steps, since this process began
+        self.skipped_in_a_row: dict[Optimizer, int] = {}
+        self.names: dict[nn.Parameter, str] = {}
+        self.losses_are_finite: list[Tensor] = []  # since the last step of an optimizer
 
-    def get_optimizer(self, optim_type: str, params, lr: float, **kwargs) -> Optimizer:
-        """Guards the optimiser, and at the first call the losses, which have been made then."""
-        if not self.optimizers:
-            losses = [*getattr(self, 'losses', {}).values()]
-            losses += [value for name, value in vars(self).items() if name.startswith('cri_')]
-            for loss in losses:
-                if isinstance(loss, nn.Module):
-                    loss.register_forward_hook(self.note_loss)
-        optimizer = super().get_optimizer(optim_type, params, lr, **kwargs)
-        optimizer.skipped_in_a_row = 0
-        optimizer.register_step_pre_hook(self.skip_if_not_finite)
-        return optimizer
+    def watch_loss(self, loss: nn.Module) -> None:
+        loss.register_forward_hook(self.note_loss)
+
+    def watch(self, optimizer: Optimizer, nets: dict[str, nn.Module]) -> None:
+        """`nets` are named in messages."""
+        self.names |= {
+            parameter: f'{name}.{part}' for name, net in nets.items() for part, parameter in net.named_parameters()
+        }
+        self.skipped_in_a_row[optimizer] = 0
+        optimizer.register_step_pre_hook(self.check)
 
     def note_loss(self, loss: nn.Module, inputs, value) -> None:
         parts = value if isinstance(value, tuple) else (value,)  # BasicSR's PerceptualLoss returns two
         self.losses_are_finite += [part.detach().isfinite().all() for part in parts if isinstance(part, Tensor)]
 
-    def scaled_step(self, optimizer: Optimizer) -> None:
-        """A step of gradients that the `scaler` of fp16 has scaled, or a plain one without fp16.
+    def check(self, optimizer: Optimizer, *_) -> None:
+        """Called before a step: without gradients it is none, and leaves the optimizer's averages as they are.
 
-        Where they are not finite, the scaler does not call the optimiser, whose hook would count: it is called here.
+        Raises:
+            FloatingPointError: more than the limit in a row are not finite.
         """
-        scale = self.scaler.get_scale()
-        self.scaler.unscale_(optimizer)
-        self.scaler.step(optimizer)
-        self.scaler.update()
-        if self.scaler.get_scale() < scale:
-            self.skip_if_not_finite(optimizer)
-
-    def skip_if_not_finite(self, optimizer: Optimizer, *_) -> None:
-        """Called before the step: without gradients it is none, and leaves the optimiser's averages as they are."""
         parameters = [p for group in optimizer.param_groups for p in group['params'] if p.grad is not None]
         if not parameters:
             return
-        largest = nn.utils.get_total_norm([parameter.grad for parameter in parameters], norm_type=math.inf)
-        bad = torch.stack([*self.losses_are_finite, largest.isfinite()]).logical_not().any().int()
-        self.losses_are_finite.clear()
-        if self.opt['dist']:  # gradients are the same everywhere, losses are not
-            torch.distributed.all_reduce(bad, op=torch.distributed.ReduceOp.MAX)
-        if not bad:
-            optimizer.skipped_in_a_row = 0
+        if not self.is_bad(parameters):
+            self.skipped_in_a_row[optimizer] = 0
             return
         where = self.name_of_first(parameters)
         for parameter in parameters:
             parameter.grad = None
-        optimizer.skipped_in_a_row += 1
-        self.skipped_steps += 1
-        limit = self.opt['train'].get('max_skipped_steps', MAX_SKIPPED_STEPS)
-        if optimizer.skipped_in_a_row > limit:
+        self.skipped += 1
+        self.skipped_in_a_row[optimizer] += 1
+        in_a_row = self.skipped_in_a_row[optimizer]
+        if in_a_row > self.limit:
             raise FloatingPointError(
-                f'{where} is not finite; steps in a row: {optimizer.skipped_in_a_row}, '
-                f'train.max_skipped_steps: {limit}. The last checkpoint is intact'
+                f'{where} is not finite; steps in a row: {in_a_row}, train.max_skipped_steps: {self.limit}. '
+                'The last checkpoint is intact'
             )
-        get_root_logger().warning(
-            f'{where} is not finite: step skipped ({optimizer.skipped_in_a_row} in a row, {self.skipped_steps} in all).'
-        )
+        get_root_logger().warning(f'{where} is not finite: step skipped ({in_a_row} in a row, {self.skipped} in all).')
+
+    def is_bad(self, parameters: list[nn.Parameter]) -> bool:
+        """Whether a gradient, or a loss since the last step, is not finite in one of the processes."""
+        largest = nn.utils.get_total_norm([parameter.grad for parameter in parameters], norm_type=math.inf)
+        bad = torch.stack([*self.losses_are_finite, largest.isfinite()]).logical_not().any().int()
+        self.losses_are_finite.clear()
+        if self.distributed:  # gradients are the same everywhere, losses are not
+            torch.distributed.all_reduce(bad, op=torch.distributed.ReduceOp.MAX)
+        return bool(bad)
 
     def name_of_first(self, parameters: list[nn.Parameter]) -> str:
         """What is not finite: the gradient of the first such parameter, or else the loss."""
         bad = next((parameter for parameter in parameters if not parameter.grad.isfinite().all()), None)
         if bad is None:
             return 'The loss'
-        nets = {name: net for name, net in vars(self).items() if name.startswith('net_') and isinstance(net, nn.Module)}
-        for name, net in nets.items():
-            for part, parameter in self.get_bare_model(net).named_parameters():
-                if parameter is bad:
-                    return f'The gradient of {name}.{part}'
-        return 'The gradient'
+        return f'The gradient of {self.names[bad]}' if bad in self.names else 'The gradient'
 
-    def get_current_log(self) -> dict:
-        log = super().get_current_log()
-        return {**log, 'skipped_steps': self.skipped_steps} if self.skipped_steps else log
+    def add_to_log(self, log: dict) -> dict:
+        """The log of an iteration, with `skipped_steps` if there are any."""
+        return {**log, 'skipped_steps': self.skipped} if self.skipped else log

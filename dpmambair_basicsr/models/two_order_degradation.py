@@ -28,7 +28,7 @@ QUEUE_SIZE = 180
 SHARPENING = ('gt_usm', 'l1_gt_usm', 'percep_gt_usm', 'gan_gt_usm')
 
 
-class TwoOrderDegradation:
+class TwoOrderDegradation(SRModel):
     """Mix-in before RealESRNetModel or RealESRGANModel, whose `feed_data` makes LQ images from GT images and kernels.
 
     BasicSR's own constructors and their pool of training pairs call .cuda(); here everything is on the model's device.
@@ -83,4 +83,4 @@ class TwoOrderDegradation:
             self.queue_lr = self.lq.new_zeros(self.queue_size, *self.lq.shape[1:])
             self.queue_gt = self.gt.new_zeros(self.queue_size, *self.gt.shape[1:])
             self.queue_ptr = 0
-        super()._dequeue_and_enqueue()
+        super()._dequeue_and_enqueue()  # pyright: ignore[reportAttributeAccessIssue]

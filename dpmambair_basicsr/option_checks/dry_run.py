@@ -140,7 +140,7 @@ def other_options(of_file: dict | None, wanted: dict, network: str) -> str:
 
 
 def check_extractor(path: dict, net: torch.nn.Module) -> None:
-    """Raises ValueError if a network does not get the frozen extractor it needs, see `RestorationHooks.load_extractor`.
+    """Raises ValueError if a network does not get the frozen extractor it needs, see `models.extractor.load_extractor`.
 
     Whether `pretrain_network_g` brings one is left to that.
     """

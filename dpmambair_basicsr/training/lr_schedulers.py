@@ -1,4 +1,4 @@
-"""Learning rate schedulers that BasicSR does not have; `RestorationHooks.setup_schedulers` finds them by name."""
+"""Learning rate schedulers that BasicSR does not have; `RestorationMixin.setup_schedulers` finds them by name."""
 
 import math
 from bisect import bisect_left
@@ -50,3 +50,19 @@ class CosineAnnealingRestartCyclicLR(LRScheduler):
         progress = (self.last_epoch - (ends[i] - self.periods[i])) / self.periods[i]
         factor = self.restart_weights[i] * (1 + math.cos(math.pi * progress)) / 2
         return [self.eta_mins[i] + factor * (lr - self.eta_mins[i]) for lr in self.base_lrs]
+
+
+def too_short(opt: dict, scheduler: dict) -> str:
+    """In what way a schedule of several periods ends before the training, or ''."""
+    total, planned = int(opt['train']['total_iter']), sum(scheduler.get('periods', ()))
+    if not planned or planned >= total - 1:  # schedulers count from 0
+        return ''
+    return f'periods sum to {planned}, train.total_iter is {total}'
+
+
+def check_periods(opt: dict) -> None:
+    """Raises ValueError if BasicSR's cosine schedule, which fails beyond its end, is shorter than the training."""
+    for name in ('scheduler', 'scheduler_d'):
+        scheduler = opt['train'].get(name) or {}
+        if scheduler.get('type') == 'CosineAnnealingRestartLR' and (message := too_short(opt, scheduler)):
+            raise ValueError(f'train.{name}.{message}: CosineAnnealingRestartLR ends there; lengthen periods')

@@ -133,7 +133,7 @@ def write_main_state(model, epoch: int, iteration: int, pool: dict) -> None:
             'items': run.items_used(iteration),
             'best': plain(getattr(model, 'best_metric_results', {})),
             'validated': run.sets_to_validate == 0,
-            'scaler': model.scaler.state_dict() if hasattr(model, 'scaler') else {},
+            'scaler': model.precision.scaler.state_dict() if hasattr(model, 'precision') else {},
             'pool': pool,
         }
     write(state, state_file(model.opt, iteration))
@@ -186,8 +186,8 @@ def restore(model, state: dict) -> None:
         exact = {'seed': None if run is None else run.seed, 'items': 0, 'best': {}, 'scaler': {}, 'pool': {}}
     if best := comparable(exact['best'], (model.opt.get('val') or {}).get('metrics') or {}):
         model.best_metric_results = best
-    if exact['scaler'] and hasattr(model, 'scaler'):
-        model.scaler.load_state_dict(exact['scaler'])
+    if exact['scaler'] and hasattr(model, 'precision'):
+        model.precision.scaler.load_state_dict(exact['scaler'])
     if exact['pool']:
         restore_pool(model, state['iter'], exact['pool'])
     if run is not None:

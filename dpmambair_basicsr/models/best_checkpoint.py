@@ -1,0 +1,73 @@
+"""The best network of a training so far, by the first metric of `val.metrics`, averaged over the validation sets."""
+
+import math
+from pathlib import Path
+
+from basicsr.utils import get_root_logger
+
+from dpmambair_basicsr.files.checkpoints import plain, read_checkpoint
+from dpmambair_basicsr.training.state import read_nets, write
+
+
+def validated_sets(opt: dict) -> list[str]:
+    """Names of the sets that BasicSR's train.py or test.py validates."""
+    sets = opt['datasets'].items()
+    return [data['name'] for phase, data in sets if phase.split('_')[0] == 'val' or not opt['is_train']]
+
+
+class BestCheckpoint:
+    """Keeps net_g_best.pth. Its value is in the same file, so a resumed training goes on from there.
+
+    Args:
+        opt: of the training.
+    """
+
+    def __init__(self, opt: dict):
+        self.opt = opt
+        self.best: dict | None = None
+
+    @property
+    def file(self) -> Path:
+        return Path(self.opt['path']['models']) / 'net_g_best.pth'
+
+    def measure(self) -> dict:
+        """What the best network is best in: values of another measure cannot be compared with it."""
+        metric, options = next(iter(self.opt['val']['metrics'].items()))
+        return {'metric': metric, 'options': dict(options), 'sets': validated_sets(self.opt)}
+
+    def is_better(self, value: float, better: str) -> bool:
+        if self.best is None or not math.isfinite(value):
+            return math.isfinite(value)
+        return value < self.best['value'] if better == 'lower' else value > self.best['value']
+
+    def offer(self, model, averages: dict[str, float], current_iter: int) -> None:
+        """Save the model's network if its averages are the best. Raises what `training.state.write` does."""
+        measure = self.measure()
+        value = averages[measure['metric']]
+        if not self.is_better(value, measure['options'].get('better', 'higher')):
+            return
+        # BasicSR counts one too many after the last iteration.
+        best = measure | {'value': value, 'iter': min(current_iter, int(self.opt['train']['total_iter']))}
+        nets = {'params': model.net_g, 'params_ema': getattr(model, 'net_g_ema', None)}
+        content = read_nets(model, {key: net for key, net in nets.items() if net is not None}, self.file.name)
+        write(content | {'network_g': plain(self.opt['network_g']), 'best': best}, self.file)
+        self.best = best
+        get_root_logger().info(f'Best {best["metric"]} so far, {value:.4f}: saved as {self.file.name}.')
+
+    def resume(self) -> None:
+        """Go on from the best that the interrupted training has saved."""
+        if not (self.opt.get('val') or {}).get('metrics') or not self.file.is_file():
+            return
+        try:
+            best = read_checkpoint(str(self.file)).get('best') or {}
+        except ValueError as error:
+            get_root_logger().warning(f'{error}. The best network is looked for anew.')
+            return
+        measure = self.measure()
+        if {key: best.get(key) for key in measure} != measure:
+            get_root_logger().warning(
+                f'{self.file}: is the best by another measure, and is replaced by the best from now on.'
+            )
+            return
+        self.best = best
+        get_root_logger().info(f'Best {best["metric"]} so far: {best["value"]:.4f}, of iteration {best["iter"]}.')
