@@ -13,7 +13,7 @@ from dpmambair_basicsr.patches.registry import replaces
 from dpmambair_basicsr.training import run as training_run
 from dpmambair_basicsr.training import signals as interruption
 from dpmambair_basicsr.training.output import release_output
-from dpmambair_basicsr.training.state import keep_schedule, restore, write_network, write_state
+from dpmambair_basicsr.training.state import write_network, write_state
 
 BASE_MODEL = 'basicsr.models.base_model:BaseModel'
 
@@ -84,22 +84,3 @@ def finite_best(original):
             original(self, dataset_name, metric, val, current_iter)
 
     return update_best_metric_result
-
-
-@replaces(BASE_MODEL, 'resume_training')
-def exact_continuation(original):
-    """A resumed training repeats its epoch with other random numbers, and forgets the best; models/base_model.py:340.
-
-    And its schedulers take no notice of the options: with a longer `total_iter`, CosineAnnealingRestartLR ends with a
-    TypeError however long `periods` are. Can go when BasicSR's states hold what `training/state.py` puts into
-    them, and not the options of schedulers.
-    """
-
-    def resume_training(self, resume_state):
-        schedules = [dict(vars(scheduler)) for scheduler in self.schedulers]
-        original(self, resume_state)
-        for scheduler, schedule in zip(self.schedulers, schedules, strict=True):
-            keep_schedule(scheduler, schedule)
-        restore(self, resume_state)
-
-    return resume_training

@@ -1,9 +1,20 @@
-"""Patches of how BasicSR finds the state to resume from, and plans the epochs that are left."""
+"""Patches of how BasicSR resumes. What happens on resume is told here and in `training/state.restore`, in this order:
+
+1. `load_resume_state` finds the state; BasicSR has the model load the networks of its iteration.
+2. `whole_epochs` plans the epochs that are left.
+3. `exact_continuation`: the model takes up the state. Optimizers and schedulers by BasicSR; then `restore`: best
+   metrics, scale of the loss, pool of training pairs, seed and place in the epoch, after which the sampler leaves out
+   what was used (`TrainingRun.items_used_before`). Our models then ask `BestCheckpoint.resume` for net_g_best.pth.
+4. `validate_if_missing` does the validation that the interrupted training owed, before the next iteration.
+"""
 
 import functools
 from pathlib import Path
 
 from dpmambair_basicsr.files.checkpoints import read_on_cpu
+from dpmambair_basicsr.patches.registry import replaces
+from dpmambair_basicsr.training import run as training_run
+from dpmambair_basicsr.training.state import keep_schedule, restore
 
 
 def load_resume_state(opt: dict) -> dict | None:
@@ -92,7 +103,6 @@ def whole_epochs(original):
     def create_train_val_dataloader(opt, logger):
         from dpmambair_basicsr.option_checks.dry_run import no_batch
         from dpmambair_basicsr.patches.distributed import check_processes_agree
-        from dpmambair_basicsr.training import run as training_run
 
         train_loader, train_sampler, val_loaders, planned, total_iters = original(opt, logger)
         per_epoch = len(train_loader)
@@ -113,3 +123,32 @@ def whole_epochs(original):
 
     create_train_val_dataloader.patched_by = __name__
     return create_train_val_dataloader
+
+
+@replaces('basicsr.models.base_model:BaseModel', 'resume_training')
+def exact_continuation(original):
+    """A resumed training repeats its epoch with other random numbers, and forgets the best; models/base_model.py:340.
+
+    And its schedulers take no notice of the options: with a longer `total_iter`, CosineAnnealingRestartLR ends with a
+    TypeError however long `periods` are. Can go when BasicSR's states hold what `training/state.py` puts into
+    them, and not the options of schedulers.
+    """
+
+    def resume_training(self, resume_state):
+        schedules = [dict(vars(scheduler)) for scheduler in self.schedulers]
+        original(self, resume_state)
+        for scheduler, schedule in zip(self.schedulers, schedules, strict=True):
+            keep_schedule(scheduler, schedule)
+        restore(self, resume_state)
+
+    return resume_training
+
+
+def validate_if_missing(model, iteration: int) -> None:
+    """The validation of an iteration whose state says that it was due and not done."""
+    run = training_run.current
+    if run.validation_is_missing:
+        run.validation_is_missing = False
+        run.sets_to_validate = len(run.val_loaders)
+        for loader in run.val_loaders:
+            model.validation(loader, iteration, None, model.opt['val']['save_img'])

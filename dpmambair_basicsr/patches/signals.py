@@ -7,6 +7,7 @@ from basicsr.utils import get_root_logger
 
 from dpmambair_basicsr.patches.checkpoints import BASE_MODEL
 from dpmambair_basicsr.patches.registry import replaces
+from dpmambair_basicsr.patches.resume import validate_if_missing
 from dpmambair_basicsr.training import run as training_run
 from dpmambair_basicsr.training import signals as interruption
 from dpmambair_basicsr.training.item_seeds import seed_generators
@@ -30,11 +31,7 @@ def begin_iteration(original):
             number = interruption.requested(self.device, self.opt['dist'])
             if number:
                 end_after(self, current_iter - 1, number)
-            if run.validation_is_missing:
-                run.validation_is_missing = False
-                run.sets_to_validate = len(run.val_loaders)
-                for loader in run.val_loaders:
-                    self.validation(loader, current_iter - 1, None, self.opt['val']['save_img'])
+            validate_if_missing(self, current_iter - 1)
             run.iteration = current_iter
             seed_generators('iteration', run.seed, self.opt['rank'], current_iter)
         original(self, current_iter, warmup_iter)

@@ -177,7 +177,10 @@ def keep_schedule(scheduler: LRScheduler, before: dict) -> None:
 
 
 def restore(model, state: dict) -> None:
-    """Take up what a state has to say beside BasicSR's entries; a state of BasicSR's own has nothing."""
+    """Take up what a state has to say beside BasicSR's entries; a state of BasicSR's own has nothing.
+
+    The third step of those that `patches/resume` tells.
+    """
     run, exact, logger = training_run.current, state.get('exact'), get_root_logger()
     if exact is None:
         logger.warning(
