@@ -480,7 +480,12 @@ FOUND_ON_TRIAL = {
     'a crop that cannot be halved': (
         'datasets.train.gt_size',
         20,
-        'datasets.train.gt_size: 20 is no multiple of 8, as DPMambaIR needs it at scale 1',
+        'datasets.train.gt_size: 20 is not a multiple of 8: DPMambaIR would pad each crop at scale 1',
+    ),
+    'a tile that is smaller than the stride': (
+        'val.tile',
+        5,
+        'val.tile: 5 is less than 8, the least that DPMambaIR takes',
     ),
     'cut short': ('path.pretrain_network_g', 'cut.pth', 'path.pretrain_network_g: .*cut.pth'),
     'no such weights': (

@@ -1,6 +1,7 @@
 """From a checkpoint to restored pictures: options in checkpoints, `load`, tiles, picture files, the command."""
 
 import io
+from concurrent.futures import ThreadPoolExecutor
 
 import cv2
 import numpy as np
@@ -22,10 +23,9 @@ from dpmambair_basicsr.archs.blocks import ImageMean
 from dpmambair_basicsr.files.checkpoints import read_weights
 from dpmambair_basicsr.files.pictures import read_picture, restored_picture, write_picture
 from dpmambair_basicsr.inference import restorer
-from dpmambair_basicsr.inference.memory import PeakMemory
+from dpmambair_basicsr.inference.memory import OutOfMemory, PeakMemory
 from dpmambair_basicsr.inference.restorer import Restorer
-from dpmambair_basicsr.inference.tiles import blend_weights
-from dpmambair_basicsr.ops import tile_spans, tiled
+from dpmambair_basicsr.inference.tiles import blend_weights, tile_spans, tiled
 
 SMALL = {'num_blocks': [1, 1, 1, 1], 'num_refinement_blocks': 1, 'd_state': 2}
 VMAMBAIR = {'type': 'VmambaIR', 'dim': 4, **SMALL}
@@ -448,8 +448,29 @@ def test_out_of_memory_makes_tiles_smaller_unless_the_tile_was_asked_for():
     net = Restorer(Hungry(1, False), CPU)
     image = torch.rand(3, 100, 300)
     torch.testing.assert_close(net.restore(image), Restorer(Local(1, False), CPU).restore(image), atol=1e-6, rtol=0)
-    with pytest.raises(torch.OutOfMemoryError):
+    with pytest.raises(OutOfMemory, match=r'^300 x 100 pixels in tiles of 128: out of memory; tile=64 \(--tile 64\)'):
         net.restore(image, tile=128)
+    with pytest.raises(OutOfMemory, match=r'^300 x 100 pixels: out of memory; tile=150 '):
+        net.restore(image, tile=0)
+
+
+@pytest.mark.parametrize(
+    ('options', 'changes'), [({}, {}), ({'self_ensemble': True}, {'channel_fusion': 'modulate', 'scale': 2})]
+)
+def test_threads_may_share_a_network_and_its_means(options, changes):
+    """Images of other means, in tiles: each result is to the bit that of a single thread."""
+    net = restorer_of(VMAMBAIR, **changes)
+    net.net.get_submodule('tail.1' if changes else 'output').weight.normal_(0, 0.1)
+    images = [torch.from_numpy(photo(64, 96, seed) // (seed + 1)).permute(2, 0, 1) / 255 for seed in range(4)]
+
+    def in_tiles(image):
+        return net.restore(image, tile=32, overlap=16, **options)
+
+    alone = [in_tiles(image) for image in images]
+    with ThreadPoolExecutor(2) as pool:
+        together = [*pool.map(in_tiles, images * 3)]
+    assert all(torch.equal(result, expected) for result, expected in zip(together, alone * 3, strict=True))
+    assert not torch.equal(alone[0], net.restore(images[0], tile=32, overlap=16, one_pass=True, **options))
 
 
 # Picture files

@@ -60,10 +60,12 @@ def test_a_checkpoint_becomes_the_network_that_it_is_of(network, options, tmp_pa
     scale, channels = options.get('scale', 1), options.get('inp_channels', 3)
     assert (descriptor.scale, descriptor.input_channels, descriptor.output_channels) == (scale, channels, channels)
     assert descriptor.purpose == ('Restoration' if scale == 1 else 'SR')
-    image = torch.rand(1, channels, 16, 24)
-    with torch.no_grad():
-        assert torch.equal(descriptor(image), net(image).clamp(0, 1))
-    assert descriptor(image[..., :13, :21]).shape == (1, channels, 13 * scale, 21 * scale)
+    assert descriptor.size_requirements.none
+    for size in (16, 24), (13, 21), (3, 1):
+        image = torch.rand(1, channels, *size)
+        with torch.no_grad():
+            assert torch.equal(descriptor(image), net(image).clamp(0, 1))
+        assert descriptor(image).shape == (1, channels, size[0] * scale, size[1] * scale)
 
 
 @pytest.mark.parametrize(('network', 'options'), CASES, ids=str)

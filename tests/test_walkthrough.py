@@ -157,7 +157,6 @@ def test_the_extractor_of_stage_1_is_in_the_checkpoint_unchanged(project):
 def test_the_checkpoint_gives_the_tested_images(project):
     """test.py and three lines of somebody's own program give the same image, at a size that is no multiple of 8."""
     from dpmambair_basicsr.archs import DPMambaIR
-    from dpmambair_basicsr.ops import pad_to_multiple
 
     folder, _ = project
     process = python('-m', 'dpmambair_basicsr.test', '-opt', 'test.yml', cwd=folder)
@@ -169,8 +168,8 @@ def test_the_checkpoint_gives_the_tested_images(project):
     net = DPMambaIR(**{k: v for k, v in NETWORK.items() if k != 'type'})
     net.load_state_dict(load(folder / 'experiments/stage2/models/net_g_4.pth')['params_ema'])
     with torch.no_grad():
-        output = net.eval()(pad_to_multiple(torch.from_numpy(lq).permute(2, 0, 1)[None] / 255, net.stride))
-    image = output[0].flip(0).permute(1, 2, 0)[:37, :45].clamp(0, 1).mul(255).round()
+        output = net.eval()(torch.from_numpy(lq).permute(2, 0, 1)[None] / 255)
+    image = output[0].flip(0).permute(1, 2, 0).clamp(0, 1).mul(255).round()
     np.testing.assert_allclose(saved, image.numpy(), atol=1)
 
 

@@ -196,9 +196,22 @@ class DegradationAutoencoder(nn.Module):
         self.refine = nn.Sequential(*(RefineBlock(channels) for _ in range(num_refine_blocks)))
         self.output = nn.Conv2d(channels, 3, 3, padding=1)
 
-    def forward(self, clean: Tensor, degraded: Tensor) -> Tensor:
-        """Both (B, 3, H, W) in [0, 1], same size -> reconstruction of `degraded`, (B, 3, H, W), not clamped."""
-        embedding = self.extractor(degraded)  # (B, E)
+    def embed(self, clean: Tensor, degraded: Tensor) -> Tensor:
+        """Embedding of the degradation, (B, E)."""
+        return self.extractor(degraded)
+
+    def forward(self, clean: Tensor, degraded: Tensor | None = None, embedding: Tensor | None = None) -> Tensor:
+        """Reconstruct what is degraded.
+
+        Args:
+            clean, degraded: (B, 3, H, W) in [0, 1], same size.
+            embedding: (B, E) from `embed`, in the place of `degraded`, for a part of an image that was embedded.
+
+        Returns:
+            (B, 3, H, W), not clamped.
+        """
+        if embedding is None:
+            embedding = self.embed(clean, degraded)
         x = self.stem(clean)
         for block in self.fusion:
             x = block(x, embedding)

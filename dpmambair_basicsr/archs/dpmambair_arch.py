@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from dpmambair_basicsr.archs.blocks import EFFN, ImageMean, LayerNorm, PlanarScan, UNet, convolve_halves, one_of
 from dpmambair_basicsr.archs.degradation_extractor_arch import DegradationExtractor
+from dpmambair_basicsr.ops import pad_to_multiple
 from dpmambair_basicsr.registry import ARCH_REGISTRY
 
 PROMPTS = ('delta', 'B', 'C')
@@ -170,7 +171,8 @@ class DPSSBlock(nn.Module):
 class DPMambaIR(UNet):
     """DPMambaIR: U-Net of DPSS blocks, told by a frozen degradation extractor what to undo.
 
-    Values are in [0, 1]; the output is not clamped. Height and width must be multiples of 8 (`RestorationModel` pads).
+    Values are in [0, 1]; the output is not clamped. Images may have any size: inside, height and width are padded to
+    multiples of 8, see `pad_to_multiple`, as the published test scripts of VmambaIR and Restormer do.
     `extractor` is in its merged form, frozen, and part of the state dict: one file, one call.
 
     Args:
@@ -292,17 +294,19 @@ class DPMambaIR(UNet):
         """Restore.
 
         Args:
-            lq: (B, 3, H, W) RGB in [0, 1].
+            lq: (B, 3, H, W) RGB in [0, 1], any H and W.
             label: (B,) int64, only for degradation 'class'.
-            embedding: (B, E) from `embed`, for a part of the image that was embedded; default: lq's own.
+            embedding: (B, E) from `embed`, for a part of the image that was embedded; default: of lq as it is padded.
 
         Returns:
             (B, 3, H, W), about [0, 1].
         """
+        h, w = lq.shape[-2:]
+        lq = pad_to_multiple(lq, self.stride)
         if embedding is None:
             embedding = self.embed(lq, label)
         features = self.forward_features(lq, embedding)  # (B, 2C, H, W)
-        return lq + self.output(features)  # in the layout of lq
+        return (lq + self.output(features))[..., :h, :w]  # in the layout of lq
 
     def train(self, mode: bool = True) -> 'DPMambaIR':
         super().train(mode)

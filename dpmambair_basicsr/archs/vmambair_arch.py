@@ -23,6 +23,7 @@ from dpmambair_basicsr.archs.blocks import (
     log_uniform_delta_bias,
     one_of,
 )
+from dpmambair_basicsr.ops import pad_to_multiple
 from dpmambair_basicsr.registry import ARCH_REGISTRY
 
 FORWARD_AND_BACK = (0, 2)  # scan orders of the channel scan, see `cross_scan`
@@ -142,7 +143,8 @@ class OSSBlock(nn.Module):
 class VmambaIR(UNet):
     """VmambaIR for deraining (scale 1) and for single-image and real-world super-resolution.
 
-    Values are in [0, 1]; the output is not clamped. Height and width must be multiples of 8 (our models pad).
+    Values are in [0, 1]; the output is not clamped. Images may have any size: inside, height and width are padded to
+    multiples of 8, see `pad_to_multiple`, as the published test scripts do.
     Released configurations, num_blocks + num_refinement_blocks, channel_scan, channel_fusion:
     deraining [3, 5, 7, 9] + 2, lifted, add; single-image SR x4 [15, 1, 1, 1] + 15, lifted, modulate;
     real-world SR x4 [6, 2, 2, 1] + 6, scalar, modulate. (The paper's text has [4, 4, 6, 8] + 2 and [14, 1, 1, 1] + 14.)
@@ -212,8 +214,12 @@ class VmambaIR(UNet):
             self.tail = nn.Sequential(nn.Sequential(*upsample), nn.Conv2d(dim * 2, out_channels, 3, padding=1))
 
     def forward(self, lq: Tensor) -> Tensor:
-        """(B, 3, H, W) RGB in [0, 1] -> (B, 3, scale * H, scale * W), about [0, 1]."""
+        """(B, 3, H, W) RGB in [0, 1], any H and W -> (B, 3, scale * H, scale * W), about [0, 1]."""
+        h, w = lq.shape[-2:]
+        lq = pad_to_multiple(lq, self.stride)
         features = self.forward_features(lq)  # (B, 2C, H, W)
         if self.scale == 1:
-            return lq + self.output(features)  # in the layout of lq
-        return F.interpolate(lq, scale_factor=self.scale, mode='nearest') + self.tail(features)
+            output = lq + self.output(features)  # in the layout of lq
+        else:
+            output = F.interpolate(lq, scale_factor=self.scale, mode='nearest') + self.tail(features)
+        return output[..., : h * self.scale, : w * self.scale]

@@ -1,5 +1,6 @@
 """How much memory there is, and how much a network needs."""
 
+import re
 import weakref
 from pathlib import Path
 
@@ -7,11 +8,41 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
+
 UNKNOWN = 2 * 2**30  # bytes, where the system does not tell
 
 
+class OutOfMemory(MemoryError):
+    """An image is too large for the memory. The message says which, and what needs less."""
+
+
+# How libraries say it without an exception of its own: PyTorch's allocator and C++'s, oneDNN, OpenCV.
+MESSAGES = re.compile(r"can't allocate memory|std::bad_alloc|Insufficient memory|CUBLAS_STATUS_ALLOC_FAILED")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether that is what an exception of Python, NumPy, PyTorch on any device, or OpenCV means."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or MESSAGES.search(str(error)) is not None
+
+
+def smaller_tile(tile: int, height: int, width: int) -> int:
+    """What may fit where `tile` (0: the whole image) does not."""
+    return min(tile or max(height, width), 1024) // 2
+
+
+def out_of_memory(height: int, width: int, tile: int, option: str, prefix: str = '') -> OutOfMemory:
+    """What to raise for an image in tiles of `tile` pixels (0: none); `option` is how smaller ones are asked for."""
+    how = f' in tiles of {tile}' if tile else ''
+    advice = option.format(smaller_tile(tile, height, width))
+    return OutOfMemory(f'{prefix}{width} x {height} pixels{how}: out of memory; {advice} needs less')
+
+
 def free_memory(device: torch.device) -> int:
-    """Bytes that can still be allocated; on a CPU what Linux and the control group say, 2 GiB on other systems."""
+    """Bytes that can still be allocated; on a CPU by Linux, the control group and `ulimit -v`, otherwise 2 GiB."""
     if device.type == 'cuda':
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached
@@ -22,6 +53,11 @@ def free_memory(device: torch.device) -> int:
     limit, used = (read(Path('/sys/fs/cgroup') / name).strip() for name in ('memory.max', 'memory.current'))
     if limit.isdecimal() and used.isdecimal():
         free.append(int(limit) - int(used))
+    pages = read(Path('/proc/self/statm')).split()
+    if resource is not None and pages:
+        limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+        if limit != resource.RLIM_INFINITY:
+            free.append(limit - int(pages[0]) * resource.getpagesize())
     return max(min(free, default=UNKNOWN), 0)
 
 

@@ -2,23 +2,19 @@
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from functools import cached_property
-from itertools import count, product
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dpmambair_basicsr.archs.blocks import MeansOverTiles
 from dpmambair_basicsr.files.checkpoints import differences, read_checkpoint, select_weights
 from dpmambair_basicsr.files.images import to_float, to_tensor
-from dpmambair_basicsr.inference.memory import PeakMemory, free_memory
-from dpmambair_basicsr.ops import pad_to_multiple, tile_spans, tiled
+from dpmambair_basicsr.inference.memory import PeakMemory, free_memory, is_out_of_memory, out_of_memory, smaller_tile
+from dpmambair_basicsr.inference.tiled_network import OVERLAP, TiledNetwork
 from dpmambair_basicsr.registry import arguments_of, describe, look_up, registered
 
-OVERLAP = 64
 SMALL = 256  # pixels: smaller images are not cut into tiles unless asked for
 PROBE = 64  # pixels: size of the image whose memory is measured
 SHARE = 0.5  # of the free memory, for a network; measured need and kernels' own memory together stay below
@@ -82,12 +78,11 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-class Restorer:
-    """A network that turns an RGB image into another, ready for images of any size.
+class Restorer(TiledNetwork):
+    """A network that turns an RGB image into another, ready for images of any size. Several threads may share one.
 
     Args:
-        net: called with (1, 3, H, W) in [0, 1], H and W multiples of `net.stride`. If it has an `embed` (DPMambaIR),
-            the whole image is embedded once, and the network is called with that `embedding` as well.
+        net: see `TiledNetwork`; it is moved to the device, and its parameters are frozen.
         device: where it runs.
         half: see `load`.
 
@@ -96,10 +91,8 @@ class Restorer:
     """
 
     def __init__(self, net: nn.Module, device: torch.device, half: bool = False):
-        self.net = net.to(device).eval().requires_grad_(False)
-        self.device = device
-        self.half = half
-        side = math.ceil(16 / net.stride) * net.stride
+        super().__init__(net.to(device).eval().requires_grad_(False), device, scale=1, half=half)
+        side = math.ceil(16 / self.stride) * self.stride
         image = torch.zeros(1, 3, side, side)
         with torch.no_grad():
             output = self.call(image, self.embed(image))
@@ -121,9 +114,7 @@ class Restorer:
         """The restored image, `scale` times as large.
 
         Tiles bound the memory: beside the image in float32 and the result, it takes that of one row of results and what
-        the network needs for one tile. Tiles get the degradation embedding of the whole image, and its means wherever
-        VmambaIR and DPMambaIR pool over an image, for which the network runs over all tiles twice. Their scans, too,
-        reach across an image: there tiles do change the result, the larger the less.
+        the network needs for one tile. How they change the result, see `TiledNetwork`.
 
         Args:
             image: (H, W, 3) RGB uint8 or uint16 array, or (3, H, W) or (B, 3, H, W) float tensor in [0, 1].
@@ -140,6 +131,7 @@ class Restorer:
         Raises:
             ValueError: an image of another shape or type, or an empty one; a tile smaller than the network's stride;
                 an output that is not finite.
+            OutOfMemory: naming the image's size, with the tile that was asked for, or even with the smallest.
         """
         check_image(image)
         if isinstance(image, Tensor) and image.dim() == 4:
@@ -150,77 +142,32 @@ class Restorer:
         size = self.fitting_tile(*source.shape[1:]) if tile is None else tile
         while True:
             try:
-                bands = self.bands(source, size, overlap, self_ensemble, one_pass, progress)
+                bands = self.bands(
+                    source[None],
+                    tile=size,
+                    overlap=overlap,
+                    self_ensemble=self_ensemble,
+                    one_pass=one_pass,
+                    progress=progress,
+                )
+                bands = (self.finished(band) for band in bands)
                 return collect_array(bands, image, self.scale) if is_array else torch.cat(list(bands), dim=1).to(image)
-            except torch.OutOfMemoryError:  # of a GPU: kernels' own memory is not foreseen by fitting_tile
-                size = size or max(source.shape)
-                if tile is not None or size <= PROBE:
+            except Exception as error:
+                if not is_out_of_memory(error):
                     raise
-                size = max(size // 2, PROBE)
+            # Kernels' own memory is not foreseen by fitting_tile. Not inside the except clause: the frames of the error
+            # hold what they have computed.
+            h, w = source.shape[1:]
+            if tile is not None or 0 < size <= PROBE:
+                raise out_of_memory(h, w, size, 'tile={0} (--tile {0})')
+            size = max(smaller_tile(size, h, w), PROBE)
             torch.cuda.empty_cache()
 
-    def bands(
-        self,
-        image: Tensor,
-        tile: int,
-        overlap: int,
-        self_ensemble: bool,
-        one_pass: bool,
-        progress: Callable[[int, int], None] | None,
-    ) -> Iterator[Tensor]:
-        """The result for (3, H, W), both float32 on the CPU, from top to bottom: (3, rows, scale * W) in [0, 1]."""
-        stride, scale = self.net.stride, self.scale
-        h, w = image.shape[1:]
-        padded = pad_to_multiple(image[None], stride)  # here, so that all tiles see the grid of the whole image
-        rows, columns = (
-            tile_spans(length, length if tile == 0 else tile, overlap, stride) for length in padded.shape[2:]
-        )
-        embedding = self.embed(padded)
-        tiles = len(rows) * len(columns)
-        means = MeansOverTiles(self.net)
-        share_means = tiles > 1 and not one_pass and bool(means.modules)
-        done = count(1)
-
-        def restore_tile(x: Tensor) -> Tensor:
-            output = self.call_eight_ways(x, embedding, means) if self_ensemble else self.call(x, embedding)
-            if not output.isfinite().all():
-                raise ValueError(f'the output of the network is not finite{" in half precision" if self.half else ""}')
-            if progress is not None:
-                progress(next(done), tiles * (1 + share_means))
-            return output
-
-        with means if share_means else nullcontext():
-            if share_means:
-                for (top, bottom), (left, right) in product(rows, columns):
-                    restore_tile(padded[..., top:bottom, left:right])
-                means.complete = True
-            remaining = h * scale  # rows
-            for band in tiled(restore_tile, padded, rows, columns, scale):
-                yield band[0, :, :remaining, : w * scale].clamp(0, 1)
-                remaining = max(remaining - band.shape[2], 0)
-
-    def embed(self, image: Tensor) -> Tensor | None:
-        """Embedding of the degradation, (1, E), if the network uses one."""
-        return self.net.embed(image.to(self.device)) if hasattr(self.net, 'embed') else None
-
-    def call(self, image: Tensor, embedding: Tensor | None) -> Tensor:
-        """(1, 3, h, w) -> (1, 3, scale * h, scale * w), float32 on the CPU."""
-        context = {} if embedding is None else {'embedding': embedding}
-        dtype = torch.float16 if self.device.type == 'cuda' else torch.bfloat16
-        # Not net.half(): under autocast the input that the network adds in the end stays float32.
-        with torch.autocast(self.device.type, dtype, enabled=self.half):
-            return self.net(image.to(self.device), **context).float().cpu()
-
-    def call_eight_ways(self, image: Tensor, embedding: Tensor | None, means: MeansOverTiles) -> Tensor:
-        """The mean of `call` for the eight flips and rotations, each turned back."""
-        total = 0
-        for turns in range(4):
-            for flipped in (False, True):
-                means.variant = turns, flipped
-                turned = image.rot90(turns, (2, 3))
-                output = self.call(turned.flip(3) if flipped else turned, embedding)
-                total = total + (output.flip(3) if flipped else output).rot90(-turns, (2, 3))
-        return total / 8
+    def finished(self, band: Tensor) -> Tensor:
+        """(1, 3, rows, W) -> (3, rows, W) in [0, 1]. Raises ValueError if it is not finite."""
+        if not band.isfinite().all():
+            raise ValueError(f'the output of the network is not finite{" in half precision" if self.half else ""}')
+        return band[0].clamp(0, 1)
 
     def fitting_tile(self, height: int, width: int) -> int:
         """The tile for which `SHARE` of the free memory is enough, `PROBE` or more; 0 if the whole image fits."""
@@ -232,7 +179,7 @@ class Restorer:
     @cached_property
     def bytes_per_pixel(self) -> float:
         """What the network needs for each pixel of its input, measured on a small image."""
-        side = math.ceil(PROBE / self.net.stride) * self.net.stride
+        side = math.ceil(PROBE / self.stride) * self.stride
         image = torch.zeros(1, 3, side, side)
         embedding = self.embed(image)
         with PeakMemory(self.net.state_dict().values()) as memory:

@@ -12,7 +12,6 @@ from spandrel import (
     ArchSupport,
     ImageModelDescriptor,
     ModelTiling,
-    SizeRequirements,
     StateDict,
 )
 from torch import nn
@@ -79,7 +78,6 @@ def describe(architecture: Architecture, net: nn.Module, state_dict: StateDict) 
         scale=scale,
         input_channels=channels,
         output_channels=channels,
-        size_requirements=SizeRequirements(multiple_of=net.stride),
         tiling=ModelTiling.DISCOURAGED,  # the scans reach across the whole image
     )
 

@@ -1,12 +1,11 @@
 """What our models change in BasicSR's: inference at any size, labels, readable checkpoint errors, optimizer groups.
 
-What takes more than a few lines is in parts that the model owns: `StepGuard`, `Precision`, `ValidationMonitor`,
-`BestCheckpoint`.
+What takes more than a few lines is in parts that the model owns: `StepGuard`, `Precision`, `Evaluation`,
+`ValidationMonitor`, `BestCheckpoint`.
 """
 
 from collections import OrderedDict
 
-import torch
 from basicsr.models.sr_model import SRModel
 from basicsr.utils import get_root_logger
 from torch import Tensor, nn
@@ -17,11 +16,11 @@ from dpmambair_basicsr.data import progressive
 from dpmambair_basicsr.files.checkpoints import PlainValue, differences, read_weights
 from dpmambair_basicsr.files.option_row import Option
 from dpmambair_basicsr.models.best_checkpoint import BestCheckpoint
+from dpmambair_basicsr.models.evaluation import Evaluation
 from dpmambair_basicsr.models.extractor import load_extractor
 from dpmambair_basicsr.models.precision import Precision
 from dpmambair_basicsr.models.step_guard import StepGuard
 from dpmambair_basicsr.models.validation_monitor import ValidationMonitor
-from dpmambair_basicsr.ops import pad_to_multiple
 from dpmambair_basicsr.training import lr_schedulers
 from dpmambair_basicsr.training.parameters import parameter_groups
 
@@ -36,12 +35,14 @@ class RestorationMixin(SRModel):
         Option('train', 'pbar', bool | None, 'a progress bar'),
         *StepGuard.option_keys,
         *Precision.option_keys,
+        *Evaluation.option_keys,
     )
     scales_loss = False  # whether optimize_parameters is made of Precision's `backward` and `step`, as fp16 needs it
 
     def __init__(self, opt: dict):
         self.step_guard = StepGuard(opt)
         self.monitor = ValidationMonitor(opt)
+        self.evaluation = Evaluation(opt)
         self.best_checkpoint = BestCheckpoint(opt)
         super().__init__(opt)
 
@@ -66,6 +67,7 @@ class RestorationMixin(SRModel):
         super().feed_data(data)
         self.monitor.note_items(data)
         self.label = data['label'].to(self.device) if 'label' in data else None
+        self.lq_path = data.get('lq_path', ['lq'])[0]
 
     def network_inputs(self) -> tuple[Tensor, ...]:
         """What the network is called with."""
@@ -162,23 +164,10 @@ class RestorationMixin(SRModel):
     # Validation and testing
 
     def test(self) -> None:
-        """Set `output` from `lq`, padded to the network's stride and cropped back, by the EMA network.
-
-        The scale is the network's own: the padded output's width over the padded input's.
-        """
+        """Set `output` from `lq` by the EMA network, whole or in tiles: see `Evaluation`."""
         # The bare network: the DDP wrapper would broadcast buffers from rank 0 alone, and hang.
         net = getattr(self, 'net_g_ema', self.get_bare_model(self.net_g))
-        was_training = net.training
-        net.eval()
-        h, w = self.lq.shape[-2:]
-        inputs = [
-            pad_to_multiple(x, net.stride) if x is not None and x.dim() == 4 else x for x in self.network_inputs()
-        ]
-        with torch.no_grad():
-            output = net(*inputs)
-        scale = output.shape[-1] // inputs[0].shape[-1]
-        self.output = output[..., : h * scale, : w * scale]
-        net.train(was_training)
+        self.output = self.evaluation.restore(net, self.network_inputs(), self.lq_path)
 
     def nondist_validation(self, dataloader, current_iter: int | str, tb_logger, save_img: bool) -> None:
         with self.monitor.watching(dataloader, tb_logger, current_iter):

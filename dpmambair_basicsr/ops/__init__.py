@@ -1,9 +1,8 @@
 """Functions on tensors. They need torch only: importing this brings in neither basicsr nor any kernel language."""
 
-from dpmambair_basicsr.inference.tiles import tile_spans, tiled
 from dpmambair_basicsr.ops.cross_scan import cross_merge, cross_scan
 from dpmambair_basicsr.ops.omni_scan import omni_scan
 from dpmambair_basicsr.ops.pad import pad_to_multiple
 from dpmambair_basicsr.ops.selective_scan import selective_scan
 
-__all__ = ['cross_merge', 'cross_scan', 'omni_scan', 'pad_to_multiple', 'selective_scan', 'tile_spans', 'tiled']
+__all__ = ['cross_merge', 'cross_scan', 'omni_scan', 'pad_to_multiple', 'selective_scan']

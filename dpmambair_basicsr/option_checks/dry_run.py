@@ -45,8 +45,10 @@ def check_on_trial(opt: dict, model: type | None, reported: list[str]) -> list[s
         if phase == 'train' and dataset is not None:
             attempt('datasets.train', check_batches, opt, len(dataset))
             attempt('datasets.train.gt_size', check_crop, dataset)
-    if opt['is_train'] and networks.get('network_g') is not None:
-        attempt('datasets.train.gt_size', check_crop_size, opt, networks['network_g'])
+    if networks.get('network_g') is not None:
+        attempt('val.tile', check_tile, opt, networks['network_g'])
+        if opt['is_train']:
+            attempt('datasets.train.gt_size', check_crop_size, opt, networks['network_g'])
     if is_checked:
         for key, section in (opt.get('train') or {}).items():
             if key.startswith('optim_'):
@@ -102,13 +104,22 @@ def check_crop(dataset) -> None:
 
 
 def check_crop_size(opt: dict, net: torch.nn.Module) -> None:
-    """Raises ValueError if crops are no multiple of what the network halves, or pads pictures to when it is tested."""
+    """Raises ValueError if the network would pad the crops: it would learn from pixels that no image has."""
     train, scale = opt['datasets']['train'], opt.get('scale', 1)
     # Real-ESRGAN's data set has crops that the model cuts once more, to the gt_size at the top of the file.
     sizes = [opt.get('gt_size', train.get('gt_size')), *(train.get('progressive') or {}).get('gt_sizes', ())]
     unit = scale * getattr(net, 'stride', 1)
     if wrong := [size for size in sizes if isinstance(size, int) and size % unit]:
-        raise ValueError(f'{wrong[0]} is no multiple of {unit}, as {type(net).__name__} needs it at scale {scale}')
+        raise ValueError(
+            f'{wrong[0]} is not a multiple of {unit}: {type(net).__name__} would pad each crop at scale {scale}'
+        )
+
+
+def check_tile(opt: dict, net: torch.nn.Module) -> None:
+    """Raises ValueError if tiles are smaller than what the network pads an image to."""
+    tile, stride = (opt.get('val') or {}).get('tile') or 0, getattr(net, 'stride', 1)
+    if 0 < tile < stride:
+        raise ValueError(f'{tile} is less than {stride}, the least that {type(net).__name__} takes')
 
 
 def no_batch(items: int, batch_size: int, ratio: float, processes: int) -> str:

@@ -30,7 +30,7 @@ class UNet(nn.Module):
         ValueError: for an odd dim or another number of levels, naming the key.
     """
 
-    stride = 8  # height and width of the input must be multiples of it
+    stride = 8  # what height and width are padded to a multiple of
     memory_format = torch.channels_last  # of the features; the layout of the image does not matter
 
     def __init__(

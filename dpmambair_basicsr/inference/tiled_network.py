@@ -1,0 +1,116 @@
+"""A network on an image, whole or in tiles: the one engine of `restore`, of tests and of validations."""
+
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from itertools import count, product
+
+import torch
+from torch import Tensor, nn
+
+from dpmambair_basicsr.archs.blocks import ImageMean, MeansOverTiles
+from dpmambair_basicsr.inference.tiles import tile_spans, tiled
+from dpmambair_basicsr.ops import pad_to_multiple
+
+OVERLAP = 64
+
+
+class TiledNetwork:
+    """Applies a network to an image in overlapping tiles, or to all of it. Several threads may share one.
+
+    Tiles bound the memory. They get the degradation embedding of the whole image, and its means wherever VmambaIR and
+    DPMambaIR pool over an image, for which the network runs over all tiles twice. Their scans, too, reach across an
+    image: there tiles do change the result, the larger the less.
+
+    Args:
+        net: on `device`, in evaluation mode; called with (b, 3, h, w) in [0, 1]. Tiles begin and, but for the last,
+            end at multiples of its `stride`, if it has one. If it has an `embed` (DPMambaIR), the whole image is
+            embedded once, and the network is called with that `embedding` as well.
+        device: where it runs.
+        scale: output pixels per input pixel.
+        half: compute in half precision, float16 on a GPU, bfloat16 on a CPU.
+    """
+
+    def __init__(self, net: nn.Module, device: torch.device, scale: int, half: bool = False):
+        self.net, self.device, self.scale, self.half = net, device, scale, half
+        self.stride = getattr(net, 'stride', 1)
+        self.has_means = any(isinstance(module, ImageMean) for module in net.modules())
+
+    @torch.no_grad()
+    def bands(
+        self,
+        image: Tensor,
+        *context: Tensor,
+        tile: int = 0,
+        overlap: int = OVERLAP,
+        self_ensemble: bool = False,
+        one_pass: bool = False,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Iterator[Tensor]:
+        """The result for (b, 3, h, w) float32, from top to bottom.
+
+        Args:
+            context: what the network's `embed` takes beside the image.
+            tile: size of the tiles in pixels of the image, rounded down to a multiple of the stride. 0: the whole.
+            overlap: pixels that neighbouring tiles share at least, up to half a tile; they are blended across it.
+            self_ensemble: average of the results for the eight flips and rotations.
+            one_pass: each tile has means of its own.
+            progress: called with the number of tiles done and of all, those of both passes.
+
+        Yields:
+            (b, 3, any number of rows, scale * w), float32 on the CPU, not clamped.
+
+        Raises:
+            ValueError: a tile smaller than the stride, a negative overlap, context for a network that embeds nothing.
+        """
+        scale, (h, w) = self.scale, image.shape[2:]
+        padded = pad_to_multiple(image, self.stride)  # here, so that all tiles see the grid of the whole image
+        rows, columns = (
+            tile_spans(length, length if tile == 0 else tile, overlap, self.stride) for length in padded.shape[2:]
+        )
+        embedding = self.embed(padded, *context)
+        tiles = len(rows) * len(columns)
+        means = MeansOverTiles() if tiles > 1 and not one_pass and self.has_means else None
+        done = count(1)
+
+        def restore_tile(x: Tensor) -> Tensor:
+            output = self.call_eight_ways(x, embedding, means) if self_ensemble else self.call(x, embedding, means)
+            if progress is not None:
+                progress(next(done), tiles * (1 if means is None else 2))
+            return output
+
+        if means is not None:
+            for (top, bottom), (left, right) in product(rows, columns):
+                restore_tile(padded[..., top:bottom, left:right])
+            means.complete = True
+        remaining = h * scale  # rows
+        for band in tiled(restore_tile, padded, rows, columns, scale):
+            yield band[..., :remaining, : w * scale]
+            remaining = max(remaining - band.shape[2], 0)
+
+    def embed(self, image: Tensor, *context: Tensor) -> Tensor | None:
+        """Embedding of the degradation, (b, E), if the network uses one."""
+        if not hasattr(self.net, 'embed'):
+            if context:
+                raise ValueError(f'{type(self.net).__name__} takes more than an image, and has no `embed`: no tiles')
+            return None
+        return self.net.embed(image.to(self.device), *context)
+
+    def call(self, image: Tensor, embedding: Tensor | None, means: MeansOverTiles | None = None) -> Tensor:
+        """(b, 3, h, w) -> (b, 3, scale * h, scale * w), float32 on the CPU."""
+        context = {} if embedding is None else {'embedding': embedding}
+        dtype = torch.float16 if self.device.type == 'cuda' else torch.bfloat16
+        # Not net.half(): under autocast the input that the network adds in the end stays float32.
+        with torch.autocast(self.device.type, dtype, enabled=self.half), means or nullcontext():
+            return self.net(image.to(self.device), **context).float().cpu()
+
+    def call_eight_ways(self, image: Tensor, embedding: Tensor | None, means: MeansOverTiles | None) -> Tensor:
+        """The mean of `call` for the eight flips and rotations, each turned back."""
+        total = 0
+        for turns in range(4):
+            for flipped in (False, True):
+                if means is not None:
+                    means.variant = turns, flipped
+                turned = image.rot90(turns, (2, 3))
+                output = self.call(turned.flip(3) if flipped else turned, embedding, means)
+                total = total + (output.flip(3) if flipped else output).rot90(-turns, (2, 3))
+        return total / 8

@@ -1,0 +1,60 @@
+"""How a model applies its network to a validation or test image."""
+
+import torch
+from torch import Tensor, nn
+
+from dpmambair_basicsr.files.option_row import Option
+from dpmambair_basicsr.inference.memory import is_out_of_memory, out_of_memory
+from dpmambair_basicsr.inference.tiled_network import OVERLAP, TiledNetwork
+
+
+class Evaluation:
+    """Whole, or in tiles as `restore` does it, for an image that is too large for the memory.
+
+    Args:
+        opt: of the model. In `val`:
+            tile: size of the tiles in pixels of the input. Default: none, the whole image.
+            overlap: pixels that neighbouring tiles share at least, up to half a tile. Default 64.
+            one_pass: tiles in half the time, each with channel means of its own. Default false.
+    """
+
+    option_keys = (
+        Option('val', 'tile', int | None, 'size of tiles, in pixels of the input; ~ or 0: whole images', low=0),
+        Option('val', 'overlap', int, 'pixels that tiles share, up to half a tile; default 64', low=0),
+        Option('val', 'one_pass', bool, 'tiles in half the time, but less like the whole image; default false'),
+    )
+
+    def __init__(self, opt: dict):
+        val = opt.get('val') or {}
+        self.tile, self.overlap = val.get('tile') or 0, val.get('overlap', OVERLAP)
+        self.one_pass = bool(val.get('one_pass'))
+        self.scale = opt.get('scale', 1)
+
+    def restore(self, net: nn.Module, inputs: tuple[Tensor, ...], file: str) -> Tensor:
+        """(b, 3, scale * h, scale * w) from `inputs`, whose first is (b, 3, h, w), by the network in evaluation mode.
+
+        Args:
+            file: of the image, for the message.
+
+        Raises:
+            OutOfMemory: naming the file, its size and `val.tile`.
+            ValueError: a tile that is smaller than the network's stride.
+        """
+        was_training = net.training
+        net.eval()
+        try:
+            with torch.no_grad():
+                return self.in_tiles(net, *inputs) if self.tile else net(*inputs)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+        finally:
+            net.train(was_training)
+        # Not inside the except clause: the frames of the error hold what they have computed.
+        raise out_of_memory(*inputs[0].shape[-2:], self.tile, 'val.tile: {0} (--force_yml val:tile={0})', f'{file}: ')
+
+    def in_tiles(self, net: nn.Module, image: Tensor, *context: Tensor) -> Tensor:
+        """On the CPU, as the result may not fit into a GPU either."""
+        tiled = TiledNetwork(net, image.device, getattr(net, 'scale', self.scale))
+        bands = tiled.bands(image, *context, tile=self.tile, overlap=self.overlap, one_pass=self.one_pass)
+        return torch.cat([*bands], dim=2)
