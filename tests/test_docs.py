@@ -200,7 +200,7 @@ def test_adding(tmp_path):
     """The page's changes, made to a copy of the package: an option file can name the degradation and the network."""
     page = PACKAGE_PARENT / 'docs/adding.md'
     shutil.copytree(PACKAGE_PARENT / 'dpmambair_basicsr', tmp_path / 'dpmambair_basicsr')
-    kinds, sepia, network = code_blocks(page, 'python')
+    kinds, sepia, network, *_ = code_blocks(page, 'python')
     degradations = tmp_path / 'dpmambair_basicsr/data/degradations.py'
     text = degradations.read_text(encoding='utf-8')
     text, changed = re.subn(r'^DEGRADATIONS = .*\n', kinds, text, flags=re.M)
