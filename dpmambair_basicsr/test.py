@@ -9,6 +9,7 @@ import dpmambair_basicsr.training.huge_pages  # noqa: F401  (before PyTorch)
 
 # isort: split
 from dpmambair_basicsr import registration
+from dpmambair_basicsr.files import lock
 
 
 def main() -> None:
@@ -16,7 +17,12 @@ def main() -> None:
         run = registration.pipeline('test')
     except ImportError as error:
         raise SystemExit(f'dpmambair_basicsr.test: {error}') from None
-    run(str(Path.cwd()))
+    try:
+        run(str(Path.cwd()))
+    except lock.LockedFolderError as error:
+        raise SystemExit(str(error)) from None
+    finally:
+        lock.release()
 
 
 if __name__ == '__main__':

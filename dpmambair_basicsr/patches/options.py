@@ -11,7 +11,8 @@ from basicsr.utils.dist_util import master_only
 from dpmambair_basicsr.files.atomic import replacing
 from dpmambair_basicsr.files.option_files import OptionError, OptionLoader, parse_value, read_options
 from dpmambair_basicsr.patches.registry import replaces
-from dpmambair_basicsr.patches.resume import load_resume_state, whole_epochs
+from dpmambair_basicsr.patches.resume import whole_epochs
+from dpmambair_basicsr.patches.run_lock import begin_training
 from dpmambair_basicsr.training.command_line import command_line
 
 
@@ -46,7 +47,7 @@ def checked_options(original, caller: dict):
             raise SystemExit(str(error)) from None
         # BasicSR's train.py runs as __main__, so its functions are not reached through the module basicsr.train
         if 'load_resume_state' in caller:
-            caller['load_resume_state'] = load_resume_state
+            caller['load_resume_state'] = begin_training
         if 'create_train_val_dataloader' in caller:
             caller['create_train_val_dataloader'] = whole_epochs(caller['create_train_val_dataloader'])
         return opt, args

@@ -22,6 +22,7 @@ from basicsr.utils.dist_util import get_dist_info
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
+from dpmambair_basicsr.files import lock
 from dpmambair_basicsr.files.atomic import replacing
 from dpmambair_basicsr.files.checkpoints import read_checkpoint
 from dpmambair_basicsr.training import run as training_run
@@ -37,7 +38,9 @@ def write(content: dict, file: Path) -> None:
 
     Raises:
         OSError: naming the file, if it cannot be written, also not in the third attempt.
+        LockedFolderError: if the folder of the run is another process's by now, see `files/lock`.
     """
+    lock.check()
     for remaining in reversed(range(ATTEMPTS)):
         try:
             with replacing(file) as part, open(part, 'wb') as stream:

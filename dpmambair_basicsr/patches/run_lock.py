@@ -1,0 +1,51 @@
+"""Patches that give the folder of a run to one process group."""
+
+import os
+
+import torch
+
+from dpmambair_basicsr.files import lock
+from dpmambair_basicsr.patches.registry import replaces
+from dpmambair_basicsr.patches.resume import load_resume_state
+
+
+def begin_training(opt: dict) -> dict | None:
+    """Two trainings of one name rename each other's folder and overwrite each other's files; train.py:102.
+
+    So before anything is read or renamed there, for a start and for `--auto_resume`. Can go when BasicSR locks.
+
+    Raises:
+        LockedFolderError: in every process, if another training is there.
+    """
+    folders = [opt['path']['experiments_root']]
+    if opt['logger'].get('use_tb_logger'):  # renamed too, by the name of the run alone
+        folders.append(os.path.join(opt['root_path'], 'tb_logger', opt['name']))
+    hold_together(opt, folders)
+    return load_resume_state(opt)
+
+
+def hold_together(opt: dict, folders: list[str]) -> None:
+    """The first process takes the locks for all of them, and what it fails with is raised in each."""
+    failure = [None]
+    if opt['rank'] == 0:
+        try:
+            for folder in folders:
+                lock.hold(folder)
+        except (lock.LockedFolderError, OSError) as error:
+            failure = [error]
+    if opt['dist']:
+        torch.distributed.broadcast_object_list(failure, src=0)
+    if failure[0] is not None:
+        raise failure[0]
+
+
+@replaces('basicsr.utils', 'make_exp_dirs')
+def one_test_at_a_time(original):
+    """As `begin_training`, for the folder of results that test.py renames."""
+
+    def make_exp_dirs(opt):
+        if not opt['is_train']:
+            hold_together(opt, [opt['path']['results_root']])
+        original(opt)
+
+    return make_exp_dirs
