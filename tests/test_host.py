@@ -22,10 +22,10 @@ from support.commands import stock_options, write_images, write_options
 from support.pipelines import train
 
 import dpmambair_basicsr  # noqa: F401  (first: it makes BasicSR 1.4.2 importable)
+from dpmambair_basicsr.patches import resume
 from dpmambair_basicsr.patches.apply import apply_patches
 from dpmambair_basicsr.patches.imports import distutils_version
 from dpmambair_basicsr.patches.registry import PATCHES
-from dpmambair_basicsr.patches.resume import load_resume_state
 
 
 def test_every_mend_is_applied_once():
@@ -294,7 +294,7 @@ def run_folder(tmp_path):
 
 
 def test_auto_resume_takes_the_newest_state_that_can_be_used(run_folder, capsys):
-    assert load_resume_state(run_folder) == STATE | {'iter': 2}
+    assert resume.load_resume_state(run_folder) == STATE | {'iter': 2}
     assert run_folder['path']['pretrain_network_g'] == f'{run_folder["path"]["models"]}/net_g_2.pth'
     output = capsys.readouterr().out
     assert '10.state' in output and 'net_g_4.pth' in output
@@ -306,18 +306,18 @@ def test_auto_resume_asks_for_every_network(run_folder, tmp_path, capsys):
         torch.save({'params': {}}, tmp_path / 'models' / f'net_g_{iteration}.pth')
     torch.save({'params': {}}, tmp_path / 'models' / 'net_d_2.pth')
     (tmp_path / 'models' / 'net_d_4.pth').write_text('')
-    assert load_resume_state(copy.deepcopy(run_folder))['iter'] == 2
+    assert resume.load_resume_state(copy.deepcopy(run_folder))['iter'] == 2
     assert 'net_d_4.pth' in capsys.readouterr().out
     run_folder['path']['ignore_resume_networks'] = ['network_d']
-    assert load_resume_state(run_folder)['iter'] == 4
+    assert resume.load_resume_state(run_folder)['iter'] == 4
 
 
 def test_auto_resume_never_starts_again_silently(run_folder, tmp_path, capsys):
     (tmp_path / 'models' / 'net_g_2.pth').unlink()
     with pytest.raises(SystemExit, match='none of its 3 training states'):
-        load_resume_state(run_folder)
+        resume.load_resume_state(run_folder)
     run_folder['path']['training_states'] = str(tmp_path / 'not there yet')
-    assert load_resume_state(run_folder) is None
+    assert resume.load_resume_state(run_folder) is None
     assert f'finds no training state in {tmp_path}/not there yet' in capsys.readouterr().out
 
 
@@ -327,7 +327,7 @@ def test_a_state_that_cannot_be_resumed_from_is_named(run_folder, tmp_path):
     for name, reason in (('text.state', 'UnpicklingError'), ('network.state', 'no training state'), ('none', 'none')):
         path = run_folder['path'] | {'resume_state': str(tmp_path / name)}
         with pytest.raises(SystemExit, match=f'^path.resume_state: cannot resume from {tmp_path}/{name}: .*{reason}'):
-            load_resume_state(run_folder | {'auto_resume': False, 'path': path})
+            resume.load_resume_state(run_folder | {'auto_resume': False, 'path': path})
 
 
 def test_a_state_that_would_run_code_is_refused(tmp_path):
@@ -337,5 +337,5 @@ def test_a_state_that_would_run_code_is_refused(tmp_path):
 
     torch.save({'iter': Attack()}, tmp_path / '2.state')
     with pytest.raises(SystemExit, match='[Ww]eights.only'):
-        load_resume_state({'auto_resume': False, 'path': {'resume_state': str(tmp_path / '2.state')}})
+        resume.load_resume_state({'auto_resume': False, 'path': {'resume_state': str(tmp_path / '2.state')}})
     assert not (tmp_path / 'marker').exists()
