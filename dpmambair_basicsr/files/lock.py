@@ -102,9 +102,9 @@ def create(file: Path, record: dict) -> bool:
     try:
         with open(descriptor, 'w') as stream:
             json.dump(record, stream)
-    except OSError:
+    except OSError as error:
         file.unlink()
-        raise
+        raise OSError(f'{file}: this lock cannot be written: {error}') from error
     return True
 
 
