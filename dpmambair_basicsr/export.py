@@ -24,8 +24,8 @@ from torch.nn import functional as F
 
 import dpmambair_basicsr
 from dpmambair_basicsr.files.atomic import replacing
+from dpmambair_basicsr.files.option_files import read_network
 from dpmambair_basicsr.inference.restorer import load
-from dpmambair_basicsr.restore import read_network
 
 FORMATS = {'.onnx': 'onnx', '.pt2': 'torch'}
 CHUNK = 32  # positions; see scan

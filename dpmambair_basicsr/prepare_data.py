@@ -25,7 +25,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from dpmambair_basicsr.files.images import list_images, list_keys
+from dpmambair_basicsr.files.image_folders import list_images, list_keys
 from dpmambair_basicsr.prepare.download import Download, is_image, whole
 from dpmambair_basicsr.prepare.job import Job, files_of, read_journal
 from dpmambair_basicsr.prepare.public_sets import (

@@ -1,4 +1,4 @@
-"""Names in an option file and what they stand for: classes registered under a name, optimizers, schedulers.
+"""Names in an option file and what they stand for: classes registered under a name, optimizers.
 
 Our classes register here, so that they can be imported without BasicSR, or beside one that has no registry;
 `dpmambair_basicsr.registration` brings them into BasicSR's registries.
@@ -130,16 +130,6 @@ def registered(kind: str) -> dict[str, object]:
 
 def optimizers() -> dict[str, type]:
     return subclasses(torch.optim.Optimizer, torch.optim)
-
-
-def schedulers() -> dict[str, type]:
-    """BasicSR's and ours; MultiStepLR is BasicSR's other name for MultiStepRestartLR (models/base_model.py:114)."""
-    from basicsr.models import lr_scheduler as basicsr_schedulers
-
-    from dpmambair_basicsr.training import lr_schedulers as our_schedulers
-
-    found = subclasses(torch.optim.lr_scheduler.LRScheduler, basicsr_schedulers, our_schedulers)
-    return found | {'MultiStepLR': basicsr_schedulers.MultiStepRestartLR}
 
 
 def subclasses(base: type, *modules) -> dict[str, type]:

@@ -13,7 +13,7 @@ import cv2
 from tqdm import tqdm
 
 import dpmambair_basicsr
-from dpmambair_basicsr.files.option_files import OptionError, read_options
+from dpmambair_basicsr.files.option_files import read_network
 from dpmambair_basicsr.files.pictures import (
     check_format,
     list_pictures,
@@ -83,15 +83,6 @@ def parse_arguments() -> argparse.Namespace:
     if arguments.tile is not None and arguments.tile < 0 or arguments.overlap < 0:
         parser.error('--tile and --overlap: 0 or more')
     return arguments
-
-
-def read_network(file: str) -> dict:
-    """`network_g` of an option file. Raises OptionError, naming it, if there is none."""
-    options = read_options(file)
-    network = options.get('network_g') if isinstance(options, dict) else None
-    if not isinstance(network, dict):
-        raise OptionError(f'{file}: network_g: missing')
-    return network
 
 
 def plan(inputs: list[str], output: Path, suffix: str) -> list[tuple[Path, Path]]:

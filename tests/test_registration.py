@@ -75,6 +75,23 @@ importlib.reload(basicsr.train), importlib.reload(basicsr.test)
     'by a file in basicsr/archs': "import sys; sys.path.insert(0, 'in_archs'); import basicsr",
     'by a file in basicsr/models': FUNCTIONAL_TENSOR + "sys.path.insert(0, 'in_models'); import basicsr",
 }
+ORDERS |= {
+    f'our {module} first': f'import dpmambair_basicsr.{module}'
+    for module in (
+        'registry',
+        'files.images',
+        'files.pictures',
+        'files.checkpoints',
+        'files.option_files',
+        'inference.restorer',
+        'inference.embedder',
+        'option_checks.dry_run',
+        'option_checks.sections',
+        'prepare.job',
+        'results.run',
+        'training.lr_schedulers',
+    )
+}
 FORKS = {
     'without VGG': """
 import sys, warnings; sys.path.insert(0, 'without_vgg')

@@ -5,17 +5,8 @@ from torch.utils.data import Dataset
 from dpmambair_basicsr.data.dataset_options import CLEAN, CROPS, TEMPLATE, complete_options
 from dpmambair_basicsr.data.degradations import DEGRADATIONS
 from dpmambair_basicsr.data.progressive import ProgressiveBatches
-from dpmambair_basicsr.files.images import (
-    ImageReader,
-    check_inside,
-    fit_crop,
-    flip,
-    list_images,
-    list_keys,
-    pair_images,
-    to_float,
-    to_tensor,
-)
+from dpmambair_basicsr.files.image_folders import check_inside, list_images, list_keys, pair_images
+from dpmambair_basicsr.files.images import ImageReader, fit_crop, flip, to_float, to_tensor
 from dpmambair_basicsr.files.option_row import Option
 from dpmambair_basicsr.registry import DATASET_REGISTRY
 

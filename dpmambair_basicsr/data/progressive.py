@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import NamedTuple
 
-from dpmambair_basicsr.training.item_seeds import item
+from dpmambair_basicsr.data.item_seeds import item
 
 
 @dataclass(frozen=True)

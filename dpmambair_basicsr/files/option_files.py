@@ -165,3 +165,12 @@ def describe_yaml(error: yaml.YAMLError) -> str:
 def shortened(value) -> str:
     text = repr(value)
     return text if len(text) <= 60 else f'{text[:50]}... ({len(text)} characters)'
+
+
+def read_network(file: str) -> dict:
+    """`network_g` of an option file. Raises OptionError, naming it, if there is none."""
+    options = read_options(file)
+    network = options.get('network_g') if isinstance(options, dict) else None
+    if not isinstance(network, dict):
+        raise OptionError(f'{file}: network_g: missing')
+    return network

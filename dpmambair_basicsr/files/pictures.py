@@ -15,7 +15,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from dpmambair_basicsr.files.images import EXTENSIONS
+from dpmambair_basicsr.files.image_folders import EXTENSIONS
 
 JPEG = [cv2.IMWRITE_JPEG_QUALITY, 98, cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444]
 QUALITY = {'.jpg': JPEG, '.jpeg': JPEG, '.webp': [cv2.IMWRITE_WEBP_QUALITY, 101]}  # more than 100: lossless

@@ -16,8 +16,8 @@ from dpmambair_basicsr.registry import (
     look_up,
     optimizers,
     registered,
-    schedulers,
 )
+from dpmambair_basicsr.training.lr_schedulers import schedulers
 
 
 @dataclass(frozen=True)

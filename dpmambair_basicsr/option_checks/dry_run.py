@@ -10,7 +10,8 @@ import torch
 from dpmambair_basicsr.files.checkpoints import differences, read_checkpoint, read_weights, select_weights
 from dpmambair_basicsr.files.images import fit_crop
 from dpmambair_basicsr.option_checks.values import will_resume
-from dpmambair_basicsr.registry import arguments_of, describe, optimizers, our_type, schedulers
+from dpmambair_basicsr.registry import arguments_of, describe, optimizers, our_type
+from dpmambair_basicsr.training.lr_schedulers import schedulers
 
 
 def check_on_trial(opt: dict, model: type | None, reported: list[str]) -> list[str]:

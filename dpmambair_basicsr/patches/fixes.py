@@ -2,7 +2,7 @@
 
 import torch
 
-from dpmambair_basicsr.files.images import check_inside
+from dpmambair_basicsr.files.image_folders import check_inside
 from dpmambair_basicsr.patches.registry import replaces
 from dpmambair_basicsr.training import signals as interruption
 
@@ -34,7 +34,7 @@ def fresh_worker_seeds(original):
     """Every epoch's workers are seeded alike, so crops and flips repeat each epoch; data/__init__.py:97.
 
     torch gives each worker of each epoch its own seed, drawn from the generator that manual_seed + rank has seeded.
-    That is for loaders without BasicSR's sampler: items of the others have their own, see `training/item_seeds`. Can go
+    That is for loaders without BasicSR's sampler: items of the others have their own, see `data/item_seeds`. Can go
     when BasicSR seeds from it, or leaves it to torch.
     """
 

@@ -4,11 +4,11 @@ import torch
 from basicsr.data.data_sampler import EnlargedSampler
 from basicsr.utils import get_root_logger
 
+from dpmambair_basicsr.data.item_seeds import SeededIndex, SeededItems
 from dpmambair_basicsr.data.progressive import accompany
 from dpmambair_basicsr.patches.registry import replaces
 from dpmambair_basicsr.training import run as training_run
 from dpmambair_basicsr.training import signals as interruption
-from dpmambair_basicsr.training.item_seeds import SeededIndex, SeededItems
 
 
 @replaces('basicsr.data', 'build_dataloader')

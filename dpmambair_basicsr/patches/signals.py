@@ -5,12 +5,12 @@ import signal
 import torch
 from basicsr.utils import get_root_logger
 
+from dpmambair_basicsr.data.item_seeds import seed_generators
 from dpmambair_basicsr.patches.checkpoints import BASE_MODEL
 from dpmambair_basicsr.patches.registry import replaces
 from dpmambair_basicsr.patches.resume import validate_if_missing
 from dpmambair_basicsr.training import run as training_run
 from dpmambair_basicsr.training import signals as interruption
-from dpmambair_basicsr.training.item_seeds import seed_generators
 from dpmambair_basicsr.training.output import keep_output
 
 

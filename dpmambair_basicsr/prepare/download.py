@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from dpmambair_basicsr.files.images import EXTENSIONS
+from dpmambair_basicsr.files.image_folders import EXTENSIONS
 
 UNREADABLE = (OSError, EOFError, RuntimeError, zlib.error, zipfile.BadZipFile, tarfile.TarError)
 

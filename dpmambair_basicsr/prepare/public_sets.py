@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from dpmambair_basicsr.files.images import EXTENSIONS
+from dpmambair_basicsr.files.image_folders import EXTENSIONS
 
 _ENDING = rf'(?:{"|".join(map(re.escape, EXTENSIONS))})'
 

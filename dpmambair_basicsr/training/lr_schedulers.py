@@ -1,12 +1,15 @@
 """Learning rate schedulers that BasicSR does not have; `RestorationMixin.setup_schedulers` finds them by name."""
 
 import math
+import sys
 from bisect import bisect_left
 from collections.abc import Sequence
 from itertools import accumulate
 
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+
+from dpmambair_basicsr.registry import subclasses
 
 
 class CosineAnnealingRestartCyclicLR(LRScheduler):
@@ -66,3 +69,11 @@ def check_periods(opt: dict) -> None:
         scheduler = opt['train'].get(name) or {}
         if scheduler.get('type') == 'CosineAnnealingRestartLR' and (message := too_short(opt, scheduler)):
             raise ValueError(f'train.{name}.{message}: CosineAnnealingRestartLR ends there; lengthen periods')
+
+
+def schedulers() -> dict[str, type]:
+    """BasicSR's and ours; MultiStepLR is BasicSR's other name for MultiStepRestartLR (`BaseModel.setup_schedulers`)."""
+    from basicsr.models import lr_scheduler as of_basicsr
+
+    found = subclasses(LRScheduler, of_basicsr) | subclasses(LRScheduler, sys.modules[__name__])
+    return found | {'MultiStepLR': of_basicsr.MultiStepRestartLR}
