@@ -90,6 +90,9 @@ ORDERS |= {
         'prepare.job',
         'results.run',
         'training.lr_schedulers',
+        'data.paired_degradation_dataset',
+        'models.restoration_model',
+        'models.step_guard',
     )
 }
 FORKS = {

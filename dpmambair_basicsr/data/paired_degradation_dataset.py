@@ -1,5 +1,3 @@
-from basicsr.data.data_util import paired_paths_from_meta_info_file
-from basicsr.data.transforms import paired_random_crop
 from torch.utils.data import Dataset
 
 from dpmambair_basicsr.data.dataset_options import CLEAN, CROPS, TEMPLATE, complete_options
@@ -50,6 +48,8 @@ class PairedDegradationDataset(ProgressiveBatches, Dataset):
         if opt['io_backend']['type'] == 'lmdb':
             self.paths = pair_images(*map(list_keys, folders.values()))
         elif opt.get('meta_info_file'):
+            from basicsr.data.data_util import paired_paths_from_meta_info_file
+
             self.paths = paired_paths_from_meta_info_file(
                 list(folders.values()), list(folders), opt['meta_info_file'], template
             )
@@ -79,6 +79,8 @@ class PairedDegradationDataset(ProgressiveBatches, Dataset):
         gt = gt[:height, :width]
 
         if self.opt['phase'] == 'train':
+            from basicsr.data.transforms import paired_random_crop
+
             size, pad = self.opt['gt_size'], self.opt['pad_small']
             gt = fit_crop(gt, size, pad, paths['gt_path'], index)
             lq = fit_crop(lq, size // scale, pad, paths['lq_path'], index)

@@ -12,3 +12,5 @@ MODULES = {
 
 __all__ = list(MODULES)
 __getattr__ = lazy_attributes(__name__, MODULES)
+
+import basicsr  # noqa: E402, F401  (registers us, which imports our models, before one of them is half imported)
