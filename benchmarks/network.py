@@ -18,6 +18,7 @@ import time
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import dpmambair_basicsr.training.huge_pages  # noqa: F401  (first: before PyTorch, as our commands do; makes BasicSR importable)
 
@@ -28,9 +29,9 @@ from scan import peak
 from torch.profiler import ProfilerActivity, profile
 
 from dpmambair_basicsr import archs
-from dpmambair_basicsr.archs.blocks import planar_scan
 from dpmambair_basicsr.models.precision import DTYPES, in_training, mixed
-from dpmambair_basicsr.ops import omni_scan
+from dpmambair_basicsr.ops import use_backend
+from dpmambair_basicsr.ops.selective_scan.backend import get_backend
 
 OPTIONS = Path(__file__).parents[1] / 'options'
 FILES = {'DPMambaIR': 'train_dpmambair.yml', 'VmambaIR': 'train_vmambair_derain.yml'}
@@ -40,13 +41,17 @@ PARTS = ('scan', 'layer norm', 'depthwise conv', '1x1 conv', 'other conv', 'proj
 ELEMENTWISE = ('aten::gelu', 'aten::silu', 'aten::mul', 'aten::gelu_backward', 'aten::silu_backward')
 
 
-@contextmanager
-def backend(name):
-    planar_scan.omni_scan = partial(omni_scan, backend=None if name == 'fused' else name)
-    try:
-        yield
-    finally:
-        planar_scan.omni_scan = omni_scan
+def backend(value):
+    name, _, by_sequences = value.partition(', ')
+    if name == 'best':
+        return use_backend(None)
+    return use_backend(not_fused(name) if by_sequences else name)
+
+
+def not_fused(name):
+    """A backend, as one that reads images as sequences."""
+    parts = {key: getattr(get_backend(name), key) for key in ('reads_half', 'scan', 'why_unavailable')}
+    return SimpleNamespace(name=f'{name}, by sequences', omni_scan=None, **parts)
 
 
 @contextmanager
@@ -61,7 +66,7 @@ def threads(number):
 
 # Name -> what its values are.
 SETTINGS = {
-    'backend': 'fused, or a backend of selective_scan',
+    'backend': 'best, a backend of selective_scan, or, with its scans not fused, e.g. "numba, by sequences"',
     'threads': 'a number',
     'channels_last': 'on, off',
     'checkpoint_levels': 'digits of the levels, e.g. 0 or 0123, or none',

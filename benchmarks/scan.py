@@ -6,7 +6,7 @@
 
 Tables:
     backends    the available backends side by side, and mambapy's pscan if it is installed
-    omni        four directions of an image, projections included: in one go against by sequences, same scan kernel
+    omni        four directions of an image, projections included: fused against by sequences, same scan kernel
     growth      the best backend's time per position
     memory      that the best backend takes on a CPU, results included, also in units of u
     start       what is ours of a process's first call, without and with the kernels of an earlier process
@@ -37,6 +37,8 @@ from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
 from dpmambair_basicsr.ops import omni_scan, selective_scan
+from dpmambair_basicsr.ops.cross_scan import DIRECTIONS
+from dpmambair_basicsr.ops.omni_scan import scan_by_sequences
 from dpmambair_basicsr.ops.selective_scan import available_backends
 
 # b, d, n, l: three training sizes, then images of 64 x 64 and 128 x 128.
@@ -113,8 +115,10 @@ def backends(args):
 
 
 def omni(args):
-    fused = {'in one go': None, 'by sequences': available_backends(args.device)[0]}
-    contenders = {label: lambda inputs, name=name: omni_scan(**inputs, backend=name) for label, name in fused.items()}
+    contenders = {
+        'fused': lambda inputs: omni_scan(**inputs),
+        'by sequences': lambda inputs: scan_by_sequences(**inputs, directions=DIRECTIONS),
+    }
     table('b x d x h x w', 'pass', *contenders, 'ratio')
     limit, explanation = gpu_omni_limit(args.device) if args.device.type == 'cuda' else (None, None)
     for size in args.images:

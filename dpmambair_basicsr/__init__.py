@@ -19,11 +19,18 @@ def register():
     return registration.register()
 
 
-def load(weights, *, network: dict | None = None, device: str = 'auto', half: bool = False):
+def load(
+    weights,
+    *,
+    network: dict | None = None,
+    device: str = 'auto',
+    half: bool = False,
+    scan_backend: str | None = None,
+):
     """A trained network: `load('net_g_latest.pth').restore(image)`. See `dpmambair_basicsr.inference.restorer`."""
     from dpmambair_basicsr.inference import restorer
 
-    return restorer.load(weights, network=network, device=device, half=half)
+    return restorer.load(weights, network=network, device=device, half=half, scan_backend=scan_backend)
 
 
 imports.prepare()

@@ -26,6 +26,7 @@ import dpmambair_basicsr
 from dpmambair_basicsr.files.atomic import replacing
 from dpmambair_basicsr.files.option_files import read_network
 from dpmambair_basicsr.inference.restorer import load
+from dpmambair_basicsr.ops import use_backend
 
 FORMATS = {'.onnx': 'onnx', '.pt2': 'torch'}
 CHUNK = 32  # positions; see scan
@@ -81,25 +82,8 @@ def trace(net: nn.Module) -> ExportedProgram:
     batch, height, width = EXAMPLE
     image = torch.rand(batch, 3, height * net.stride, width * net.stride)
     sizes = {0: Dim('batch'), 2: net.stride * Dim('height'), 3: net.stride * Dim('width')}
-    with torch.no_grad(), scans_by(scan), without_blocks(net):
+    with torch.no_grad(), use_backend(LoopBackend), without_blocks(net):
         return torch.export.export(net, (image,), dynamic_shapes=(sizes,))
-
-
-@contextmanager
-def scans_by(function: Callable) -> Iterator[None]:
-    """While it lasts, this is the one backend of `selective_scan`, and `omni_scan` goes by sequences."""
-    # By import_module: the names in ops are the functions.
-    scan_module, omni_module = (
-        importlib.import_module(f'dpmambair_basicsr.ops.{name}') for name in ('selective_scan', 'omni_scan')
-    )
-    choose_scan, choose_omni = scan_module._choose, omni_module._choose
-    scan_module._choose, omni_module._choose = lambda *_: 'export', lambda *_: None
-    scan_module._scans['export'] = function
-    try:
-        yield
-    finally:
-        scan_module._choose, omni_module._choose = choose_scan, choose_omni
-        del scan_module._scans['export']
 
 
 @contextmanager
@@ -116,7 +100,7 @@ def without_blocks(net: nn.Module) -> Iterator[None]:
 
 
 def scan(u, delta, A, B, C, D, delta_bias, delta_softplus) -> Tensor:
-    """The contract of a backend of `selective_scan`, for any length l, in three loops of PyTorch's `scan`.
+    """`selective_scan`'s contract for checked arguments, for any length l, in three loops of PyTorch's `scan`.
 
     A loop over l would be slow, and a graph without loops cannot have any length. So chunks of CHUNK positions, c of
     them, advance side by side as in `torch_chunked`, which explains it: sweep them from a zero state, chain what they
@@ -162,6 +146,17 @@ def scan(u, delta, A, B, C, D, delta_bias, delta_softplus) -> Tensor:
 
     y = y.movedim(0, -1).flatten(-2)[..., :length].flatten(1, 2)  # (b, d, l)
     return y if D is None else y + D[:, None] * u
+
+
+class LoopBackend:
+    """`scan` as a backend."""
+
+    name, reads_half, omni_scan = 'loops', False, None
+    scan = staticmethod(scan)
+
+    @staticmethod
+    def why_unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
+        """It runs everywhere."""
 
 
 def write_onnx(program: ExportedProgram, file: Path) -> None:

@@ -23,6 +23,7 @@ from dpmambair_basicsr.files.pictures import (
     write_picture,
 )
 from dpmambair_basicsr.inference.restorer import OVERLAP, Restorer, load
+from dpmambair_basicsr.ops.selective_scan import BACKENDS
 
 
 def main() -> int:
@@ -33,7 +34,13 @@ def main() -> int:
     jobs = plan([*arguments.inputs, *arguments.input], arguments.output, arguments.suffix)
     try:
         network = None if arguments.opt is None else read_network(arguments.opt)
-        restorer = load(arguments.weights, network=network, device=arguments.device, half=arguments.half)
+        restorer = load(
+            arguments.weights,
+            network=network,
+            device=arguments.device,
+            half=arguments.half,
+            scan_backend=arguments.scan_backend,
+        )
     except (ValueError, OSError) as error:
         raise SystemExit(str(error)) from None
     arguments.output.mkdir(parents=True, exist_ok=True)
@@ -72,6 +79,7 @@ def parse_arguments() -> argparse.Namespace:
     add('--overlap', type=int, default=OVERLAP, metavar='N', help='of tiles, up to half a tile; default: %(default)s')
     add('--one-pass', action='store_true', help='tiles in half the time, but less like the whole image')
     add('--device', default='auto', help='auto, cpu, cuda or cuda:<n>; default: %(default)s')
+    add('--scan-backend', metavar='NAME', help=f'of the scans: {", ".join(BACKENDS)}; default: the best available')
     add('--half', action='store_true', help='half precision')
     add('--self-ensemble', action='store_true', help='mean over eight flips and rotations, in eight times the time')
     add('--suffix', default='', help='added to the names of the results')

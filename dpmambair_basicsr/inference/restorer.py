@@ -9,10 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dpmambair_basicsr.archs.blocks import MeansOverTiles
 from dpmambair_basicsr.files.checkpoints import differences, read_checkpoint, select_weights
 from dpmambair_basicsr.files.images import to_float, to_tensor
 from dpmambair_basicsr.inference.memory import PeakMemory, free_memory, is_out_of_memory, out_of_memory, smaller_tile
 from dpmambair_basicsr.inference.tiled_network import OVERLAP, TiledNetwork
+from dpmambair_basicsr.ops import use_backend
+from dpmambair_basicsr.ops.selective_scan.backend import check_backend
 from dpmambair_basicsr.registry import arguments_of, describe, look_up, registered
 
 SMALL = 256  # pixels: smaller images are not cut into tiles unless asked for
@@ -20,7 +23,14 @@ PROBE = 64  # pixels: size of the image whose memory is measured
 SHARE = 0.5  # of the free memory, for a network; measured need and kernels' own memory together stay below
 
 
-def load(weights: str | Path, *, network: dict | None = None, device: str = 'auto', half: bool = False) -> 'Restorer':
+def load(
+    weights: str | Path,
+    *,
+    network: dict | None = None,
+    device: str = 'auto',
+    half: bool = False,
+    scan_backend: str | None = None,
+) -> 'Restorer':
     """A network with trained weights; see `Restorer.restore`.
 
     Args:
@@ -29,14 +39,18 @@ def load(weights: str | Path, *, network: dict | None = None, device: str = 'aut
         network: `network_g` of the option file, for a checkpoint that does not hold it; takes the place of its own.
         device: 'auto' (a GPU if PyTorch finds one), 'cpu', 'cuda' or 'cuda:<n>'.
         half: compute in half precision, float16 on a GPU, bfloat16 on a CPU: half the memory, about two digits.
+        scan_backend: what scans are computed by, a name in `dpmambair_basicsr.ops.selective_scan.BACKENDS`; None: see
+            `use_backend`, in the end the best available.
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: naming file and key: the file is no checkpoint, holds no options, or its weights do not fit them;
-            the network does not turn one RGB image into another; there is no such device.
+            the network does not turn one RGB image into another; there is no such device. A BackendError if there is
+            no such backend, or it cannot run there.
     """
     weights = str(weights)
     device = choose_device(device)
+    check_backend(scan_backend, 'scan_backend', device)
     checkpoint = read_checkpoint(weights)
     options = checkpoint.get('network_g') if network is None else network
     state_dict = select_weights(weights, checkpoint, 'params_ema', 'params', None)
@@ -56,7 +70,7 @@ def load(weights: str | Path, *, network: dict | None = None, device: str = 'aut
         raise ValueError(f'{weights}: {report}')
     net.load_state_dict(state_dict)
     try:
-        return Restorer(net, device, half)
+        return Restorer(net, device, half, scan_backend)
     except (AttributeError, TypeError, ValueError, RuntimeError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
@@ -84,14 +98,15 @@ class Restorer(TiledNetwork):
     Args:
         net: see `TiledNetwork`; it is moved to the device, and its parameters are frozen.
         device: where it runs.
-        half: see `load`.
+        half, scan_backend: see `load`.
 
     Attributes:
         scale: output pixels per input pixel.
     """
 
-    def __init__(self, net: nn.Module, device: torch.device, half: bool = False):
+    def __init__(self, net: nn.Module, device: torch.device, half: bool = False, scan_backend: str | None = None):
         super().__init__(net.to(device).eval().requires_grad_(False), device, scale=1, half=half)
+        self.scan_backend = scan_backend
         side = math.ceil(16 / self.stride) * self.stride
         image = torch.zeros(1, 3, side, side)
         with torch.no_grad():
@@ -168,6 +183,10 @@ class Restorer(TiledNetwork):
         if not band.isfinite().all():
             raise ValueError(f'the output of the network is not finite{" in half precision" if self.half else ""}')
         return band[0].clamp(0, 1)
+
+    def call(self, image: Tensor, embedding: Tensor | None, means: MeansOverTiles | None = None) -> Tensor:
+        with use_backend(self.scan_backend):
+            return super().call(image, embedding, means)
 
     def fitting_tile(self, height: int, width: int) -> int:
         """The tile for which `SHARE` of the free memory is enough, `PROBE` or more; 0 if the whole image fits."""

@@ -21,6 +21,7 @@ from dpmambair_basicsr.models.extractor import load_extractor
 from dpmambair_basicsr.models.precision import Precision
 from dpmambair_basicsr.models.step_guard import StepGuard
 from dpmambair_basicsr.models.validation_monitor import ValidationMonitor
+from dpmambair_basicsr.ops.selective_scan.backend import set_default_backend
 from dpmambair_basicsr.training import lr_schedulers
 from dpmambair_basicsr.training.parameters import parameter_groups
 
@@ -44,6 +45,7 @@ class RestorationMixin(SRModel):
         self.monitor = ValidationMonitor(opt)
         self.evaluation = Evaluation(opt)
         self.best_checkpoint = BestCheckpoint(opt)
+        set_default_backend(opt.get('scan_backend'))  # a program's own loop has not parsed an option file
         super().__init__(opt)
 
     @classmethod

@@ -3,8 +3,6 @@
 Shapes: b batch, d channels, h, w height and width, l = h * w, k = len(directions), r rank of delta, n states.
 """
 
-import functools
-import logging
 from collections.abc import Sequence
 
 import torch
@@ -12,11 +10,7 @@ from torch import Tensor
 
 from dpmambair_basicsr.ops.cross_scan import DIRECTIONS, cross_merge, cross_scan
 from dpmambair_basicsr.ops.selective_scan import selective_scan
-from dpmambair_basicsr.ops.selective_scan.numba import omni as numba_omni
-from dpmambair_basicsr.ops.selective_scan.triton import omni as triton_omni
-
-# Name -> module of what scans in one go, the best first. Of these Triton's reads half types.
-_IN_ONE_GO = {'triton': triton_omni, 'numba': numba_omni}
+from dpmambair_basicsr.ops.selective_scan.backend import choose_fused, chosen
 
 
 def omni_scan(
@@ -43,30 +37,28 @@ def omni_scan(
         A: (k * d, n), negative.
         D: (k * d,).
         directions: k scan orders, see `cross_scan`.
-        backend: None: in one go where possible, that is on NVIDIA GPUs with Triton, and in fp32 on a CPU with numba;
-            otherwise as in `selective_scan`. A name: by sequences, scanned by this backend.
+        backend: as in `selective_scan`. Those that can do it fused do, 'triton' and, where all is fp32, 'numba'; with
+            the others it goes by sequences.
 
     Returns:
         (b, d, h, w), in x's type.
 
     Raises:
         ValueError: a direction or a shape does not fit.
-        RuntimeError: the backend is not available here.
+        BackendError: there is no backend of that name, or it is not available here.
     """
     parameters = x_proj_weight, dt_proj_weight, dt_proj_bias, A, D
     _check(x, *parameters, directions)
     # A trace is where FLOPs are counted, and those inside of our operator would be missing.
     one_device = all(parameter.device == x.device for parameter in parameters)
     name = None
-    if backend is None and one_device and not torch.jit.is_tracing():
-        name = _choose(x.device, *(tensor.dtype for tensor in (x, *parameters)))
+    if one_device and not torch.jit.is_tracing():
+        name = choose_fused(backend, x.device, *(tensor.dtype for tensor in (x, *parameters)))
     if name is None:
         return scan_by_sequences(x, *parameters, directions, backend)
     pixels = x.permute(0, 2, 3, 1).flatten(1, 2)  # (b, l, d)
     projected = pixels @ x_proj_weight.flatten(-3, -2).mT  # (b, l, k * (r + 2n))
-    if name == 'numba':
-        projected = projected.to(x.dtype)  # autocast may have changed it
-    y = _IN_ONE_GO[name].scan(pixels, projected, *parameters[1:], directions, x.shape[2:])
+    y = chosen[name].omni_scan(pixels, projected, *parameters[1:], directions, x.shape[2:])
     return y.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
 
 
@@ -97,24 +89,6 @@ def scan_by_sequences(
         backend=backend,
     )
     return cross_merge(ys.view_as(xs), x.shape[2:], directions)
-
-
-def _choose(device, *dtypes):
-    """The name of what scans in one go here, or None."""
-    dtype = functools.reduce(torch.promote_types, dtypes, torch.float32)
-    for name, module in _IN_ONE_GO.items():
-        if module.why_not(device, dtype) is None and (name == 'triton' or set(dtypes) == {dtype}):
-            _log_once(name, device.type)
-            return name
-    return None
-
-
-_choose._dynamo_marked_constant = True  # torch.compile takes its result as it is and does not look inside
-
-
-@functools.cache
-def _log_once(name, device_type):
-    logging.getLogger('basicsr').info('omni_scan: in one go, backend %r on %s', name, device_type)
 
 
 def _check(x, x_proj_weight, dt_proj_weight, dt_proj_bias, A, D, directions):

@@ -6,8 +6,11 @@ What our models and datasets read beside them, those declare in rows of the same
 from typing import Literal
 
 from dpmambair_basicsr.files.option_row import TEST, TRAIN, Option
+from dpmambair_basicsr.ops.selective_scan import BACKENDS
 
 ALWAYS = (TRAIN, TEST)
+# Ours, but read whatever the model is.
+SCAN_BACKEND = Option('', 'scan_backend', Literal[tuple(BACKENDS)] | None, 'of selective scans; ~: the best available')
 
 OPTIONS = (
     Option('', 'name', str, 'of the run, and of its folder in experiments/ or results/', required=ALWAYS),
@@ -23,6 +26,7 @@ OPTIONS = (
     Option('', 'logger', dict, 'what is printed and saved how often', required=(TRAIN,)),
     Option('', 'dist_params', dict | None, 'of torch.distributed'),
     Option('', 'find_unused_parameters', bool | None, 'of DistributedDataParallel'),
+    SCAN_BACKEND,
     Option('train', 'total_iter', float, 'iterations of the training', low=1, required=(TRAIN,)),
     Option('train', 'warmup_iter', float, 'iterations in which the learning rate grows from 0; -1: none', low=-1),
     Option('train', 'ema_decay', float, 'of the average of the network, params_ema; 0: none', low=0, high=1),

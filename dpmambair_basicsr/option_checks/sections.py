@@ -15,9 +15,17 @@ from pathlib import Path
 import torch
 
 from dpmambair_basicsr.files.option_row import TEST, TRAIN, Option, names
+from dpmambair_basicsr.ops.selective_scan.backend import BackendError, check_backend
 from dpmambair_basicsr.option_checks.calls import CALLS, check_call, check_metric, unknown_keys
 from dpmambair_basicsr.option_checks.dry_run import check_on_trial
-from dpmambair_basicsr.option_checks.schema import FILES, OPTIONS, REFUSED_LATER, SET_BY_BASICSR, rows_of
+from dpmambair_basicsr.option_checks.schema import (
+    FILES,
+    OPTIONS,
+    REFUSED_LATER,
+    SCAN_BACKEND,
+    SET_BY_BASICSR,
+    rows_of,
+)
 from dpmambair_basicsr.option_checks.structure import check_renamed
 from dpmambair_basicsr.option_checks.values import alternatives, check_numbers, check_value, will_resume
 from dpmambair_basicsr.registry import look_up, registered
@@ -32,7 +40,7 @@ def check_options(opt: dict) -> list[str]:
     model, problems = look_up(registered('MODEL'), 'model_type', opt['model_type'])
     if hasattr(model, 'option_keys'):
         problems = check_keys(opt, model)
-    problems = [*dict.fromkeys(check_loaders(opt) + problems)]
+    problems = [*dict.fromkeys(check_loaders(opt) + check_scan_backend(opt) + problems)]
     return problems + check_on_trial(opt, model, problems)
 
 
@@ -71,6 +79,18 @@ def check_loaders(opt: dict) -> list[str]:
             elif phase != 'train' or dataset.get('num_worker_per_gpu') == 0:
                 problems.append(f'{path}.persistent_workers: true, but this loader has no workers; write false')
     return problems
+
+
+def check_scan_backend(opt: dict) -> list[str]:
+    """Problem if the backend of selective scans that is asked for, here or by the environment, cannot run."""
+    name = opt.get('scan_backend')
+    if problems := check_value('scan_backend', name, SCAN_BACKEND):
+        return problems
+    try:
+        check_backend(name, 'scan_backend', torch.device('cuda' if opt['num_gpu'] else 'cpu'))
+    except BackendError as error:
+        return [str(error)]
+    return []
 
 
 def section_of(opt: dict, path: str):

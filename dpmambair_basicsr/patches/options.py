@@ -31,6 +31,7 @@ def checked_options(original, caller: dict):
         file, forced = command_line()
         if file is None:  # BasicSR's own message
             return original(root_path, is_train)
+        from dpmambair_basicsr.ops.selective_scan.backend import set_default_backend
         from dpmambair_basicsr.option_checks.sections import check_options
         from dpmambair_basicsr.option_checks.structure import apply_forced, check_root, check_structure, refuse
 
@@ -43,6 +44,7 @@ def checked_options(original, caller: dict):
                 obey_experiments_root(opt, raw['path'])
                 problems = check_root(opt, raw['path'])
             refuse(file, problems + check_options(opt), forced)
+            set_default_backend(opt.get('scan_backend'))
         except OptionError as error:
             raise SystemExit(str(error)) from None
         # BasicSR's train.py runs as __main__, so its functions are not reached through the module basicsr.train

@@ -1,7 +1,18 @@
-"""What torch.compile and torch.export make of a module that has a scan in it."""
+"""Which operators a scan runs, and what torch.compile and torch.export make of a module that has one in it."""
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+
+
+def scans_run_by(function: Callable[[], object]) -> list[str]:
+    """The names of our operators that a call runs, those of the backward pass included."""
+    with profile(activities=[ProfilerActivity.CPU]) as record:
+        function()
+    names = [event.name.partition('dpmambair_basicsr::')[2] for event in record.events()]
+    return [name for name in names if name]
 
 
 def assert_compiles_without_a_graph_break(module: nn.Module, x: Tensor) -> None:

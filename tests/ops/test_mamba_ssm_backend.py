@@ -7,12 +7,12 @@ from test_selective_scan import TOLERANCE, run_with_grads, scan_inputs
 from dpmambair_basicsr.ops.selective_scan import BACKENDS, available_backends
 from dpmambair_basicsr.ops.selective_scan import mamba_ssm as mamba_ssm_backend
 
-installed = torch.cuda.is_available() and mamba_ssm_backend.why_not(torch.device('cuda'), torch.float32) is None
+installed = torch.cuda.is_available() and mamba_ssm_backend.why_unavailable(torch.device('cuda'), torch.float32) is None
 
 
 @pytest.mark.skipif(installed, reason='mamba_ssm works here')
 def test_says_what_to_install():
-    reason = mamba_ssm_backend.why_not(torch.device('cuda'), torch.float32)
+    reason = mamba_ssm_backend.why_unavailable(torch.device('cuda'), torch.float32)
     assert 'mamba_ssm does not work' in reason and 'pip install --no-build-isolation mamba-ssm' in reason
     assert '\n' not in reason
 

@@ -17,6 +17,7 @@ from test_selective_scan import assert_agrees, run_with_grads, scan_inputs
 from torch.utils.data import DataLoader, Dataset
 
 from dpmambair_basicsr.ops import selective_scan
+from dpmambair_basicsr.ops.selective_scan.numba import runtime as numba_runtime
 from dpmambair_basicsr.ops.selective_scan.numba import selective as numba_backend
 
 pytest.importorskip('numba', reason='the extra [cpu] is not installed')
@@ -217,7 +218,7 @@ def test_says_that_a_call_recorded_without_gradients_has_none():
 
 
 def run_python(code, **environment):
-    code = f'import logging, time, torch\nlogging.basicConfig(level=logging.WARNING)\n{code}'
+    code = f'import logging, torch\nlogging.basicConfig(level=logging.WARNING)\n{code}'
     result = subprocess.run(
         [sys.executable, '-c', code], capture_output=True, text=True, env=os.environ | environment, timeout=300
     )
@@ -227,17 +228,16 @@ def run_python(code, **environment):
 
 def test_compiles_once_says_so_and_then_loads(tmp_path):
     code = (
-        'from dpmambair_basicsr.ops.selective_scan import available_backends\n'
-        'start = time.process_time()\n'
-        'assert "numba" in available_backends()\n'
-        'print(time.process_time() - start)'
+        'from dpmambair_basicsr.ops import selective_scan\n'
+        'x = torch.ones(1, 2, 3)\n'
+        'print(selective_scan(x, x, -x[0, :, :1], x[:, :1], x[:, :1], backend="numba").shape.numel())'
     )
-    (seconds,), log = run_python(code, NUMBA_CACHE_DIR=str(tmp_path))
-    assert float(seconds) < 30
+    printed, log = run_python(code, NUMBA_CACHE_DIR=str(tmp_path))
+    assert printed == ['6']
     assert log.count('compiling the CPU kernels') == len(log.splitlines()) == 1
-    (seconds,), log = run_python(code, NUMBA_CACHE_DIR=str(tmp_path))
-    assert float(seconds) < 2
-    assert log == ''
+    printed, log = run_python(code, NUMBA_CACHE_DIR=str(tmp_path))
+    assert printed == ['6']
+    assert log == ''  # numba says when it compiles, and did not
 
 
 def test_compiles_where_nothing_can_be_cached(monkeypatch):
@@ -286,5 +286,5 @@ def test_without_numba_the_torch_backend_runs_and_one_line_says_what_would_be_fa
 
 @pytest.mark.parametrize('dtype', [torch.float64, torch.float16])
 def test_computes_float32_only(dtype):
-    assert 'float32 on a CPU' in numba_backend.why_not(torch.device('cpu'), dtype)
-    assert 'on cuda' in numba_backend.why_not(torch.device('cuda'), torch.float32)
+    assert 'float32 on a CPU' in numba_runtime.why_unavailable(torch.device('cpu'), dtype)
+    assert 'on cuda' in numba_runtime.why_unavailable(torch.device('cuda'), torch.float32)

@@ -1,4 +1,4 @@
-"""The omni scan in one go against the omni scan by its parts.
+"""The omni scan fused against the omni scan by its parts.
 
 Shapes: b batch, d channels, h, w height and width, k directions, r rank, n states. All tests run in PyTorch's
 deterministic mode, where fresh memory, that for scratch included, is full of NaN.
@@ -9,17 +9,18 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from operator_checks import assert_compiles_without_a_graph_break, assert_exports_as_one_node
+from operator_checks import assert_compiles_without_a_graph_break, assert_exports_as_one_node, scans_run_by
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
 
 from dpmambair_basicsr.archs.blocks import directional_scan
-from dpmambair_basicsr.ops import omni_scan
+from dpmambair_basicsr.ops import omni_scan, use_backend
+from dpmambair_basicsr.ops.selective_scan import available_backends
 from dpmambair_basicsr.ops.selective_scan.numba import omni as numba_omni
 
 pytestmark = pytest.mark.usefixtures('nan_in_new_memory')
-CPU, FP32 = torch.device('cpu'), torch.float32
-needs_numba = pytest.mark.skipif(numba_omni.why_not(CPU, FP32) is not None, reason='the extra [cpu] is not installed')
+FP32 = torch.float32
+needs_numba = pytest.mark.skipif('numba' not in available_backends(), reason='the extra [cpu] is not installed')
 
 # Largest error allowed in fp32, as a part of the largest entry, or of 0.1 where a sum over the pixels all but vanishes.
 TOLERANCE = 5e-6  # measured up to 2e-6
@@ -80,7 +81,7 @@ def scan_alone(inputs, size):
     inputs = dict(inputs)
     x, weight = inputs.pop('x').flatten(2).mT, inputs.pop('x_proj_weight').flatten(-3, -2)
     inputs = {'x': x, 'projected': x @ weight.mT} | {k.replace('proj_', ''): v for k, v in inputs.items()}
-    return run_with_grads(inputs | {'size': size}, function=numba_omni.scan)
+    return run_with_grads(inputs | {'size': size}, function=numba_omni.omni_scan)
 
 
 # --- results
@@ -187,7 +188,7 @@ def test_gradients_do_not_change_the_output_nor_the_inputs():
 
 
 def test_by_parts_in_double_and_by_name():
-    """fp64, other devices and a named backend go by sequences."""
+    """fp64, other devices and backends that are not fused go by sequences."""
     inputs = omni_inputs(d=4)
     exact = run_with_grads(in_double(inputs))
     assert exact['y'].dtype == torch.float64
@@ -207,22 +208,23 @@ def test_autocast_rounds_the_projections_only():
     assert (y - exact).abs().max() <= 0.02 * exact.abs().max()
 
 
-def test_without_numba_it_goes_by_parts(monkeypatch):
+def test_without_a_fused_backend_it_goes_by_parts():
     inputs = omni_inputs(d=4)
     exact = run_with_grads(in_double(inputs))
-    module = sys.modules['dpmambair_basicsr.ops.omni_scan']  # the package has the function under this name
-    monkeypatch.setattr(module, '_choose', lambda device, *dtypes: None)
-    assert_close(run_with_grads(inputs), exact)
+    with use_backend('torch'):
+        assert_close(run_with_grads(inputs), exact)
 
 
 @needs_numba
-def test_no_other_sequence_is_written(monkeypatch):
-    """On a CPU with numba nothing goes by sequences."""
-    module = sys.modules['dpmambair_basicsr.ops.omni_scan']
-    monkeypatch.setattr(module, 'scan_by_sequences', None)
-    assert omni_scan(**omni_inputs()).isfinite().all()
-    with pytest.raises(TypeError):
-        omni_scan(**omni_inputs(), backend='torch')
+def test_numba_is_fused_also_by_name():
+    """On a CPU with numba nothing goes by sequences, but what another backend is asked for or fp32 is not all."""
+    inputs, fused = omni_inputs(), ['omni_scan_numba', 'omni_scan_numba_backward']
+    assert scans_run_by(lambda: run_with_grads(inputs)) == fused
+    assert scans_run_by(lambda: run_with_grads(inputs, backend='numba')) == fused
+    assert scans_run_by(lambda: omni_scan(**inputs, backend='torch')) == ['chunked_scan']
+    assert scans_run_by(lambda: omni_scan(**in_double(inputs))) == ['chunked_scan']
+    mixed = inputs | {'D': inputs['D'].double()}
+    assert scans_run_by(lambda: omni_scan(**mixed, backend='numba')) == ['selective_scan_numba']
 
 
 @pytest.mark.filterwarnings('ignore::torch.jit.TracerWarning')

@@ -3,7 +3,6 @@
 Shapes: b batch, d channels, n states, l positions, g groups.
 """
 
-import logging
 import subprocess
 import sys
 
@@ -11,7 +10,8 @@ import pytest
 import torch
 
 from dpmambair_basicsr.ops import selective_scan
-from dpmambair_basicsr.ops.selective_scan import BACKENDS, READ_HALF, _log_once, available_backends, torch_chunked
+from dpmambair_basicsr.ops.selective_scan import BACKENDS, available_backends, torch_chunked
+from dpmambair_basicsr.ops.selective_scan.backend import get_backend
 
 DEVICES = ['cpu', 'cuda'] if torch.cuda.is_available() else ['cpu']
 
@@ -190,7 +190,7 @@ def test_half_inputs_change_nothing_but_the_rounding_of_the_result(backend, devi
     inputs = scan_inputs(length=200, dtype=torch.bfloat16, device=device)
     y = selective_scan(**inputs, delta_softplus=True, backend=backend)
     exact = selective_scan(**{k: x.float() for k, x in inputs.items()}, delta_softplus=True, backend=backend)
-    if backend in READ_HALF:  # a kernel of its own, which may add up in another order: now and then it rounds otherwise
+    if get_backend(backend).reads_half:  # a kernel of its own, which may add up in another order and round otherwise
         torch.testing.assert_close(y, exact.bfloat16(), rtol=2**-7, atol=0)
         assert (y != exact.bfloat16()).float().mean() < 0.01
     else:
@@ -306,18 +306,6 @@ def test_unknown_backend_lists_the_choices():
 def test_missing_backend_is_refused(backend):
     with pytest.raises(RuntimeError, match=f"'{backend}' is not available: .*torch, reference"):
         selective_scan(**scan_inputs(dtype=torch.float32), backend=backend)
-
-
-def test_the_backend_is_logged_once(caplog, monkeypatch):
-    logger = logging.getLogger('basicsr')
-    monkeypatch.setattr(logger, 'propagate', False)  # as BasicSR does; pytest's own handler would count twice
-    logger.addHandler(caplog.handler)
-    _log_once.cache_clear()
-    with caplog.at_level(logging.INFO, logger='basicsr'):
-        for _ in range(2):
-            selective_scan(**scan_inputs(length=3), backend='reference')
-    logger.removeHandler(caplog.handler)
-    assert [record.getMessage() for record in caplog.records] == ["selective_scan: backend 'reference' on cpu"]
 
 
 @pytest.mark.parametrize(

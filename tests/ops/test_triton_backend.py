@@ -268,8 +268,8 @@ def test_says_that_a_call_recorded_without_gradients_has_none():
 
 @pytest.mark.skipif(INTERPRETED, reason='the interpreter runs on a CPU')
 def test_says_where_it_runs():
-    assert 'NVIDIA GPU' in triton_backend.why_not(torch.device('cpu'), torch.float32)
-    assert 'float32, not float64' in triton_backend.why_not(torch.device('cuda'), torch.float64)
+    assert 'NVIDIA GPU' in triton_backend.why_unavailable(torch.device('cpu'), torch.float32)
+    assert 'float32, not float64' in triton_backend.why_unavailable(torch.device('cuda'), torch.float64)
 
 
 @pytest.mark.skipif(DEVICE == 'cuda', reason='Triton works here')

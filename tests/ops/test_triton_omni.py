@@ -3,13 +3,13 @@
 As in test_triton_backend.py sizes are tiny, tiles smaller than on a GPU, and fresh memory is full of NaN.
 """
 
-import logging
 import math
+import subprocess
 import sys
 
 import pytest
 import torch
-from operator_checks import assert_compiles_without_a_graph_break, assert_exports_as_one_node
+from operator_checks import assert_compiles_without_a_graph_break, assert_exports_as_one_node, scans_run_by
 from test_omni_scan import assert_close, assert_same, in_double, omni_inputs, run_with_grads
 from test_triton_backend import (
     DEVICE,
@@ -63,7 +63,7 @@ def assert_agrees(inputs):
 
 
 def projected_inputs(dtype=torch.float32, **options):
-    """What `triton_omni.scan` takes: our kernels alone, without the matrix product, which minds the layout."""
+    """What `triton_omni.omni_scan` takes: our kernels alone, without the matrix product, which minds the layout."""
     inputs = small_inputs(**options)
     size, inputs = inputs['x'].shape[2:], {k: x.to(dtype) if torch.is_tensor(x) else x for k, x in inputs.items()}
     x, weight = inputs.pop('x').flatten(2).mT, inputs.pop('x_proj_weight').flatten(-3, -2)
@@ -110,9 +110,9 @@ def test_agrees_with_the_parts_with_the_tiles_of_a_gpu(d, directions, monkeypatc
 def test_half_inputs_cost_the_rounding_of_what_is_stored_only(dtype):
     """Projections and results are rounded, sums over directions are not; the interpreter cuts bfloat16 off."""
     inputs = projected_inputs(dtype)
-    results = run_with_grads(inputs, function=triton_omni.scan)
+    results = run_with_grads(inputs, function=triton_omni.omni_scan)
     wide = {name: x.float() if torch.is_tensor(x) else x for name, x in inputs.items()}
-    for name, exact in run_with_grads(wide, function=triton_omni.scan).items():
+    for name, exact in run_with_grads(wide, function=triton_omni.omni_scan).items():
         assert results[name].dtype == dtype, name
         assert (results[name].float() - exact).abs().max() <= torch.finfo(dtype).eps * exact.abs().max(), name
 
@@ -120,11 +120,11 @@ def test_half_inputs_cost_the_rounding_of_what_is_stored_only(dtype):
 @runs
 def test_is_reproducible_and_reads_only_what_it_wrote():
     inputs = projected_inputs(d=5, directions=(2, 1))
-    first, second = (run_with_grads(inputs, function=triton_omni.scan) for _ in range(2))
+    first, second = (run_with_grads(inputs, function=triton_omni.omni_scan) for _ in range(2))
     assert_same(second, first)
     assert all(x.isfinite().all() for x in first.values())
     with torch.no_grad():
-        assert torch.equal(triton_omni.scan(**inputs), first['y'])
+        assert torch.equal(triton_omni.omni_scan(**inputs), first['y'])
 
 
 @runs
@@ -132,7 +132,7 @@ def test_nan_spreads_to_what_follows_and_nowhere_else():
     """By columns reversed, up from (1, 1) in that column, then all columns to its left."""
     inputs = projected_inputs(d=2, directions=(3,))
     inputs['projected'][0, 1 * 3 + 1, 2] = math.nan  # in B
-    y = triton_omni.scan(**inputs).unflatten(1, (5, 3))
+    y = triton_omni.omni_scan(**inputs).unflatten(1, (5, 3))
     expected = torch.zeros_like(y, dtype=torch.bool)
     expected[:, :2, 1], expected[:, :, 0] = True, True
     assert torch.equal(y.isnan(), expected)
@@ -173,27 +173,25 @@ def test_the_incoming_gradient_may_be_expanded():
 
 
 @runs
-def test_no_other_sequence_is_written(monkeypatch):
-    module = sys.modules['dpmambair_basicsr.ops.omni_scan']  # the package has the function under this name
-    monkeypatch.setattr(module, 'scan_by_sequences', None)
+def test_no_other_sequence_is_written():
     inputs = small_inputs(directions=(0,))
-    assert omni_scan(**inputs).isfinite().all()
-    with pytest.raises(TypeError):
-        omni_scan(**inputs, backend='torch')
-    with pytest.raises(TypeError):
-        omni_scan(**in_double(inputs))
+    assert scans_run_by(lambda: omni_scan(**inputs)) == ['omni_scan_triton']
+    assert scans_run_by(lambda: omni_scan(**inputs, backend='triton')) == ['omni_scan_triton']
+    assert scans_run_by(lambda: omni_scan(**inputs, backend='torch')) == ['chunked_scan']
+    assert scans_run_by(lambda: omni_scan(**in_double(inputs))) == ['chunked_scan']
 
 
 @runs
-def test_logs_what_runs_once(caplog, monkeypatch):
-    logger = logging.getLogger('basicsr')
-    monkeypatch.setattr(logger, 'propagate', False)  # as BasicSR does; pytest's own handler would count twice
-    monkeypatch.setattr(logger, 'handlers', [caplog.handler])
-    caplog.set_level(logging.INFO, 'basicsr')
-    sys.modules['dpmambair_basicsr.ops.omni_scan']._log_once.cache_clear()
-    for _ in range(2):
-        omni_scan(**small_inputs(directions=(0,)))
-    assert [record.getMessage() for record in caplog.records] == [f"omni_scan: in one go, backend 'triton' on {DEVICE}"]
+def test_logs_what_runs_once():
+    code = (
+        'import logging, sys, torch; logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(message)s")\n'
+        'from dpmambair_basicsr.ops import omni_scan\n'
+        f'x = torch.ones(1, 4, 2, 2, device="{DEVICE}")\n'
+        'parameters = x[0, :, 0, :1].mT.expand(1, 6, 4), x[:, :, 0], x[0, :, :1, 0].mT, -x[0, :, 0], x[0, :, 0, 0]\n'
+        'for _ in range(2): omni_scan(x, *parameters, (0,))\n'
+    )
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    assert done.stdout.splitlines() == [f"omni_scan: fused, backend 'triton' on {DEVICE}"], done.stderr
 
 
 # --- PyTorch's view of it

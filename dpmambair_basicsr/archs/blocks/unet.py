@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dpmambair_basicsr.archs.blocks.checks import one_of
+from dpmambair_basicsr.ops.selective_scan.backend import keep_backend
 
 
 class UNet(nn.Module):
@@ -104,7 +105,8 @@ class UNet(nn.Module):
         recompute = level in self.checkpoint_levels and torch.is_grad_enabled()
         for block in stage:
             if recompute:
-                x = checkpoint(block, x, *context, use_reentrant=False, preserve_rng_state=False)  # nothing is random
+                again = keep_backend(block)  # the backward pass may be in another thread, or outside of `use_backend`
+                x = checkpoint(again, x, *context, use_reentrant=False, preserve_rng_state=False)  # nothing is random
             else:
                 x = block(x, *context)
         return x

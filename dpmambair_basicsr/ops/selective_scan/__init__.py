@@ -1,33 +1,22 @@
 """The selective scan of Mamba (Gu & Dao 2023, section 3.2, algorithm 2): one signature, several backends.
 
-A backend is a module of this package, imported when first asked for, with two functions:
-
-- `scan(u, delta, A, B, C, D, delta_bias, delta_softplus) -> y`, the contract of `selective_scan` for checked arguments:
-  B and C are (b, g, n, l); every tensor has one type, fp32 or fp64, but for those in `READ_HALF` each its own, fp32,
-  bf16 or fp16; tensors need not be contiguous;
-- `why_not(device, dtype) -> str | None`: what keeps it from running there and what to install; None if it can run.
-
-A new one is a file and its line in `BACKENDS`; the tests and `benchmarks/scan.py` find it there.
+`backend.py` says what a backend is and which one runs.
 """
-
-import functools
-import importlib
-import logging
 
 import torch
 from torch import Tensor
 
-# Name -> module, the best first: backend=None takes the first that can run, so what follows 'torch' runs on request
-# only.
-BACKENDS = {
-    'triton': 'triton.selective',
-    'numba': 'numba.selective',
-    'torch': 'torch_chunked',
-    'reference': 'reference',
-    'mamba_ssm': 'mamba_ssm',
-}
-# These read bf16 and fp16 themselves, half the bytes of fp32; the others get everything in fp32.
-READ_HALF = ('triton', 'mamba_ssm')
+from dpmambair_basicsr.ops.selective_scan.backend import (
+    BACKENDS,
+    Backend,
+    BackendError,
+    available_backends,
+    choose,
+    chosen,
+    use_backend,
+)
+
+__all__ = ['BACKENDS', 'Backend', 'BackendError', 'available_backends', 'selective_scan', 'use_backend']
 
 
 def selective_scan(
@@ -51,66 +40,25 @@ def selective_scan(
         D: (d,).
         delta_bias: (d,), added to delta.
         delta_softplus: whether delta is then replaced by log(1 + exp(delta)).
-        backend: a name in `BACKENDS`; None takes the best one available for u's device and type. Logged once.
+        backend: a name in `BACKENDS`; None: what `use_backend`, the option `scan_backend` or the environment variable
+            DPMAMBAIR_SCAN_BACKEND asks for, else the best one available for u's device and type. Logged once.
 
     Returns:
         y, (b, d, l), in u's type. The state and all arithmetic are fp32, or fp64 if u is.
         Differentiable in every tensor; once, except for 'reference'.
 
     Raises:
-        ValueError: a shape, type or device does not fit, or there is no backend of that name.
-        RuntimeError: the backend is not available here.
+        ValueError: a shape, type or device does not fit.
+        BackendError: there is no backend of that name, or it is not available here.
     """
     B, C = (x.unsqueeze(1) if x.dim() == 3 else x for x in (B, C))
     tensors = {'u': u, 'delta': delta, 'A': A, 'B': B, 'C': C, 'D': D, 'delta_bias': delta_bias}
     _check(**tensors)
     dtype = torch.promote_types(u.dtype, torch.float32)
-    name = _choose(backend, u.device, dtype)
-    kept = (torch.bfloat16, torch.float16) if name in READ_HALF else ()
+    running = chosen[choose(backend, u.device, dtype)]
+    kept = (torch.bfloat16, torch.float16) if running.reads_half else ()
     inputs = (x if x is None or x.dtype in kept else x.to(dtype) for x in tensors.values())
-    return _scans[name](*inputs, delta_softplus).to(u.dtype)
-
-
-def available_backends(device: torch.device | str = 'cpu', dtype: torch.dtype = torch.float32) -> list[str]:
-    """The backends that can compute on this device in this type (torch.float32 or float64), the best first."""
-    return [name for name in BACKENDS if _why_not(name, torch.device(device), dtype) is None]
-
-
-_scans = {}
-
-
-def _choose(backend, device, dtype):
-    if backend is None:
-        backend = next(name for name in BACKENDS if _why_not(name, device, dtype) is None)
-    elif backend not in BACKENDS:
-        raise ValueError(f'selective_scan: no backend {backend!r}; choose from {", ".join(BACKENDS)}')
-    elif reason := _why_not(backend, device, dtype):
-        available = ', '.join(available_backends(device, dtype))
-        raise RuntimeError(
-            f'selective_scan: backend {backend!r} is not available: {reason}. Available here: {available}'
-        )
-    _log_once(backend, device.type)
-    _scans[backend] = _module(backend).scan
-    return backend
-
-
-# torch.compile takes its result as it is and does not look inside. torch.compiler.assume_constant_result does just
-# this, but imports the compiler, which takes a second.
-_choose._dynamo_marked_constant = True
-
-
-def _why_not(backend, device, dtype):
-    return _module(backend).why_not(device, dtype)
-
-
-@functools.cache
-def _module(backend):
-    return importlib.import_module(f'{__name__}.{BACKENDS[backend]}')
-
-
-@functools.cache
-def _log_once(backend, device_type):
-    logging.getLogger('basicsr').info('selective_scan: backend %r on %s', backend, device_type)
+    return running.scan(*inputs, delta_softplus).to(u.dtype)
 
 
 def _check(u, delta, A, B, C, D, delta_bias):

@@ -9,6 +9,8 @@ import functools
 
 import torch
 
+name, reads_half, omni_scan = 'mamba_ssm', True, None
+
 
 def scan(u, delta, A, B, C, D, delta_bias, delta_softplus):
     """`selective_scan`'s contract, with B, C (b, g, n, l) and every tensor fp32, bf16 or fp16."""
@@ -19,8 +21,8 @@ def scan(u, delta, A, B, C, D, delta_bias, delta_softplus):
     return _function()(u, delta, A, B, C, D, delta_bias=delta_bias, delta_softplus=delta_softplus)
 
 
-def why_not(device, dtype):
-    """What keeps it from running there."""
+def why_unavailable(device, dtype):
+    """Why it cannot run there."""
     if device.type != 'cuda' or dtype != torch.float32:
         return f'it computes float32 on CUDA GPUs, not {str(dtype).removeprefix("torch.")} on {device.type}'
     return _trouble()

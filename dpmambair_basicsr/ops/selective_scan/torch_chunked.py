@@ -26,6 +26,8 @@ from torch import Tensor
 
 from dpmambair_basicsr.ops.selective_scan.operators import keeps_states
 
+name, reads_half, omni_scan = 'torch', False, None
+
 # Elements of one step. On a CPU its few tensors stay in cache and still outweigh the cost of a call; measured flat from
 # 2^15 to 2^17. Elsewhere a launch costs more, so steps are larger (not measured).
 _STEP_ELEMENTS_CPU = 2**16
@@ -336,6 +338,6 @@ def scan(u, delta, A, B, C, D, delta_bias, delta_softplus):
     return _scan(*tensors, delta_softplus, keeps_states(tensors))[0]
 
 
-def why_not(device, dtype):
+def why_unavailable(device, dtype):
     """It runs everywhere."""
     return None

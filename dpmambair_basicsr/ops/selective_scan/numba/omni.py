@@ -1,4 +1,4 @@
-"""The omni scan on the CPU by numba's kernels, in one go: fp32, any size. Needs `pip install numba`.
+"""The omni scan on the CPU by numba's kernels, fused: fp32, any size. Needs `pip install numba`.
 
 Both passes are PyTorch operators, so that torch.compile and torch.export take them as they are. Extra memory: n / 64 of
 x per direction for the states that the backward pass starts from, the gradients, and, for less than 8 images, partial
@@ -10,7 +10,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dpmambair_basicsr.ops.selective_scan.numba import runtime as numba_runtime
 from dpmambair_basicsr.ops.selective_scan.numba.runtime import (
     CHUNK,
     LANES,
@@ -30,12 +29,7 @@ _KERNELS = 'omni_kernels'
 _UNITS = 8
 
 
-def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
-    """What keeps it from running there."""
-    return numba_runtime.why_not(_KERNELS, device, dtype)
-
-
-def scan(
+def omni_scan(
     x: Tensor,
     projected: Tensor,
     dt_weight: Tensor,
@@ -49,7 +43,7 @@ def scan(
 
     Args:
         x: (b, h * w, d), fp32 on the CPU.
-        projected: (b, h * w, k * (r + 2n)), per direction low-rank step sizes, B and C.
+        projected: (b, h * w, k * (r + 2n)), per direction low-rank step sizes, B and C; rounded under autocast.
         dt_weight, dt_bias, A, D: see `omni_scan`.
         directions: k of them.
         size: (h, w).
@@ -57,7 +51,7 @@ def scan(
     Returns:
         (b, h * w, d).
     """
-    inputs = x, projected, dt_weight, dt_bias, A, D
+    inputs = x, projected.to(x.dtype), dt_weight, dt_bias, A, D
     return _forward(*inputs, list(directions), *size, keeps_states(inputs))[0]
 
 

@@ -11,6 +11,7 @@ import logging
 import math
 import os
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import torch
 
@@ -26,22 +27,20 @@ _RUNS_PER_THREAD = 4
 _pools = {}  # (process, threads) -> ThreadPoolExecutor; never emptied, threads take few values
 
 
-def why_not(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    """What keeps these kernels from running there; None if they run. If it is numba, that is logged, once."""
+def why_unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the kernels cannot run there; None if they can. If it is because of numba, that is logged, once."""
     if device.type != 'cpu' or dtype != torch.float32:
         return f'it computes float32 on a CPU, not {str(dtype).removeprefix("torch.")} on {device.type}'
-    return _numba_trouble(name)
+    return _numba_trouble()
 
 
 @functools.cache
-def _numba_trouble(name):
+def _numba_trouble():
     try:
-        load_kernels(name)
-    except Exception as error:  # any: numba relies on inner parts of Python and LLVM, which change between versions
-        reason = ' '.join(f'{type(error).__name__}: {error}'.split())  # on one line
-        reason = f'numba does not work ({reason}); pip install numba'
-        _warn_once(f'selective_scan: six times faster on this CPU with numba, but {reason}')
-        return reason
+        load_kernels('tiles')  # what all others are made of, and compiled in a moment
+    except RuntimeError as error:
+        _warn_once(f'selective_scan: six times faster on this CPU with numba, but {error}')
+        return str(error)
     return None
 
 
@@ -52,7 +51,21 @@ def _warn_once(text):
 
 @functools.cache
 def load_kernels(name: str):
-    """The compiled kernels of a module. The first process to ask compiles them, later ones find them in a cache."""
+    """The compiled kernels of a module. The first process to ask compiles them, later ones find them in a cache.
+
+    Raises:
+        RuntimeError: numba is not there, or does not work.
+    """
+    try:
+        with _compiling_is_said():
+            return importlib.import_module(f'dpmambair_basicsr.ops.selective_scan.numba.{name}')
+    except Exception as error:  # any: numba relies on inner parts of Python and LLVM, which change between versions
+        reason = ' '.join(f'{type(error).__name__}: {error}'.split())  # on one line
+        raise RuntimeError(f'numba does not work ({reason}); pip install numba') from error
+
+
+@contextmanager
+def _compiling_is_said():
     from numba.core import event
 
     class Notice(event.Listener):
@@ -63,7 +76,7 @@ def load_kernels(name: str):
             pass
 
     with event.install_listener('numba:compile', Notice()):
-        return importlib.import_module(f'dpmambair_basicsr.ops.selective_scan.numba.{name}')
+        yield
 
 
 def view(x):

@@ -11,7 +11,6 @@ u for the states that the backward pass starts from, the gradients, and a buffer
 import torch
 from torch import Tensor
 
-from dpmambair_basicsr.ops.selective_scan.numba import runtime as numba_runtime
 from dpmambair_basicsr.ops.selective_scan.numba.runtime import (
     CHUNK,
     LANES,
@@ -38,11 +37,6 @@ def scan(u, delta, A, B, C, D, delta_bias, delta_softplus):
     """`selective_scan`'s contract, with B, C (b, g, n, l) and every tensor fp32 on the CPU."""
     inputs = (u, delta, A, B, C, D, delta_bias)
     return _forward(*inputs, delta_softplus, keeps_states(inputs))[0]
-
-
-def why_not(device, dtype):
-    """What keeps it from running there."""
-    return numba_runtime.why_not(_KERNELS, device, dtype)
 
 
 def _layout(u, B):

@@ -1,4 +1,4 @@
-"""The omni scan on NVIDIA GPUs by Triton's kernels, in one go: fp32, bf16 and fp16, mixed as they come, any size.
+"""The omni scan on NVIDIA GPUs by Triton's kernels, fused: fp32, bf16 and fp16, mixed as they come, any size.
 
 One direction after the other is scanned where the pixels are, channels_last, and added to what the others gave. Only
 its projections, r + 2n numbers per pixel, are laid out in its order, since all channels read them, state by state. Step
@@ -25,15 +25,13 @@ from dpmambair_basicsr.ops.selective_scan.triton.selective import (
     power_of_2,
     tile_view,
     view,
-    why_not,
 )
 
-__all__ = ['scan', 'why_not']
 # The tiles of `add_parts`.
 _LINES, _POSITIONS = 32, 64
 
 
-def scan(
+def omni_scan(
     x: Tensor,
     projected: Tensor,
     dt_weight: Tensor,

@@ -34,8 +34,8 @@ def scan(u, delta, A, B, C, D, delta_bias, delta_softplus):
     return _forward(*inputs, delta_softplus, keeps_states(inputs))[0]
 
 
-def why_not(device, dtype):
-    """What keeps it from running there."""
+def why_unavailable(device, dtype):
+    """Why it cannot run there."""
     if dtype != torch.float32:
         return f'it computes in float32, not {str(dtype).removeprefix("torch.")}'
     if device.type == 'cpu' and os.environ.get('TRITON_INTERPRET') == '1':

@@ -1,0 +1,192 @@
+"""The backends of the selective scan, and which of them runs.
+
+A backend is anything with the attributes of `Backend`. Ours are modules of this package, imported when first asked for.
+A new one is a file and its line in `BACKENDS`; the tests and `benchmarks/scan.py` find it there.
+
+Which one runs: the argument `backend` of a call, else the innermost `use_backend`, else the option `scan_backend` of an
+option file, else the environment variable `DPMAMBAIR_SCAN_BACKEND`, else the best available. One that is asked for and
+cannot run is an error; there is no substitute.
+"""
+
+import functools
+import importlib
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+# Name -> module, the best first: the first that can run is taken, so what follows 'torch' runs on request only.
+BACKENDS = {
+    'triton': 'triton',
+    'numba': 'numba',
+    'torch': 'torch_chunked',
+    'reference': 'reference',
+    'mamba_ssm': 'mamba_ssm',
+}
+VARIABLE = 'DPMAMBAIR_SCAN_BACKEND'
+
+
+chosen: 'dict[str, Backend]' = {}  # by name, those that have run
+_context: 'ContextVar[str | Backend | None]' = ContextVar('scan backend', default=None)
+_default: str | None = None
+
+
+class Backend(Protocol):
+    """What a backend has.
+
+    Attributes:
+        name: as in `BACKENDS`.
+        reads_half: whether it reads bf16 and fp16 itself, each tensor in its own type, which is half the bytes of fp32;
+            a backend that does not gets every tensor in one type, fp32 or fp64.
+        omni_scan: `omni_scan` fused, without sequences in memory, see `numba.omni.omni_scan` for its contract; None:
+            images are read as sequences for its `scan`.
+    """
+
+    name: str
+    reads_half: bool
+    omni_scan: Callable[..., Tensor] | None
+
+    def why_unavailable(self, device: torch.device, dtype: torch.dtype) -> str | None:
+        """Why it cannot compute there in this type, and what to install; None if it can."""
+
+    def scan(self, u, delta, A, B, C, D, delta_bias, delta_softplus) -> Tensor:
+        """The contract of `selective_scan` for checked arguments: B and C are (b, g, n, l); strides are any."""
+
+
+class BackendError(ValueError, RuntimeError):
+    """There is no backend of this name, or it cannot run on this device in this type."""
+
+
+def available_backends(device: torch.device | str = 'cpu', dtype: torch.dtype = torch.float32) -> list[str]:
+    """The backends that can compute on this device in this type (torch.float32 or float64), the best first."""
+    device = torch.device(device)
+    return [name for name in BACKENDS if get_backend(name).why_unavailable(device, dtype) is None]
+
+
+@contextmanager
+def use_backend(backend: 'str | Backend | None') -> Iterator[None]:
+    """All scans inside, fused or not, are computed by this backend: `with use_backend('reference'): net(image)`.
+
+    It holds for this thread, or this task of asyncio, only; contexts may be nested. What torch.compile has compiled
+    keeps the backend of its first call.
+
+    Args:
+        backend: a name in `BACKENDS`, or a backend of your own with a name of its own; None: no change.
+
+    Raises:
+        BackendError: there is no backend of this name. Whether it can run is found out when something is scanned.
+    """
+    _check_name(backend, 'use_backend')
+    token = _context.set(_context.get() if backend is None else backend)
+    try:
+        yield
+    finally:
+        _context.reset(token)
+
+
+def set_default_backend(name: str | None) -> None:
+    """The option `scan_backend`: what runs in this process where nothing else is asked for; None: the best available.
+
+    Raises:
+        BackendError: there is no backend of this name.
+    """
+    global _default
+    _check_name(name, 'scan_backend')
+    _default = name
+
+
+def check_backend(backend: str | None, source: str, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
+    """Raises BackendError if the backend that is asked for, by a value of that name or otherwise, cannot run."""
+    if _asked_for(backend, source)[0] is not None:
+        _find(backend, source, device, dtype)
+
+
+def keep_backend(function: Callable) -> Callable:
+    """The function with the `use_backend` of now, whenever and in whatever thread it is called."""
+    backend = _innermost()
+    if backend is None:
+        return function
+
+    def call(*arguments):
+        with use_backend(backend):
+            return function(*arguments)
+
+    return call
+
+
+def choose(backend: str | None, device: torch.device, dtype: torch.dtype) -> str:
+    """The name, in `chosen`, of the backend that a call has to take; `backend` is the call's argument. Logs it once."""
+    found = _find(backend, 'selective_scan', device, dtype)
+    _log_once('selective_scan: backend', found.name, device.type)
+    chosen[found.name] = found
+    return found.name
+
+
+def choose_fused(backend: str | None, device: torch.device, *dtypes: torch.dtype) -> str | None:
+    """As `choose`, if this backend can scan images of these types fused; otherwise None."""
+    dtype = functools.reduce(torch.promote_types, dtypes, torch.float32)
+    found = _asked_for(backend, 'omni_scan')[0] or _best(device, dtype)
+    one_type = found.reads_half or set(dtypes) == {dtype}
+    if found.omni_scan is None or not one_type or found.why_unavailable(device, dtype):
+        return None
+    _log_once('omni_scan: fused, backend', found.name, device.type)
+    chosen[found.name] = found
+    return found.name
+
+
+@functools.cache
+def get_backend(name: str) -> Backend:
+    """The backend of a name in `BACKENDS`."""
+    return importlib.import_module(f'dpmambair_basicsr.ops.selective_scan.{BACKENDS[name]}')
+
+
+def _innermost():
+    return _context.get()
+
+
+# torch.compile takes their results, constants, as they are and does not look inside.
+# torch.compiler.assume_constant_result does just this, but imports the compiler, which takes a second.
+choose._dynamo_marked_constant = choose_fused._dynamo_marked_constant = _innermost._dynamo_marked_constant = True
+
+
+def _find(backend, source, device, dtype) -> Backend:
+    found, source = _asked_for(backend, source)
+    if found is None:
+        return _best(device, dtype)
+    if reason := found.why_unavailable(device, dtype):
+        available = ', '.join(available_backends(device, dtype))
+        raise BackendError(f'{source}: backend {found.name!r} is not available: {reason}. Available here: {available}')
+    return found
+
+
+def _asked_for(backend, source) -> tuple[Backend | None, str]:
+    """The backend that is asked for, if any, and what asks for it."""
+    choices = (
+        (backend, source),
+        (_context.get(), 'use_backend'),
+        (_default, 'scan_backend'),
+        (os.environ.get(VARIABLE) or None, VARIABLE),
+    )
+    backend, source = next((choice for choice in choices if choice[0] is not None), (None, ''))
+    _check_name(backend, source)
+    return (get_backend(backend) if isinstance(backend, str) else backend), source
+
+
+def _best(device, dtype) -> Backend:
+    backends = map(get_backend, BACKENDS)
+    return next(backend for backend in backends if backend.why_unavailable(device, dtype) is None)
+
+
+def _check_name(backend, source):
+    if isinstance(backend, str) and backend not in BACKENDS:
+        raise BackendError(f'{source}: no backend {backend!r}; choose from {", ".join(BACKENDS)}')
+
+
+@functools.cache
+def _log_once(what, name, device_type):
+    logging.getLogger('basicsr').info('%s %r on %s', what, name, device_type)
