@@ -4,6 +4,7 @@
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dpmambair_basicsr.ops.selective_scan.backend import (
@@ -15,6 +16,7 @@ from dpmambair_basicsr.ops.selective_scan.backend import (
     chosen,
     use_backend,
 )
+from dpmambair_basicsr.ops.selective_scan.forms import common_form, with_states_at_the_end
 
 __all__ = ['BACKENDS', 'Backend', 'BackendError', 'available_backends', 'selective_scan', 'use_backend']
 
@@ -29,39 +31,57 @@ def selective_scan(
     delta_bias: Tensor | None = None,
     delta_softplus: bool = False,
     backend: str | None = None,
-) -> Tensor:
+    *,
+    z: Tensor | None = None,
+    return_last_state: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """h_t = exp(delta_t A) h_{t-1} + delta_t B_t u_t,  y_t = C_t . h_t + D u_t,  h_0 = 0.
 
     Args:
         u: input, (b, d, l), none of them 0.
-        delta: step sizes, (b, d, l); positive after delta_bias and delta_softplus.
+        delta: step sizes, (b, d, l), or (b, m, l), each for d / m consecutive channels; positive after delta_bias and
+            delta_softplus.
         A: (d, n), negative.
-        B, C: (b, g, n, l), each shared by the d / g consecutive channels of a group; (b, n, l) means g = 1.
+        B, C: (b, g, n, l), each shared by the d / g consecutive channels of a group; (b, n, l) means g = 1; (d, n) is
+            the same at every position of every sample (this costs as much memory as g = d).
         D: (d,).
-        delta_bias: (d,), added to delta.
+        delta_bias: (d,), or (m,) as in delta, added to delta.
         delta_softplus: whether delta is then replaced by log(1 + exp(delta)).
         backend: a name in `BACKENDS`; None: what `use_backend`, the option `scan_backend` or the environment variable
             DPMAMBAIR_SCAN_BACKEND asks for, else the best one available for u's device and type. Logged once.
+        z: a gate, (b, d, l); y is then multiplied by silu(z).
+        return_last_state: whether h_l is returned too.
 
     Returns:
-        y, (b, d, l), in u's type. The state and all arithmetic are fp32, or fp64 if u is.
+        y, (b, d, l), in u's type; and h_l, (b, d, n), if asked for. The state and all arithmetic are fp32, or fp64 if u
+        is.
         Differentiable in every tensor; once, except for 'reference'.
 
     Raises:
         ValueError: a shape, type or device does not fit.
         BackendError: there is no backend of that name, or it is not available here.
     """
-    B, C = (x.unsqueeze(1) if x.dim() == 3 else x for x in (B, C))
+    length = u.shape[-1]
+    if A.is_complex():
+        raise ValueError('selective_scan: A must be real; complex A, as in S4D, is not covered')
+    delta, B, C, delta_bias = common_form(u, delta, B, C, delta_bias)
     tensors = {'u': u, 'delta': delta, 'A': A, 'B': B, 'C': C, 'D': D, 'delta_bias': delta_bias}
-    _check(**tensors)
+    _check(**tensors, z=z)
     dtype = torch.promote_types(u.dtype, torch.float32)
     running = chosen[choose(backend, u.device, dtype)]
     kept = (torch.bfloat16, torch.float16) if running.reads_half else ()
-    inputs = (x if x is None or x.dtype in kept else x.to(dtype) for x in tensors.values())
-    return running.scan(*inputs, delta_softplus).to(u.dtype)
+    inputs = [x if x is None or x.dtype in kept else x.to(dtype) for x in tensors.values()]
+    if return_last_state:
+        inputs = with_states_at_the_end(*inputs, delta_softplus)
+    y = running.scan(*inputs, delta_softplus)
+    y, state = y[..., :length], y[..., length:]
+    if z is not None:
+        y = y * F.silu(z.to(dtype))
+    y = y.to(u.dtype)
+    return (y, state.to(dtype)) if return_last_state else y
 
 
-def _check(u, delta, A, B, C, D, delta_bias):
+def _check(u, delta, A, B, C, D, delta_bias, z):
     """Raise a one-line ValueError that names the first argument that does not fit."""
     if u.dim() != 3 or not u.numel():
         raise ValueError(f'selective_scan: u must be (b, d, l), not empty, got {tuple(u.shape)}')
@@ -75,13 +95,14 @@ def _check(u, delta, A, B, C, D, delta_bias):
         'C': (C, (b, groups, A.shape[1], length)),
         'D': (D, (d,)),
         'delta_bias': (delta_bias, (d,)),
+        'z': (z, (b, d, length)),
     }
     for name, (x, shape) in expected.items():
         if x is not None and x.shape != shape:
             raise ValueError(f'selective_scan: {name} must be {shape} to fit u, A and B, got {tuple(x.shape)}')
     if d % groups:
         raise ValueError(f'selective_scan: d = {d} channels of u do not divide into the {groups} groups of B')
-    for name, x in {'u': u, 'delta': delta, 'A': A, 'B': B, 'C': C, 'D': D, 'delta_bias': delta_bias}.items():
+    for name, x in {'u': u, 'delta': delta, 'A': A, 'B': B, 'C': C, 'D': D, 'delta_bias': delta_bias, 'z': z}.items():
         if x is not None and (x.device != u.device or not x.is_floating_point()):
             raise ValueError(
                 f'selective_scan: {name} must be real floating point on {u.device}, got {x.dtype} on {x.device}'

@@ -1,0 +1,51 @@
+"""Forms of the selective scan's inputs and results that only some callers use, brought to the one of the backends.
+
+Shapes: b batch, d channels, l positions, n states, g groups.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_NEVER = -1e4  # softplus of it, and of it plus any bias, is exactly 0, in every type
+
+
+def common_form(u, delta, B, C, delta_bias) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """delta (b, d, l), delta_bias (d,) from (b, m, l), (m,), each for d / m consecutive channels; B, C (b, g, n, l).
+
+    Either of B and C may be (b, n, l), one group, or (d, n), constant over positions and samples; where their groups
+    differ, both get the finer ones.
+    """
+    b, d, length = u.shape
+    delta = repeat_to(delta, 1, d)
+    delta_bias = None if delta_bias is None else repeat_to(delta_bias, 0, d)
+    B, C = (_in_groups(x, b, length) for x in (B, C))
+    groups = max(B.shape[1], C.shape[1])
+    return delta, repeat_to(B, 1, groups), repeat_to(C, 1, groups), delta_bias
+
+
+def repeat_to(x, dim, size):
+    """x with `size` entries along a dimension, each repeated as often as that takes; unchanged if it does not fit."""
+    known = x.shape[dim]
+    return x.repeat_interleave(size // known, dim=dim) if known and known != size and size % known == 0 else x
+
+
+def _in_groups(x, b, length):
+    if x.dim() == 2:  # a group for each channel
+        return x[None, :, :, None].expand(b, -1, -1, length)
+    return x.unsqueeze(1) if x.dim() == 3 else x
+
+
+def with_states_at_the_end(u, delta, A, B, C, D, delta_bias, delta_softplus: bool):
+    """The same tensors with n more positions, whose outputs are the n states after the last position.
+
+    Their steps are 0, so that the state stays as it is, and C picks one of its entries at each. So any backend returns
+    the last state, with its gradient, and the other outputs are the same to the bit.
+    """
+    (b, groups, n, _), d = B.shape, u.shape[1]
+    if not delta_softplus and delta_bias is not None:
+        delta, delta_bias = delta + delta_bias[:, None], None
+    pick = torch.eye(n, dtype=C.dtype, device=C.device).expand(b, groups, n, n)
+    u = F.pad(u, (0, n))
+    delta = torch.cat([delta, delta.new_full((b, d, n), _NEVER if delta_softplus else 0.0)], dim=2)
+    return u, delta, A, F.pad(B, (0, n)), torch.cat([C, pick], dim=3), D, delta_bias
