@@ -71,12 +71,6 @@ def causal_conv1d_update(
     known = torch.cat([conv_state, sequence.to(conv_state.dtype)], dim=2)
     recent = known[:, :, known.shape[2] - sequence.shape[2] - weight.shape[1] + 1 :].to(x.dtype)
     conv_state.copy_(known[:, :, -conv_state.shape[2] :])
-    y = causal_conv1d_fn(
-        recent[:, :, weight.shape[1] - 1 :],
-        weight,
-        bias,
-        None,
-        recent[:, :, : weight.shape[1] - 1],
-        activation=activation,
-    )
+    before, new = recent.split([weight.shape[1] - 1, sequence.shape[2]], dim=2)
+    y = causal_conv1d_fn(new, weight, bias, initial_states=before, activation=activation)
     return y if x.dim() == 3 else y.squeeze(2)
