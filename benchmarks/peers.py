@@ -1,11 +1,12 @@
 """Networks of other projects, unchanged, by our stand-ins: how far from the definition of the scan, and how fast.
 
-    python benchmarks/peers.py --mamba PATH --mambair PATH --vmambair PATH --vmamba PATH [--size 64] [--device cpu]
+    python benchmarks/peers.py --mamba PATH --mambair PATH --vmambair PATH --vmunet PATH --mambaunet PATH --vmamba PATH
 
-PATHs are checkouts of state-spaces/mamba, csguoh/MambaIR, AlphacatPlus/VmambaIR and MzeroMiko/VMamba; those that are not
-named are left out. They need timm, einops and fvcore. The definition is mamba's own `selective_scan_ref`, cut out of its
-checkout, or without --mamba ours. Prints a Markdown table: largest difference of the outputs over the largest output,
-largest difference of the losses of ten training steps from one start, and the median seconds of a forward pass.
+PATHs are checkouts of state-spaces/mamba, csguoh/MambaIR, AlphacatPlus/VmambaIR, JCruan519/VM-UNet,
+ziyangwang007/Mamba-UNet and MzeroMiko/VMamba (whose cross scan needs a GPU); those that are not named are left out.
+They need timm, einops and fvcore. The definition is mamba's own `selective_scan_ref`, cut out of its checkout, or
+without --mamba ours. Prints a Markdown table: largest difference of the outputs over the largest output, largest
+relative difference of the losses of ten training steps from one start, and the median seconds of a forward pass.
 """
 
 import argparse
@@ -25,10 +26,15 @@ import dpmambair_basicsr  # noqa: F401  (first: BasicSR can be imported then)
 from dpmambair_basicsr import standins
 from dpmambair_basicsr.ops import use_backend
 
-SMALL = {'num_blocks': [1, 1, 1, 1], 'num_refinement_blocks': 1, 'dim': 24}
-# Name -> option, file, class, arguments, divisor of the input's size.
+SMALL = {'num_blocks': [1, 1, 1, 1], 'num_refinement_blocks': 1}
+# Name -> option, file, class, arguments.
 NETWORKS = {
-    'MambaIR': ('mambair', 'basicsr/archs/mambair_arch.py', 'MambaIR', {'depths': (2, 2), 'embed_dim': 48}),
+    'MambaIR': (
+        'mambair',
+        'basicsr/archs/mambair_arch.py',
+        'MambaIR',
+        {'depths': (2, 2), 'embed_dim': 48, 'drop_path_rate': 0.0},
+    ),
     'MambaIRv2': ('mambair', 'basicsr/archs/mambairv2_arch.py', 'MambaIRv2', {'depths': (2, 2), 'num_heads': (4, 4)}),
     'MambaIRv2Light': (
         'mambair',
@@ -37,9 +43,25 @@ NETWORKS = {
         {'depths': (2, 2), 'num_heads': (4, 4)},
     ),
     'MambaIR, U-Net': ('mambair', 'realDenoising/basicsr/models/archs/mambairunet_arch.py', 'MambaIRUNet', SMALL),
-    'VmambaIR, SR': ('vmambair', 'SRGAN/VmambaIR/archs/MambaSISR6_arch.py', 'MambaSISR6', SMALL),
-    'VmambaIR, real SR': ('vmambair', 'RealSR/VmambaIR/archs/MambaRealSR11_arch.py', 'MambaRealSR11', SMALL),
     'VmambaIR, deraining': ('vmambair', 'Deraining/basicsr/models/archs/mamber33_arch.py', 'Mamber33', SMALL),
+    'VM-UNet': (
+        'vmunet',
+        'models/vmunet/vmamba.py',
+        'VSSM',
+        {'depths': [1, 1, 1, 1], 'depths_decoder': [1, 1, 1, 1], 'num_classes': 1, 'drop_path_rate': 0.0},
+    ),
+    'Mamba-UNet': (
+        'mambaunet',
+        'code/networks/mamba_sys.py',
+        'VSSM',
+        {
+            'in_chans': 3,
+            'depths': [1, 1, 1, 1],
+            'depths_decoder': [1, 1, 1, 1],
+            'num_classes': 1,
+            'drop_path_rate': 0.0,
+        },
+    ),
     'VMamba': (
         'vmamba',
         'classification/models/vmamba.py',
@@ -51,7 +73,7 @@ NETWORKS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for option in ('mamba', 'mambair', 'vmambair', 'vmamba'):
+    for option in ('mamba', 'mambair', 'vmambair', 'vmunet', 'mambaunet', 'vmamba'):
         parser.add_argument(f'--{option}', type=Path, metavar='PATH')
     parser.add_argument('--size', type=int, default=64, help='of the square input in pixels (default: %(default)s)')
     parser.add_argument('--device', default='cpu')
@@ -94,7 +116,7 @@ def measure(checkout: Path, file: str, cls: str, options: dict, arguments, refer
 
 
 def load(file: Path):
-    sys.path.insert(0, str(file.parent))  # for what it imports from beside itself
+    sys.path += [str(file.parent), str(file.parents[2])]  # for what it imports from beside itself and its package
     specification = importlib.util.spec_from_file_location(f'peer_{file.stem}', file)
     module = importlib.util.module_from_spec(specification)
     sys.modules[module.__name__] = module
@@ -116,6 +138,7 @@ def swap(net: torch.nn.Module, reference) -> None:
 
 def run(net: torch.nn.Module, image: torch.Tensor) -> tuple[torch.Tensor, list[float], float]:
     """The output, the losses of ten training steps, and the median seconds of three forward passes."""
+    torch.manual_seed(0)  # some draw numbers in every pass
     net.eval()
     with torch.no_grad():
         y, seconds = net(image), []
