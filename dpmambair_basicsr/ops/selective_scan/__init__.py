@@ -61,6 +61,8 @@ def selective_scan(
         ValueError: a shape, type or device does not fit.
         BackendError: there is no backend of that name, or it is not available here.
     """
+    if u.dim() != 3 or not u.numel():
+        raise ValueError(f'selective_scan: u must be (b, d, l), not empty, got {tuple(u.shape)}')
     length = u.shape[-1]
     if A.is_complex():
         raise ValueError('selective_scan: A must be real; complex A, as in S4D, is not covered')
@@ -83,8 +85,6 @@ def selective_scan(
 
 def _check(u, delta, A, B, C, D, delta_bias, z):
     """Raise a one-line ValueError that names the first argument that does not fit."""
-    if u.dim() != 3 or not u.numel():
-        raise ValueError(f'selective_scan: u must be (b, d, l), not empty, got {tuple(u.shape)}')
     b, d, length = u.shape
     if A.dim() != 2 or A.shape[0] != d:
         raise ValueError(f'selective_scan: A must be (d, n) with d = {d} as in u, got {tuple(A.shape)}')
