@@ -121,6 +121,8 @@ def test_B_and_C_may_be_constant_for_each_channel(rng, constant):
     tensors = inputs(rng, groups=1)
     d, n, length = 6, 4, 37
     spread = dict(tensors)
+    for name in {'B', 'C'} - {*constant}:
+        spread[name] = tensors[name].repeat_interleave(d, dim=1)
     for name in constant:
         tensors[name] = torch.randn(d, n, generator=rng)
         spread[name] = tensors[name][None, :, :, None].expand(2, d, n, length)
@@ -129,6 +131,8 @@ def test_B_and_C_may_be_constant_for_each_channel(rng, constant):
     for i, name in enumerate(tensors, start=1):
         if name in constant:
             expected[i] = expected[i].sum((0, 3))
+        elif name in ('B', 'C'):
+            expected[i] = expected[i].sum(1, keepdim=True)
     assert_close(found, expected, 1e-5)
 
 

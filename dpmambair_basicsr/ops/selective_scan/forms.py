@@ -13,15 +13,17 @@ _NEVER = -1e4  # softplus of it, and of it plus any bias, is exactly 0, in every
 def common_form(u, delta, B, C, delta_bias) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """delta (b, d, l), delta_bias (d,) from (b, m, l), (m,), each for d / m consecutive channels; B, C (b, g, n, l).
 
-    Either of B and C may be (b, n, l), one group, or (d, n), constant over positions and samples; where their groups
-    differ, both get the finer ones.
+    Either of B and C may be (b, n, l), one group, or (d, n), constant over positions and samples, a group for each
+    channel; then the other one gets these groups too.
     """
     b, d, length = u.shape
     delta = repeat_to(delta, 1, d)
     delta_bias = None if delta_bias is None else repeat_to(delta_bias, 0, d)
+    constant = B.dim() == 2 or C.dim() == 2
     B, C = (_in_groups(x, b, length) for x in (B, C))
-    groups = max(B.shape[1], C.shape[1])
-    return delta, repeat_to(B, 1, groups), repeat_to(C, 1, groups), delta_bias
+    if constant:
+        B, C = repeat_to(B, 1, d), repeat_to(C, 1, d)
+    return delta, B, C, delta_bias
 
 
 def repeat_to(x, dim, size):
