@@ -53,6 +53,7 @@ OPTIONS = (
     Option('logger.wandb', 'resume_id', str | None, 'of the run to continue'),
     Option('dist_params', 'backend', str, 'nccl'),
     Option('dist_params', 'port', int | None, 'of the first process, with slurm', low=0),
+    Option('dist_params', 'timeout', float, 'seconds that a process waits for the others, as torch has it', low=1),
     Option('datasets', 'name', str, 'in logs and results', required=ALWAYS),
     Option('datasets', 'type', str, 'the class', required=ALWAYS),
     Option('datasets', 'scale', int, 'as at the top of the file', low=1),

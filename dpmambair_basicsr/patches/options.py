@@ -10,6 +10,7 @@ from basicsr.utils.dist_util import master_only
 
 from dpmambair_basicsr.files.atomic import replacing
 from dpmambair_basicsr.files.option_files import OptionError, OptionLoader, parse_value, read_options
+from dpmambair_basicsr.patches.distributed import obey_timeout
 from dpmambair_basicsr.patches.registry import replaces
 from dpmambair_basicsr.patches.resume import whole_epochs
 from dpmambair_basicsr.patches.run_lock import begin_training
@@ -38,6 +39,7 @@ def checked_options(original, caller: dict):
         try:
             raw = read_options(file)
             refuse(file, apply_forced(raw, forced) or check_structure(raw, is_train), forced)
+            obey_timeout(raw)
             opt, args = original(root_path, is_train)
             problems = []
             if not args.debug:  # whose runs must not take the place of the real ones: they have a folder of their own
