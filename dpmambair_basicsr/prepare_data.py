@@ -25,6 +25,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from dpmambair_basicsr.files.errors import InputError, exit_on_error
 from dpmambair_basicsr.files.image_folders import list_images, list_keys
 from dpmambair_basicsr.prepare.download import Download, is_image, whole
 from dpmambair_basicsr.prepare.job import Job, files_of, read_journal
@@ -107,10 +108,10 @@ def arrange(jobs: list[Job], public: PublicSet, root: Path, paths: list[Path], a
     """All parts, or none.
 
     Raises:
-        SystemExit: with all problems.
+        InputError: with all problems.
     """
     if obstacles := find_obstacles(jobs, public, root, paths):
-        raise SystemExit(report(public, obstacles))
+        raise InputError(report(public, obstacles))
     downloads, problems, bad = [Download(path) for path in paths], [], []
     for job in jobs:
         try:
@@ -127,7 +128,7 @@ def arrange(jobs: list[Job], public: PublicSet, root: Path, paths: list[Path], a
     else:
         problems += bad
     if problems:
-        raise SystemExit(
+        raise InputError(
             f'{report(public, problems)}\nNothing was put in place. What is fine is kept for the next run.'
         )
     for job in jobs:
@@ -221,7 +222,8 @@ def check_layout(parser: argparse.ArgumentParser, layout: list[str], part: Part)
 def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
     try:
-        prepare(args)
+        with exit_on_error('dpmambair_basicsr.prepare_data'):
+            prepare(args)
     except KeyboardInterrupt:
         raise SystemExit('Interrupted; repeat the command to go on.') from None
 

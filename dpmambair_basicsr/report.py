@@ -10,6 +10,7 @@ import argparse
 from pathlib import Path
 
 from dpmambair_basicsr.files.atomic import replacing
+from dpmambair_basicsr.files.errors import exit_on_error
 from dpmambair_basicsr.results.comparison import compare, label_runs, to_markdown
 
 
@@ -23,7 +24,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.image and not arguments.html:
         parser.error('--image is for the page, --html')
-    try:
+    with exit_on_error('dpmambair_basicsr.report', ValueError, OSError):
         runs = label_runs(arguments.results)
         comparison = compare(runs)
         print(to_markdown(comparison))
@@ -36,8 +37,6 @@ def main() -> None:
             text = page(comparison, dict(zip(runs, folders, strict=True)), runs, arguments.image)
             with replacing(arguments.html) as part:
                 part.write_text(text, encoding='utf-8')
-    except (ValueError, OSError) as error:
-        raise SystemExit(f'dpmambair_basicsr.report: {error}') from None
 
 
 if __name__ == '__main__':

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dpmambair_basicsr.files.atomic import replacing
+from dpmambair_basicsr.files.errors import CheckpointError
 
 SAFETENSORS = '.safetensors'
 
@@ -21,7 +22,7 @@ def read_checkpoint(path: str) -> dict:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: naming the file, if it is none of PyTorch's or does not hold a dictionary; or if it ends in
+        CheckpointError: naming the file, if it is none of PyTorch's or does not hold a dictionary; or if it ends in
             .safetensors and is no such file, or that package is not installed.
     """
     if str(path).endswith(SAFETENSORS):
@@ -31,9 +32,9 @@ def read_checkpoint(path: str) -> dict:
     except FileNotFoundError:
         raise FileNotFoundError(f'{path} does not exist') from None
     except Exception as error:  # torch.load raises many kinds, and their messages name no file
-        raise ValueError(f'{path}: is no checkpoint that torch.load can read ({type(error).__name__})') from error
+        raise CheckpointError(f'{path}: is no checkpoint that torch.load can read ({type(error).__name__})') from error
     if not isinstance(checkpoint, dict):
-        raise ValueError(f'{path}: holds no dictionary but a {type(checkpoint).__name__}')
+        raise CheckpointError(f'{path}: holds no dictionary but a {type(checkpoint).__name__}')
     return checkpoint
 
 
@@ -48,14 +49,14 @@ def read_safetensors(path: str) -> dict:
     except FileNotFoundError:
         raise FileNotFoundError(f'{path} does not exist') from None
     except Exception as error:  # the package has a kind of its own
-        raise ValueError(f'{path}: cannot be read by safetensors ({type(error).__name__}: {error})') from error
+        raise CheckpointError(f'{path}: cannot be read by safetensors ({type(error).__name__}: {error})') from error
 
 
 def write_safetensors(path: str, weights: dict[str, Tensor], network: dict | None = None) -> None:
     """The state dict, and the options of its network, as a whole or not at all.
 
     Raises:
-        ValueError: if the package is not installed.
+        CheckpointError: if the package is not installed.
         OSError: if it cannot be written.
     """
     package = import_safetensors(path)
@@ -69,7 +70,7 @@ def import_safetensors(path: str):
     try:
         import safetensors.torch
     except ImportError:
-        raise ValueError(f'{path}: needs a package that is not installed: pip install safetensors') from None
+        raise CheckpointError(f'{path}: needs a package that is not installed: pip install safetensors') from None
     return safetensors
 
 
@@ -81,7 +82,7 @@ def read_weights(path: str, *keys: str | None) -> dict[str, Tensor]:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: naming the file and the keys it has, if there is no state dict under any of these.
+        CheckpointError: naming the file and the keys it has, if there is no state dict under any of these.
     """
     return select_weights(path, read_checkpoint(path), *keys)
 
@@ -94,9 +95,9 @@ def select_weights(path: str, checkpoint: dict, *keys: str | None) -> dict[str, 
         found = ', '.join(map(str, list(checkpoint)[:5])) + (', ...' if len(checkpoint) > 5 else '')
         if key is None or key in checkpoint:
             place = 'it' if key is None else f'its key {key!r}'
-            raise ValueError(f'{path}: {place} is no state dict; keys of the file: {found}')
+            raise CheckpointError(f'{path}: {place} is no state dict; keys of the file: {found}')
         advice = 'it is a bare state dict, for which path.param_key_g is ~; ' if is_state_dict(checkpoint) else ''
-        raise ValueError(f'{path}: holds no key {key!r}; {advice}keys of the file: {found}')
+        raise CheckpointError(f'{path}: holds no key {key!r}; {advice}keys of the file: {found}')
     return {name.removeprefix('module.'): value for name, value in weights.items()}
 
 
@@ -150,7 +151,7 @@ def differences(net: nn.Module, state_dict: dict) -> str:
 
 
 def read_on_cpu(file):
-    """What torch.save has written, weights_only; storage is mapped, not read. ValueError, naming the file, if not."""
+    """What torch.save has written, weights_only; storage is mapped, not read. CheckpointError, naming the file, if not."""
     import zipfile
 
     import torch
@@ -159,4 +160,4 @@ def read_on_cpu(file):
         return torch.load(file, map_location='cpu', weights_only=True, mmap=zipfile.is_zipfile(file))
     except Exception as error:  # torch.load raises many kinds
         reason = ' '.join(str(error).split()).partition('. ')[0]
-        raise ValueError(f'{file}: {type(error).__name__}: {reason}') from None
+        raise CheckpointError(f'{file}: {type(error).__name__}: {reason}') from None

@@ -12,6 +12,7 @@ import functools
 from pathlib import Path
 
 from dpmambair_basicsr.files.checkpoints import read_on_cpu
+from dpmambair_basicsr.files.errors import CheckpointError, exit_on_error
 from dpmambair_basicsr.patches.registry import replaces
 from dpmambair_basicsr.training import run as training_run
 from dpmambair_basicsr.training.state import keep_schedule, restore
@@ -25,7 +26,17 @@ def load_resume_state(opt: dict) -> dict | None:
     any device, weights_only. Can go when BasicSR does so.
 
     Raises:
-        SystemExit: if there are states but none can be used, or networks without any: starting from 0 would be a
+        SystemExit: for what `find_resume_state` raises; BasicSR's loop calls this.
+    """
+    with exit_on_error():
+        return find_resume_state(opt)
+
+
+def find_resume_state(opt: dict) -> dict | None:
+    """The state that the options ask for, None for a training from the start.
+
+    Raises:
+        CheckpointError: if there are states but none can be used, or networks without any: starting from 0 would be a
             surprise. So too if the state that path.resume_state names cannot be used.
     """
     from basicsr.utils import check_resume
@@ -38,8 +49,8 @@ def load_resume_state(opt: dict) -> dict | None:
         return None
     try:
         state = read_state(opt, file)
-    except ValueError as error:
-        raise SystemExit(f'path.resume_state: cannot resume from {error}') from None
+    except CheckpointError as error:
+        raise CheckpointError(f'path.resume_state: cannot resume from {error}') from None
     check_resume(opt, state['iter'])
     return state
 
@@ -51,13 +62,13 @@ def newest_usable_state(opt: dict) -> Path | None:
         try:
             read_state(opt, file)
             return file
-        except ValueError as error:
+        except CheckpointError as error:
             print(f'Cannot resume from {error}. Trying the one before.', flush=True)
     if files:
-        raise SystemExit(f'{folder}: none of its {len(files)} training states can be resumed from')
+        raise CheckpointError(f'{folder}: none of its {len(files)} training states can be resumed from')
     networks = {file.stem.rpartition('_')[2] for file in Path(opt['path']['models']).glob('net_g_*.pth')} - {'best'}
     if 'latest' in networks or len(networks) > 1:  # one number may be of a checkpoint that is not complete
-        raise SystemExit(
+        raise CheckpointError(
             f'{opt["path"]["models"]} holds networks, but {folder} no training state: without --auto_resume training '
             'starts at iteration 0 and renames the folder of the run'
         )
@@ -72,18 +83,18 @@ def read_state(opt: dict, file) -> dict:
     """A training state, on the CPU, of which every network of the options has its checkpoint beside it.
 
     Raises:
-        ValueError: naming the state, and what of it cannot be read.
+        CheckpointError: naming the state, and what of it cannot be read.
     """
     state = read_on_cpu(file)
     if not (isinstance(state, dict) and {'epoch', 'iter', 'optimizers', 'schedulers'} <= state.keys()):
-        raise ValueError(f'{file}: is no training state')
+        raise CheckpointError(f'{file}: is no training state')
     ignored = opt['path'].get('ignore_resume_networks') or ()
     for network in (key for key in opt if key.startswith('network_') and key not in ignored):
         checkpoint = Path(opt['path']['models']) / f'net_{network.removeprefix("network_")}_{state["iter"]}.pth'
         try:
             read_on_cpu(checkpoint)
-        except ValueError as error:
-            raise ValueError(f'{file}: {error}') from None
+        except CheckpointError as error:
+            raise CheckpointError(f'{file}: {error}') from None
     return state
 
 
