@@ -26,7 +26,8 @@ from pathlib import Path
 from PIL import Image
 
 from dpmambair_basicsr.files.errors import InputError, exit_on_error
-from dpmambair_basicsr.files.image_folders import list_images, list_keys
+from dpmambair_basicsr.files.image_folders import list_images
+from dpmambair_basicsr.files.image_lists import list_keys
 from dpmambair_basicsr.prepare.download import Download, is_image, whole
 from dpmambair_basicsr.prepare.job import Job, files_of, read_journal
 from dpmambair_basicsr.prepare.public_sets import (

@@ -347,7 +347,10 @@ def test_an_extractor_of_other_widths_is_named(tmp_path):
             {'x.weight': torch.zeros(1)},
             r"holds no key 'params_ema'; it is a bare state dict, for which path\.param_key_g is ~; .*: x\.weight$",
         ),
-        ({'params': {'x': torch.zeros(1)}}, 'does not fit DPMambaIR:\n .* missing in the file: .*\n .* not in .*: x$'),
+        (
+            {'params_ema': {'x': torch.zeros(1)}},
+            'does not fit DPMambaIR:\n .* missing in the file: .*\n .* not in .*: x$',
+        ),
     ],
 )
 def test_a_wrong_checkpoint_is_named(content, message, tmp_path):

@@ -40,6 +40,8 @@ def complete_options(opt: dict, folder_keys: tuple[str, ...]) -> dict:
         if not isinstance(opt.get(key), str):
             raise ValueError(f'dataset {owner}: {key} must be a path, got {opt.get(key)!r}')
         opt[key] = osp.expanduser(opt[key])
+    if opt.get('meta_info_file') and opt['io_backend']['type'] == 'lmdb':
+        raise ValueError(f'dataset {owner}: meta_info_file is not read with lmdb, which has a list of its own; write ~')
     if opt.get('meta_info_file'):
         opt['meta_info_file'] = osp.expanduser(opt['meta_info_file'])
     if opt['phase'] == 'train':

@@ -8,7 +8,8 @@ from torch.utils.data import Dataset
 from dpmambair_basicsr.data.dataset_options import CLEAN, CROPS, SEED, complete_options
 from dpmambair_basicsr.data.degradations import DEGRADATIONS, degrade, to_uint8
 from dpmambair_basicsr.data.progressive import ProgressiveBatches
-from dpmambair_basicsr.files.image_folders import check_inside, list_images, list_keys
+from dpmambair_basicsr.files.image_folders import list_images
+from dpmambair_basicsr.files.image_lists import list_keys, listed_images
 from dpmambair_basicsr.files.images import ImageReader, fit_crop, flip, to_float, to_tensor
 from dpmambair_basicsr.files.option_row import Option
 from dpmambair_basicsr.registry import DATASET_REGISTRY
@@ -58,9 +59,7 @@ class SyntheticDegradationDataset(ProgressiveBatches, Dataset):
         if opt['io_backend']['type'] == 'lmdb':
             self.paths = list(list_keys(folder))
         elif opt.get('meta_info_file'):
-            lines = Path(opt['meta_info_file']).read_text(encoding='utf-8').splitlines()
-            self.paths = [str(Path(folder, line.split(' ')[0])) for line in lines if line.strip()]
-            check_inside(folder, self.paths)
+            self.paths = listed_images(opt['meta_info_file'], folder)
         else:
             self.paths = list(list_images(folder).values())
         if not self.paths:

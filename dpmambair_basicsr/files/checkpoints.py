@@ -87,9 +87,27 @@ def read_weights(path: str, *keys: str | None) -> dict[str, Tensor]:
     return select_weights(path, read_checkpoint(path), *keys)
 
 
+def wanted_keys(options: dict, network: str, is_train: bool) -> tuple[str | None, ...]:
+    """Under which keys of its checkpoint a network is looked for, by the section `path` of an option file.
+
+    The one that `param_key_<network>` names, and no other. Without it a test takes what validation and `restore` take,
+    the average if there is one; a training starts from `params`.
+    """
+    if f'param_key_{network}' in options:
+        return (options[f'param_key_{network}'],)
+    return ('params', None) if is_train else ('params_ema', 'params', None)
+
+
+def found_key(path: str, checkpoint: dict, *keys: str | None) -> str | None:
+    """The first of the keys that is in the file, or the first of all; a .safetensors file holds one state dict only."""
+    if str(path).endswith(SAFETENSORS):
+        return 'params'
+    return next((key for key in keys if key is None or key in checkpoint), keys[0])
+
+
 def select_weights(path: str, checkpoint: dict, *keys: str | None) -> dict[str, Tensor]:
     """`read_weights` of a file that has been read."""
-    key = next((key for key in keys if key is None or key in checkpoint), keys[0])
+    key = found_key(path, checkpoint, *keys)
     weights = checkpoint if key is None else checkpoint.get(key)
     if not is_state_dict(weights):
         found = ', '.join(map(str, list(checkpoint)[:5])) + (', ...' if len(checkpoint) > 5 else '')

@@ -13,7 +13,14 @@ from torch.optim import Optimizer
 from tqdm import tqdm
 
 from dpmambair_basicsr.data import progressive
-from dpmambair_basicsr.files.checkpoints import PlainValue, differences, read_weights
+from dpmambair_basicsr.files.checkpoints import (
+    PlainValue,
+    differences,
+    found_key,
+    read_checkpoint,
+    select_weights,
+    wanted_keys,
+)
 from dpmambair_basicsr.files.option_row import Option
 from dpmambair_basicsr.models.best_checkpoint import BestCheckpoint
 from dpmambair_basicsr.models.evaluation import Evaluation
@@ -209,24 +216,28 @@ class RestorationMixin(SRModel):
     def load_network(
         self, net: nn.Module, load_path: str, strict: bool = True, param_key: str | None = 'params'
     ) -> None:
-        """As BasicSR's; where `param_key` is missing, `params` is read.
+        """As BasicSR's, but of the keys of the file see `wanted_keys`; `param_key` counts for other networks only.
+
+        The average of a training, params_ema, starts from the file's network if that has none.
 
         Raises:
             FileNotFoundError: no such file.
             ValueError: naming the file and what is wrong with it, before the network is touched.
         """
-        keys = [param_key, 'params']
-        if net is getattr(self, 'net_g_ema', None):
-            # BasicSR asks for params_ema of the file of net_g, which may be a bare state dict or have a key of its own.
-            keys.insert(1, self.opt['path'].get('param_key_g', 'params'))
-        weights = read_weights(load_path, *keys)
+        name = next((name for name, value in vars(self).items() if value is net and name.startswith('net_')), None)
+        keys = [param_key]
+        if name is not None:
+            label = name.removeprefix('net_').removesuffix('_ema')
+            keys = [*['params_ema'] * name.endswith('_ema'), *wanted_keys(self.opt['path'], label, self.is_train)]
+        checkpoint = read_checkpoint(load_path)
+        key = found_key(load_path, checkpoint, *keys)
+        weights = select_weights(load_path, checkpoint, key)
         net = self.get_bare_model(net)
         if not strict:
             self._print_different_keys_loading(net, weights, strict)
         elif report := differences(net, weights):
             raise ValueError(f'{load_path}: {report}')
         net.load_state_dict(weights, strict=strict)
-        self.monitor.note_checkpoint(load_path, param_key)
-        get_root_logger().info(
-            f'Loading {type(net).__name__} from {load_path}, param_key {param_key} (or else params).'
-        )
+        self.monitor.note_checkpoint(load_path, key)
+        what = 'the whole file' if key is None else f'its {key}'
+        get_root_logger().info(f'Loading {type(net).__name__} from {load_path}: {what}.')

@@ -98,6 +98,9 @@ def check_structure(opt, is_train: bool) -> list[str]:
     for row, value in given.items():
         problems += [] if value is None else check_value(row.name, value, row)
     problems += [f'{path}: missing' for path, section in sections.items() if section is None]
+    for path, value in [*texts.items()]:
+        if isinstance(value, list) and path.startswith('datasets.'):  # which some datasets take
+            texts |= {path: None} | {f'{path}[{index}]': part for index, part in enumerate(value)}
     wrong = {path: section for path, section in sections.items() if not isinstance(section, dict | None)}
     problems += [f'{path}: has to be a section, not {value!r}' for path, value in wrong.items()]
     problems += [

@@ -2,7 +2,9 @@
 
 import torch
 
-from dpmambair_basicsr.files.image_folders import check_inside
+from dpmambair_basicsr.data.basicsr_datasets import paths_by_folder
+from dpmambair_basicsr.files.image_folders import check_inside, some
+from dpmambair_basicsr.files.image_lists import missing_files
 from dpmambair_basicsr.patches.registry import replaces
 from dpmambair_basicsr.training import signals as interruption
 
@@ -115,23 +117,18 @@ def niqe_large_enough(original):
 def paths_inside_their_folder(original):
     """A list of images (meta_info) can name any file of the machine; data/data_util.py:189, realesrgan_dataset.py:58.
 
-    Our data sets check it themselves. Can go when BasicSR's do.
+    And what is not there is left out of a folder's listing, or replaced by another image (RealESRGANDataset), without a
+    word: the log says it. Our datasets check it themselves. Can go when BasicSR's do.
     """
 
     def build_dataset(dataset_opt):
+        from basicsr.utils import get_root_logger
+
         dataset = original(dataset_opt)
-        on_disk = (dataset_opt.get('io_backend') or {}).get('type', 'disk') == 'disk'
-        if on_disk and type(dataset).__module__.startswith('basicsr.'):
-            only = 'gt' if 'dataroot_gt' in dataset_opt else 'lq'  # whose paths are not named
-            for role in ('lq', 'gt'):
-                folder = dataset_opt.get(f'dataroot_{role}')
-                paths = [
-                    path.get(f'{role}_path') if isinstance(path, dict) else path
-                    for path in getattr(dataset, 'paths', ())
-                    if isinstance(path, dict) or role == only
-                ]
-                if isinstance(folder, str):
-                    check_inside(folder, filter(None, paths))
+        for folder, paths in paths_by_folder(dataset, dataset_opt):
+            check_inside(folder, paths)
+            if missing := missing_files(folder, paths):
+                get_root_logger().warning(f'{folder}: {some(missing)} cannot be read: links or names without a file.')
         return dataset
 
     return build_dataset

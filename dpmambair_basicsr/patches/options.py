@@ -5,6 +5,7 @@ import re
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 from basicsr.utils.dist_util import master_only
 
@@ -15,6 +16,8 @@ from dpmambair_basicsr.patches.registry import replaces
 from dpmambair_basicsr.patches.resume import whole_epochs
 from dpmambair_basicsr.patches.run_lock import begin_training
 from dpmambair_basicsr.training.command_line import command_line
+
+FREQUENCIES = (('val', 'val_freq'), ('logger', 'print_freq'), ('logger', 'save_checkpoint_freq'))
 
 
 def checked_options(original, caller: dict):
@@ -40,12 +43,15 @@ def checked_options(original, caller: dict):
             raw = read_options(file)
             refuse(file, apply_forced(raw, forced) or check_structure(raw, is_train), forced)
             obey_timeout(raw)
+            expand_lists_too()
             opt, args = original(root_path, is_train)
+            opt['path'].pop('results_root' if is_train else 'experiments_root', None)  # BasicSR would make this folder
             problems = []
             if not args.debug:  # whose runs must not take the place of the real ones: they have a folder of their own
                 obey_experiments_root(opt, raw['path'])
+                obey_frequencies(opt, raw)
                 problems = check_root(opt, raw['path'])
-            refuse(file, problems + check_options(opt), forced)
+            refuse(file, problems + check_options(opt, raw), forced)
             set_default_backend(opt.get('scan_backend'))
         except OptionError as error:
             raise SystemExit(str(error)) from None
@@ -81,6 +87,50 @@ def obey_experiments_root(opt: dict, wanted: dict) -> None:
     for key in (root, 'models', 'training_states', 'log', 'visualization'):
         if key in opt['path']:
             opt['path'][key] = new + opt['path'][key].removeprefix(old)
+
+
+def obey_frequencies(opt: dict, raw: dict) -> None:
+    """A name with 'debug' in it changes how often is validated, logged and saved, utils/options.py:166, without a word.
+
+    Here `--debug` alone does, and the log says so. Can go when BasicSR asks for the argument.
+    """
+    if not opt['is_train'] or 'debug' not in opt['name']:
+        return
+    for section, key in FREQUENCIES:
+        if isinstance(raw.get(section), dict):
+            opt[section].pop(key, None)
+            opt[section] |= {key: raw[section][key]} if key in raw[section] else {}
+
+
+def expand_lists_too() -> None:
+    """`dataroot_gt` may be a list, where the dataset takes one, but utils/options.py:148 calls expanduser with it.
+
+    Can go when BasicSR expands each.
+    """
+    from basicsr.utils import options
+
+    def expanduser(path):
+        return [os.path.expanduser(part) for part in path] if isinstance(path, list) else os.path.expanduser(path)
+
+    options.osp = SimpleNamespace(**vars(os.path) | {'expanduser': expanduser})
+
+
+@replaces('basicsr.utils.options', 'dict2str')
+def log_says_what_is_not_done(original):
+    """The log has the options as they are in the file; what BasicSR does not do of them it does not say.
+
+    See `option_checks.host.notes`. Can go when BasicSR has no such options.
+    """
+
+    def dict2str(opt, indent_level=1):
+        text = original(opt, indent_level)
+        if indent_level > 1 or 'is_train' not in opt:
+            return text
+        from dpmambair_basicsr.option_checks.host import notes
+
+        return ''.join([text, *(f'\n  NOTE {line}' for line in notes(opt))])
+
+    return dict2str
 
 
 @replaces('basicsr.utils.options', 'ordered_yaml')

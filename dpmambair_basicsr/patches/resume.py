@@ -42,7 +42,9 @@ def find_resume_state(opt: dict) -> dict | None:
     from basicsr.utils import check_resume
 
     if opt['auto_resume']:
-        file = newest_usable_state(opt)
+        given, file = opt['path'].get('resume_state'), newest_usable_state(opt)
+        if given and file is not None and Path(given).resolve() != file.resolve():
+            print(f'WARNING: path.resume_state {given} is not read: --auto_resume takes {file}.', flush=True)
         opt['path']['resume_state'] = None if file is None else str(file)
     file = opt['path'].get('resume_state')
     if not file:
@@ -52,6 +54,9 @@ def find_resume_state(opt: dict) -> dict | None:
     except CheckpointError as error:
         raise CheckpointError(f'path.resume_state: cannot resume from {error}') from None
     check_resume(opt, state['iter'])
+    ignored = opt['path'].get('ignore_resume_networks') or ()
+    for network in (key for key in opt if key.startswith('network_') and key not in ignored):
+        opt['path'].pop(f'param_key_{network.removeprefix("network_")}', None)  # that of the file it started from
     return state
 
 

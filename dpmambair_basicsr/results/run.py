@@ -38,7 +38,8 @@ class Run:
 
     Args:
         options: the option file; `forced`: the `--force_yml` entries.
-        checkpoint: the file of the network, its `param_key` and its `sha256`; '' without one.
+        checkpoint: the file of the network, the key `param_key` of it that was used, '' for the whole file, and its `sha256`;
+            '' without one.
         versions: package -> version.
         metrics: name -> type and arguments, the section `val.metrics`.
         suffix: restored images are visualization/<data set>/<image>_<suffix>.png.
@@ -91,7 +92,7 @@ def provenance(run: Run) -> dict[str, str]:
     measures = '; '.join(f'{name} {describe_metric(metric)}' for name, metric in run.metrics.items())
     return {
         'options': ' '.join([run.options, *run.forced]),
-        'checkpoint': f'{run.checkpoint} ({run.param_key})' if run.checkpoint else 'none',
+        'checkpoint': (run.checkpoint or 'none') + (f' ({run.param_key})' if run.param_key else ''),
         'sha256': run.sha256 or 'none',
         'versions': ', '.join(f'{package} {version}' for package, version in run.versions.items()),
         'metrics': measures,
