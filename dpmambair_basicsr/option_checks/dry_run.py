@@ -13,9 +13,11 @@ from dpmambair_basicsr.files.checkpoints import differences, read_checkpoint, re
 from dpmambair_basicsr.files.image_folders import some
 from dpmambair_basicsr.files.image_lists import missing_files
 from dpmambair_basicsr.files.images import fit_crop
+from dpmambair_basicsr.option_checks.schema import rows_of
 from dpmambair_basicsr.option_checks.values import will_resume
 from dpmambair_basicsr.registry import arguments_of, describe, look_up, optimizers, our_type, registered
 from dpmambair_basicsr.training.lr_schedulers import schedulers
+from dpmambair_basicsr.training.parameters import freeze
 
 # Those of images, which list their files and do nothing else when they are made.
 IMAGE_DATASETS = tuple(
@@ -65,6 +67,8 @@ def check_on_trial(opt: dict, model: type | None, reported: list[str]) -> list[s
         attempt('val.tile', check_tile, opt, networks['network_g'])
         if opt['is_train']:
             attempt('datasets.train.gt_size', check_crop_size, opt, networks['network_g'])
+        if opt['is_train'] and is_checked and (patterns := opt['train'].get('freeze')):
+            attempt('network_g', freeze, networks['network_g'], patterns)
     if is_checked:
         for key, section in (opt.get('train') or {}).items():
             if key.startswith('optim_'):
@@ -133,8 +137,15 @@ def check_batches(opt: dict, items: int) -> None:
     ratio, size = train.get('dataset_enlarge_ratio', 1), train['batch_size_per_gpu']
     if not opt['dist']:
         size *= max(opt['num_gpu'], 1)
+    size *= micro_batches(opt)
     if math.ceil(items * ratio / opt['world_size']) < size:
         raise ValueError(no_batch(items, size, ratio, opt['world_size']))
+
+
+def micro_batches(opt: dict) -> int:
+    """`train.accum_iter`, of a model that has it: BasicSR's have not."""
+    model, _ = look_up(registered('MODEL'), 'model_type', opt['model_type'])
+    return opt['train'].get('accum_iter', 1) if any(row.name == 'accum_iter' for row in rows_of(model)) else 1
 
 
 def check_crop(dataset) -> None:

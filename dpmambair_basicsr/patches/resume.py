@@ -15,7 +15,7 @@ from dpmambair_basicsr.files.checkpoints import read_on_cpu
 from dpmambair_basicsr.files.errors import CheckpointError, exit_on_error
 from dpmambair_basicsr.patches.registry import replaces
 from dpmambair_basicsr.training import run as training_run
-from dpmambair_basicsr.training.state import keep_schedule, restore
+from dpmambair_basicsr.training.state import check_optimizers, keep_schedule, restore
 
 
 def load_resume_state(opt: dict) -> dict | None:
@@ -117,13 +117,20 @@ def whole_epochs(original):
 
     @functools.wraps(original)
     def create_train_val_dataloader(opt, logger):
-        from dpmambair_basicsr.option_checks.dry_run import no_batch
+        from dpmambair_basicsr.option_checks.dry_run import micro_batches, no_batch
         from dpmambair_basicsr.patches.distributed import check_processes_agree
 
+        train = opt['datasets']['train']
+        train['accum_iter'] = micro_batches(opt)  # for the loader, which knows its own section alone
+        if train['accum_iter'] > 1:
+            logger.info(
+                f'Gradient accumulation: an iteration is a step with {train["accum_iter"]} micro-batches of '
+                f'batch_size_per_gpu {train["batch_size_per_gpu"]}.'
+            )
         train_loader, train_sampler, val_loaders, planned, total_iters = original(opt, logger)
         per_epoch = len(train_loader)
         if per_epoch == 0:
-            ratio = opt['datasets']['train'].get('dataset_enlarge_ratio', 1)
+            ratio = train.get('dataset_enlarge_ratio', 1)
             message = no_batch(len(train_loader.dataset), train_loader.batch_size, ratio, opt['world_size'])
             raise ValueError(f'datasets.train: {message}')
         if training_run.current is not None:
@@ -152,6 +159,7 @@ def exact_continuation(original):
 
     def resume_training(self, resume_state):
         schedules = [dict(vars(scheduler)) for scheduler in self.schedulers]
+        check_optimizers(self.optimizers, resume_state)
         original(self, resume_state)
         for scheduler, schedule in zip(self.schedulers, schedules, strict=True):
             keep_schedule(scheduler, schedule)

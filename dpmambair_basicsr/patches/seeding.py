@@ -22,6 +22,9 @@ def known_run(original):
     def build_dataloader(dataset, dataset_opt, num_gpu=1, dist=False, sampler=None, seed=None):
         if dataset_opt['phase'] == 'train' and not hasattr(dataset, '__getitems__'):
             dataset = SeededItems(dataset)
+        accum_iter = dataset_opt.get('accum_iter', 1)
+        if accum_iter > 1:  # the parts of a batch that models.gradient_accumulation takes one by one
+            dataset_opt = {**dataset_opt, 'batch_size_per_gpu': accum_iter * dataset_opt['batch_size_per_gpu']}
         loader = original(dataset, dataset_opt, num_gpu=num_gpu, dist=dist, sampler=sampler, seed=seed)
         if loader.worker_init_fn is not None:
             start_workers_unsignalled(loader)
