@@ -23,8 +23,7 @@ import sys
 import textwrap
 from pathlib import Path
 
-from PIL import Image
-
+from dpmambair_basicsr.files.codec import image_size
 from dpmambair_basicsr.files.errors import InputError, exit_on_error
 from dpmambair_basicsr.files.image_folders import list_images
 from dpmambair_basicsr.files.image_lists import list_keys
@@ -91,8 +90,8 @@ def make_lmdb(folder: Path) -> None:
     shutil.rmtree(temporary, ignore_errors=True)
     pixels = 0
     for image in images.values():
-        with Image.open(image) as header:
-            pixels += header.width * header.height
+        width, height = image_size(image.read_bytes())  # an image: it was decoded to get there
+        pixels += width * height
     room = 2**24 + 8 * pixels + 2**14 * len(images)  # above what 3 channels of 16 bits can take, and pages
     names = [image.name for image in images.values()]
     make_lmdb_from_imgs(str(folder), str(temporary), names, list(images), map_size=room)
@@ -227,6 +226,8 @@ def main(arguments: list[str] | None = None) -> None:
             prepare(args)
     except KeyboardInterrupt:
         raise SystemExit('Interrupted; repeat the command to go on.') from None
+    except OSError as error:
+        raise SystemExit(f'{error.filename or ""}: {error.strerror or error}; repeat the command to go on') from error
 
 
 if __name__ == '__main__':

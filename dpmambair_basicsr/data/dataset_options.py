@@ -2,6 +2,7 @@
 
 from os import path as osp
 
+from dpmambair_basicsr.files.codec import max_pixels
 from dpmambair_basicsr.files.option_row import Option
 
 DEFAULTS = {'scale': 1, 'use_hflip': False, 'use_vflip': False, 'use_rot': False, 'pad_small': False}
@@ -50,6 +51,8 @@ def complete_options(opt: dict, folder_keys: tuple[str, ...]) -> dict:
             raise ValueError(
                 f'dataset {owner}: gt_size must be a positive multiple of scale {opt["scale"]}, got {size!r}'
             )
+        if size**2 > max_pixels():
+            raise ValueError(f'dataset {owner}: crops of gt_size {size} have more than max_pixels, {max_pixels()}')
     for key in ('color', 'mean', 'std'):
         if opt.get(key) is not None:
             raise ValueError(f'dataset {owner}: {key} is not supported, images are RGB in [0, 1]')

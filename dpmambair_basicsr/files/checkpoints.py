@@ -7,12 +7,15 @@ A `.safetensors` file holds one state dict, which is read as 'params', and text:
 """
 
 import json
+import zipfile
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from dpmambair_basicsr.files.atomic import replacing
 from dpmambair_basicsr.files.errors import CheckpointError
+from dpmambair_basicsr.files.regular import check_regular
 
 SAFETENSORS = '.safetensors'
 
@@ -23,19 +26,40 @@ def read_checkpoint(path: str) -> dict:
     Raises:
         FileNotFoundError: no such file.
         CheckpointError: naming the file, if it is none of PyTorch's or does not hold a dictionary; or if it ends in
-            .safetensors and is no such file, or that package is not installed.
+            .safetensors and is no such file, or that package is not installed; see also `check_file`.
     """
+    check_file(path)
     if str(path).endswith(SAFETENSORS):
         return read_safetensors(path)
     try:
         checkpoint = torch.load(path, map_location='cpu', weights_only=True)
-    except FileNotFoundError:
-        raise FileNotFoundError(f'{path} does not exist') from None
     except Exception as error:  # torch.load raises many kinds, and their messages name no file
         raise CheckpointError(f'{path}: is no checkpoint that torch.load can read ({type(error).__name__})') from error
     if not isinstance(checkpoint, dict):
         raise CheckpointError(f'{path}: holds no dictionary but a {type(checkpoint).__name__}')
     return checkpoint
+
+
+def check_file(path: str | Path) -> None:
+    """That reading a file ends, and takes no more memory than the file has bytes.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: naming the file: it is not a regular one, or an archive that is compressed, as torch.save makes
+            none: a few MB could stand for as many GB.
+    """
+    try:
+        check_regular(path)
+    except FileNotFoundError:
+        raise FileNotFoundError(f'{path} does not exist') from None
+    if zipfile.is_zipfile(path):
+        try:
+            with zipfile.ZipFile(path) as archive:
+                packed = [part.filename for part in archive.infolist() if part.compress_type != zipfile.ZIP_STORED]
+        except (zipfile.BadZipFile, NotImplementedError, ValueError):
+            return  # nor can torch read it, which has more to say
+        if packed:
+            raise ValueError(f'{path}: its part {packed[0][:60]} is compressed; torch.save compresses nothing')
 
 
 def read_safetensors(path: str) -> dict:
@@ -46,8 +70,6 @@ def read_safetensors(path: str) -> dict:
             content = {'params': {name: file.get_tensor(name) for name in file.keys()}}  # noqa: SIM118
             network = (file.metadata() or {}).get('network_g')
         return content if network is None else content | {'network_g': json.loads(network)}
-    except FileNotFoundError:
-        raise FileNotFoundError(f'{path} does not exist') from None
     except Exception as error:  # the package has a kind of its own
         raise CheckpointError(f'{path}: cannot be read by safetensors ({type(error).__name__}: {error})') from error
 
@@ -169,13 +191,12 @@ def differences(net: nn.Module, state_dict: dict) -> str:
 
 
 def read_on_cpu(file):
-    """What torch.save has written, weights_only; storage is mapped, not read. CheckpointError, naming the file, if not."""
-    import zipfile
-
-    import torch
-
+    """What torch.save has written, weights_only; storage is mapped, not read. CheckpointError naming the file if not."""
     try:  # the format before torch 1.6 is no zip file and cannot be mapped
+        check_file(file)
         return torch.load(file, map_location='cpu', weights_only=True, mmap=zipfile.is_zipfile(file))
     except Exception as error:  # torch.load raises many kinds
+        if str(error).startswith(f'{file}: '):
+            raise
         reason = ' '.join(str(error).split()).partition('. ')[0]
         raise CheckpointError(f'{file}: {type(error).__name__}: {reason}') from None

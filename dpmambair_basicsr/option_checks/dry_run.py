@@ -15,7 +15,15 @@ from dpmambair_basicsr.files.image_lists import missing_files
 from dpmambair_basicsr.files.images import fit_crop
 from dpmambair_basicsr.option_checks.schema import rows_of
 from dpmambair_basicsr.option_checks.values import will_resume
-from dpmambair_basicsr.registry import arguments_of, describe, look_up, optimizers, our_type, registered
+from dpmambair_basicsr.registry import (
+    arguments_of,
+    describe,
+    look_up,
+    make_without_storage,
+    optimizers,
+    our_type,
+    registered,
+)
 from dpmambair_basicsr.training.lr_schedulers import schedulers
 from dpmambair_basicsr.training.parameters import freeze
 
@@ -115,11 +123,6 @@ def check_channels(section: dict, datasets: dict) -> None:
         value = section.get(name, parameters[name].default)
         if isinstance(value, int) and value not in of_datasets:
             raise ValueError(f'{name} is {value}, but the images of the datasets have {of_datasets.pop()} channels')
-
-
-def make_without_storage(target: type, arguments: dict) -> torch.nn.Module:
-    with torch.device('meta'):
-        return target(**arguments)
 
 
 def make_optimizer(section: dict) -> torch.optim.Optimizer:

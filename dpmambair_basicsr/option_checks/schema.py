@@ -24,6 +24,7 @@ OPTIONS = (
     Option('', 'train', dict, 'losses, optimizers, schedules', required=(TRAIN,)),
     Option('', 'val', dict | None, 'validation and testing', required=(TEST,)),
     Option('', 'logger', dict, 'what is printed and saved how often', required=(TRAIN,)),
+    Option('', 'max_pixels', int, 'larger images are refused before they are decoded; default 2^28; ours', low=1),
     Option('', 'dist_params', dict | None, 'of torch.distributed'),
     Option('', 'find_unused_parameters', bool | None, 'of DistributedDataParallel'),
     SCAN_BACKEND,

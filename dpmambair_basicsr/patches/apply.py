@@ -24,7 +24,19 @@ from dpmambair_basicsr.patches.registry import PATCHES, replaces
 from dpmambair_basicsr.registry import PREFIX, REGISTRIES, is_ours
 from dpmambair_basicsr.training.command_line import command_line
 
-TOPICS = ('options', 'run_lock', 'distributed', 'fixes', 'ssim', 'checkpoints', 'resume', 'seeding', 'signals')
+TOPICS = (
+    'options',
+    'run_lock',
+    'distributed',
+    'fixes',
+    'ssim',
+    'checkpoints',
+    'resume',
+    'seeding',
+    'signals',
+    'images',
+    'logs',
+)
 
 misfits = {}  # topic -> why it cannot be imported with this BasicSR
 applied = False

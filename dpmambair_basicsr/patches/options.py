@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from basicsr.utils.dist_util import master_only
 
 from dpmambair_basicsr.files.atomic import replacing
+from dpmambair_basicsr.files.codec import MAX_PIXELS_VARIABLE
 from dpmambair_basicsr.files.option_files import OptionError, OptionLoader, parse_value, read_options
 from dpmambair_basicsr.patches.distributed import obey_timeout
 from dpmambair_basicsr.patches.registry import replaces
@@ -44,6 +45,8 @@ def checked_options(original, caller: dict):
             refuse(file, apply_forced(raw, forced) or check_structure(raw, is_train), forced)
             obey_timeout(raw)
             expand_lists_too()
+            if 'max_pixels' in raw:
+                os.environ[MAX_PIXELS_VARIABLE] = str(raw['max_pixels'])  # for the loader's workers too
             opt, args = original(root_path, is_train)
             opt['path'].pop('results_root' if is_train else 'experiments_root', None)  # BasicSR would make this folder
             problems = []

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from dpmambair_basicsr.files.atomic import replacing
 from dpmambair_basicsr.files.errors import InputError
 from dpmambair_basicsr.files.image_folders import EXTENSIONS
 
@@ -18,12 +19,10 @@ UNREADABLE = (OSError, EOFError, RuntimeError, zlib.error, zipfile.BadZipFile, t
 
 @contextmanager
 def whole(target: Path) -> Iterator[Path]:
-    """A path beside the target to write to, renamed to it at the end: there is never a half-written target."""
+    """`replacing`, with the target's folder made; not durable, as the journal knows the sizes of what was made."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f'.{target.name}.part')
-    temporary.unlink(missing_ok=True)
-    yield temporary
-    os.replace(temporary, target)
+    with replacing(target, durable=False) as part:
+        yield part
 
 
 class Download:
