@@ -191,7 +191,7 @@ def differences(net: nn.Module, state_dict: dict) -> str:
 
 
 def read_on_cpu(file):
-    """What torch.save has written, weights_only; storage is mapped, not read. CheckpointError naming the file if not."""
+    """What torch.save has written, weights_only; storage is mapped, not read. A CheckpointError names the file."""
     try:  # the format before torch 1.6 is no zip file and cannot be mapped
         check_file(file)
         return torch.load(file, map_location='cpu', weights_only=True, mmap=zipfile.is_zipfile(file))
