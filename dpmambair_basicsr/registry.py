@@ -57,10 +57,12 @@ class Registry(dict):
             if alias not in self.host:
                 self.host._do_register(alias, target)
 
+    def by_both_names(self) -> dict[str, object]:
+        return {alias: target for name, target in self.items() for alias in (name, PREFIX + name)}
+
     def known(self) -> dict[str, object]:
         """What an option file can name: ours by both names, and what BasicSR has registered."""
-        ours = {alias: target for name, target in self.items() for alias in (name, PREFIX + name)}
-        return ours | dict(iter(self.host if self.host is not None else ()))
+        return self.by_both_names() | dict(iter(self.host if self.host is not None else ()))
 
     def taken(self) -> list[str]:
         """Our names that belong to somebody else in BasicSR's registry."""
