@@ -41,9 +41,9 @@ class PairedDegradationDataset(ProgressiveBatches, Dataset):
     def __init__(self, opt):
         opt = self.opt = complete_options(opt, ('dataroot_gt', 'dataroot_lq'))
         name = opt.get('degradation')
-        if name is not None and name not in DEGRADATIONS:
+        if name is not None and str(name) not in DEGRADATIONS:
             raise ValueError(f'degradation must be one of {", ".join(DEGRADATIONS)}, got {name!r}')
-        self.kind = {'degradation': ''} if name is None else {'degradation': name, 'label': DEGRADATIONS.index(name)}
+        self.kind = {'degradation': ''} if name is None else {'degradation': name, 'label': DEGRADATIONS[name].label}
         folders = {'lq': opt['dataroot_lq'], 'gt': opt['dataroot_gt']}
         template = opt.get('filename_tmpl', '{}')
         if opt['io_backend']['type'] == 'lmdb':
