@@ -8,6 +8,7 @@ import os
 import pkgutil
 import queue
 import random
+import re
 import socket
 import time
 
@@ -24,6 +25,7 @@ from basicsr.metrics import calculate_niqe, calculate_ssim, psnr_ssim
 from basicsr.models.base_model import BaseModel
 from support.commands import stock_options, write_images, write_options
 
+from dpmambair_basicsr import patches
 from dpmambair_basicsr.data.item_seeds import seed_generators
 from dpmambair_basicsr.files import lock
 from dpmambair_basicsr.patches import apply, resume
@@ -327,6 +329,23 @@ def test_a_patch_is_needed_and_works(function, name, tmp_path, monkeypatch):
         if mark.name == 'skipif' and mark.args[0]:
             pytest.skip(mark.kwargs['reason'])
     REGRESSIONS[name](function, tmp_path, monkeypatch)
+
+
+def test_every_patch_says_what_it_fixes_and_when_it_can_go():
+    for _, _, make in PATCHES:
+        if make.__module__ != apply.__name__:
+            first, *rest = make.__doc__.splitlines()
+            assert first.endswith('.'), make
+            assert [line.partition(':')[0].strip() for line in rest if re.match(' *(Fixes|Remove once): ', line)] == [
+                'Fixes',
+                'Remove once',
+            ], make
+            assert not re.search(r'\.py:\d', make.__doc__), f'{make}: a line number'
+
+
+def test_the_topics_are_listed():
+    listed = re.findall(r'^    (\w+) ', patches.__doc__, re.M)
+    assert sorted(listed) == sorted([*apply.TOPICS, 'imports'])
 
 
 def test_every_patch_has_a_regression():

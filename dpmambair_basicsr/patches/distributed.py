@@ -24,10 +24,12 @@ def obey_timeout(opt: dict) -> None:
 
 @replaces('basicsr.utils.dist_util', '_init_dist_pytorch')
 def init_dist_anywhere(original):
-    """torchrun without a GPU: `ZeroDivisionError`, then NCCL; utils/dist_util.py:24. With several nodes: the wrong GPU.
+    """Starts the processes with gloo where there is no GPU, and takes the GPU of the local rank where there is one.
 
-    And a process that is stopped, or never comes, makes the others wait without a word: see `training/heartbeat`. Can
-    go when BasicSR chooses gloo without CUDA and the device by LOCAL_RANK, and says whom it waits for.
+    Fixes: `_init_dist_pytorch` divides by the number of GPUs, which may be 0, takes NCCL, and with several nodes the
+        wrong GPU. A process that is stopped, or never comes, makes the others wait without a word: see
+        `training/heartbeat`.
+    Remove once: BasicSR takes gloo without CUDA and the device by LOCAL_RANK, and says whom it waits for.
     """
 
     def init_dist_pytorch(backend, **kwargs):
@@ -49,9 +51,10 @@ def init_dist_anywhere(original):
 
 @replaces('basicsr.utils.dist_util', '_init_dist_slurm')
 def init_dist_slurm_without_shell(original):
-    """SLURM_NODELIST is pasted into a shell command (CVE-2024-27763), utils/dist_util.py:44; needs a GPU too.
+    """Asks scontrol for the host by an argument list; needs no GPU.
 
-    Can go when BasicSR passes an argument list.
+    Fixes: `_init_dist_slurm` pastes SLURM_NODELIST into a shell command (CVE-2024-27763).
+    Remove once: BasicSR passes an argument list.
     """
 
     def init_dist_slurm(backend, port=None, timeout=None):  # see `obey_timeout`
@@ -75,9 +78,10 @@ def init_dist_slurm_without_shell(original):
 
 @replaces('basicsr.models.base_model:BaseModel', 'model_to_device')
 def model_to_any_device(original):
-    """Distributed training without a GPU: DistributedDataParallel is given a CUDA device, models/base_model.py:98.
+    """Wraps a network on the CPU for distributed training.
 
-    Can go when BasicSR passes device_ids only for CUDA.
+    Fixes: `BaseModel.model_to_device` gives DistributedDataParallel a CUDA device.
+    Remove once: BasicSR passes device_ids for CUDA alone.
     """
 
     def model_to_device(self, net):

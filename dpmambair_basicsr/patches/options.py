@@ -22,10 +22,10 @@ FREQUENCIES = (('val', 'val_freq'), ('logger', 'print_freq'), ('logger', 'save_c
 
 
 def checked_options(original, caller: dict):
-    """Options are not checked at all: a misspelt key is ignored, and the rest fails after folders were renamed.
+    """Checks all options before anything is created, and reports all problems at once; see the functions called here.
 
-    utils/options.py:80. The place for everything that has to happen before the first folder is made; see the functions
-    called here. Can go when BasicSR checks its options.
+    Fixes: `parse_options` checks nothing: a misspelt key is ignored, and the rest fails after folders were renamed.
+    Remove once: BasicSR checks its options.
 
     Args:
         caller: the global namespace of train.py or test.py.
@@ -69,19 +69,22 @@ def checked_options(original, caller: dict):
 
 
 def accept_local_rank() -> None:
-    """`unrecognized arguments: --local-rank`: torch.distributed.launch spells it so since torch 2.0; options.py:88 not.
+    """Accepts `--local-rank`, as torch.distributed.launch spells it since torch 2.0; torchrun passes none.
 
-    Can go when BasicSR accepts it; torchrun passes none.
+    Fixes: `parse_options` knows `--local_rank` alone: `unrecognized arguments`.
+    Remove once: BasicSR accepts both.
     """
     sys.argv[:] = [re.sub(r'^--local-rank\b', '--local_rank', argument) for argument in sys.argv]
 
 
 def obey_experiments_root(opt: dict, wanted: dict) -> None:
-    """`path.experiments_root` and `path.results_root` of the option file are overwritten, utils/options.py:158, 172.
+    """Keeps `path.experiments_root` and `path.results_root` of the option file.
 
-    Without them a run is found again only from the directory it was started in. A relative one is taken from the
-    current directory, `~` is expanded. With `--debug` they are not asked: BasicSR's debug_<name> is used. Can go with
-    1.4.2: master obeys them.
+    A relative one is taken from the current directory, `~` is expanded. With `--debug` they are not asked: BasicSR's
+    debug_<name> is used.
+
+    Fixes: `parse_options` overwrites them: a run is found again only from the directory it was started in.
+    Remove once: 1.4.2 is no longer supported; master obeys them.
     """
     root = 'experiments_root' if opt['is_train'] else 'results_root'
     if wanted.get(root) is None:
@@ -138,10 +141,11 @@ def log_says_what_is_not_done(original):
 
 @replaces('basicsr.utils.options', 'ordered_yaml')
 def safe_yaml(original):
-    """Option files are read with the unsafe loader, so `!!python/object/apply:os.system` runs; utils/options.py:12, 95.
+    """Reads option files with a safe loader, in UTF-8 and within limits, and refuses a key that stands twice.
 
-    And in the encoding of the system, without limits, the last of two equal keys. Can go when BasicSR's loader is safe
-    in all this.
+    Fixes: `ordered_yaml` gives the unsafe loader, so `!!python/object/apply:os.system` runs; the encoding is the
+        system's, and the last of two equal keys counts.
+    Remove once: BasicSR's loader does all this.
     """
 
     def ordered_yaml():
@@ -152,9 +156,10 @@ def safe_yaml(original):
 
 @replaces('basicsr.utils.options', 'copy_opt_file')
 def whole_copy(original):
-    """The copy is changed in its place, in the encoding of the system: utils/options.py:191. A UTF-8 file ends it.
+    """Writes the copy of the option file atomically, byte for byte, below its head.
 
-    Can go when BasicSR writes it at once, in UTF-8.
+    Fixes: `copy_opt_file` changes the copy in its place, in the encoding of the system: a UTF-8 file may end the run.
+    Remove once: BasicSR writes it at once, in UTF-8.
     """
 
     @master_only
@@ -170,10 +175,12 @@ def whole_copy(original):
 
 @replaces('basicsr.utils.options', '_postprocess_yml_value')
 def forced_value(original):
-    """`--force_yml` evaluates lists as Python (utils/options.py:77) and leaves '-1' and '1e-4' as text.
+    """Reads a value of `--force_yml` as an option file would: lists as YAML, '-1' and '1e-4' as numbers.
 
-    And none is always no value: here 'none', in quotes, is the word. The limits are those of a file. Can go when
-    BasicSR parses these values.
+    'none', in quotes, is the word. The limits are those of a file.
+
+    Fixes: `_postprocess_yml_value` evaluates lists as Python, and leaves '-1' and '1e-4' as text.
+    Remove once: BasicSR parses these values.
     """
 
     def postprocess_yml_value(text):

@@ -19,11 +19,12 @@ from dpmambair_basicsr.training.state import check_optimizers, keep_schedule, re
 
 
 def load_resume_state(opt: dict) -> dict | None:
-    """Resuming needs a GPU (train.py:85), unpickles anything, and `--auto_resume` looks below the current directory.
+    """Finds the state to resume from, on any device: with `--auto_resume` the newest complete one.
 
-    train.py:71: from another directory it starts again at 0. A name such as `best.state` stops it, and so does a
-    truncated file. Here: the experiment's own directory, the highest number whose state and networks can be read, on
-    any device, weights_only. Can go when BasicSR does so.
+    Fixes: `load_resume_state` of train.py needs a GPU and unpickles anything; `--auto_resume` looks below the current
+        directory (from another one it starts again at 0), and a truncated file or a name such as `best.state` stops
+        it.
+    Remove once: BasicSR looks in the experiment's own directory for what can be read, weights_only.
 
     Raises:
         SystemExit: for what `find_resume_state` raises; BasicSR's loop calls this.
@@ -104,10 +105,12 @@ def read_state(opt: dict, file) -> dict:
 
 
 def whole_epochs(original):
-    """Epochs are planned as if incomplete batches were used (train.py:41), but the loader leaves them out.
+    """Plans as many epochs as the iterations that are left take.
 
-    Training ends early: 13 images in batches of 8, total_iter 40: after 21. The same happens after `--auto_resume` with
-    larger batches. Here: as many epochs as are left to do. Can go when BasicSR divides by len(train_loader).
+    Fixes: `create_train_val_dataloader` plans as if incomplete batches were used, but the loader leaves them out, and
+        training ends early: 13 images in batches of 8, total_iter 40: after 21. So too after `--auto_resume` with
+        larger batches.
+    Remove once: BasicSR divides by len(train_loader).
 
     Raises:
         ValueError: if there is not a single batch; BasicSR would end at once, without a word.
@@ -150,11 +153,12 @@ def whole_epochs(original):
 
 @replaces('basicsr.models.base_model:BaseModel', 'resume_training')
 def exact_continuation(original):
-    """A resumed training repeats its epoch with other random numbers, and forgets the best; models/base_model.py:340.
+    """Takes up a state with the schedules of the options, the best metrics and the place in the epoch: bit-exact.
 
-    And its schedulers take no notice of the options: with a longer `total_iter`, CosineAnnealingRestartLR ends with a
-    TypeError however long `periods` are. Can go when BasicSR's states hold what `training/state.py` puts into
-    them, and not the options of schedulers.
+    Fixes: after `BaseModel.resume_training` the epoch is repeated with other random numbers and the best is forgotten;
+        its schedulers take no notice of the options: with a longer `total_iter`, CosineAnnealingRestartLR ends with a
+        TypeError however long `periods` are.
+    Remove once: BasicSR's states hold what `training/state.py` puts into them, and not the options of schedulers.
     """
 
     def resume_training(self, resume_state):
