@@ -17,7 +17,6 @@ COMMANDS = {
     'prepare_data': 'arrange a public dataset, as downloaded, as the option files expect it',
     'run': 'run a script of another project where mamba_ssm or causal_conv1d is missing',
     'dropin': 'make the option files work in a BasicSR checkout, or undo that',
-    'run': "run another project's script where mamba_ssm or causal_conv1d is missing",
 }
 
 
