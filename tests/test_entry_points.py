@@ -78,7 +78,7 @@ def test_a_wrong_option_ends_it_before_anything_is_written(tmp_path):
     result = python('-m', 'dpmambair_basicsr.train', '-opt', 'wrong.yml', cwd=tmp_path)
     assert result.returncode == 1
     assert result.stdout.endswith(
-        'wrong.yml: 1 problem in the options:\n  model_type: unknown type SRMdel, did you mean SRModel?\n'
+        'wrong.yml: 1 problem in the options:\n  model_type: unknown type SRMdel, did you mean SRModel? (line 2)\n'
     )
     assert sorted(tmp_path.rglob('*')) == before
 

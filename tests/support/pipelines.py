@@ -13,6 +13,7 @@ from basicsr.test import test_pipeline
 from basicsr.train import train_pipeline
 
 import dpmambair_basicsr
+from dpmambair_basicsr.files import lock
 from dpmambair_basicsr.patches.apply import apply_patches
 
 ROOT = Path(__file__).parents[2]
@@ -45,6 +46,7 @@ def run_pipeline(pipeline, option_file, *arguments, cwd) -> str:
         with logged() as records:
             pipeline(str(cwd))
     finally:
+        lock.release()  # as the end of a process does
         sys.argv = saved[0]
         os.chdir(saved[1])
     return '\n'.join(records)
