@@ -28,9 +28,9 @@ def read_checkpoint(path: str) -> dict:
         CheckpointError: naming the file, if it is none of PyTorch's or does not hold a dictionary; or if it ends in
             .safetensors and is no such file, or that package is not installed; see also `check_file`.
     """
-    check_file(path)
     if str(path).endswith(SAFETENSORS):
         return read_safetensors(path)
+    check_file(path)
     try:
         checkpoint = torch.load(path, map_location='cpu', weights_only=True)
     except Exception as error:  # torch.load raises many kinds, and their messages name no file
@@ -65,6 +65,7 @@ def check_file(path: str | Path) -> None:
 def read_safetensors(path: str) -> dict:
     """{'params': state dict}, and 'network_g' if it is there. Raises as `read_checkpoint` does."""
     package = import_safetensors(path)
+    check_file(path)
     try:
         with package.safe_open(path, framework='pt') as file:
             content = {'params': {name: file.get_tensor(name) for name in file.keys()}}  # noqa: SIM118
