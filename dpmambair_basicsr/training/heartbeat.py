@@ -38,7 +38,8 @@ class Heartbeat:
         self.of_torchrun = os.environ.get('TORCHELASTIC_USE_AGENT_STORE') == 'True'  # the store; otherwise the first's
         self.watched = range(1, self.count) if self.rank == 0 else range(1 if self.of_torchrun else 0)
         self.beats, self.missing, self.ended = {}, set(), threading.Event()  # beats: rank -> (host, number)
-        self.heard = dict.fromkeys((STORE, *self.watched), time.monotonic())  # rank -> when it was last heard of
+        self.clock = 0.0  # seconds that this process has run; while it is stopped itself, nobody else is late
+        self.heard = dict.fromkeys((STORE, *self.watched), self.clock)  # rank -> when it was last heard of
 
     def start(self) -> None:
         self.beating = threading.Thread(target=self.beat, daemon=True)
@@ -68,13 +69,13 @@ class Heartbeat:
         self.ended.set()
 
     def listen(self, store: TCPStore) -> None:
-        begin = time.monotonic()
+        begin = self.clock
         for rank in self.watched:
             if store.check([self.key(rank)]):
                 beat = store.get(self.key(rank)).decode().split()
                 if beat != self.beats.get(rank) or beat[1] == 'end':
-                    self.beats[rank], self.heard[rank] = beat, time.monotonic()
-        self.heard[STORE] = time.monotonic()
+                    self.beats[rank], self.heard[rank] = beat, self.clock
+        self.heard[STORE] = self.clock
         if self.heard[STORE] - begin > INTERVAL:  # nobody could write meanwhile
             self.heard = dict.fromkeys(self.heard, self.heard[STORE])
 
@@ -82,11 +83,9 @@ class Heartbeat:
         last = time.monotonic()
         while not self.ended.wait(1):
             now = time.monotonic()
-            if now - last > INTERVAL:  # it was this process that was stopped
-                self.heard = dict.fromkeys(self.heard, now)
-            last = now
-            late = {rank for rank, heard in self.heard.items() if now - heard > SILENCE}
-            if now - self.heard[STORE] > 2 * INTERVAL:  # what is known of the others is old
+            self.clock, last = self.clock + min(now - last, INTERVAL), now
+            late = {rank for rank, heard in self.heard.items() if self.clock - heard > SILENCE}
+            if self.clock - self.heard[STORE] > 2 * INTERVAL:  # what is known of the others is old
                 late = (late & {STORE}) | self.missing
             if new := late - self.missing:
                 limit = "torch's default" if self.timeout is None else f'{self.timeout:g} s'
