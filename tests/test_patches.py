@@ -4,16 +4,20 @@ An original that passes is reported as a failure, XPASS(strict): this BasicSR do
 is the smallest thing that shows the defect; whole trainings are in the tests of what they are about.
 """
 
+import io
 import os
 import pkgutil
 import queue
 import random
 import re
+import resource
 import socket
+import sys
 import time
 
 import basicsr.data
 import basicsr.train
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -23,6 +27,7 @@ from basicsr.data.data_sampler import EnlargedSampler
 from basicsr.data.prefetch_dataloader import PrefetchGenerator
 from basicsr.metrics import calculate_niqe, calculate_ssim, psnr_ssim
 from basicsr.models.base_model import BaseModel
+from basicsr.utils.file_client import HardDiskBackend
 from support.commands import stock_options, write_images, write_options
 
 from dpmambair_basicsr import patches
@@ -248,7 +253,7 @@ def whole_networks(save_network, tmp_path, monkeypatch):
     torch.nn.init.constant_(net.weight, float('nan'))
     with pytest.raises(FloatingPointError):
         save_network(model(tmp_path), net, 'net_g', 1)
-    assert not list(tmp_path.iterdir())
+    assert (tmp_path / 'image.png').read_bytes() == b'whole' and len(list(tmp_path.iterdir())) == 1
 
 
 @regression
@@ -321,6 +326,65 @@ def begin_iteration(update_learning_rate, tmp_path, monkeypatch):
         update_learning_rate(model(tmp_path), 5)
         drawn.append(torch.rand(1).item())
     assert drawn[0] == drawn[1]
+
+
+@regression
+def header_first(imfrombytes, tmp_path, monkeypatch):
+    monkeypatch.setenv('DPMAMBAIR_MAX_PIXELS', '1000')
+    content = cv2.imencode('.png', np.zeros((40, 30, 3), np.uint8))[1].tobytes()
+    with pytest.raises(ValueError, match='30 x 40 pixels'):
+        imfrombytes(content)
+
+
+@regression
+def whole_images(imwrite, tmp_path, monkeypatch):
+    (tmp_path / 'image.png').write_bytes(b'whole')
+    image = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        with pytest.raises(OSError):
+            imwrite(image, str(tmp_path / 'image.png'))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (tmp_path / 'image.png').read_bytes() == b'whole' and len(list(tmp_path.iterdir())) == 1
+
+
+@regression
+def regular_files(get, tmp_path, monkeypatch):
+    with pytest.raises((OSError, ValueError), match='/dev/null'):
+        get(HardDiskBackend(), '/dev/null')
+
+
+@regression
+def plots_that_end_no_training(init_tb_logger, tmp_path, monkeypatch):
+    (tmp_path / 'a file').touch()
+    init_tb_logger(str(tmp_path / 'a file' / 'logs')).add_scalar('loss', 1, 1)
+
+
+@regression
+def wandb_that_ends_no_training(init_wandb_logger, tmp_path, monkeypatch):
+    (tmp_path / 'wandb.py').write_text(
+        'class util:\n    generate_id = str\n\ndef init(**_):\n    raise OSError(28, "No space left on device")\n'
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, 'wandb', raising=False)
+    init_wandb_logger({'name': 'run', 'logger': {'wandb': {'project': 'project'}}})
+
+
+@regression
+def log_file_that_may_be_full(get_root_logger, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, 'stderr', io.StringIO())
+    logger = get_root_logger(str(tmp_path), log_file='/dev/full')
+    for line in range(2):
+        logger.info(line)
+    assert 'Traceback' not in sys.stderr.getvalue()
+
+
+@regression
+def log_says_what_is_not_done(dict2str, tmp_path, monkeypatch):
+    opt = {'is_train': False, 'name': 'test', 'num_gpu': 0, 'dist': False, 'datasets': {}, 'path': {}}
+    assert 'random weights' in dict2str(opt)
 
 
 @pytest.mark.parametrize(('function', 'name'), cases(), indirect=['function'])

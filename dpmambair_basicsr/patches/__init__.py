@@ -6,6 +6,8 @@
     distributed   several processes, with and without GPUs
     fixes         functions that fail on current libraries, or without a word
     ssim          SSIM in half the time
+    images        image files whole, of bounded size, and regular
+    logs          logs and plots never end a training
     checkpoints   atomic networks and states
     resume        what happens on resume
     seeding       the randomness of an item depends on the seed and its place alone

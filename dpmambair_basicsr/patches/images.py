@@ -11,9 +11,10 @@ MODELS = ('sr', 'hifacegan', 'stylegan2', 'video_base', 'video_recurrent')  # th
 
 
 def header_first(original):
-    """124 kB of PNG can stand for 32000 x 32000 pixels, which take 6.5 GB before anything asks; img_util.py:129.
+    """Reads the size in an image's header, and refuses one of too many pixels before it is decoded.
 
-    Can go when BasicSR or OpenCV has a limit that fits training.
+    Fixes: `imfrombytes` decodes first: 124 kB of PNG can stand for 32000 x 32000 pixels, which take 6.5 GB.
+    Remove once: BasicSR or OpenCV has a limit that fits training.
     """
 
     def imfrombytes(content, *arguments, **keywords):
@@ -24,9 +25,10 @@ def header_first(original):
 
 
 def whole_images(original):
-    """On a full disk the restored images are files of 0 bytes, and the exit status is 0; utils/img_util.py:151.
+    """Writes an image whole under its name, or raises.
 
-    Can go when BasicSR checks what it has written, and renames what is complete.
+    Fixes: `imwrite` on a full disk leaves files of 0 bytes, and the exit status is 0.
+    Remove once: BasicSR checks what it has written, and renames what is complete.
     """
 
     def imwrite(img, file_path, params=None, auto_mkdir=True):
@@ -45,9 +47,11 @@ for name in MODELS:
 
 @replaces('basicsr.utils.file_client:HardDiskBackend', 'get')
 def regular_files(original):
-    """A FIFO in the place of an image is waited for, for ever, and /dev/zero read until memory ends; file_client.py:63.
+    """Opens regular files only.
 
-    Can go when BasicSR looks at what it opens.
+    Fixes: `HardDiskBackend.get` waits for ever for a FIFO in the place of an image, and reads /dev/zero until memory
+        ends.
+    Remove once: BasicSR looks at what it opens.
     """
 
     def get(self, filepath):

@@ -40,7 +40,11 @@ class Plots:
 
 @replaces('basicsr.utils.logger', 'init_tb_logger')
 def plots_that_end_no_training(original):
-    """A full disk under tb_logger/ ends the training at the next plot; utils/logger.py:106. Can go when it does not."""
+    """Gives a TensorBoard writer that its first error switches off, with a warning.
+
+    Fixes: with the one of `init_tb_logger`, a full disk under tb_logger/ ends the training at the next plot.
+    Remove once: it does not.
+    """
 
     def init_tb_logger(*arguments, **keywords):
         return Plots(original, *arguments, **keywords) if get_dist_info()[0] == 0 else None
@@ -50,7 +54,11 @@ def plots_that_end_no_training(original):
 
 @replaces('basicsr.utils.logger', 'init_wandb_logger')
 def wandb_that_ends_no_training(original):
-    """As `plots_that_end_no_training`, for the files that wandb writes first; utils/logger.py:113."""
+    """Starts wandb, or warns that its files cannot be written.
+
+    Fixes: `init_wandb_logger` ends the training where they cannot.
+    Remove once: it does not.
+    """
 
     def init_wandb_logger(opt):
         try:
@@ -63,10 +71,11 @@ def wandb_that_ends_no_training(original):
 
 @replaces('basicsr.utils.logger', 'get_root_logger')
 def log_file_that_may_be_full(original):
-    """Each line that the log file cannot take is a traceback on the terminal; utils/logger.py:158, for train.py.
+    """Gives a log file in UTF-8 whose first line that cannot be written is a warning.
 
-    Here the first is a warning; lines are lost until there is room again. And the file is UTF-8 on every system. Can go
-    when BasicSR does so.
+    Fixes: with the one of `get_root_logger`, each such line is a traceback on the terminal. Here lines are lost until
+        there is room again.
+    Remove once: BasicSR does so.
     """
 
     def get_root_logger(*arguments, **keywords):

@@ -123,9 +123,10 @@ def expand_lists_too() -> None:
 
 @replaces('basicsr.utils.options', 'dict2str')
 def log_says_what_is_not_done(original):
-    """The log has the options as they are in the file; what BasicSR does not do of them it does not say.
+    """Adds to the options in the log what BasicSR will not do of them, see `option_checks.host.notes`.
 
-    See `option_checks.host.notes`. Can go when BasicSR has no such options.
+    Fixes: `dict2str` writes all options, also those that nothing reads.
+    Remove once: BasicSR has no such options.
     """
 
     def dict2str(opt, indent_level=1):
