@@ -253,7 +253,7 @@ def whole_networks(save_network, tmp_path, monkeypatch):
     torch.nn.init.constant_(net.weight, float('nan'))
     with pytest.raises(FloatingPointError):
         save_network(model(tmp_path), net, 'net_g', 1)
-    assert (tmp_path / 'image.png').read_bytes() == b'whole' and len(list(tmp_path.iterdir())) == 1
+    assert not list(tmp_path.iterdir())
 
 
 @regression
