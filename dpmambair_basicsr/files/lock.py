@@ -15,8 +15,6 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from dpmambair_basicsr.files.errors import UserError
-
 RENEWAL = 10  # seconds
 LEASE = 120  # seconds; much longer than anything keeps Python's threads from running
 KEYS = ('host', 'pid', 'started', 'since', 'machine')
@@ -24,7 +22,7 @@ held: dict[Path, dict] = {}  # by this process: lock -> what is in it
 renewal: threading.Thread | None = None
 
 
-class LockedFolderError(UserError, ValueError):
+class LockedFolderError(ValueError):
     """Another process works in the folder."""
 
 
