@@ -15,6 +15,7 @@ COMMANDS = {
     'convert': 'write a checkpoint as a safetensors file',
     'export': 'write a trained network as ONNX or as a program of torch.export',
     'prepare_data': 'arrange a public dataset, as downloaded, as the option files expect it',
+    'run': 'run a script of another project where mamba_ssm or causal_conv1d is missing',
     'dropin': 'make the option files work in a BasicSR checkout, or undo that',
 }
 
