@@ -6,6 +6,8 @@ A safetensors file holds tensors and text and can run no code, so it may be pass
 
 import argparse
 
+from dpmambair_basicsr.files.errors import exit_on_error
+
 KEYS = ('params_ema', 'params', None)
 
 
@@ -21,12 +23,10 @@ def main() -> None:
 
     if not arguments.output.endswith(SAFETENSORS):
         parser.error(f'{arguments.output}: has to end in {SAFETENSORS}')
-    try:
+    with exit_on_error('dpmambair_basicsr.convert', ValueError, OSError):
         checkpoint = read_checkpoint(arguments.checkpoint)
         weights = select_weights(arguments.checkpoint, checkpoint, *([arguments.key] if arguments.key else KEYS))
         write_safetensors(arguments.output, weights, checkpoint.get('network_g'))
-    except (ValueError, OSError) as error:
-        raise SystemExit(str(error)) from None
     print(f'{arguments.output}: {len(weights)} tensors')
 
 

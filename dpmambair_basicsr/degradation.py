@@ -2,7 +2,7 @@
 
 Prints the likeliest classes of each picture with their scores; --output map.png draws a map of the embeddings.
 The classes are no part of a checkpoint. With --reference, each sub-folder is a class: pictures of one degradation. With
---clean, they are the seven synthetic degradations, with their default parameters, of these clean pictures.
+--clean, they are the synthetic degradations, with their default parameters, of these clean pictures.
 Unreadable pictures are reported and passed over, and the exit status is 1 in the end. See `Classes` for the scores.
 """
 
@@ -67,7 +67,9 @@ def parse_arguments() -> argparse.Namespace:
     add('-w', '--weights', required=True, metavar='FILE', help='checkpoint of stage 1, or of a DPMambaIR')
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument('--reference', type=Path, metavar='FOLDER', help='one sub-folder of pictures for each class')
-    source.add_argument('--clean', type=Path, metavar='FOLDER', help='clean pictures, to be degraded in seven ways')
+    source.add_argument(
+        '--clean', type=Path, metavar='FOLDER', help='clean pictures, to be degraded in every synthetic way'
+    )
     add('-o', '--output', type=Path, metavar='FILE.png', help='a map of the embeddings; needs matplotlib')
     add('--map', choices=('pca', 'tsne'), default='pca', help='how the map is made; tsne needs scikit-learn')
     add('--crop', type=int, metavar='N', help='look at the middle N x N pixels of each picture only, which is faster')

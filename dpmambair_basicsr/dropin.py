@@ -1,62 +1,166 @@
-"""Makes `python basicsr/train.py -opt options/train_dpmambair.yml` work in a BasicSR checkout, and undoes it.
+"""Brings our networks into an existing project, and out of it again without a trace.
 
     python -m dpmambair_basicsr.dropin PATH [--remove]
 
-PATH is a checkout of BasicSR or a project with BasicSR inside (basicsr/ with a registry). No file of it is changed;
-three kinds are added: a file in basicsr/archs that BasicSR imports by itself and that imports us, a file
-basicsr/basicsr.py that makes the command use the checkout's BasicSR (see LAUNCHER), and our option files in options/.
-They are listed with their SHA-256 in basicsr/.dpmambair_dropin.json; `--remove` deletes these and nothing else.
+PATH is a checkout of BasicSR, a fork that has a basicsr folder of its own, with a registry or (as Restormer's) without,
+or a project like HAT with a package of its own and an installed BasicSR. No file of it is changed; these are added:
+    a file in its archs folder, where it looks for networks, which brings ours;
+    basicsr.py beside its train.py, which makes the command use the project's BasicSR, see LAUNCHER;
+    our option files in options/, if the project has a registry: their models are found in it.
+They are listed with their SHA-256 in .dpmambair_dropin.json beside train.py; `--remove` deletes these and nothing else.
+The project is started before and after, `train.py --help`: if it does not start any more, nothing is left there.
 """
 
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
+from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
 import dpmambair_basicsr
 
-RECORD = 'basicsr/.dpmambair_dropin.json'
-NEEDED = ('basicsr/utils/registry.py', 'basicsr/train.py', 'basicsr/archs/__init__.py', 'basicsr/__init__.py')
-SHIM = '''\
-"""Written by `python -m dpmambair_basicsr.dropin`; its option --remove deletes it.
+RECORD = '.dpmambair_dropin.json'
+OURS = ('dpmambair_arch.py', 'basicsr.py')
+HEADER = '"""Written by `python -m dpmambair_basicsr.dropin`; its option --remove deletes it.'
+SHIM = f'''\
+{HEADER}
 
-BasicSR imports each *_arch.py in this folder. This one brings dpmambair_basicsr, which registers itself.
+The project imports each *_arch.py in this folder. This one brings dpmambair_basicsr, which registers itself.
 """
 
-import dpmambair_basicsr  # noqa: F401  (not found: pip install it into this Python, or delete this file)
+import warnings
+
+try:
+    import dpmambair_basicsr  # noqa: F401
+except Exception as error:  # never in the way of the project
+    warnings.warn(f'no networks of dpmambair_basicsr: {{type(error).__name__}}: {{error}}', RuntimeWarning)
 '''
-LAUNCHER = '''\
-"""Written by `python -m dpmambair_basicsr.dropin`; its option --remove deletes it.
+NAMES = f'''\
+{HEADER}
 
-`python basicsr/train.py` puts this folder first on sys.path, not the checkout. `import basicsr` would find an installed
-BasicSR, or none; now it finds this file, which puts the checkout in the folder's place and hands over to its BasicSR.
+The project imports each *_arch.py in this folder and looks in it for the class that network_g.type names. Ours are here
+under their names, unless the project has a class of that name, and as dpmambair_<name>.
 """
 
-import importlib
+import warnings
+
+TAKEN = set(TAKEN_NAMES)
+try:
+    import dpmambair_basicsr.archs
+    from dpmambair_basicsr.registry import ARCH_REGISTRY
+
+    globals().update({{name: net for name, net in ARCH_REGISTRY.by_both_names().items() if name not in TAKEN}})
+except Exception as error:  # never in the way of the project
+    warnings.warn(f'no networks of dpmambair_basicsr: {{type(error).__name__}}: {{error}}', RuntimeWarning)
+'''
+LAUNCHER = f'''\
+{HEADER}
+
+`python basicsr/train.py` puts this folder first on sys.path, not the one above. `import basicsr` would find an
+installed BasicSR, or none; so it would if the project's has no __init__.py. Now it finds this file, which hands over to
+the project's own BasicSR, or to the installed one where the project has none.
+"""
+
 import sys
+import warnings
+from importlib.machinery import PathFinder
+from importlib.util import module_from_spec
 from os import path
 
 if __name__ == 'basicsr':
+    try:
+        import dpmambair_basicsr  # noqa: F401  (makes an older BasicSR importable, and registers itself)
+    except Exception as error:  # never in the way of the project
+        warnings.warn(f'no dpmambair_basicsr: {{type(error).__name__}}: {{error}}', RuntimeWarning)
     here = path.dirname(path.abspath(__file__))
-    sys.path[:] = [path.dirname(here) if path.abspath(entry) == here else entry for entry in sys.path]
-    import dpmambair_basicsr  # not found: pip install it into this Python, or delete this file
-
-    del sys.modules['basicsr']
-    importlib.import_module('basicsr')
-    dpmambair_basicsr.register()
+    others = [entry for entry in sys.path if path.abspath(entry) != here]
+    spec = PathFinder.find_spec('basicsr', [path.dirname(here)]) or PathFinder.find_spec('basicsr', others)
+    if spec is None:
+        raise ModuleNotFoundError("No module named 'basicsr'", name='basicsr')
+    sys.modules['basicsr'] = module = module_from_spec(spec)
+    if spec.loader is not None:  # a folder without __init__.py has none
+        spec.loader.exec_module(module)
 '''
-# Run without this folder: what a new Python finds by itself and in PYTHONPATH.
-FIND = """
-import sys, importlib.util
+# Starts a script as `python SCRIPT --help` does, and prints what of ours it has then, as JSON in the last line.
+START = """
+import json, os, runpy, sys
+script = sys.argv[1]
 if not getattr(sys.flags, 'safe_path', False):
-    sys.path.pop(0)
-for name in ('dpmambair_basicsr', 'basicsr'):
-    spec = importlib.util.find_spec(name)
-    print(spec.origin or '' if spec else '')
+    sys.path[0] = os.path.dirname(os.path.abspath(script))
+sys.argv = [script, '--help']
+try:
+    runpy.run_path(script, run_name='__main__')
+except SystemExit as end:
+    if end.code:
+        raise
+basicsr, result = sys.modules.get('basicsr'), {'available': {}, 'unavailable': {}}
+try:
+    if 'dpmambair_basicsr' not in sys.modules:
+        raise ImportError('it does not import them')
+    import dpmambair_basicsr
+    from dpmambair_basicsr.registry import PREFIX, is_ours
+    if 'basicsr.utils.registry' in sys.modules:
+        result = vars(dpmambair_basicsr.register())
+    for name, module in list(sys.modules.items()):
+        if name.endswith('models.archs.dpmambair_arch'):
+            names = [key for key, value in vars(module).items() if isinstance(value, type) and is_ours(value)]
+            second = {PREFIX + key for key in names}
+            result['available']['archs'] = [key for key in names if key not in second]
+    result['dpmambair_basicsr'] = list(dpmambair_basicsr.__path__)[0]
+except Exception as error:
+    result['error'] = f'{type(error).__name__}: {error}'
+result['basicsr'] = list(basicsr.__path__)[0] if basicsr is not None else ''
+print()
+print(json.dumps(result))
 """
+# What a program of the project elsewhere than beside train.py imports.
+FIND = """
+import importlib.util
+spec = importlib.util.find_spec('basicsr')
+print(list(spec.submodule_search_locations)[0] if spec else '')
+"""
+
+
+class ProjectError(ValueError):
+    """Why nothing was done; names the project."""
+
+
+@dataclass(frozen=True)
+class Project:
+    """What kind of project it is.
+
+    Attributes:
+        root: its folder.
+        package: the folder in it that has train.py: basicsr, or the project's own.
+        archs: the folder where it looks for networks.
+        has_registry: whether BasicSR, its own or the installed one, finds classes by a registry.
+    """
+
+    root: Path
+    package: str
+    archs: str
+    has_registry: bool
+
+    @property
+    def script(self) -> str:
+        return f'{self.package}/train.py'
+
+
+def find_project(root: Path) -> Project:
+    """Raises ProjectError if `root` is none of the kinds of projects."""
+    packages = sorted(file.parent.name for file in root.glob('*/train.py'))
+    for package in ('basicsr',) if 'basicsr' in packages else packages:
+        has_registry = package != 'basicsr' or (root / 'basicsr/utils/registry.py').is_file()
+        for archs in (f'{package}/archs', f'{package}/models/archs'):
+            if (root / archs / '__init__.py').is_file():
+                return Project(root, package, archs, has_registry)
+    raise ProjectError(
+        f'{root}: not a project of a kind we know: it has no folder with train.py and archs/ or models/archs/'
+    )
 
 
 def main() -> None:
@@ -64,53 +168,123 @@ def main() -> None:
     parser.add_argument('path', type=Path, help='BasicSR checkout, or project with a basicsr folder')
     parser.add_argument('--remove', action='store_true', help='delete what was written there, and nothing else')
     arguments = parser.parse_args()
-    (remove if arguments.remove else install)(arguments.path)
+    try:
+        (remove if arguments.remove else install)(arguments.path)
+    except ProjectError as error:
+        raise SystemExit(str(error)) from None
 
 
 def install(root: Path) -> None:
-    """Writes or updates our files in the checkout `root`.
+    """Writes or updates our files in the project `root`.
 
     Raises:
-        SystemExit: if `root` is no such checkout, or a file is in the way that this command did not write. Nothing has
-            been written then.
+        ProjectError: if `root` is no such project, if a file is in the way that this command did not write, if the
+            project would not start any more, or if nothing of ours would be available. Nothing is left there then.
     """
-    for name in NEEDED:
-        if not (root / name).is_file():
-            raise SystemExit(f'{root}: not a BasicSR checkout with a registry: {name} is missing')
-    files = {'basicsr/archs/dpmambair_arch.py': SHIM.encode(), 'basicsr/basicsr.py': LAUNCHER.encode()}
-    shipped = [*sorted(option_files().glob('*.yml')), option_files() / 'dpmambair.schema.json']  # which editors read
-    files |= {f'options/{file.name}': file.read_bytes() for file in shipped}
+    project = find_project(root)
+    name_of_record = f'{project.package}/{RECORD}'
+    files = files_for(project)
     record = read_record(root)
     refuse_changed(root, record)
-    foreign = [name for name in (*files, RECORD) if os.path.lexists(root / name) and name not in record['files']]
+    foreign = [
+        name for name in (*files, name_of_record) if os.path.lexists(root / name) and name not in record['files']
+    ]
     if record['files']:
-        foreign.remove(RECORD)
-    if os.path.lexists(root / 'options') and not (root / 'options').is_dir():
-        foreign.append('options')
+        foreign.remove(name_of_record)
+    if any(name.startswith('options/') for name in files) and os.path.lexists(root / 'options'):
+        foreign += [] if (root / 'options').is_dir() else ['options']
     if foreign:
-        raise SystemExit(f'{root}: nothing written, these exist and are not from this command: {", ".join(foreign)}')
+        raise ProjectError(f'{root}: nothing written, these exist and are not from this command: {", ".join(foreign)}')
 
-    folders = record['folders'] or ([] if (root / 'options').exists() else ['options'])
+    made = sorted({str(Path(name).parent) for name in files if not (root / name).parent.exists()})
+    new = {
+        'files': {name: sha256(content).hexdigest() for name, content in files.items()},
+        'folders': record['folders'] or made,
+    }
     delete(root, record)
-    new = {'files': {name: sha256(content).hexdigest() for name, content in files.items()}, 'folders': folders}
-    (root / RECORD).write_text(json.dumps(new, indent=2) + '\n')  # first: whatever is cut short can be removed
-    (root / 'options').mkdir(exist_ok=True)
-    for name, content in files.items():
-        (root / name).write_bytes(content)
+    before = start(project)
+    try:
+        # The record first: whatever is cut short can be removed.
+        for name, content in {name_of_record: (json.dumps(new, indent=2) + '\n').encode(), **files}.items():
+            (root / name).parent.mkdir(exist_ok=True)
+            (root / name).write_bytes(content)
+        after = start(project)
+        refuse_harm(project, before, after)
+    except BaseException:
+        delete(root, new)
+        raise
+    for name in (*files, name_of_record):
         print(f'wrote {root / name}')
-    print(f'wrote {root / RECORD}')
-    report(root)
+    report(project, before, after)
+
+
+def files_for(project: Project) -> dict[str, bytes]:
+    """What is written there, path -> content."""
+    shim = SHIM
+    if not project.has_registry:
+        taken = set()
+        for file in (project.root / project.archs).glob('*.py'):
+            if file.name not in OURS:
+                taken.update(re.findall(r'^class (\w+)', file.read_text(encoding='utf-8', errors='replace'), re.M))
+        shim = NAMES.replace('TAKEN_NAMES', repr(sorted(taken)))
+    files = {f'{project.archs}/dpmambair_arch.py': shim.encode(), f'{project.package}/basicsr.py': LAUNCHER.encode()}
+    if project.has_registry:
+        shipped = [
+            *sorted(option_files().glob('*.yml')),
+            option_files() / 'dpmambair.schema.json',
+        ]  # which editors read
+        files |= {f'options/{file.name}': file.read_bytes() for file in shipped}
+    return files
+
+
+def start(project: Project) -> dict:
+    """What `python train.py --help` has of ours then, see START; {'stopped': reason} if it does not start."""
+    command = [sys.executable, '-c', START, project.script]
+    environment = os.environ | {'PYTHONDONTWRITEBYTECODE': '1'}
+    run = subprocess.run(command, cwd=project.root, env=environment, capture_output=True, text=True)
+    if run.returncode:
+        lines = run.stderr.strip().splitlines()
+        return {'stopped': lines[-1] if lines else f'exit status {run.returncode}'}
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+def refuse_harm(project: Project, before: dict, after: dict) -> None:
+    """Raises ProjectError if the project does not start any more, or has nothing of ours."""
+    if 'stopped' in after and 'stopped' in before:
+        raise ProjectError(
+            f'{project.root}: nothing written, python {project.script} --help does not start here, without our files '
+            f'({before["stopped"]}) or with them ({after["stopped"]}){advice()}'
+        )
+    if 'stopped' in after:
+        raise ProjectError(
+            f'{project.root}: nothing written, python {project.script} --help would not start any more: '
+            f'{after["stopped"]}'
+        )
+    if not any(after['available'].values()):
+        package = Path(dpmambair_basicsr.__file__).parents[1]
+        reason = after.get('error') or json.dumps(after['unavailable'])
+        hint = f'. pip install dpmambair_basicsr, or set PYTHONPATH={package}' if 'error' in after else ''
+        raise ProjectError(
+            f'{project.root}: nothing written, python {project.script} would have nothing of ours: '
+            f'{reason}{hint}{advice()}'
+        )
+
+
+def advice() -> str:
+    if os.environ.get('PYTHONSAFEPATH') and sys.version_info >= (3, 11):
+        return '. PYTHONSAFEPATH is set: unset it, or basicsr.py beside train.py is not found'
+    return ''
 
 
 def remove(root: Path) -> None:
     """Deletes what `install` wrote in `root`, and the byte code of it.
 
     Raises:
-        SystemExit: if one of these files was changed since. Nothing has been deleted then.
+        ProjectError: if one of these files was changed since. Nothing has been deleted then.
     """
     record = read_record(root)
     if not record['files']:
-        raise SystemExit(f'{root}: nothing to remove, there is no {RECORD}')
+        raise ProjectError(f'{root}: nothing to remove, there is no {RECORD} in its folders')
     refuse_changed(root, record)
     delete(root, record)
     for name in record['files']:
@@ -129,12 +303,13 @@ def option_files() -> Path:
 
 def read_record(root: Path) -> dict:
     """{'files': {path: SHA-256}, 'folders': [those that were made]}, empty if nothing of ours is there."""
-    file = root / RECORD
-    record = json.loads(file.read_text()) if file.is_file() else {'files': {}, 'folders': []}
-    for name in (*record['files'], *record['folders']):
-        if Path(name).is_absolute() or '..' in Path(name).parts:  # came with the checkout, not from us
-            raise SystemExit(f'{file}: names {name}, which is outside the checkout')
-    return record
+    for file in root.glob(f'*/{RECORD}'):
+        record = json.loads(file.read_text())
+        for name in (*record['files'], *record['folders']):
+            if Path(name).is_absolute() or '..' in Path(name).parts:  # came with the project, not from us
+                raise ProjectError(f'{file}: names {name}, which is outside the project')
+        return record
+    return {'files': {}, 'folders': []}
 
 
 def refuse_changed(root: Path, record: dict) -> None:
@@ -147,7 +322,7 @@ def refuse_changed(root: Path, record: dict) -> None:
     ]
     if changed:
         names = ', '.join(changed)
-        raise SystemExit(
+        raise ProjectError(
             f'{root}: nothing done, move these away first, they were changed since they were written: {names}'
         )
 
@@ -162,7 +337,8 @@ def delete(root: Path, record: dict) -> None:
         remove_if_empty(cache)
     for name in record['folders']:
         remove_if_empty(root / name)
-    (root / RECORD).unlink(missing_ok=True)
+    for file in root.glob(f'*/{RECORD}'):
+        file.unlink()
 
 
 def remove_if_empty(folder: Path) -> None:
@@ -170,22 +346,27 @@ def remove_if_empty(folder: Path) -> None:
         folder.rmdir()
 
 
-def report(root: Path) -> None:
-    """Says which BasicSR the command will load, and whether it will find us."""
-    command = [sys.executable, '-c', FIND]
-    found = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout
-    ours, installed = found.splitlines()[-2:]
-    print(f'In {root}, python basicsr/train.py will use')
-    otherwise = str(Path(installed).parent) if installed else 'no BasicSR'
-    if os.environ.get('PYTHONSAFEPATH') and sys.version_info >= (3, 11):
-        print(f'  {otherwise}, because PYTHONSAFEPATH is set: unset it, or basicsr/basicsr.py is not found')
-    else:
-        print(f'  {root.resolve() / "basicsr"} (without basicsr/basicsr.py: {otherwise})')
-    if ours:
-        print(f'  {Path(ours).parent}')
-    else:
-        package = Path(dpmambair_basicsr.__file__).parents[1]
-        print(f'  no dpmambair_basicsr: {sys.executable} does not find it. pip install it, or set PYTHONPATH={package}')
+def report(project: Project, before: dict, after: dict) -> None:
+    """Says what the command has of ours, which BasicSR it uses, and what was wrong before."""
+    print(f'In {project.root}, python {project.script} uses')
+    print(f'  {after["basicsr"] or "no basicsr"}')
+    print(f'  {after["dpmambair_basicsr"]}')
+    if 'stopped' in before:
+        print(f'  It did not start before: {before["stopped"]}')
+    for kind, names in after['available'].items():
+        if names:
+            print(f'{kind}: {", ".join(names)}')
+    for kind, reasons in after['unavailable'].items():
+        for name, reason in reasons.items():
+            print(f'not available: {kind} {name}: {reason}')
+    own = project.root / 'basicsr'
+    if own.is_dir() and not (own / '__init__.py').exists():
+        elsewhere = subprocess.run([sys.executable, '-c', FIND], cwd=project.root, capture_output=True, text=True)
+        if (found := elsewhere.stdout.strip()) and Path(found).resolve() != own.resolve():
+            print(
+                f'WARNING: {own} has no __init__.py, so that all other programs of the project import the basicsr in '
+                f'{found}; use an environment without that one (pip uninstall basicsr), see docs/projects.md'
+            )
 
 
 if __name__ == '__main__':

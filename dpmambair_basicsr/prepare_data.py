@@ -23,9 +23,10 @@ import sys
 import textwrap
 from pathlib import Path
 
-from PIL import Image
-
-from dpmambair_basicsr.files.image_folders import list_images, list_keys
+from dpmambair_basicsr.files.codec import image_size
+from dpmambair_basicsr.files.errors import InputError, exit_on_error
+from dpmambair_basicsr.files.image_folders import list_images
+from dpmambair_basicsr.files.image_lists import list_keys
 from dpmambair_basicsr.prepare.download import Download, is_image, whole
 from dpmambair_basicsr.prepare.job import Job, files_of, read_journal
 from dpmambair_basicsr.prepare.public_sets import (
@@ -89,8 +90,8 @@ def make_lmdb(folder: Path) -> None:
     shutil.rmtree(temporary, ignore_errors=True)
     pixels = 0
     for image in images.values():
-        with Image.open(image) as header:
-            pixels += header.width * header.height
+        width, height = image_size(image.read_bytes())  # an image: it was decoded to get there
+        pixels += width * height
     room = 2**24 + 8 * pixels + 2**14 * len(images)  # above what 3 channels of 16 bits can take, and pages
     names = [image.name for image in images.values()]
     make_lmdb_from_imgs(str(folder), str(temporary), names, list(images), map_size=room)
@@ -107,10 +108,10 @@ def arrange(jobs: list[Job], public: PublicSet, root: Path, paths: list[Path], a
     """All parts, or none.
 
     Raises:
-        SystemExit: with all problems.
+        InputError: with all problems.
     """
     if obstacles := find_obstacles(jobs, public, root, paths):
-        raise SystemExit(report(public, obstacles))
+        raise InputError(report(public, obstacles))
     downloads, problems, bad = [Download(path) for path in paths], [], []
     for job in jobs:
         try:
@@ -127,7 +128,7 @@ def arrange(jobs: list[Job], public: PublicSet, root: Path, paths: list[Path], a
     else:
         problems += bad
     if problems:
-        raise SystemExit(
+        raise InputError(
             f'{report(public, problems)}\nNothing was put in place. What is fine is kept for the next run.'
         )
     for job in jobs:
@@ -221,9 +222,12 @@ def check_layout(parser: argparse.ArgumentParser, layout: list[str], part: Part)
 def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
     try:
-        prepare(args)
+        with exit_on_error('dpmambair_basicsr.prepare_data'):
+            prepare(args)
     except KeyboardInterrupt:
         raise SystemExit('Interrupted; repeat the command to go on.') from None
+    except OSError as error:
+        raise SystemExit(f'{error.filename or ""}: {error.strerror or error}; repeat the command to go on') from error
 
 
 if __name__ == '__main__':

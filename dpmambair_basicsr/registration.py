@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from dpmambair_basicsr.files.errors import MissingLibraryError
 from dpmambair_basicsr.patches import apply
 from dpmambair_basicsr.registry import PREFIX, REGISTRIES, Registry
 
@@ -89,7 +90,7 @@ def pipeline(name: str) -> Callable[[str], None]:
     """BasicSR's train_pipeline or test_pipeline, with everything of ours registered and every patch applied.
 
     Raises:
-        ImportError: in one line, if this BasicSR has none: it is not installed, too old, or a fork without.
+        MissingLibraryError: if this BasicSR has none: it is not installed, too old, or a fork without.
     """
     try:
         function = getattr(importlib.import_module(f'basicsr.{name}'), f'{name}_pipeline')
@@ -99,6 +100,6 @@ def pipeline(name: str) -> Callable[[str], None]:
         where = (
             'no basicsr is installed' if spec is None else f'{list(spec.submodule_search_locations)[0]} does not fit'
         )
-        raise ImportError(f'needs BasicSR 1.3 or newer, and {where} ({error}); see docs/projects.md') from error
+        raise MissingLibraryError(f'needs BasicSR 1.3 or newer, and {where} ({error}); see docs/projects.md') from error
     apply.apply_patches()
     return function

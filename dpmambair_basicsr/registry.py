@@ -7,9 +7,16 @@ Our classes register here, so that they can be imported without BasicSR, or besi
 import difflib
 import importlib
 import inspect
+import itertools
+import threading
 
 import torch
+from torch.nn.modules.module import (
+    register_module_module_registration_hook,
+    register_module_parameter_registration_hook,
+)
 
+MAX_PARTS = 10_000  # parameters and modules of a network; DPMambaIR at full size has 2144
 PREFIX = 'dpmambair_'  # every name of ours is also known with it, whoever owns the plain one
 
 
@@ -50,10 +57,12 @@ class Registry(dict):
             if alias not in self.host:
                 self.host._do_register(alias, target)
 
+    def by_both_names(self) -> dict[str, object]:
+        return {alias: target for name, target in self.items() for alias in (name, PREFIX + name)}
+
     def known(self) -> dict[str, object]:
         """What an option file can name: ours by both names, and what BasicSR has registered."""
-        ours = {alias: target for name, target in self.items() for alias in (name, PREFIX + name)}
-        return ours | dict(iter(self.host if self.host is not None else ()))
+        return self.by_both_names() | dict(iter(self.host if self.host is not None else ()))
 
     def taken(self) -> list[str]:
         """Our names that belong to somebody else in BasicSR's registry."""
@@ -87,6 +96,28 @@ def describe(path: str, error: Exception) -> str:
     text = ' '.join(str(error).split())
     text = text if len(text) <= 500 else f'{text[:500]} ...'
     return f'{path}: {text}' if isinstance(error, ValueError | OSError) else f'{path}: {type(error).__name__}: {text}'
+
+
+def make_without_storage(target: type, arguments: dict, most: int = MAX_PARTS) -> torch.nn.Module:
+    """A network on the meta device, which takes no memory, and no more time than `most` parts do.
+
+    Raises:
+        ValueError: it would have more than `most` parameters and modules.
+        Exception: what the constructor raises.
+    """
+    made, thread = itertools.count(1), threading.get_ident()
+
+    def count(*_) -> None:
+        if threading.get_ident() == thread and next(made) > most:
+            raise ValueError(f'the network would have more than {most} parameters and modules')
+
+    hooks = [register_module_module_registration_hook(count), register_module_parameter_registration_hook(count)]
+    try:
+        with torch.device('meta'):
+            return target(**arguments)
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def arguments_of(section: dict) -> dict:

@@ -10,6 +10,7 @@ import argparse
 from pathlib import Path
 
 from dpmambair_basicsr.files.atomic import replacing
+from dpmambair_basicsr.files.errors import exit_on_error
 from dpmambair_basicsr.results.comparison import compare, label_runs, to_markdown
 
 
@@ -20,10 +21,16 @@ def main() -> None:
     parser.add_argument(
         '--image', metavar='SET/IMAGE', action='append', help="for the page; repeatable; default: each set's first"
     )
+    parser.add_argument(
+        '--data',
+        metavar='FOLDER',
+        action='append',
+        help='for the page; repeatable; degraded images are shown from the results and from here; default: datasets',
+    )
     arguments = parser.parse_args()
-    if arguments.image and not arguments.html:
-        parser.error('--image is for the page, --html')
-    try:
+    if (arguments.image or arguments.data) and not arguments.html:
+        parser.error('--image and --data are for the page, --html')
+    with exit_on_error('dpmambair_basicsr.report', ValueError, OSError):
         runs = label_runs(arguments.results)
         comparison = compare(runs)
         print(to_markdown(comparison))
@@ -33,11 +40,10 @@ def main() -> None:
             folders = [
                 Path(path) if Path(path).is_dir() else Path(path).parent for path in dict.fromkeys(arguments.results)
             ]
-            text = page(comparison, dict(zip(runs, folders, strict=True)), runs, arguments.image)
+            data = arguments.data or ['datasets']
+            text = page(comparison, dict(zip(runs, folders, strict=True)), runs, arguments.image, data)
             with replacing(arguments.html) as part:
                 part.write_text(text, encoding='utf-8')
-    except (ValueError, OSError) as error:
-        raise SystemExit(f'dpmambair_basicsr.report: {error}') from None
 
 
 if __name__ == '__main__':

@@ -11,17 +11,13 @@ import dpmambair_basicsr.training.huge_pages  # noqa: F401  (before PyTorch)
 # isort: split
 from dpmambair_basicsr import registration
 from dpmambair_basicsr.files import lock
+from dpmambair_basicsr.files.errors import exit_on_error
 
 
 def main() -> None:
     try:
-        run = registration.pipeline('train')
-    except ImportError as error:
-        raise SystemExit(f'dpmambair_basicsr.train: {error}') from None
-    try:
-        run(str(Path.cwd()))
-    except lock.LockedFolderError as error:
-        raise SystemExit(str(error)) from None
+        with exit_on_error('dpmambair_basicsr.train'):
+            registration.pipeline('train')(str(Path.cwd()))
     finally:
         lock.release()
 

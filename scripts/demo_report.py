@@ -18,7 +18,7 @@ from basicsr.metrics import calculate_psnr, calculate_ssim
 from basicsr.utils import img2tensor
 from tqdm import tqdm
 
-from dpmambair_basicsr.data.degradations import DEGRADATIONS, degrade
+from dpmambair_basicsr.data.degradations import degrade, demo_strengths
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT / 'datasets' / 'demo'
@@ -29,7 +29,8 @@ VERSIONS_PER_PHOTO = 8  # of each degradation, for the accuracy of the extractor
 
 def main() -> None:
     rows, pictures = [], []
-    for kind in tqdm(DEGRADATIONS, desc='PSNR and SSIM', unit='set'):
+    kinds = tested_kinds()
+    for kind in tqdm(kinds, desc='PSNR and SSIM', unit='set'):
         triples = read_triples(kind)
         before = np.mean([measure(lq, gt) for lq, _, gt in triples], axis=0)
         after = np.mean([measure(restored, gt) for _, restored, gt in triples], axis=0)
@@ -38,13 +39,19 @@ def main() -> None:
     accuracy, count = extractor_accuracy()
     footer = (
         f'Stage 1 alone names the degradation of {accuracy:.0%} of {count} images made from photographs it never saw '
-        '(nearest mean of the embeddings of the training photographs; chance: 14%).'
+        f'(nearest mean of the embeddings of the training photographs; chance: {1 / len(demo_strengths()):.0%}).'
     )
-    report = '\n'.join([*table(rows), '', footer])
+    report = '\n'.join([*table(kinds, rows), '', footer])
     OUTPUT.mkdir(parents=True, exist_ok=True)
     (OUTPUT / 'table.md').write_text(report + '\n', encoding='utf-8')
-    cv2.imwrite(str(OUTPUT / 'comparison.png'), comparison(pictures))
+    cv2.imwrite(str(OUTPUT / 'comparison.png'), comparison(kinds, pictures))
     print(f'\n{report}\n\nPicture: {OUTPUT.relative_to(ROOT) / "comparison.png"}')
+
+
+def tested_kinds() -> list[str]:
+    """What the option file of the demo's test lists; a set is named after its degradation."""
+    opt = yaml.safe_load((ROOT / 'options' / 'demo_test_dpmambair.yml').read_text(encoding='utf-8'))
+    return [dataset['degradation'] for dataset in opt['datasets'].values()]
 
 
 def read_triples(kind: str) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
@@ -61,9 +68,9 @@ def measure(image: np.ndarray, truth: np.ndarray) -> tuple[float, float]:
     return calculate_psnr(image, truth, crop_border=0), calculate_ssim(image, truth, crop_border=0)
 
 
-def table(rows: list[tuple[np.ndarray, np.ndarray]]) -> list[str]:
+def table(kinds: list[str], rows: list[tuple[np.ndarray, np.ndarray]]) -> list[str]:
     lines = ['| degradation | input PSNR / SSIM | restored PSNR / SSIM | gain |', '|---|---|---|---|']
-    names = [*DEGRADATIONS, '**average**']
+    names = [*kinds, '**average**']
     for name, (before, after) in zip(names, [*rows, np.mean(rows, axis=0)], strict=True):
         lines.append(
             f'| {name} | {before[0]:.2f} / {before[1]:.3f} | {after[0]:.2f} / {after[1]:.3f} '
@@ -78,7 +85,7 @@ def extractor_accuracy() -> tuple[float, int]:
     Distances are in units of each coordinate's standard deviation over the training images.
     """
     opt = yaml.safe_load((ROOT / 'options' / 'demo_degradation_extractor.yml').read_text(encoding='utf-8'))
-    strength = opt['datasets']['train']['degradations']
+    strengths = demo_strengths()
     net = build_network(opt['network_g'])
     weights = ROOT / 'experiments' / opt['name'] / 'models' / 'net_g_latest.pth'
     net.load_state_dict(torch.load(weights, map_location='cpu', weights_only=True)['params'])
@@ -88,29 +95,29 @@ def extractor_accuracy() -> tuple[float, int]:
         embeddings, labels = [], []
         for path in tqdm(paths, desc=description, unit='image'):
             clean = cv2.cvtColor(cv2.imread(str(path)), cv2.COLOR_BGR2RGB).astype(np.float32) / 255
-            for label, kind in enumerate(DEGRADATIONS):
+            for label, (kind, strength) in enumerate(strengths.items()):
                 for version in range(versions):
                     rng = np.random.default_rng([len(labels), version])
-                    image = img2tensor(degrade(clean, kind, rng, **strength[kind]), bgr2rgb=False)
+                    image = img2tensor(degrade(clean, kind, rng, **strength), bgr2rgb=False)
                     with torch.no_grad():
                         embeddings.append(extractor(image[None])[0])
                     labels.append(label)
         return torch.stack(embeddings), torch.tensor(labels)
 
     train, train_labels = embed(sorted((DATA / 'train' / 'clean').glob('*.png')), 1, 'class means')
-    unseen = sorted((DATA / 'test' / DEGRADATIONS[0] / 'GT').glob('*.png'))
+    unseen = sorted((DATA / 'test' / next(iter(strengths)) / 'GT').glob('*.png'))
     test, test_labels = embed(unseen, VERSIONS_PER_PHOTO, 'unseen photographs')
     deviation = train.std(dim=0).clamp(min=1e-6)
-    means = torch.stack([train[train_labels == label].mean(dim=0) for label in range(len(DEGRADATIONS))])
+    means = torch.stack([train[train_labels == label].mean(dim=0) for label in range(len(strengths))])
     nearest = torch.cdist(test / deviation, means / deviation).argmin(dim=1)
     return (nearest == test_labels).float().mean().item(), len(test)
 
 
-def comparison(pictures: list[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> np.ndarray:
+def comparison(kinds: list[str], pictures: list[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> np.ndarray:
     """One column per degradation; rows: degraded, restored, truth."""
     header = 28
     columns = []
-    for kind, images in zip(DEGRADATIONS, pictures, strict=True):
+    for kind, images in zip(kinds, pictures, strict=True):
         title = np.full((header, images[0].shape[1], 3), 255, np.uint8)
         cv2.putText(title, kind, (8, 20), cv2.FONT_HERSHEY_SIMPLEX, 0.6, (0, 0, 0), 1, cv2.LINE_AA)
         columns.append(np.vstack([title, *images]))

@@ -1,10 +1,10 @@
-"""Makes a small data set of all seven degradations from photographs in scikit-image and scikit-learn; no downloads.
+"""Makes the demo's degraded and clean images from photographs in scikit-image and scikit-learn; no downloads.
 
     python scripts/make_demo_data.py --output datasets/demo
 
 Writes train/clean/*.png (tiles, to be degraded on the fly), test/<degradation>/{LQ,GT}/<photo>.png and demo.json.
-No test photograph is in the training set. The test images are degraded as strongly as those that
-options/demo_degradation_extractor.yml trains on. Same arguments, same files; a complete set is left alone, another of
+No test photograph is in the training set. The test images are degraded as strongly as those that the demo trains on,
+`degradations: demo` of its option files. Same arguments, same files; a complete set is left alone, another of
 this script is replaced.
 """
 
@@ -19,10 +19,9 @@ import cv2
 import numpy as np
 import skimage
 import sklearn
-import yaml
 from tqdm import tqdm
 
-from dpmambair_basicsr.data.degradations import DEGRADATIONS, degrade, to_uint8
+from dpmambair_basicsr.data.degradations import DEGRADATIONS, degrade, demo_strengths, to_uint8
 
 PHOTOGRAPHS = Path(skimage.__file__).parent / 'data', Path(sklearn.__file__).parent / 'datasets' / 'images'
 TEST = ('chelsea.png', 'coffee.png', 'flower.jpg')
@@ -38,8 +37,7 @@ TRAIN = (
     'retina.jpg',
     'rocket.jpg',
 )
-OPTIONS = Path(__file__).resolve().parents[1] / 'options' / 'demo_degradation_extractor.yml'
-STRENGTH = yaml.safe_load(OPTIONS.read_text(encoding='utf-8'))['datasets']['train']['degradations']
+STRENGTH = demo_strengths()
 
 
 def read(name: str) -> np.ndarray:
@@ -76,21 +74,21 @@ def tiles(image: np.ndarray, size: int) -> list[np.ndarray]:
 def make(folder: Path, size: int) -> dict[str, float]:
     """Fills the folder; returns the mean PSNR of the degraded test images in dB."""
     psnr = {}
-    with tqdm(total=len(TRAIN) + len(TEST) * len(DEGRADATIONS), desc='demo data', unit='image') as progress:
+    with tqdm(total=len(TRAIN) + len(TEST) * len(STRENGTH), desc='demo data', unit='image') as progress:
         for name in TRAIN:
             photo = read(name)
             for scale, short_side in enumerate((2 * size, size)):  # the same content at two sizes: more variety
                 for number, tile in enumerate(tiles(shrink(photo, short_side), size)):
                     write(folder / 'train' / 'clean' / f'{Path(name).stem}_{scale}_{number}.png', tile)
             progress.update()
-        for label, kind in enumerate(DEGRADATIONS):
+        for kind, strength in STRENGTH.items():
             errors = []
             for number, name in enumerate(TEST):
                 photo = shrink(read(name), size)
                 top, left = (photo.shape[0] - size) // 2, (photo.shape[1] - size) // 2
                 clean = photo[top : top + size, left : left + size]
-                rng = np.random.default_rng([label, number])
-                degraded = to_uint8(degrade(clean.astype(np.float32) / 255, kind, rng, **STRENGTH[kind]))
+                rng = np.random.default_rng([DEGRADATIONS[kind].label, number])
+                degraded = to_uint8(degrade(clean.astype(np.float32) / 255, kind, rng, **strength))
                 write(folder / 'test' / kind / 'GT' / f'{Path(name).stem}.png', clean)
                 write(folder / 'test' / kind / 'LQ' / f'{Path(name).stem}.png', degraded)
                 errors.append(np.mean((clean.astype(np.float64) - degraded) ** 2))
@@ -132,7 +130,7 @@ def main() -> None:
             shutil.rmtree(temporary, ignore_errors=True)
 
     training = sum(name.startswith('train') for name in made['files'])
-    print(f'{args.output}: {training} clean training tiles, {len(TEST)} test photographs x {len(DEGRADATIONS)} kinds')
+    print(f'{args.output}: {training} clean training tiles, {len(TEST)} test photographs x {len(STRENGTH)} kinds')
     print(f'{"degradation":<12} input PSNR (dB)')
     for kind, value in made['psnr'].items():
         print(f'{kind:<12} {value:.2f}')

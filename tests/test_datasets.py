@@ -18,7 +18,7 @@ from basicsr.utils.lmdb_util import make_lmdb_from_imgs
 from basicsr.utils.registry import DATASET_REGISTRY
 
 import dpmambair_basicsr  # noqa: F401  (first: it makes BasicSR importable, and registers the datasets)
-from dpmambair_basicsr.data.degradations import DEGRADATIONS
+from dpmambair_basicsr.data.degradations import DEGRADATIONS, demo_strengths
 from dpmambair_basicsr.data.mixed_degradation_dataset import apportion
 
 ROOT = Path(__file__).parents[1]
@@ -337,7 +337,7 @@ def test_validation_shows_every_image_in_every_kind(tmp_path):
     assert [(Path(item['gt_path']).stem, item['degradation']) for item in items] == expected
     assert [Path(item['lq_path']).name for item in items] == [f'{stem}_{kind}.png' for stem, kind in expected]
     for item in items:
-        assert item['label'] == DEGRADATIONS.index(item['degradation'])
+        assert item['label'] == DEGRADATIONS[item['degradation']].label
         levels = item['lq'] * 255
         assert torch.allclose(levels, levels.round(), atol=1e-4), 'lq has 8 bit values'
         assert (levels - item['gt'] * 255).abs().mean() > (0.5 if item['degradation'] == 'jpeg' else 5)
@@ -394,6 +394,17 @@ def test_training_draws_crops_flips_and_kinds(tmp_path):
     assert all(torch.equal(again[index]['lq'], epochs[0][index]['lq']) for index in range(3)), 'random.seed decides all'
 
 
+def test_demo_stands_for_the_strengths_of_the_demo(tmp_path):
+    def first_images(degradations):
+        dataset = build_dataset(synthetic(tmp_path, degradations=degradations))
+        return {item['degradation']: item['lq'] for item in map(dataset.__getitem__, range(len(dataset.kinds)))}
+
+    numbers, demo = first_images(demo_strengths()), first_images('demo')
+    assert list(numbers) == list(demo) and all(torch.equal(numbers[kind], demo[kind]) for kind in numbers)
+    some = first_images({'noise': 'demo', 'haze': {}})
+    assert torch.equal(some['noise'], demo['noise']) and not torch.equal(some['haze'], demo['haze'])
+
+
 def test_training_shows_crops_of_degraded_images(tmp_path):
     """Not degraded crops: haze thickens over the whole scene, so a quarter of its height shows part of that."""
     write(tmp_path / 'grey' / 'grey.png', np.full((64, 64, 3), 128, np.uint8))
@@ -420,6 +431,7 @@ def test_training_noise_differs_where_the_crop_does_not(tmp_path):
     ('degradations', 'message'),
     [
         (None, 'degradations must name some of haze, rain'),
+        ({'fog': 'demo'}, 'degradations, fog: not in the demo, choose from haze, rain'),
         ([], 'degradations must name some of'),
         (['noise', 'fog'], "degradations, fog: unknown degradation 'fog', choose from haze"),
         ({'noise': {'sgima': 20}}, "degradations, noise: .* no parameter 'sgima', choose from sigma"),

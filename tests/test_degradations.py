@@ -5,7 +5,16 @@ import numpy as np
 import pytest
 
 import dpmambair_basicsr.data.degradations as degradations
-from dpmambair_basicsr.data.degradations import DEGRADATIONS, degrade, form_image, to_uint8
+from dpmambair_basicsr.data.degradations import (
+    DEGRADATIONS,
+    add_degradation,
+    degradation,
+    degrade,
+    demo_strengths,
+    form_image,
+    synthetic,
+    to_uint8,
+)
 
 
 def textured(height=96, width=80):
@@ -210,6 +219,62 @@ def test_errors_name_the_image():
         run('noise', image=np.zeros((8, 8, 3), np.uint8))
 
 
+# --- the registry
+
+
+def test_the_seven_have_the_labels_of_all_checkpoints():
+    labels = {name: known.label for name, known in DEGRADATIONS.items()}
+    assert labels == {'haze': 0, 'rain': 1, 'snow': 2, 'lowlight': 3, 'blur': 4, 'noise': 5, 'jpeg': 6}
+    assert list(labels) == synthetic() == list(demo_strengths())
+
+
 def test_every_kind_has_a_function_of_its_name():
     for kind in DEGRADATIONS:
+        assert DEGRADATIONS[kind].function is getattr(degradations, kind)
         assert list(inspect.signature(getattr(degradations, kind)).parameters)[:2] == ['image', 'rng']
+
+
+def test_the_demos_strengths_are_within_what_the_functions_take():
+    for kind, strength in demo_strengths().items():
+        assert psnr(run(kind, **strength)) < 35, 'not seen at a glance'
+
+
+@pytest.fixture
+def registry():
+    """The registry, which the test may add to."""
+    before = dict(DEGRADATIONS)
+    yield DEGRADATIONS
+    DEGRADATIONS.clear()
+    DEGRADATIONS.update(before)
+
+
+def test_one_decorator_adds_a_degradation(registry):
+    @degradation(label=7, demo={'strength': 0.5})
+    def fade(image, rng, strength=(0.2, 0.8)):
+        return form_image(image, alpha=1 - strength)
+
+    assert registry['fade'].label == 7 and synthetic()[-1] == 'fade' and demo_strengths()['fade'] == {'strength': 0.5}
+    np.testing.assert_allclose(run('fade', strength=0.25), 0.75 * CLEAN, rtol=1e-6)
+    with pytest.raises(ValueError, match="fade has no parameter 'sigma', choose from strength"):
+        run('fade', sigma=1)
+
+
+def test_one_line_adds_a_degradation_of_stored_pairs(registry):
+    add_degradation('fog', label=7)
+    assert list(registry)[-1] == 'fog' and 'fog' not in synthetic() and 'fog' not in demo_strengths()
+    with pytest.raises(ValueError, match='degradation fog has no function, choose from haze, rain, .*jpeg$'):
+        run('fog')
+
+
+@pytest.mark.parametrize(
+    ('name', 'label', 'message'),
+    [
+        ('haze', 7, 'degradation haze: there is one of this name'),
+        ('fog', 6, 'degradation fog: label must be 7, the next one, got 6'),
+        ('fog', 9, 'degradation fog: label must be 7, the next one, got 9'),
+    ],
+)
+def test_labels_are_never_given_twice_nor_left_out(name, label, message, registry):
+    with pytest.raises(ValueError, match=message):
+        add_degradation(name, label)
+    assert len(registry) == 7

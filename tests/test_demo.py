@@ -8,7 +8,7 @@ import pytest
 import yaml
 from support.commands import PACKAGE_PARENT, python
 
-from dpmambair_basicsr.data.degradations import DEGRADATIONS
+from dpmambair_basicsr.data.degradations import DEGRADATIONS, demo_strengths
 
 pytest.importorskip('skimage', reason='its photographs are the data of the demo')
 pytest.importorskip('sklearn', reason='its photographs are the data of the demo')
@@ -19,23 +19,22 @@ def demo_options(name: str) -> dict:
 
 
 def test_option_files_agree():
-    """BasicSR's option files cannot share values, so they are repeated."""
+    """BasicSR's option files cannot share values, so they are repeated, but for the strengths."""
     extractor, network, test = map(demo_options, ('degradation_extractor', 'dpmambair', 'test_dpmambair'))
-    parts = network['datasets']['train']['datasets'].values()
-    strengths = {kind: values for part in parts for kind, values in part['degradations'].items()}
-    assert extractor['datasets']['train']['degradations'] == strengths
-    assert list(strengths) == list(DEGRADATIONS) == list(network['datasets']['train']['sampling'])
+    parts = network['datasets']['train']['datasets']
+    assert extractor['datasets']['train']['degradations'] == 'demo'
+    assert [part['degradations'] for part in parts.values()] == [{kind: 'demo'} for kind in demo_strengths()]
+    assert list(parts) == list(demo_strengths()) == list(network['datasets']['train']['sampling'])
     assert network['network_g'] == test['network_g']
     for key in ('embed_dim', 'extractor_channels'):
         assert extractor['network_g'][key] == network['network_g'][key]
     assert [data['degradation'] for data in test['datasets'].values()] == list(DEGRADATIONS)
 
 
-def test_demo(tmp_path):
-    for folder in ('options', 'scripts'):
-        shutil.copytree(PACKAGE_PARENT / folder, tmp_path / folder)
+def demo_commands() -> list[tuple[str, ...]]:
+    """What demo.sh calls Python with, at 64 pixels and two iterations."""
     short = ('train:total_iter=2', 'datasets:train:gt_size=16', 'datasets:train:batch_size_per_gpu=2')
-    commands = [
+    return [
         ('scripts/make_demo_data.py', '--size', '64'),
         *(
             ('-m', 'dpmambair_basicsr.train', '-opt', f'options/demo_{stage}.yml', '--force_yml', *short)
@@ -44,6 +43,12 @@ def test_demo(tmp_path):
         ('-m', 'dpmambair_basicsr.test', '-opt', 'options/demo_test_dpmambair.yml'),
         ('scripts/demo_report.py',),
     ]
+
+
+def test_demo(tmp_path):
+    for folder in ('options', 'scripts'):
+        shutil.copytree(PACKAGE_PARENT / folder, tmp_path / folder)
+    commands = demo_commands()
     written = re.findall(r'python (?:-m )?(\S+)', (PACKAGE_PARENT / 'scripts' / 'demo.sh').read_text(encoding='utf-8'))
     assert written == [command[1] if command[0] == '-m' else command[0] for command in commands]
     for command in commands:

@@ -14,7 +14,7 @@ import pytest
 import skimage.data
 import torch
 import yaml
-from support.commands import PACKAGE_PARENT, python
+from support.commands import PACKAGE_PARENT
 from support.metadata import name_of, pyproject
 from support.pipelines import write_pairs
 
@@ -194,36 +194,3 @@ def test_migration(project):
             network = yaml.safe_load((PACKAGE_PARENT / 'options' / name).read_text())['network_g']
             defaults = {'scale': 1, 'channel_scan': 'lifted', 'channel_fusion': 'add', 'type': 'VmambaIR'}
             assert values.items() <= (defaults | network).items(), name
-
-
-def test_adding(tmp_path):
-    """The page's changes, made to a copy of the package: an option file can name the degradation and the network."""
-    page = PACKAGE_PARENT / 'docs/adding.md'
-    shutil.copytree(PACKAGE_PARENT / 'dpmambair_basicsr', tmp_path / 'dpmambair_basicsr')
-    kinds, sepia, network, *_ = code_blocks(page, 'python')
-    degradations = tmp_path / 'dpmambair_basicsr/data/degradations.py'
-    text = degradations.read_text(encoding='utf-8')
-    text, changed = re.subn(r'^DEGRADATIONS = .*\n', kinds, text, flags=re.M)
-    assert changed == 1
-    text, changed = re.subn(r'^_FUNCTIONS = (.*)jpeg\)', rf'{sepia}\n\n_FUNCTIONS = \1jpeg, sepia)', text, flags=re.M)
-    assert changed == 1
-    degradations.write_text(text, encoding='utf-8')
-    (tmp_path / 'dpmambair_basicsr/archs/examplenet_arch.py').write_text(network, encoding='utf-8')
-    with open(tmp_path / 'dpmambair_basicsr/archs/__init__.py', 'a', encoding='utf-8') as index:
-        index.write('from dpmambair_basicsr.archs.examplenet_arch import ExampleNet\n')
-    write_pairs(tmp_path / 'pairs', [(24, 24)])
-    program = """
-import dpmambair_basicsr, torch
-from basicsr.archs import build_network
-from basicsr.data import build_dataset
-own = {'dataroot_gt': 'pairs/GT', 'phase': 'train', 'scale': 1, 'gt_size': 16, 'name': 'x'}
-synthetic = build_dataset({**own, 'type': 'SyntheticDegradationDataset', 'degradations': {'sepia': {'strength': 1.0}}})
-pairs = build_dataset({**own, 'type': 'PairedDegradationDataset', 'dataroot_lq': 'pairs/LQ', 'degradation': 'sepia'})
-red, _, blue = synthetic[0]['lq']
-assert synthetic[0]['label'] == pairs[0]['label'] == 7
-assert torch.all(red >= blue) and (red > blue).any()
-assert build_network({'type': 'ExampleNet', 'dim': 32})(torch.rand(1, 3, 5, 6)).shape == (1, 3, 5, 6)
-print('done')
-"""
-    process = python('-c', program, cwd=tmp_path, PYTHONPATH=tmp_path)
-    assert process.stdout.rstrip().endswith('done'), process.stdout

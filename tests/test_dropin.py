@@ -13,6 +13,13 @@ from support.commands import PACKAGE_PARENT, basicsr_source, python, stock_optio
 from dpmambair_basicsr.data.degradations import DEGRADATIONS
 
 SHIMS = ['basicsr/.dpmambair_dropin.json', 'basicsr/archs/dpmambair_arch.py', 'basicsr/basicsr.py']
+SCAN = """
+import importlib
+from pathlib import Path
+
+for file in Path(__file__).parent.glob('*_arch.py'):
+    importlib.import_module(f'basicsr.archs.{file.stem}')
+"""
 OPTIONS = sorted(f'options/{file.name}' for file in (PACKAGE_PARENT / 'options').glob('*'))
 
 
@@ -26,6 +33,20 @@ def checkout(source, tmp_path):
     return shutil.copytree(source, tmp_path / 'checkout')
 
 
+@pytest.fixture
+def small(source, tmp_path):
+    """A project that has of BasicSR only what makes it one."""
+    root = tmp_path / 'small'
+    for folder, content in (('', 'from . import archs, models'), ('archs', SCAN), ('models', ''), ('utils', '')):
+        (root / 'basicsr' / folder).mkdir(parents=True)
+        (root / 'basicsr' / folder / '__init__.py').write_text(content)
+    shutil.copy(source / 'basicsr/utils/registry.py', root / 'basicsr/utils')
+    (root / 'basicsr/train.py').write_text(
+        'import argparse\n\nimport basicsr\n\nargparse.ArgumentParser().parse_args()\n'
+    )
+    return root
+
+
 def tree(folder: Path) -> dict[str, bytes | None]:
     """Path -> content, None for a folder."""
     paths = sorted(folder.rglob('*'))
@@ -36,108 +57,121 @@ def dropin(checkout, *arguments, **environment):
     return python('-m', 'dpmambair_basicsr.dropin', checkout, *arguments, cwd=checkout.parent, **environment)
 
 
-def test_round_trip(checkout):
-    before = tree(checkout)
-    first = dropin(checkout)
+def test_round_trip(small):
+    before = tree(small)
+    first = dropin(small)
     assert first.returncode == 0, first.stdout
-    after = tree(checkout)
+    after = tree(small)
     assert sorted(after.keys() - before.keys()) == sorted([*SHIMS, 'options', *OPTIONS])
     assert {name: after[name] for name in before} == before
-    assert all(f'wrote {checkout / name}' in first.stdout for name in (*SHIMS, *OPTIONS))
-    report = first.stdout.partition('will use')[2]
-    assert f'  {checkout / "basicsr"} (' in report
+    assert all(f'wrote {small / name}' in first.stdout for name in (*SHIMS, *OPTIONS))
+    report = first.stdout.partition(' uses\n')[2]
+    assert f'  {small / "basicsr"}\n' in report
     assert f'  {PACKAGE_PARENT / "dpmambair_basicsr"}\n' in report  # found by PYTHONPATH
 
-    assert dropin(checkout).returncode == 0
-    assert tree(checkout) == after
+    assert dropin(small).returncode == 0
+    assert tree(small) == after
 
-    removed = dropin(checkout, '--remove')
+    removed = dropin(small, '--remove')
     assert removed.returncode == 0, removed.stdout
-    assert tree(checkout) == before
-    again = dropin(checkout, '--remove')
+    assert tree(small) == before
+    again = dropin(small, '--remove')
     assert again.returncode != 0 and 'nothing to remove' in again.stdout
 
 
-def test_files_of_the_user_stay(checkout):
-    (checkout / 'options').mkdir()
-    (checkout / 'options' / 'mine.yml').write_text('mine')
-    before = tree(checkout)
-    assert dropin(checkout).returncode == 0
-    assert dropin(checkout, '--remove').returncode == 0
-    assert tree(checkout) == before
+def test_files_of_the_user_stay(small):
+    (small / 'options').mkdir()
+    (small / 'options' / 'mine.yml').write_text('mine')
+    before = tree(small)
+    assert dropin(small).returncode == 0
+    assert dropin(small, '--remove').returncode == 0
+    assert tree(small) == before
 
-    (checkout / 'options' / 'mine.yml').unlink()
-    (checkout / 'options').rmdir()
-    assert dropin(checkout).returncode == 0
-    (checkout / 'options' / 'mine.yml').write_text('mine')
-    assert f'kept {checkout / "options"}' in dropin(checkout, '--remove').stdout
-    assert tree(checkout) == before
+    (small / 'options' / 'mine.yml').unlink()
+    (small / 'options').rmdir()
+    assert dropin(small).returncode == 0
+    (small / 'options' / 'mine.yml').write_text('mine')
+    assert f'kept {small / "options"}' in dropin(small, '--remove').stdout
+    assert tree(small) == before
 
 
 @pytest.mark.parametrize('name', [*SHIMS[1:], *OPTIONS[:1], 'options'])
-def test_nothing_is_overwritten(checkout, name):
-    (checkout / name).parent.mkdir(exist_ok=True)
-    (checkout / name).write_text('mine')
-    before = tree(checkout)
-    result = dropin(checkout)
+def test_nothing_is_overwritten(small, name):
+    (small / name).parent.mkdir(exist_ok=True)
+    (small / name).write_text('mine')
+    before = tree(small)
+    result = dropin(small)
     assert result.returncode != 0 and 'nothing written' in result.stdout and name in result.stdout
-    assert tree(checkout) == before
+    assert tree(small) == before
 
 
-def test_changed_files_are_neither_removed_nor_updated(checkout):
-    assert dropin(checkout).returncode == 0
-    (checkout / OPTIONS[0]).write_text('mine now')
-    before = tree(checkout)
+def test_changed_files_are_neither_removed_nor_updated(small):
+    assert dropin(small).returncode == 0
+    (small / OPTIONS[0]).write_text('mine now')
+    before = tree(small)
     for arguments in ([], ['--remove']):
-        result = dropin(checkout, *arguments)
+        result = dropin(small, *arguments)
         assert result.returncode != 0 and OPTIONS[0] in result.stdout
-        assert tree(checkout) == before
-    (checkout / OPTIONS[0]).unlink()  # moved away
-    assert dropin(checkout, '--remove').returncode == 0
+        assert tree(small) == before
+    (small / OPTIONS[0]).unlink()  # moved away
+    assert dropin(small, '--remove').returncode == 0
 
 
-def test_own_files_are_updated(checkout):
-    before = tree(checkout)
-    assert dropin(checkout).returncode == 0
-    after = tree(checkout)
-    record = json.loads((checkout / SHIMS[0]).read_text())
-    old = checkout / 'options' / 'train_of_an_older_version.yml'
-    old.write_bytes((checkout / OPTIONS[0]).read_bytes())
+def test_own_files_are_updated(small):
+    before = tree(small)
+    assert dropin(small).returncode == 0
+    after = tree(small)
+    record = json.loads((small / SHIMS[0]).read_text())
+    old = small / 'options' / 'train_of_an_older_version.yml'
+    old.write_bytes((small / OPTIONS[0]).read_bytes())
     record['files'][f'options/{old.name}'] = record['files'][OPTIONS[0]]
-    (checkout / SHIMS[0]).write_text(json.dumps(record))
-    assert dropin(checkout).returncode == 0
-    assert tree(checkout) == after
-    assert dropin(checkout, '--remove').returncode == 0
-    assert tree(checkout) == before
+    (small / SHIMS[0]).write_text(json.dumps(record))
+    assert dropin(small).returncode == 0
+    assert tree(small) == after
+    assert dropin(small, '--remove').returncode == 0
+    assert tree(small) == before
 
 
 @pytest.mark.skipif(sys.version_info < (3, 11), reason='PYTHONSAFEPATH came with Python 3.11')
-def test_report_with_a_safe_path(checkout):
-    """Python leaves the script's folder out, so the launcher is not found: the report tells what the command does."""
-    result = dropin(checkout, PYTHONSAFEPATH=1)
-    assert result.returncode == 0, result.stdout
-    installed = result.stdout.partition('will use\n  ')[2].partition(', because PYTHONSAFEPATH is set')[0]
-    assert installed and installed != str(checkout / 'basicsr'), result.stdout
-    find = python('-c', 'import dpmambair_basicsr, basicsr; print(basicsr.__path__[0])', cwd=checkout, PYTHONSAFEPATH=1)
-    assert find.stdout.splitlines()[-1] == installed
+def test_a_safe_path_is_the_reason(small):
+    """Python leaves the script's folder out, so that neither the project's BasicSR nor the launcher is found."""
+    before = tree(small)
+    result = dropin(small, PYTHONSAFEPATH=1)
+    assert result.returncode != 0 and 'PYTHONSAFEPATH is set: unset it' in result.stdout
+    assert tree(small) == before
 
 
-def test_a_record_cannot_point_outside(checkout):
-    outside = checkout.parent / 'outside'
+@pytest.mark.parametrize(
+    'file, content, said',
+    [
+        (
+            'train.py',
+            'import missing_here',
+            "does not start here, without our files (ModuleNotFoundError: No module named 'm",
+        ),
+        (
+            'archs/__init__.py',
+            'import os\nassert len(os.listdir(__path__[0])) == 1',
+            'would not start any more: Assertion',
+        ),
+        ('train.py', 'pass', 'would have nothing of ours: ImportError: it does not import them'),
+    ],
+)
+def test_a_project_that_would_not_start_or_has_nothing_of_ours_is_left_alone(small, file, content, said):
+    (small / 'basicsr' / file).write_text(content)
+    before = tree(small)
+    result = dropin(small)
+    assert result.returncode != 0 and said in result.stdout and result.stdout.count('\n') == 1, result.stdout
+    assert tree(small) == before
+
+
+def test_a_record_cannot_point_outside(small):
+    outside = small.parent / 'outside'
     outside.touch()
-    (checkout / SHIMS[0]).write_text(json.dumps({'files': {'../outside': 'e3b0'}, 'folders': []}))
-    result = dropin(checkout, '--remove')
+    (small / SHIMS[0]).write_text(json.dumps({'files': {'../outside': 'e3b0'}, 'folders': []}))
+    result = dropin(small, '--remove')
     assert result.returncode != 0 and '../outside' in result.stdout
     assert outside.exists()
-
-
-def test_a_fork_without_registry_is_refused(checkout):
-    (checkout / 'basicsr/utils/registry.py').unlink()
-    before = tree(checkout)
-    result = dropin(checkout)
-    assert result.returncode != 0
-    assert result.stdout.count('\n') == 1 and 'basicsr/utils/registry.py is missing' in result.stdout
-    assert tree(checkout) == before
 
 
 def test_the_literal_commands(checkout, tmp_path):

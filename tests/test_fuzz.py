@@ -1,13 +1,17 @@
-"""Whatever is in an option file or an image file: it is read, or refused by the error that is meant for it."""
+"""Whatever is in a file of options, results, weights or pixels: it is read, or refused by the error meant for it."""
 
 import copy
+import inspect
+import json
 import os
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
+import torch
 import yaml
 from basicsr.utils import options as basicsr_options
 from hypothesis import HealthCheck, given, settings
@@ -15,7 +19,12 @@ from hypothesis import strategies as st
 from support import forked
 
 import dpmambair_basicsr
+from dpmambair_basicsr.archs import VmambaIR
 from dpmambair_basicsr.files.images import ImageReader
+from dpmambair_basicsr.registry import ARCH_REGISTRY
+from dpmambair_basicsr.results import run as results
+from dpmambair_basicsr.results.comparison import compare, label_runs, to_markdown
+from dpmambair_basicsr.results.page import page
 
 dpmambair_basicsr.register()
 # The same examples in each run of the same tests: a finding belongs into a test of its own.
@@ -48,8 +57,16 @@ def parse(file, *arguments) -> dict | None:
         sys.argv = saved
 
 
+EXTREMES = st.sampled_from([10**6, 10**9, 10**12, -(10**12), 10**25, 1e300, '../x', '/', 'x' * 300])
 SCALARS = st.one_of(
-    st.none(), st.booleans(), st.integers(), st.integers(-3, 3), st.floats(), st.text(max_size=8), st.binary(max_size=3)
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.integers(-3, 3),
+    st.floats(),
+    st.text(max_size=8),
+    st.binary(max_size=3),
+    EXTREMES,
 )
 VALUES = st.recursive(
     SCALARS,
@@ -114,6 +131,64 @@ def test_any_forced_option(opt, folder, section, key, value):
     entry = f'{section}:{key}={value}' if section else f'{key}={value}'
     if not entry.startswith('-') and '\0' not in entry:
         parse(file, '--force_yml', entry)
+
+
+# Results and checkpoints
+
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-3, 3) | st.floats() | st.text(max_size=5) | EXTREMES,
+    lambda part: st.lists(part, max_size=3) | st.dictionaries(st.text(max_size=5), part, max_size=3),
+    max_leaves=5,
+)
+
+
+@settings(BOUNDED, max_examples=200)
+@given(data=st.data())
+def test_any_value_in_results(folder, data):
+    """Whatever is read can be put into tables and a page."""
+    part = results.SetResult('Rain100H', 1, 'rain', {'1': 'input/1.png'}, {'psnr': 30.0}, {'psnr': 20.0})
+    metrics = {'psnr': {'type': 'calculate_psnr', 'crop_border': 0}}
+    run = asdict(results.Run('x', 'x.yml', [], 'x.pth', 'params', 'abc', {'torch': '2'}, metrics, 'x', [part]))
+    place = data.draw(
+        st.sampled_from(places(run)) | st.sampled_from(places(run['sets'][0])).map(lambda path: (0, *path))
+    )
+    if place[0] == 0:
+        run['sets'] = [with_value(run['sets'][0], place[1:], data.draw(JSON_VALUES), data.draw(st.booleans()))]
+    else:
+        run = with_value(run, place, data.draw(JSON_VALUES), data.draw(st.booleans()))
+    file = folder / 'results.json'
+    file.write_text(json.dumps(run))
+    try:
+        runs = label_runs([str(file)])
+        comparison = compare(runs)
+        assert to_markdown(comparison) and page(comparison, dict.fromkeys(runs, folder), runs, None, [])
+    except ValueError as error:
+        assert str(error)
+
+
+@pytest.fixture(scope='module')
+def tiny_weights():
+    return VmambaIR(**TINY).state_dict()
+
+
+TINY = {'dim': 4, 'num_blocks': [1, 1, 1, 1], 'num_refinement_blocks': 1}
+
+
+@settings(BOUNDED, max_examples=60)
+@given(data=st.data())
+def test_any_network_in_a_checkpoint(folder, tiny_weights, data):
+    known = sorted(ARCH_REGISTRY.known()) + ['dim', 'x']
+    options = {'type': data.draw(st.just('VmambaIR') | st.sampled_from(known)), **TINY}
+    keys = sorted(inspect.signature(VmambaIR).parameters)
+    options |= data.draw(st.dictionaries(st.sampled_from(keys), JSON_VALUES, max_size=2))
+    file = folder / 'any network.pth'
+    torch.save({'params': tiny_weights, 'network_g': options}, file)
+    try:
+        net = dpmambair_basicsr.load(file).net
+    except ValueError as error:
+        assert str(error).startswith(f'{file}: ')
+    else:
+        assert net.state_dict().keys() == tiny_weights.keys()
 
 
 # Images

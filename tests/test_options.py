@@ -263,7 +263,8 @@ def test_cuda_without_cuda(opt):
 
 
 def test_models_of_basicsr_pass_untouched(opt):
-    opt |= {'model_type': 'SRModel', 'anything': 1, 'network_g': {'type': 'unknown'}}
+    opt |= {'model_type': 'SRModel', 'anything': 1}
+    opt['network_g'] = {'type': 'CheckedNet', 'unknown': 1}
     opt['train']['optim_g']['lr'] = '3e-4'
     opt['datasets']['val']['dataroot_gt'] = '/no/such'
     assert check_options(opt) == []
@@ -304,15 +305,15 @@ STRUCTURES = {
         {
             **dict.fromkeys(('train', 'logger'), {}),
             **{'name': 1, 'model_type': 'x', 'num_gpu': 0, 'manual_seed': 'x', 'val': 'x'},
-            **{'datasets': {'train': {'dataroot_gt': ['a']}}, 'path': {'pretrain_network_g': 5}},
+            **{'datasets': {'train': {'dataroot_gt': ['a', 3]}}, 'path': {'pretrain_network_g': 5}},
         },
         True,
         [
             'name: has to be text, not 1',
             "manual_seed: has to be a whole number or ~, not 'x'",
             "val: has to be a section or ~, not 'x'",
-            "datasets.train.dataroot_gt: has to be text, not ['a']",
             'path.pretrain_network_g: has to be text, not 5',
+            'datasets.train.dataroot_gt[1]: has to be text, not 3',
         ],
     ),
 }

@@ -8,6 +8,7 @@ import sys
 import zipfile
 
 import pytest
+import yaml
 from support.commands import PACKAGE_PARENT, python
 from support.metadata import name_of, pyproject
 
@@ -41,7 +42,7 @@ def test_anything_but_a_command_is_refused_with_the_choices(arguments, tmp_path)
     assert result.returncode == 2 and 'COMMAND' in result.stdout
 
 
-@pytest.mark.parametrize('command', ['', 'convert', 'dropin', 'report'])
+@pytest.mark.parametrize('command', ['', 'convert', 'dropin', 'report', 'run'])
 def test_help_imports_neither_pytorch_nor_basicsr(command, tmp_path):
     code = f"""
 import sys
@@ -118,3 +119,41 @@ def test_every_library_that_the_package_imports_is_one_of_its_requirements():
             names += [node.module] if isinstance(node, ast.ImportFrom) else []
             for name in {name.partition('.')[0] for name in names} - sys.stdlib_module_names - {'dpmambair_basicsr'}:
                 assert distributions.get(name, name).replace('_', '-') in required, f'{file}: {name}'
+
+
+def test_the_picture_of_the_layers_shows_the_layers_that_are_checked():
+    contracts = pyproject()['tool']['importlinter']['contracts']
+    (layers,) = (contract['layers'] for contract in contracts if contract['type'] == 'layers')
+    (picture,) = re.findall(r'```mermaid\n(.*?)```', (PACKAGE_PARENT / 'CONTRIBUTING.md').read_text('utf-8'), re.S)
+    labels = dict(re.findall(r'^ *(\w+)\["(.*)"\]$', picture, re.M))
+    (arrows,) = re.findall(r'^ *(\w+(?: --> \w+)+)$', picture, re.M)
+    assert [labels[name] for name in arrows.split(' --> ')] == layers
+
+
+def test_the_tree_in_contributing_is_the_tree():
+    page = (PACKAGE_PARENT / 'CONTRIBUTING.md').read_text('utf-8')
+    (tree,) = re.findall(r'^dpmambair_basicsr/\n(.*?)^options/', page, re.S | re.M)
+    package = PACKAGE_PARENT / 'dpmambair_basicsr'
+    for folder in (path.name for path in package.iterdir() if path.is_dir() and path.name != '__pycache__'):
+        assert f'{folder}/' in tree, folder
+    for name in re.findall(r'(\w+)(?:/|\.py)', tree):
+        assert list(package.rglob(name)) or list(package.rglob(f'{name}.py')), name
+
+
+def test_the_versions_of_python_are_the_same_everywhere():
+    project, workflow = pyproject()['project'], PACKAGE_PARENT / '.github/workflows/tests.yml'
+    tested = yaml.safe_load(workflow.read_text('utf-8'))['jobs']['tests']['strategy']['matrix']['python-version']
+    minors = [int(version.removeprefix('3.')) for version in tested]
+    assert project['requires-python'] == f'>=3.{minors[0]},<3.{minors[-1] + 1}'
+    prefix = 'Programming Language :: Python :: '
+    assert [name.removeprefix(prefix) for name in project['classifiers'] if name.startswith(prefix)] == tested
+
+
+def test_the_citation_is_of_this_version_and_the_changelog_knows_it():
+    citation = yaml.safe_load((PACKAGE_PARENT / 'CITATION.cff').read_text('utf-8'))
+    assert citation['version'] == dpmambair_basicsr.__version__
+    assert f'\n## [{citation["version"]}] - ' in (PACKAGE_PARENT / 'CHANGELOG.md').read_text('utf-8')
+
+
+def test_the_root_of_the_package_is_small():
+    assert len(list((PACKAGE_PARENT / 'dpmambair_basicsr').glob('*.py'))) <= 14

@@ -300,7 +300,7 @@ def test_all_problems_in_one_report(tmp_path):
     message = refusal('lol', raw, '--output', tmp_path / 'out')
     base = raw / 'LOLdataset'
     assert message.splitlines() == [
-        'LOL: 7 problems:',
+        'dpmambair_basicsr.prepare_data: LOL: 7 problems:',
         '  lol.train: found 2 pairs or clean images, published are 485 (see --any-count)',
         '  lol.test: found 2 pairs or clean images, published are 15 (see --any-count)',
         f'  lol.train: no LQ image for {base}/our485/high/0.png',

@@ -3,7 +3,8 @@
 import json
 
 import pytest
-from support.commands import basicsr_source, python, replace_in, with_own_losses, without_vgg
+from support.commands import basicsr_source, python
+from support.projects import replace_in, with_own_losses, without_vgg
 
 # Imports torch and torchvision once, then runs each case in a forked copy of itself: separate interpreters, but quick.
 DRIVER = """

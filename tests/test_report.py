@@ -318,7 +318,7 @@ def evil_page(tmp_path):
         (folder / 'visualization' / EVIL / 'a"b_x.png', (255, 0, 0)),
     ):
         cv2.imwrite(str(file), np.full((1600, 1000, 3), color, np.uint8))
-    process = command(folder, '--html', 'page.html', '--image', f'{EVIL}/a"b', cwd=tmp_path)
+    process = command(folder, '--html', 'page.html', '--image', f'{EVIL}/a"b', '--data', tmp_path, cwd=tmp_path)
     assert process.returncode == 0, process.stdout
     return tmp_path / 'page.html'
 
@@ -360,10 +360,11 @@ def test_the_slider_works_in_a_browser(evil_page, tmp_path):
         assert not [e for e in page.events if e['method'] in ('Runtime.exceptionThrown', 'Log.entryAdded')]
 
 
-def test_images_are_chosen_and_missing_ones_are_named(tested):
+def test_images_are_chosen_and_missing_ones_are_named(tested, pairs):
     folder, _ = tested
+    data = ('--data', Path(pairs['dataroot_lq']).parent)
     (folder / 'results/two/visualization/Rain100H/00_two.png').unlink()
-    process = command('results/one', 'results/two', '--html', 'page.html', cwd=folder)
+    process = command('results/one', 'results/two', '--html', 'page.html', *data, cwd=folder)
     assert process.returncode == 0, process.stdout
     page = (folder / 'page.html').read_text()
     assert page.count('type="range"') == 3, 'the first image of two sets in two runs, but for one'

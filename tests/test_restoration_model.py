@@ -2,10 +2,12 @@
 
 import copy
 import re
+from fnmatch import fnmatchcase
 
 import pytest
 import torch
 from basicsr.models import build_model
+from basicsr.utils import get_root_logger
 from basicsr.utils.registry import LOSS_REGISTRY, MODEL_REGISTRY
 from torch.nn.utils import parameters_to_vector
 
@@ -165,6 +167,55 @@ def test_a_schedule_may_end_with_the_last_iteration(periods, works):
         model.update_learning_rate(iteration)
 
 
+# Frozen parameters
+
+
+@pytest.mark.parametrize('model_type', ['RestorationModel', 'RestorationGANModel'])
+def test_what_freeze_names_is_not_trained_and_takes_no_optimizer_state(model_type, caplog, monkeypatch):
+    monkeypatch.setattr(get_root_logger(), 'propagate', True)
+    patterns = ['encoder_level1*', '*.norm*.weight', 'output.*']
+    opt = options(VMAMBAIR, freeze=patterns, ema_decay=0.5, grad_clip_norm=1.0)
+    if model_type == 'RestorationGANModel':
+        opt = gan_options(opt)
+    torch.manual_seed(0)
+    with caplog.at_level('INFO', 'basicsr'):
+        model = build_model(opt)
+    before = {name: value.clone() for name, value in model.net_g.named_parameters()}
+    frozen = {name for name in before if any(fnmatchcase(name, pattern) for pattern in patterns)}
+    for iteration in range(1, 3):
+        model.feed_data({'lq': torch.rand(2, 3, 16, 16), 'gt': torch.rand(2, 3, 16, 16)})
+        model.optimize_parameters(iteration)
+    average = dict(model.net_g_ema.named_parameters())
+    for name, value in model.net_g.named_parameters():
+        assert torch.equal(value, before[name]) == (name in frozen), name
+        assert torch.equal(average[name], before[name]) == (name in frozen), name
+    assert len(model.optimizer_g.state_dict()['state']) == len(before) - len(frozen)
+    count = sum(before[name].numel() for name in frozen)
+    assert f'{len(frozen)} of {len(before)} parameters are frozen ({count:,d} of' in caplog.text
+
+
+@pytest.mark.parametrize(
+    ('patterns', 'message'),
+    [
+        (
+            ['output.*', 'encodr.*'],
+            r"^train\.freeze: 'encodr\.\*' matches no parameter of VmambaIR; there are .*output\.\*",
+        ),
+        (['*'], r'^train\.freeze: leaves nothing of VmambaIR to train$'),
+    ],
+)
+def test_patterns_that_freeze_nothing_or_everything_are_refused(patterns, message):
+    with pytest.raises(ValueError, match=message):
+        build(VMAMBAIR, freeze=patterns)
+
+
+def test_a_state_of_other_trained_parameters_is_refused():
+    state = {'iter': 3, 'epoch': 0, 'optimizers': [build(VMAMBAIR).optimizer_g.state_dict()], 'schedulers': [{}]}
+    model = build(VMAMBAIR, freeze=['output.*'])
+    with pytest.raises(ValueError, match=r'of iteration 3 has an optimizer of \d+ parameters, now .* train\.freeze'):
+        model.resume_training(state)
+
+
 # Inference
 
 
@@ -265,11 +316,14 @@ def test_from_a_checkpoint_of_the_whole_network(stage_1, stage_2):
 
 
 def gan_model(path):
-    opt = options({'type': 'DPMambaIR', **NETWORK}, path, ema_decay=0.9)
+    return build_model(gan_options(options({'type': 'DPMambaIR', **NETWORK}, path, ema_decay=0.9)))
+
+
+def gan_options(opt):
     opt |= {'model_type': 'RestorationGANModel', 'network_d': {'type': 'UNetDiscriminatorSN', 'num_in_ch': 3}}
     opt['network_d']['num_feat'] = 4
     opt['train'] |= {'optim_d': {'type': 'AdamW', 'lr': 1e-3}, 'gan_opt': {'type': 'GANLoss', 'gan_type': 'vanilla'}}
-    return build_model(opt)
+    return opt
 
 
 @pytest.mark.parametrize('make', [lambda path: model_with(**path), gan_model], ids=['RestorationModel', 'GAN'])
@@ -347,7 +401,10 @@ def test_an_extractor_of_other_widths_is_named(tmp_path):
             {'x.weight': torch.zeros(1)},
             r"holds no key 'params_ema'; it is a bare state dict, for which path\.param_key_g is ~; .*: x\.weight$",
         ),
-        ({'params': {'x': torch.zeros(1)}}, 'does not fit DPMambaIR:\n .* missing in the file: .*\n .* not in .*: x$'),
+        (
+            {'params_ema': {'x': torch.zeros(1)}},
+            'does not fit DPMambaIR:\n .* missing in the file: .*\n .* not in .*: x$',
+        ),
     ],
 )
 def test_a_wrong_checkpoint_is_named(content, message, tmp_path):

@@ -568,7 +568,7 @@ def test_cmyk_becomes_rgb_without_its_profile(tmp_path):
     ('name', 'content', 'message'),
     [
         ('text.png', b'no picture', 'is no picture, or cut short'),
-        ('empty.png', b'', 'cannot be decoded'),
+        ('empty.png', b'', 'is no picture'),
         ('half.png', encode(Image.fromarray(photo(60, 60)), 'png')[:2000], 'is no picture, or cut short'),
         ('half.jpg', encode(Image.fromarray(photo(60, 60)), 'jpeg')[:1200], 'is no picture, or cut short'),
         ('float.tif', encode(Image.fromarray(np.zeros((4, 4), np.float32)), 'tiff'), 'has float32 values'),

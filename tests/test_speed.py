@@ -6,7 +6,7 @@ import pytest
 import torch
 import yaml
 from basicsr.models import build_model
-from basicsr.utils.registry import ARCH_REGISTRY
+from basicsr.utils.registry import ARCH_REGISTRY, MODEL_REGISTRY
 from support import pipelines
 from torch import nn
 
@@ -155,7 +155,7 @@ def test_what_does_not_work_is_named(train, message, monkeypatch):
     monkeypatch.setenv('CXX', 'no-such-compiler')
     opt = options({'type': 'VmambaIR', **TINY}, **train)
     with pytest.raises(ValueError, match=message):
-        pipelines.dpmambair_basicsr.models.__dict__[opt['model_type']].check_training(opt)
+        MODEL_REGISTRY.get(opt['model_type']).check_training(opt)
 
 
 def test_gan_training_in_bf16():

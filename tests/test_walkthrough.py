@@ -1,5 +1,6 @@
 """README, "Following one image": from option files to checkpoints and back, by the commands a user types."""
 
+import ast
 import re
 
 import cv2
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from support.commands import python, write_options
+from support.commands import PACKAGE_PARENT, python, write_options
 
 from dpmambair_basicsr.data.degradations import degrade, to_uint8
 
@@ -124,6 +125,20 @@ def project(tmp_path_factory):
 
 def load(path):
     return torch.load(path, map_location='cpu', weights_only=True)
+
+
+def test_each_step_of_the_readme_names_a_file_and_what_it_defines():
+    table = (
+        (PACKAGE_PARENT / 'README.md').read_text('utf-8').partition('## Following one image')[2].partition('\n## ')[0]
+    )
+    named = re.findall(r'\]\((dpmambair_basicsr/[^)]+\.py)\) `([\w.]+)`', table)
+    assert len(named) >= 3
+    for file, name in named:
+        nodes = ast.parse((PACKAGE_PARENT / file).read_text('utf-8')).body
+        for part in name.split('.'):
+            inside = [item for node in nodes for item in ast.walk(node)]
+            nodes = [item for item in inside if getattr(item, 'name', None) == part]
+            assert nodes, f'{file}: {name}'
 
 
 def test_every_loss_is_logged_by_name(project):

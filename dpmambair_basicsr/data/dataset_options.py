@@ -2,6 +2,7 @@
 
 from os import path as osp
 
+from dpmambair_basicsr.files.codec import max_pixels
 from dpmambair_basicsr.files.option_row import Option
 
 DEFAULTS = {'scale': 1, 'use_hflip': False, 'use_vflip': False, 'use_rot': False, 'pad_small': False}
@@ -40,6 +41,8 @@ def complete_options(opt: dict, folder_keys: tuple[str, ...]) -> dict:
         if not isinstance(opt.get(key), str):
             raise ValueError(f'dataset {owner}: {key} must be a path, got {opt.get(key)!r}')
         opt[key] = osp.expanduser(opt[key])
+    if opt.get('meta_info_file') and opt['io_backend']['type'] == 'lmdb':
+        raise ValueError(f'dataset {owner}: meta_info_file is not read with lmdb, which has a list of its own; write ~')
     if opt.get('meta_info_file'):
         opt['meta_info_file'] = osp.expanduser(opt['meta_info_file'])
     if opt['phase'] == 'train':
@@ -48,6 +51,8 @@ def complete_options(opt: dict, folder_keys: tuple[str, ...]) -> dict:
             raise ValueError(
                 f'dataset {owner}: gt_size must be a positive multiple of scale {opt["scale"]}, got {size!r}'
             )
+        if size**2 > max_pixels():
+            raise ValueError(f'dataset {owner}: crops of gt_size {size} have more than max_pixels, {max_pixels()}')
     for key in ('color', 'mean', 'std'):
         if opt.get(key) is not None:
             raise ValueError(f'dataset {owner}: {key} is not supported, images are RGB in [0, 1]')

@@ -1,4 +1,4 @@
-"""The seven degradations of the all-in-one benchmark as pure functions of an image and a random generator.
+"""Degradations as pure functions of an image and a random generator; the seven of the all-in-one benchmark.
 
 DPMambaIR (arXiv 2504.17732), Eq. (6), describes them all as I = Q((alpha J + beta gamma) * K): luminance alpha,
 artefacts beta gamma, blur kernel K, compression Q. `form_image` is that equation; the functions choose its terms.
@@ -13,33 +13,89 @@ sigma 50, 30.57 dB after JPEG restoration of quality 20 to 30), the others resem
 
 import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from numbers import Integral, Real
 
 import cv2
 import numpy as np
 
-DEGRADATIONS = ('haze', 'rain', 'snow', 'lowlight', 'blur', 'noise', 'jpeg')  # the index is the class label
-
 Range = float | Sequence[float]
 IntRange = int | Sequence[int]
 
 
+@dataclass(frozen=True)
+class Degradation:
+    """What is known of a degradation.
+
+    Args:
+        name: in option files, folders and reports.
+        label: class label, what `degradation: class` of DPMambaIR embeds.
+        function: of an image and a random generator; None: only stored pairs have it.
+        demo: the parameters of the function in the demo, strong enough to be seen at a glance; None: not in the demo.
+    """
+
+    name: str
+    label: int
+    function: Callable[..., np.ndarray] | None = None
+    demo: dict | None = None
+
+
+DEGRADATIONS: dict[str, Degradation] = {}  # by name, in the order of labels
+
+
+def add_degradation(
+    name: str, label: int, function: Callable[..., np.ndarray] | None = None, demo: dict | None = None
+) -> None:
+    """Makes a degradation known; see `Degradation` for the arguments.
+
+    Raises:
+        ValueError: the name is taken, or the label is not the next one: checkpoints and old pairs keep their labels.
+    """
+    if name in DEGRADATIONS:
+        raise ValueError(f'degradation {name}: there is one of this name')
+    if label != len(DEGRADATIONS):
+        raise ValueError(f'degradation {name}: label must be {len(DEGRADATIONS)}, the next one, got {label}')
+    DEGRADATIONS[name] = Degradation(name, label, function, demo)
+
+
+def degradation(label: int, demo: dict | None = None) -> Callable:
+    """Decorator of a function (image, rng, parameters) -> image: makes the degradation of its name known."""
+
+    def add(function):
+        add_degradation(function.__name__, label, function, demo)
+        return function
+
+    return add
+
+
+def synthetic() -> list[str]:
+    """The names of the degradations that have a function."""
+    return [name for name, known in DEGRADATIONS.items() if known.function is not None]
+
+
+def demo_strengths() -> dict[str, dict]:
+    """{name: parameters} of the degradations in the demo."""
+    return {name: known.demo for name, known in DEGRADATIONS.items() if known.demo is not None}
+
+
 def degrade(image: np.ndarray, kind: str, rng: np.random.Generator, **parameters) -> np.ndarray:
-    """Applies the degradation `kind` with the parameters of the function of that name in this file.
+    """Applies the degradation `kind` with the parameters of the function of that name.
 
     Raises:
         ValueError: unknown kind or parameter, value outside its meaning, or an image that is not (H, W, 3) float32.
     """
-    if kind not in _FUNCTIONS:
-        raise ValueError(f'unknown degradation {kind!r}, choose from {", ".join(_FUNCTIONS)}')
-    choices = [name for name in inspect.signature(_FUNCTIONS[kind]).parameters if name not in ('image', 'rng')]
+    if kind not in synthetic():
+        problem = f'degradation {kind} has no function' if kind in DEGRADATIONS else f'unknown degradation {kind!r}'
+        raise ValueError(f'{problem}, choose from {", ".join(synthetic())}')
+    function = DEGRADATIONS[kind].function
+    choices = [name for name in inspect.signature(function).parameters if name not in ('image', 'rng')]
     for name in parameters:
         if name not in choices:
             raise ValueError(f'degradation {kind} has no parameter {name!r}, choose from {", ".join(choices)}')
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.float32:
         raise ValueError(f'degrade needs an (H, W, 3) float32 image, got {image.shape} {image.dtype}')
-    return _FUNCTIONS[kind](image, rng, **parameters)
+    return function(image, rng, **parameters)
 
 
 def form_image(
@@ -68,6 +124,7 @@ def form_image(
     return image
 
 
+@degradation(label=0, demo={'beta': (1.0, 1.4), 'airlight': (0.85, 1.0)})
 def haze(
     image: np.ndarray, rng: np.random.Generator, beta: Range = (0.6, 1.8), airlight: Range = (0.7, 1.0)
 ) -> np.ndarray:
@@ -88,6 +145,7 @@ def haze(
     return form_image(image, alpha=transmission, artefact=airlight * (1 - transmission))
 
 
+@degradation(label=1, demo={'strength': (0.5, 0.8)})
 def rain(
     image: np.ndarray,
     rng: np.random.Generator,
@@ -121,6 +179,7 @@ def rain(
     return form_image(image, artefact=strength * np.minimum(streaks, 1)[..., None])
 
 
+@degradation(label=2, demo={'strength': (0.8, 1.0)})
 def snow(
     image: np.ndarray,
     rng: np.random.Generator,
@@ -150,6 +209,7 @@ def snow(
     return form_image(image, alpha=1 - mask, artefact=mask)
 
 
+@degradation(label=3, demo={'illumination': (0.1, 0.2), 'sigma': (1, 3)})
 def lowlight(
     image: np.ndarray,
     rng: np.random.Generator,
@@ -171,6 +231,9 @@ def lowlight(
     return form_image(image, alpha=alpha[..., None], artefact=sigma / 255 * _gaussian(rng, image.shape))
 
 
+@degradation(
+    label=4, demo={'length': (5, 7), 'angle': (-10, 10), 'curvature': 0}
+)  # a pan: longer paths need hours of training
 def blur(
     image: np.ndarray,
     rng: np.random.Generator,
@@ -198,6 +261,7 @@ def blur(
     return form_image(image, kernel=kernel / kernel.sum())
 
 
+@degradation(label=5, demo={'sigma': (40, 50)})
 def noise(image: np.ndarray, rng: np.random.Generator, sigma: Range = 50) -> np.ndarray:
     """White Gaussian noise, independent in each channel: beta = sigma / 255, gamma ~ N(0, 1).
 
@@ -208,6 +272,7 @@ def noise(image: np.ndarray, rng: np.random.Generator, sigma: Range = 50) -> np.
     return form_image(image, artefact=sigma / 255 * _gaussian(rng, image.shape))
 
 
+@degradation(label=6, demo={'quality': (3, 6)})
 def jpeg(image: np.ndarray, rng: np.random.Generator, quality: IntRange = (20, 30)) -> np.ndarray:
     """JPEG compression: Q. The result has 8-bit values.
 
@@ -215,9 +280,6 @@ def jpeg(image: np.ndarray, rng: np.random.Generator, quality: IntRange = (20, 3
         quality: whole number in [1, 100].
     """
     return form_image(image, quality=_draw_int(rng, 'quality', quality, 1, 100))
-
-
-_FUNCTIONS = {function.__name__: function for function in (haze, rain, snow, lowlight, blur, noise, jpeg)}
 
 
 def to_uint8(image: np.ndarray) -> np.ndarray:

@@ -3,7 +3,8 @@ from torch.utils.data import Dataset
 from dpmambair_basicsr.data.dataset_options import CLEAN, CROPS, TEMPLATE, complete_options
 from dpmambair_basicsr.data.degradations import DEGRADATIONS
 from dpmambair_basicsr.data.progressive import ProgressiveBatches
-from dpmambair_basicsr.files.image_folders import check_inside, list_images, list_keys, pair_images
+from dpmambair_basicsr.files.image_folders import list_images, pair_images
+from dpmambair_basicsr.files.image_lists import list_keys, listed_pairs
 from dpmambair_basicsr.files.images import ImageReader, fit_crop, flip, to_float, to_tensor
 from dpmambair_basicsr.files.option_row import Option
 from dpmambair_basicsr.registry import DATASET_REGISTRY
@@ -40,21 +41,15 @@ class PairedDegradationDataset(ProgressiveBatches, Dataset):
     def __init__(self, opt):
         opt = self.opt = complete_options(opt, ('dataroot_gt', 'dataroot_lq'))
         name = opt.get('degradation')
-        if name is not None and name not in DEGRADATIONS:
+        if name is not None and str(name) not in DEGRADATIONS:
             raise ValueError(f'degradation must be one of {", ".join(DEGRADATIONS)}, got {name!r}')
-        self.kind = {'degradation': ''} if name is None else {'degradation': name, 'label': DEGRADATIONS.index(name)}
+        self.kind = {'degradation': ''} if name is None else {'degradation': name, 'label': DEGRADATIONS[name].label}
         folders = {'lq': opt['dataroot_lq'], 'gt': opt['dataroot_gt']}
         template = opt.get('filename_tmpl', '{}')
         if opt['io_backend']['type'] == 'lmdb':
             self.paths = pair_images(*map(list_keys, folders.values()))
         elif opt.get('meta_info_file'):
-            from basicsr.data.data_util import paired_paths_from_meta_info_file
-
-            self.paths = paired_paths_from_meta_info_file(
-                list(folders.values()), list(folders), opt['meta_info_file'], template
-            )
-            for role, folder in folders.items():
-                check_inside(folder, (pair[f'{role}_path'] for pair in self.paths))
+            self.paths = listed_pairs(opt['meta_info_file'], **folders, filename_tmpl=template)
         else:
             self.paths = pair_images(*map(list_images, folders.values()), template)
         if not self.paths:

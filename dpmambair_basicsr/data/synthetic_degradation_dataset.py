@@ -1,14 +1,16 @@
 import random
 import zlib
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from torch.utils.data import Dataset
 
 from dpmambair_basicsr.data.dataset_options import CLEAN, CROPS, SEED, complete_options
-from dpmambair_basicsr.data.degradations import DEGRADATIONS, degrade, to_uint8
+from dpmambair_basicsr.data.degradations import DEGRADATIONS, degrade, demo_strengths, synthetic, to_uint8
 from dpmambair_basicsr.data.progressive import ProgressiveBatches
-from dpmambair_basicsr.files.image_folders import check_inside, list_images, list_keys
+from dpmambair_basicsr.files.image_folders import list_images
+from dpmambair_basicsr.files.image_lists import list_keys, listed_images
 from dpmambair_basicsr.files.images import ImageReader, fit_crop, flip, to_float, to_tensor
 from dpmambair_basicsr.files.option_row import Option
 from dpmambair_basicsr.registry import DATASET_REGISTRY
@@ -31,7 +33,8 @@ class SyntheticDegradationDataset(ProgressiveBatches, Dataset):
     Options:
         dataroot_gt, meta_info_file, io_backend, gt_size, use_hflip, use_vflip, use_rot, pad_small, progressive: as
             PairedDegradationDataset's.
-        degradations: list of names from DEGRADATIONS, or a mapping from name to parameters of that function.
+        degradations: list of names of degradations that have a function, or a mapping from name to parameters of that
+            function. `demo` in the place of the parameters: those of the demo; in the place of all: all of the demo.
         seed: whole number >= 0, default 0; not used in training.
 
     Raises:
@@ -41,7 +44,7 @@ class SyntheticDegradationDataset(ProgressiveBatches, Dataset):
     option_keys = (
         *CROPS,
         *CLEAN,
-        Option('datasets', 'degradations', list[str] | dict, 'names, or names with their parameters'),
+        Option('datasets', 'degradations', Literal['demo'] | list[str] | dict, 'names, or names with their parameters'),
         SEED,
     )
 
@@ -58,9 +61,7 @@ class SyntheticDegradationDataset(ProgressiveBatches, Dataset):
         if opt['io_backend']['type'] == 'lmdb':
             self.paths = list(list_keys(folder))
         elif opt.get('meta_info_file'):
-            lines = Path(opt['meta_info_file']).read_text(encoding='utf-8').splitlines()
-            self.paths = [str(Path(folder, line.split(' ')[0])) for line in lines if line.strip()]
-            check_inside(folder, self.paths)
+            self.paths = listed_images(opt['meta_info_file'], folder)
         else:
             self.paths = list(list_images(folder).values())
         if not self.paths:
@@ -78,7 +79,7 @@ class SyntheticDegradationDataset(ProgressiveBatches, Dataset):
         else:
             image, kind = divmod(index, len(self.kinds))
             path, kind = self.paths[image], self.kinds[kind]
-            rng = np.random.default_rng([self.seed, zlib.crc32(Path(path).stem.encode()), DEGRADATIONS.index(kind)])
+            rng = np.random.default_rng([self.seed, zlib.crc32(Path(path).stem.encode()), DEGRADATIONS[kind].label])
         gt = self.images.read(path, 'gt', index)
         lq = to_uint8(degrade(to_float(gt), kind, rng, **self.parameters[kind]))
         if self.opt['phase'] == 'train':
@@ -91,7 +92,7 @@ class SyntheticDegradationDataset(ProgressiveBatches, Dataset):
             'lq_path': lq_path,
             'gt_path': path,
             'degradation': kind,
-            'label': DEGRADATIONS.index(kind),
+            'label': DEGRADATIONS[kind].label,
         }
 
     def _random_crop(self, images, path, index):
@@ -101,14 +102,20 @@ class SyntheticDegradationDataset(ProgressiveBatches, Dataset):
         return [image[top : top + size, left : left + size] for image in images]
 
 
-def _parse_degradations(choice: list | dict | None) -> dict[str, dict]:
+def _parse_degradations(choice: str | list | dict | None) -> dict[str, dict]:
     """{kind: parameters}; every kind is tried once, so that a bad value is reported now and not hours into a run."""
+    demo = demo_strengths()
+    choice = demo if choice == 'demo' else choice
     if not isinstance(choice, list | dict) or not choice:
-        raise ValueError(f'degradations must name some of {", ".join(DEGRADATIONS)}, got {choice!r}')
-    parameters = {kind: dict((choice[kind] if isinstance(choice, dict) else None) or {}) for kind in choice}
-    for kind, values in parameters.items():
+        raise ValueError(f'degradations must name some of {", ".join(synthetic())}, or be demo, got {choice!r}')
+    parameters = {}
+    for kind in choice:
+        values = (choice[kind] if isinstance(choice, dict) else None) or {}
+        if values == 'demo' and kind not in demo:
+            raise ValueError(f'degradations, {kind}: not in the demo, choose from {", ".join(demo)}')
+        parameters[kind] = dict(demo[kind] if values == 'demo' else values)
         try:
-            degrade(np.zeros((16, 16, 3), np.float32), kind, np.random.default_rng(0), **values)
+            degrade(np.zeros((16, 16, 3), np.float32), kind, np.random.default_rng(0), **parameters[kind])
         except ValueError as error:
             raise ValueError(f'degradations, {kind}: {error}') from error
     return parameters

@@ -8,22 +8,29 @@ from pathlib import Path
 
 
 @contextmanager
-def replacing(file: str | Path) -> Iterator[Path]:
+def replacing(file: str | Path, durable: bool = True, shared: bool = False) -> Iterator[Path]:
     """A path beside `file` to write to; it takes the place of `file` at the end, or goes if an exception is raised.
 
-    Then content and name are on the disk, so that a power cut leaves the old file or the new one. What a killed process
-    leaves behind has the same name each time: the next one overwrites it. Not for two processes that write one file.
+    What a killed process leaves behind has the same name each time: the next one overwrites it.
+
+    Args:
+        durable: then content and name are on the disk, so that a power cut leaves the old file or the new one. False
+            for what is cheaply made again.
+        shared: other processes may write the same file at the same time; the last one counts.
     """
     file = Path(file)
-    part = file.with_name(f'.{file.name}.part')
+    part = file.with_name(f'.{file.name}.{os.getpid()}.part' if shared else f'.{file.name}.part')
+    part.unlink(missing_ok=True)  # it may be a link, through which would be written
     try:
         yield part
-        sync(part)
+        if durable:
+            sync(part)
         os.replace(part, file)
     finally:
         part.unlink(missing_ok=True)
-    with suppress(OSError):  # the file is there; not every file system can do this with folders
-        sync(file.parent)
+    if durable:
+        with suppress(OSError):  # the file is there; not every file system can do this with folders
+            sync(file.parent)
 
 
 def sync(path: Path) -> None:

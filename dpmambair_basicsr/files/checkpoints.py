@@ -7,11 +7,15 @@ A `.safetensors` file holds one state dict, which is read as 'params', and text:
 """
 
 import json
+import zipfile
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from dpmambair_basicsr.files.atomic import replacing
+from dpmambair_basicsr.files.errors import CheckpointError
+from dpmambair_basicsr.files.regular import check_regular
 
 SAFETENSORS = '.safetensors'
 
@@ -21,41 +25,61 @@ def read_checkpoint(path: str) -> dict:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: naming the file, if it is none of PyTorch's or does not hold a dictionary; or if it ends in
-            .safetensors and is no such file, or that package is not installed.
+        CheckpointError: naming the file, if it is none of PyTorch's or does not hold a dictionary; or if it ends in
+            .safetensors and is no such file, or that package is not installed; see also `check_file`.
     """
     if str(path).endswith(SAFETENSORS):
         return read_safetensors(path)
+    check_file(path)
     try:
         checkpoint = torch.load(path, map_location='cpu', weights_only=True)
+    except Exception as error:  # torch.load raises many kinds, and their messages name no file
+        raise CheckpointError(f'{path}: is no checkpoint that torch.load can read ({type(error).__name__})') from error
+    if not isinstance(checkpoint, dict):
+        raise CheckpointError(f'{path}: holds no dictionary but a {type(checkpoint).__name__}')
+    return checkpoint
+
+
+def check_file(path: str | Path) -> None:
+    """That reading a file ends, and takes no more memory than the file has bytes.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: naming the file: it is not a regular one, or an archive that is compressed, as torch.save makes
+            none: a few MB could stand for as many GB.
+    """
+    try:
+        check_regular(path)
     except FileNotFoundError:
         raise FileNotFoundError(f'{path} does not exist') from None
-    except Exception as error:  # torch.load raises many kinds, and their messages name no file
-        raise ValueError(f'{path}: is no checkpoint that torch.load can read ({type(error).__name__})') from error
-    if not isinstance(checkpoint, dict):
-        raise ValueError(f'{path}: holds no dictionary but a {type(checkpoint).__name__}')
-    return checkpoint
+    if zipfile.is_zipfile(path):
+        try:
+            with zipfile.ZipFile(path) as archive:
+                packed = [part.filename for part in archive.infolist() if part.compress_type != zipfile.ZIP_STORED]
+        except (zipfile.BadZipFile, NotImplementedError, ValueError):
+            return  # nor can torch read it, which has more to say
+        if packed:
+            raise ValueError(f'{path}: its part {packed[0][:60]} is compressed; torch.save compresses nothing')
 
 
 def read_safetensors(path: str) -> dict:
     """{'params': state dict}, and 'network_g' if it is there. Raises as `read_checkpoint` does."""
     package = import_safetensors(path)
+    check_file(path)
     try:
         with package.safe_open(path, framework='pt') as file:
             content = {'params': {name: file.get_tensor(name) for name in file.keys()}}  # noqa: SIM118
             network = (file.metadata() or {}).get('network_g')
         return content if network is None else content | {'network_g': json.loads(network)}
-    except FileNotFoundError:
-        raise FileNotFoundError(f'{path} does not exist') from None
     except Exception as error:  # the package has a kind of its own
-        raise ValueError(f'{path}: cannot be read by safetensors ({type(error).__name__}: {error})') from error
+        raise CheckpointError(f'{path}: cannot be read by safetensors ({type(error).__name__}: {error})') from error
 
 
 def write_safetensors(path: str, weights: dict[str, Tensor], network: dict | None = None) -> None:
     """The state dict, and the options of its network, as a whole or not at all.
 
     Raises:
-        ValueError: if the package is not installed.
+        CheckpointError: if the package is not installed.
         OSError: if it cannot be written.
     """
     package = import_safetensors(path)
@@ -69,7 +93,7 @@ def import_safetensors(path: str):
     try:
         import safetensors.torch
     except ImportError:
-        raise ValueError(f'{path}: needs a package that is not installed: pip install safetensors') from None
+        raise CheckpointError(f'{path}: needs a package that is not installed: pip install safetensors') from None
     return safetensors
 
 
@@ -81,22 +105,40 @@ def read_weights(path: str, *keys: str | None) -> dict[str, Tensor]:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: naming the file and the keys it has, if there is no state dict under any of these.
+        CheckpointError: naming the file and the keys it has, if there is no state dict under any of these.
     """
     return select_weights(path, read_checkpoint(path), *keys)
 
 
+def wanted_keys(options: dict, network: str, is_train: bool) -> tuple[str | None, ...]:
+    """Under which keys of its checkpoint a network is looked for, by the section `path` of an option file.
+
+    The one that `param_key_<network>` names, and no other. Without it a test takes what validation and `restore` take,
+    the average if there is one; a training starts from `params`.
+    """
+    if f'param_key_{network}' in options:
+        return (options[f'param_key_{network}'],)
+    return ('params', None) if is_train else ('params_ema', 'params', None)
+
+
+def found_key(path: str, checkpoint: dict, *keys: str | None) -> str | None:
+    """The first of the keys that is in the file, or the first of all; a .safetensors file holds one state dict only."""
+    if str(path).endswith(SAFETENSORS):
+        return 'params'
+    return next((key for key in keys if key is None or key in checkpoint), keys[0])
+
+
 def select_weights(path: str, checkpoint: dict, *keys: str | None) -> dict[str, Tensor]:
     """`read_weights` of a file that has been read."""
-    key = next((key for key in keys if key is None or key in checkpoint), keys[0])
+    key = found_key(path, checkpoint, *keys)
     weights = checkpoint if key is None else checkpoint.get(key)
     if not is_state_dict(weights):
         found = ', '.join(map(str, list(checkpoint)[:5])) + (', ...' if len(checkpoint) > 5 else '')
         if key is None or key in checkpoint:
             place = 'it' if key is None else f'its key {key!r}'
-            raise ValueError(f'{path}: {place} is no state dict; keys of the file: {found}')
+            raise CheckpointError(f'{path}: {place} is no state dict; keys of the file: {found}')
         advice = 'it is a bare state dict, for which path.param_key_g is ~; ' if is_state_dict(checkpoint) else ''
-        raise ValueError(f'{path}: holds no key {key!r}; {advice}keys of the file: {found}')
+        raise CheckpointError(f'{path}: holds no key {key!r}; {advice}keys of the file: {found}')
     return {name.removeprefix('module.'): value for name, value in weights.items()}
 
 
@@ -150,13 +192,12 @@ def differences(net: nn.Module, state_dict: dict) -> str:
 
 
 def read_on_cpu(file):
-    """What torch.save has written, weights_only; storage is mapped, not read. ValueError, naming the file, if not."""
-    import zipfile
-
-    import torch
-
+    """What torch.save has written, weights_only; storage is mapped, not read. A CheckpointError names the file."""
     try:  # the format before torch 1.6 is no zip file and cannot be mapped
+        check_file(file)
         return torch.load(file, map_location='cpu', weights_only=True, mmap=zipfile.is_zipfile(file))
     except Exception as error:  # torch.load raises many kinds
+        if str(error).startswith(f'{file}: '):
+            raise
         reason = ' '.join(str(error).split()).partition('. ')[0]
-        raise ValueError(f'{file}: {type(error).__name__}: {reason}') from None
+        raise CheckpointError(f'{file}: {type(error).__name__}: {reason}') from None

@@ -1,5 +1,7 @@
 """Folders of image files: listing and pairing them by name, with errors that name the file. Nothing is opened."""
 
+import logging
+from collections import Counter
 from collections.abc import Iterable
 from os import path as osp
 from pathlib import Path
@@ -8,31 +10,37 @@ EXTENSIONS = ('.png', '.jpg', '.jpeg', '.bmp', '.tif', '.tiff', '.webp')
 
 
 def list_images(folder: str) -> dict[str, str]:
-    """Images directly in a folder, {stem: path}, sorted by stem. Hidden files and others (Thumbs.db) are passed over.
+    """Images directly in a folder, {stem: path}, sorted by stem. The log counts what else is in it (Thumbs.db).
 
     Raises:
         FileNotFoundError: no such folder.
-        ValueError: no image in it, or two with one stem.
+        ValueError: no image in it, two with one stem, or links that lead nowhere.
     """
     if not Path(folder).is_dir():
         raise FileNotFoundError(f'image folder {folder} does not exist')
-    images = {}
+    images, others, dead = {}, Counter(), []
     for path in sorted(Path(folder).iterdir(), key=lambda path: (path.stem, path.suffix)):
-        if path.name.startswith('.') or path.suffix.lower() not in EXTENSIONS or not path.is_file():
-            continue
-        if path.stem in images:
+        if path.name.startswith('.'):
+            others['hidden'] += 1
+        elif path.is_dir():
+            others['folders'] += 1
+        elif path.suffix.lower() not in EXTENSIONS:
+            others[path.suffix or 'without extension'] += 1
+        elif not path.is_file():
+            dead.append(path.name)
+        elif path.stem in images:
             raise ValueError(f'{folder} holds two images of one name: {Path(images[path.stem]).name} and {path.name}')
-        images[path.stem] = str(path)
+        else:
+            images[path.stem] = str(path)
+    if dead:
+        raise ValueError(f'{folder}: {some(dead)} cannot be read, a link to a file that does not exist')
     if not images:
         raise ValueError(f'no image in folder {folder} (looked for {" ".join(EXTENSIONS)})')
+    if others:
+        counts = ', '.join(f'{count} {kind}' for kind, count in sorted(others.items()))
+        # Not get_root_logger, which would open BasicSR's log without its file if it is not open yet.
+        logging.getLogger('basicsr').info(f'{folder}: {len(images)} images; skipped what is none: {counts}.')
     return images
-
-
-def list_keys(folder: str) -> dict[str, str]:
-    """Keys of the images in an lmdb folder, {key: key}, sorted."""
-    from basicsr.data.data_util import paths_from_lmdb
-
-    return {key: key for key in sorted(paths_from_lmdb(folder))}
 
 
 def pair_images(lq: dict[str, str], gt: dict[str, str], filename_tmpl: str = '{}') -> list[dict[str, str]]:
@@ -50,13 +58,13 @@ def pair_images(lq: dict[str, str], gt: dict[str, str], filename_tmpl: str = '{}
         'gt': [path for name, path in lq.items() if name not in partner],
     }
     if any(alone.values()):
-        complaints = [
-            f'no {role} image for {", ".join(paths[:3])}' + (f' and {len(paths) - 3} more' if len(paths) > 3 else '')
-            for role, paths in alone.items()
-            if paths
-        ]
+        complaints = [f'no {role} image for {some(paths)}' for role, paths in alone.items() if paths]
         raise ValueError(f'images do not pair (filename_tmpl {filename_tmpl!r}): {"; ".join(complaints)}')
     return [{'lq_path': lq[expected], 'gt_path': gt[name]} for expected, name in partner.items()]
+
+
+def some(names: list[str]) -> str:
+    return ', '.join(names[:3]) + (f' and {len(names) - 3} more' if len(names) > 3 else '')
 
 
 def check_inside(folder: str, paths: Iterable[str]) -> None:

@@ -12,6 +12,9 @@ import cv2
 import numpy as np
 import torch
 
+from dpmambair_basicsr.files.codec import decode
+from dpmambair_basicsr.files.regular import check_regular
+
 _FULL_SCALE = {np.dtype(np.uint8): 255, np.dtype(np.uint16): 65535}
 
 
@@ -47,17 +50,20 @@ class ImageReader:
 
         Raises:
             OSError: the file cannot be read.
-            ValueError: it is not an image, or is cut short.
+            ValueError: it is not an image, is cut short, not a regular file, or has too many pixels, see `check_size`.
         """
         try:
+            if self._backend == 'disk':
+                check_regular(path)
             content = _open(self._backend, osp.realpath(self._folders[role]), **self._options).get(path)
         except OSError as error:
             raise OSError(f'item {index}: cannot read {role} image {path}: {error.strerror}') from error
-        flags = cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH
+        except ValueError as error:
+            raise ValueError(f'item {index}: {role} image {error}') from None
         try:
-            image = cv2.imdecode(np.frombuffer(content, np.uint8), flags) if content else None
-        except cv2.error:  # its header asks for more pixels than OPENCV_IO_MAX_IMAGE_PIXELS
-            image = None
+            image = decode(content)
+        except ValueError as error:
+            raise ValueError(f'item {index}: {role} image {path} {error}') from None
         if image is None or image.dtype not in _FULL_SCALE:
             raise ValueError(f'item {index}: {role} image {path} is missing, cut short or not an 8 or 16 bit image')
         return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)

@@ -15,6 +15,8 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+from dpmambair_basicsr.files.errors import UserError
+
 RENEWAL = 10  # seconds
 LEASE = 120  # seconds; much longer than anything keeps Python's threads from running
 KEYS = ('host', 'pid', 'started', 'since', 'machine')
@@ -22,7 +24,7 @@ held: dict[Path, dict] = {}  # by this process: lock -> what is in it
 renewal: threading.Thread | None = None
 
 
-class LockedFolderError(ValueError):
+class LockedFolderError(UserError, ValueError):
     """Another process works in the folder."""
 
 

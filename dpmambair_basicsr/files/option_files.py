@@ -6,16 +6,13 @@ from pathlib import Path
 
 import yaml
 
+from dpmambair_basicsr.files.errors import OptionError
 from dpmambair_basicsr.files.regular import open_regular
 
 MAX_BYTES = 2**20
 MAX_DEPTH = 32  # of sections and lists in one another
 MAX_VALUES = 10_000  # keys included; what stands behind an alias counts each time
 MAX_INTEGER = 2**63 - 1
-
-
-class OptionError(ValueError):
-    """Options that cannot be used. The message names the file, and the line or the key."""
 
 
 class OptionLoader(getattr(yaml, 'CSafeLoader', yaml.SafeLoader)):

@@ -7,7 +7,6 @@ grey with alpha becomes RGBA.
 """
 
 import glob
-import os
 import struct
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +14,9 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from dpmambair_basicsr.files.codec import decode, write_bytes
 from dpmambair_basicsr.files.image_folders import EXTENSIONS
+from dpmambair_basicsr.files.regular import open_regular
 
 JPEG = [cv2.IMWRITE_JPEG_QUALITY, 98, cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444]
 QUALITY = {'.jpg': JPEG, '.jpeg': JPEG, '.webp': [cv2.IMWRITE_WEBP_QUALITY, 101]}  # more than 100: lossless
@@ -56,13 +57,12 @@ def read_picture(path: Path) -> Picture:
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: it is no picture, is cut short, or has other than 8 or 16 bit integers; without the path.
+        ValueError: it is no picture, is cut short, has other than 8 or 16 bit integers, or too many pixels, see
+            `check_size`; without the path.
     """
-    content = np.frombuffer(path.read_bytes(), np.uint8)
-    try:
-        pixels, kinds, data = cv2.imdecodeWithMetadata(content, flags=cv2.IMREAD_UNCHANGED)
-    except cv2.error as error:  # empty, or more pixels than OPENCV_IO_MAX_IMAGE_PIXELS
-        raise ValueError(f'cannot be decoded: {error.err}') from error
+    with open_regular(path) as stream:
+        decoded = decode(stream.read(), cv2.IMREAD_UNCHANGED, cv2.imdecodeWithMetadata)
+    pixels, kinds, data = decoded or (None, (), ())
     if pixels is None:
         raise ValueError('is no picture, or cut short')
     if pixels.dtype not in (np.uint8, np.uint16):
@@ -107,12 +107,7 @@ def write_picture(path: Path, picture: Picture) -> None:
         raise ValueError(
             f'cannot be written as {extension or "a file without extension"}, {width} x {height}: {reason}'
         )
-    part = path.with_name(f'.{path.name}.{os.getpid()}.part')
-    try:
-        part.write_bytes(content)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    write_bytes(path, content, shared=True)
 
 
 def check_format(path: Path, picture: Picture) -> None:

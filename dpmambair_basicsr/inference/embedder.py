@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from dpmambair_basicsr.archs import DegradationExtractor
-from dpmambair_basicsr.data.degradations import DEGRADATIONS, degrade
+from dpmambair_basicsr.data.degradations import degrade, synthetic
 from dpmambair_basicsr.files.checkpoints import differences, read_checkpoint, select_weights
 from dpmambair_basicsr.files.images import to_float, to_tensor
 from dpmambair_basicsr.files.pictures import list_pictures, read_picture
@@ -78,7 +78,7 @@ class Embedder:
         if not paths:
             raise ValueError(f'{folder}: no picture there')
         found = self.embed(paths, 'clean', degraded_versions)
-        return Classes.of({kind: [part[i : i + 1] for part in found.values()] for i, kind in enumerate(DEGRADATIONS)})
+        return Classes.of({kind: [part[i : i + 1] for part in found.values()] for i, kind in enumerate(synthetic())})
 
     def embed(
         self,
@@ -112,6 +112,6 @@ def middle(image: np.ndarray, size: int | None) -> np.ndarray:
 
 
 def degraded_versions(image: np.ndarray, seed: int) -> list[np.ndarray]:
-    """One for each of DEGRADATIONS."""
+    """One for each degradation that has a function."""
     rng = np.random.default_rng(seed)
-    return [degrade(image, kind, rng) for kind in DEGRADATIONS]
+    return [degrade(image, kind, rng) for kind in synthetic()]

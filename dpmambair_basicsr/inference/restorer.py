@@ -16,10 +16,12 @@ from dpmambair_basicsr.inference.memory import PeakMemory, free_memory, is_out_o
 from dpmambair_basicsr.inference.tiled_network import OVERLAP, TiledNetwork
 from dpmambair_basicsr.ops import use_backend
 from dpmambair_basicsr.ops.selective_scan.backend import check_backend
-from dpmambair_basicsr.registry import arguments_of, describe, look_up, registered
+from dpmambair_basicsr.registry import arguments_of, describe, is_ours, look_up, make_without_storage, registered
 
 SMALL = 256  # pixels: smaller images are not cut into tiles unless asked for
 PROBE = 64  # pixels: size of the image whose memory is measured
+REPEATED = 4  # tensors of a file may share their bytes, so many times
+PARTS_PER_TENSOR = 4  # modules and parameters; ours have 2
 SHARE = 0.5  # of the free memory, for a network; measured need and kernels' own memory together stay below
 
 
@@ -45,8 +47,9 @@ def load(
     Raises:
         FileNotFoundError: no such file.
         ValueError: naming file and key: the file is no checkpoint, holds no options, or its weights do not fit them;
-            the network does not turn one RGB image into another; there is no such device. A BackendError if there is
-            no such backend, or it cannot run there.
+            the network does not turn one RGB image into another; there is no such device; the checkpoint's own options
+            name a network that is not ours, or stand for more than the file holds. A BackendError if there is no such
+            backend, or it cannot run there.
     """
     weights = str(weights)
     device = choose_device(device)
@@ -62,13 +65,12 @@ def load(
     known, problems = look_up(registered('ARCH'), f'{weights}: network_g.type', options.get('type'))
     if problems:
         raise ValueError(problems[0])
-    try:
-        net = known(**arguments_of(options))
-    except (TypeError, ValueError) as error:
-        raise ValueError(describe(f'{weights}: network_g', error)) from error
-    if report := differences(net, state_dict):
-        raise ValueError(f'{weights}: {report}')
-    net.load_state_dict(state_dict)
+    if network is None and not is_ours(known):
+        raise ValueError(
+            f'{weights}: network_g.type: {options["type"]} is not a network of dpmambair_basicsr, and a checkpoint may '
+            'choose among these alone; give its options yourself, as --opt or load(..., network=...)'
+        )
+    net = build(known, arguments_of(options), state_dict, weights)
     try:
         return Restorer(net, device, half, scan_backend)
     except (AttributeError, TypeError, ValueError, RuntimeError) as error:
@@ -78,6 +80,29 @@ def load(
         raise ValueError(
             f'{weights}: network_g.type: {options["type"]} does not turn one RGB image into another ({reason})'
         ) from error
+
+
+def build(target: type, arguments: dict, state_dict: dict[str, Tensor], weights: str) -> nn.Module:
+    """The network with its weights, float32. Ours is made without storage: a few bytes can ask for any memory and time.
+
+    Raises:
+        ValueError: naming the file: options that do not fit its weights, or weights that are more than it has bytes.
+    """
+    if sum(value.nbytes for value in state_dict.values()) > REPEATED * Path(weights).stat().st_size:
+        raise ValueError(f'{weights}: its tensors would take more than {REPEATED} times the bytes of the file')
+    ours = is_ours(target)
+    try:
+        net = (
+            make_without_storage(target, arguments, most=PARTS_PER_TENSOR * len(state_dict) + 1000)
+            if ours
+            else target(**arguments)
+        )
+    except Exception as error:  # whatever a constructor makes of foreign options
+        raise ValueError(describe(f'{weights}: network_g', error)) from error
+    if report := differences(net, state_dict):
+        raise ValueError(f'{weights}: {report}')
+    net.load_state_dict(state_dict, assign=ours)  # ours have no tensors beside those
+    return net.float()
 
 
 def choose_device(name: str) -> torch.device:

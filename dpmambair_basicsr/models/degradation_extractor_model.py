@@ -12,6 +12,8 @@ class DegradationExtractorModel(RestorationModel):
     RestorationModel's.
     """
 
+    batch_names = (*RestorationModel.batch_names, 'clean')
+
     def feed_data(self, data: dict) -> None:
         super().feed_data(data)
         self.clean = self.gt

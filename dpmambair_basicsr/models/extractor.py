@@ -3,7 +3,7 @@
 from basicsr.utils import get_root_logger
 from torch import nn
 
-from dpmambair_basicsr.files.checkpoints import read_weights
+from dpmambair_basicsr.files.checkpoints import read_weights, wanted_keys
 
 
 def load_extractor(net: nn.Module, path: dict) -> None:
@@ -24,7 +24,7 @@ def load_extractor(net: nn.Module, path: dict) -> None:
             raise ValueError(f'path.pretrain_network_e: this {type(net).__name__} takes no extractor; write ~')
         return
     # Even strict_load_g: false has loaded what the file holds.
-    if whole is not None and holds_extractor(whole, path.get('param_key_g', 'params'), net):
+    if whole is not None and holds_extractor(whole, path, net):
         if stage_1 is not None and not path.get('resume_state'):
             raise ValueError(f'path.pretrain_network_e: {whole} brings its own extractor; write ~')
         return
@@ -41,7 +41,7 @@ def load_extractor(net: nn.Module, path: dict) -> None:
     get_root_logger().info(f'Loading the degradation extractor from {stage_1}; it stays frozen.')
 
 
-def holds_extractor(file: str, param_key: str | None, net: nn.Module) -> bool:
-    weights = read_weights(file, param_key, 'params')
+def holds_extractor(file: str, path: dict, net: nn.Module) -> bool:
+    weights = read_weights(file, *wanted_keys(path, 'g', is_train=True))
     own = {f'extractor.{name}': value.shape for name, value in net.extractor.state_dict().items()}
     return all(name in weights and weights[name].shape == shape for name, shape in own.items())

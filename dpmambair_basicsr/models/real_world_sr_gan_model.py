@@ -16,6 +16,7 @@ class RealWorldSRGANModel(RestorationGANModel, TwoOrderDegradation, RealESRGANMo
         ValueError: `ldl_opt` without the average of the network that it compares with.
     """
 
+    batch_names = (*RestorationGANModel.batch_names, 'gt_usm')
     loss_keys = (*RestorationGANModel.loss_keys, 'ldl_opt')
 
     @classmethod

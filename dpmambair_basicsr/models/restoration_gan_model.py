@@ -14,6 +14,7 @@ class RestorationGANModel(RestorationMixin, SRGANModel):
         train.grad_clip_norm: limit of the norm of the generator's gradient; default: none.
         train.pbar: show a progress bar.
         train.amp (bf16), train.compile: of the generator, see `Precision`.
+        train.accum_iter, train.freeze (of the generator): as RestorationModel's.
 
     Raises:
         ValueError: a part that GAN training needs is missing, a loss is named that BasicSR's code would pass over, or

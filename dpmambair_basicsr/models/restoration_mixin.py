@@ -1,7 +1,7 @@
 """What our models change in BasicSR's: inference at any size, labels, readable checkpoint errors, optimizer groups.
 
 What takes more than a few lines is in parts that the model owns: `StepGuard`, `Precision`, `Evaluation`,
-`ValidationMonitor`, `BestCheckpoint`.
+`GradientAccumulation`, `ValidationMonitor`, `BestCheckpoint`.
 """
 
 from collections import OrderedDict
@@ -13,17 +13,26 @@ from torch.optim import Optimizer
 from tqdm import tqdm
 
 from dpmambair_basicsr.data import progressive
-from dpmambair_basicsr.files.checkpoints import PlainValue, differences, read_weights
+from dpmambair_basicsr.files.checkpoints import (
+    PlainValue,
+    differences,
+    found_key,
+    read_checkpoint,
+    select_weights,
+    wanted_keys,
+)
 from dpmambair_basicsr.files.option_row import Option
 from dpmambair_basicsr.models.best_checkpoint import BestCheckpoint
 from dpmambair_basicsr.models.evaluation import Evaluation
 from dpmambair_basicsr.models.extractor import load_extractor
+from dpmambair_basicsr.models.gradient_accumulation import GradientAccumulation
 from dpmambair_basicsr.models.precision import Precision
 from dpmambair_basicsr.models.step_guard import StepGuard
 from dpmambair_basicsr.models.validation_monitor import ValidationMonitor
 from dpmambair_basicsr.ops.selective_scan.backend import set_default_backend
+from dpmambair_basicsr.results.run import mean
 from dpmambair_basicsr.training import lr_schedulers
-from dpmambair_basicsr.training.parameters import parameter_groups
+from dpmambair_basicsr.training.parameters import freeze, log_frozen, parameter_groups
 
 
 class RestorationMixin(SRModel):
@@ -34,13 +43,19 @@ class RestorationMixin(SRModel):
         Option('path', 'pretrain_network_e', str | None, 'checkpoint of stage 1, for DPMambaIR'),
         Option('train', 'grad_clip_norm', float | None, "limit of the gradient's norm; ~: none", low=0),
         Option('train', 'pbar', bool | None, 'a progress bar'),
+        Option(
+            'train', 'freeze', list[str] | None, 'names of parameters of network_g that are not trained, as encoder.*'
+        ),
+        *GradientAccumulation.option_keys,
         *StepGuard.option_keys,
         *Precision.option_keys,
         *Evaluation.option_keys,
     )
     scales_loss = False  # whether optimize_parameters is made of Precision's `backward` and `step`, as fp16 needs it
+    batch_names: tuple[str, ...] = ('lq', 'gt', 'label')  # attributes that feed_data makes of a batch
 
     def __init__(self, opt: dict):
+        self.accumulation = GradientAccumulation(opt)
         self.step_guard = StepGuard(opt)
         self.monitor = ValidationMonitor(opt)
         self.evaluation = Evaluation(opt)
@@ -63,6 +78,13 @@ class RestorationMixin(SRModel):
         super().init_training_settings()
 
     # Training
+
+    def model_to_device(self, net: nn.Module) -> nn.Module:
+        """What `train.freeze` names is frozen first: DistributedDataParallel asks what is trained."""
+        if self.is_train and net is self.net_g and (patterns := self.opt['train'].get('freeze')):
+            freeze(net, patterns)
+            log_frozen(net)
+        return super().model_to_device(net)
 
     def feed_data(self, data: dict) -> None:
         """`lq`, `gt` (b, 3, h, w) in [0, 1]; `label` (b,) where the dataset knows the degradation."""
@@ -95,7 +117,8 @@ class RestorationMixin(SRModel):
             for loss in self.get_losses():
                 self.step_guard.watch_loss(loss)
         optimizer = super().get_optimizer(optim_type, params, lr, **kwargs)
-        self.step_guard.watch(optimizer, self.get_nets())
+        self.accumulation.watch(optimizer)
+        self.step_guard.watch(optimizer, {name: self.get_bare_model(net) for name, net in self.get_nets().items()})
         return optimizer
 
     def get_losses(self) -> list[nn.Module]:
@@ -103,8 +126,7 @@ class RestorationMixin(SRModel):
         return [value for name, value in vars(self).items() if name.startswith('cri_') and isinstance(value, nn.Module)]
 
     def get_nets(self) -> dict[str, nn.Module]:
-        nets = {name: net for name, net in vars(self).items() if name.startswith('net_') and isinstance(net, nn.Module)}
-        return {name: self.get_bare_model(net) for name, net in nets.items()}
+        return {name: net for name, net in vars(self).items() if name.startswith('net_') and isinstance(net, nn.Module)}
 
     def clip_gradient(self, *_) -> None:
         """Limit the norm of the network's gradient to `train.grad_clip_norm`."""
@@ -136,11 +158,23 @@ class RestorationMixin(SRModel):
             get_root_logger().warning(warning)
 
     def optimize_parameters(self, current_iter: int) -> None:
-        super().optimize_parameters(current_iter)
+        """One step of each optimizer; the log has the mean over the micro-batches."""
+        logs = []
+        for _ in self.accumulation.micro_batches(self, self.get_nets()):
+            self.step_guard.begin_micro_batch(self.accumulation.is_first)
+            self.optimize_micro_batch(current_iter)
+            logs.append(self.log_dict)
+        self.log_dict = mean(logs)
         self.show_progress(current_iter)
+
+    def optimize_micro_batch(self, current_iter: int) -> None:
+        """BasicSR's iteration. What steps in between, and is not an optimizer, asks `accumulation.is_last`."""
+        super().optimize_parameters(current_iter)
 
     def model_ema(self, decay: float = 0.999) -> None:
         """As BasicSR's, but what is frozen is copied: rounding would move it, by 1.7e-4 in 100000 steps at 0.9999."""
+        if not self.accumulation.is_last:
+            return
         super().model_ema(decay)
         own = dict(self.get_bare_model(self.net_g).named_parameters())
         for name, parameter in self.net_g_ema.named_parameters():
@@ -209,24 +243,28 @@ class RestorationMixin(SRModel):
     def load_network(
         self, net: nn.Module, load_path: str, strict: bool = True, param_key: str | None = 'params'
     ) -> None:
-        """As BasicSR's; where `param_key` is missing, `params` is read.
+        """As BasicSR's, but of the keys of the file see `wanted_keys`; `param_key` counts for other networks only.
+
+        The average of a training, params_ema, starts from the file's network if that has none.
 
         Raises:
             FileNotFoundError: no such file.
             ValueError: naming the file and what is wrong with it, before the network is touched.
         """
-        keys = [param_key, 'params']
-        if net is getattr(self, 'net_g_ema', None):
-            # BasicSR asks for params_ema of the file of net_g, which may be a bare state dict or have a key of its own.
-            keys.insert(1, self.opt['path'].get('param_key_g', 'params'))
-        weights = read_weights(load_path, *keys)
+        name = next((name for name, value in vars(self).items() if value is net and name.startswith('net_')), None)
+        keys = [param_key]
+        if name is not None:
+            label = name.removeprefix('net_').removesuffix('_ema')
+            keys = [*['params_ema'] * name.endswith('_ema'), *wanted_keys(self.opt['path'], label, self.is_train)]
+        checkpoint = read_checkpoint(load_path)
+        key = found_key(load_path, checkpoint, *keys)
+        weights = select_weights(load_path, checkpoint, key)
         net = self.get_bare_model(net)
         if not strict:
             self._print_different_keys_loading(net, weights, strict)
         elif report := differences(net, weights):
             raise ValueError(f'{load_path}: {report}')
         net.load_state_dict(weights, strict=strict)
-        self.monitor.note_checkpoint(load_path, param_key)
-        get_root_logger().info(
-            f'Loading {type(net).__name__} from {load_path}, param_key {param_key} (or else params).'
-        )
+        self.monitor.note_checkpoint(load_path, key)
+        what = 'the whole file' if key is None else f'its {key}'
+        get_root_logger().info(f'Loading {type(net).__name__} from {load_path}: {what}.')

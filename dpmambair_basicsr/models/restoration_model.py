@@ -21,6 +21,8 @@ class RestorationModel(RestorationMixin):
         train.grad_clip_norm: limit of the gradient's norm; default: none.
         train.pbar: show a progress bar.
         train.amp, train.compile: mixed precision and compilation, see `Precision`.
+        train.accum_iter: micro-batches for one step, see `GradientAccumulation`.
+        train.freeze: names of parameters that are not trained, see `training.parameters.freeze`.
         path.pretrain_network_e: checkpoint of stage 1 for a network with a degradation extractor (DPMambaIR). The
             extractor is saved in this model's checkpoints, so testing and resuming do not need it.
     """
@@ -58,17 +60,17 @@ class RestorationModel(RestorationMixin):
     def get_losses(self) -> list[nn.Module]:
         return [*self.losses.values()]
 
-    def optimize_parameters(self, current_iter: int) -> None:
+    def optimize_micro_batch(self, current_iter: int) -> None:
         self.optimizer_g.zero_grad()
         self.output = self.net_g(*self.network_inputs())
         loss_dict = self.compute_losses(self.output, self.gt)
         self.precision.backward(sum(loss_dict.values()))
-        self.precision.step(self.optimizer_g, if_left_out=self.step_guard.check)
+        if self.accumulation.is_last:
+            self.precision.step(self.optimizer_g, if_left_out=self.step_guard.check)
 
         self.log_dict = self.reduce_loss_dict(loss_dict)
         if self.ema_decay > 0:
             self.model_ema(decay=self.ema_decay)
-        self.show_progress(current_iter)
 
     def compute_losses(self, output: Tensor, target: Tensor) -> 'OrderedDict[str, Tensor]':
         """Log name -> weighted loss.

@@ -34,6 +34,7 @@ class StepGuard:
         self.skipped_in_a_row: dict[Optimizer, int] = {}
         self.names: dict[nn.Parameter, str] = {}
         self.losses_are_finite: list[Tensor] = []  # since the last step of an optimizer
+        self.earlier: list[Tensor] = []  # those of the iteration's earlier micro-batches
 
     def watch_loss(self, loss: nn.Module) -> None:
         loss.register_forward_hook(self.note_loss)
@@ -45,6 +46,14 @@ class StepGuard:
         }
         self.skipped_in_a_row[optimizer] = 0
         optimizer.register_step_pre_hook(self.check)
+
+    def begin_micro_batch(self, is_first: bool) -> None:
+        """A loss of one micro-batch counts for the steps of all optimizers, which come with the last."""
+        if is_first:
+            self.earlier.clear()
+        else:
+            self.earlier += self.losses_are_finite
+            self.losses_are_finite.clear()
 
     def note_loss(self, loss: nn.Module, inputs, value) -> None:
         parts = value if isinstance(value, tuple) else (value,)  # BasicSR's PerceptualLoss returns two
@@ -78,7 +87,7 @@ class StepGuard:
     def is_bad(self, parameters: list[nn.Parameter]) -> bool:
         """Whether a gradient, or a loss since the last step, is not finite in one of the processes."""
         largest = nn.utils.get_total_norm([parameter.grad for parameter in parameters], norm_type=math.inf)
-        bad = torch.stack([*self.losses_are_finite, largest.isfinite()]).logical_not().any().int()
+        bad = torch.stack([*self.earlier, *self.losses_are_finite, largest.isfinite()]).logical_not().any().int()
         self.losses_are_finite.clear()
         if self.distributed:  # gradients are the same everywhere, losses are not
             torch.distributed.all_reduce(bad, op=torch.distributed.ReduceOp.MAX)

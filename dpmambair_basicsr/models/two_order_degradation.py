@@ -61,10 +61,12 @@ class TwoOrderDegradation(SRModel):
         batch_size = opt['datasets']['train']['batch_size_per_gpu']
         if not opt['dist']:
             batch_size *= max(opt['num_gpu'], 1)
+        batch_size *= opt['train'].get('accum_iter', 1)
         if opt.get('queue_size', QUEUE_SIZE) % batch_size:
             raise ValueError(
                 f'queue_size: {opt.get("queue_size", QUEUE_SIZE)} is not a multiple of the batch size {batch_size} '
-                '(datasets.train.batch_size_per_gpu, times the number of GPUs where one process uses them all)'
+                '(datasets.train.batch_size_per_gpu, times train.accum_iter, times the number of GPUs where one '
+                'process uses them all)'
             )
 
     def __init__(self, opt: dict):

@@ -9,12 +9,13 @@ from pathlib import Path
 import basicsr
 import torch
 from basicsr.metrics import calculate_metric
-from basicsr.utils import get_root_logger, imwrite, tensor2img
+from basicsr.utils import get_root_logger, tensor2img
 from torch import Tensor
 from torch.nn import functional as F
 
 import dpmambair_basicsr
 from dpmambair_basicsr.files.atomic import sha256
+from dpmambair_basicsr.files.codec import write_image
 from dpmambair_basicsr.models.best_checkpoint import validated_sets
 from dpmambair_basicsr.results.run import Run, SetResult, mean, to_markdown, write_run
 from dpmambair_basicsr.training.command_line import command_line
@@ -102,7 +103,8 @@ class ValidationMonitor:
         is_file = self.is_stored and is_lq and os.path.isfile(path)
         if self.opt['val'].get('save_img') and not is_file:
             path = os.path.join(self.opt['path']['results_root'], 'input', self.current.name, f'{name}.png')
-            imwrite(tensor2img([degraded]), path)
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            write_image(path, tensor2img([degraded]))
         self.current.images[name] = path
 
     def measure_input(self, degraded: Tensor, visuals: dict[str, Tensor]) -> None:

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from dpmambair_basicsr.losses.lpips_network import BACKBONES, backbone_path
+from dpmambair_basicsr.option_checks.migration import advice, find
 from dpmambair_basicsr.option_checks.values import is_kind, is_number_as_text, kind_in_words
 from dpmambair_basicsr.registry import (
     arguments_of,
@@ -60,7 +61,7 @@ def check_call(path: str, opt, call: Call) -> list[str]:
     """Unknown type, unknown or missing arguments, those of the wrong kind, weights that are not there."""
     if not isinstance(opt, dict):
         return [f'{path}: has to be a section with a type, not {opt!r}']
-    target, problems = look_up(call.known(), f'{path}.type', opt.get('type'))
+    target, problems = find(call.known(), f'{path}.type', opt.get('type'))
     if target is None:
         return problems
     named, takes_any = parameters_of(target, call)
@@ -97,13 +98,12 @@ def check_metric(path: str, opt) -> list[str]:
 
 def check_weights(path: str, target, arguments: dict) -> list[str]:
     """Pre-trained weights that a loss or a metric will look for: whether there is such a file."""
-    if getattr(target, '__name__', '') == 'VGGPerceptualLoss' and is_ours(target):
-        from dpmambair_basicsr.losses.vgg_perceptual_loss import find_vgg_weights  # which not every BasicSR has
-
-        try:
-            find_vgg_weights(arguments.get('vgg_type', 'vgg19'), arguments.get('weights'))
-        except (ValueError, FileNotFoundError) as error:
-            return [describe(path, error)]
+    bases = {base.__name__ for base in getattr(target, '__mro__', ())}
+    if 'VGGPerceptualLoss' in bases:
+        return check_vgg(path, arguments.get('vgg_type', 'vgg19'), arguments.get('weights'))
+    elif not bases.isdisjoint({'PerceptualLoss', 'VGGFeatureExtractor'}):  # BasicSR's, which download their VGG
+        problems = check_vgg(path, arguments.get('vgg_type', 'vgg19'), None)
+        return [f'{problem} of VGGPerceptualLoss; BasicSR would download it without asking' for problem in problems]
     elif getattr(target, '__name__', '') in ('LPIPSLoss', 'calculate_lpips') and is_ours(target):
         net = arguments.get('net', 'alex')
         if net not in BACKBONES:
@@ -114,6 +114,18 @@ def check_weights(path: str, target, arguments: dict) -> list[str]:
     return []
 
 
+def check_vgg(path: str, vgg_type: str, weights: str | None) -> list[str]:
+    try:
+        from dpmambair_basicsr.losses.vgg_perceptual_loss import find_vgg_weights
+    except ImportError:  # a fork with another VGG
+        return []
+    try:
+        find_vgg_weights(vgg_type, weights)
+        return []
+    except (ValueError, FileNotFoundError) as error:
+        return [describe(path, error)]
+
+
 def check_kind(path: str, value, wanted) -> list[str]:
     """Problem if a value is not of the kind that a function of ours declares; numbers as text: see `check_numbers`."""
     if wanted is inspect.Parameter.empty or is_kind(value, wanted) or is_number_as_text(value):
@@ -121,5 +133,14 @@ def check_kind(path: str, value, wanted) -> list[str]:
     return [f'{path}: has to be {kind_in_words(wanted)}, not {value!r}']
 
 
-def unknown_keys(prefix: str, given, known: set[str]) -> list[str]:
-    return [f'{prefix}{key}: unknown key{did_you_mean(key, known)}' for key in given if key not in known]
+def unknown_keys(prefix: str, given, known: set[str], elsewhere: dict[str, str] | None = None) -> list[str]:
+    """Args: elsewhere: {key: section} of keys that belong into another one."""
+    problems = []
+    for key in (key for key in given if key not in known):
+        hint = did_you_mean(key, known)
+        if key in (elsewhere or {}):
+            hint = f', it belongs into {elsewhere[key]}'
+        if (what_to_do := advice(key)) is not None:
+            hint = f', {what_to_do}'
+        problems.append(f'{prefix}{key}: unknown key{hint}')
+    return problems

@@ -1,5 +1,6 @@
 """The checks of an option file that make or read what it names: networks, data sets, optimisers, checkpoints."""
 
+import inspect
 import math
 import re
 import warnings
@@ -7,11 +8,31 @@ from copy import deepcopy
 
 import torch
 
-from dpmambair_basicsr.files.checkpoints import differences, read_checkpoint, read_weights, select_weights
+from dpmambair_basicsr.data.basicsr_datasets import channels, paths_by_folder
+from dpmambair_basicsr.files.checkpoints import differences, read_checkpoint, read_weights, select_weights, wanted_keys
+from dpmambair_basicsr.files.image_folders import some
+from dpmambair_basicsr.files.image_lists import missing_files
 from dpmambair_basicsr.files.images import fit_crop
+from dpmambair_basicsr.option_checks.schema import rows_of
 from dpmambair_basicsr.option_checks.values import will_resume
-from dpmambair_basicsr.registry import arguments_of, describe, optimizers, our_type
+from dpmambair_basicsr.registry import (
+    arguments_of,
+    describe,
+    look_up,
+    make_without_storage,
+    optimizers,
+    our_type,
+    registered,
+)
 from dpmambair_basicsr.training.lr_schedulers import schedulers
+from dpmambair_basicsr.training.parameters import freeze
+
+# Those of images, which list their files and do nothing else when they are made.
+IMAGE_DATASETS = tuple(
+    f'basicsr.data.{name}_dataset' for name in ('paired_image', 'single_image', 'realesrgan', 'realesrgan_paired')
+)
+# Parameters of networks, ours and BasicSR's, that say how many channels images have.
+CHANNELS = ('inp_channels', 'out_channels', 'num_in_ch', 'num_out_ch', 'in_chans')
 
 
 def check_on_trial(opt: dict, model: type | None, reported: list[str]) -> list[str]:
@@ -40,8 +61,12 @@ def check_on_trial(opt: dict, model: type | None, reported: list[str]) -> list[s
             scale = getattr(networks[key], 'scale', None)
             if isinstance(scale, int) and scale != opt.get('scale', 1):
                 problems.append(f'{key}.scale: {scale}, but scale is {opt.get("scale", 1)}')
+        if is_checked and isinstance(section, dict) and str(key).startswith('network_'):
+            attempt(key, check_channels, section, opt['datasets'])
     for phase, section in opt['datasets'].items():
         target = our_type('DATASET', section)
+        if target is None:
+            attempt(f'datasets.{phase}', check_basicsr_dataset, section, is_checked)
         dataset = None if target is None else attempt(f'datasets.{phase}', target, deepcopy(section))
         if phase == 'train' and dataset is not None:
             attempt('datasets.train', check_batches, opt, len(dataset))
@@ -50,6 +75,8 @@ def check_on_trial(opt: dict, model: type | None, reported: list[str]) -> list[s
         attempt('val.tile', check_tile, opt, networks['network_g'])
         if opt['is_train']:
             attempt('datasets.train.gt_size', check_crop_size, opt, networks['network_g'])
+        if opt['is_train'] and is_checked and (patterns := opt['train'].get('freeze')):
+            attempt('network_g', freeze, networks['network_g'], patterns)
     if is_checked:
         for key, section in (opt.get('train') or {}).items():
             if key.startswith('optim_'):
@@ -68,9 +95,34 @@ def check_on_trial(opt: dict, model: type | None, reported: list[str]) -> list[s
     return problems
 
 
-def make_without_storage(target: type, arguments: dict) -> torch.nn.Module:
-    with torch.device('meta'):
-        return target(**arguments)
+def check_basicsr_dataset(section: dict, is_checked: bool) -> None:
+    """Raises what an image dataset of BasicSR itself raises when it is made, or ValueError if it will miss files.
+
+    Others may take long to make. With a model of BasicSR's own, which gets by without some of them, only the pairs of a
+    list have to be there; the log names the others, see `patches.fixes`.
+    """
+    target, _ = look_up(registered('DATASET'), '', section.get('type'))
+    if getattr(target, '__module__', '') not in IMAGE_DATASETS:
+        return
+    for folder, paths in paths_by_folder(target(deepcopy(section)), section):
+        missing = missing_files(folder, paths)
+        if not is_checked:
+            missing = [path for path in missing if path in paths and 'meta_info_file' in section]
+        if missing:
+            raise ValueError(f'{folder}: {some(missing)} cannot be read: links or names without a file')
+
+
+def check_channels(section: dict, datasets: dict) -> None:
+    """Raises ValueError if a network takes or gives another number of channels than the images of the datasets have."""
+    target, _ = look_up(registered('ARCH'), '', section.get('type'))
+    parameters = {} if target is None else inspect.signature(target).parameters
+    of_datasets = {channels(opt.get('type'), opt) for opt in datasets.values()}
+    if len(of_datasets) != 1 or None in of_datasets:
+        return
+    for name in (name for name in CHANNELS if name in parameters):
+        value = section.get(name, parameters[name].default)
+        if isinstance(value, int) and value not in of_datasets:
+            raise ValueError(f'{name} is {value}, but the images of the datasets have {of_datasets.pop()} channels')
 
 
 def make_optimizer(section: dict) -> torch.optim.Optimizer:
@@ -88,8 +140,15 @@ def check_batches(opt: dict, items: int) -> None:
     ratio, size = train.get('dataset_enlarge_ratio', 1), train['batch_size_per_gpu']
     if not opt['dist']:
         size *= max(opt['num_gpu'], 1)
+    size *= micro_batches(opt)
     if math.ceil(items * ratio / opt['world_size']) < size:
         raise ValueError(no_batch(items, size, ratio, opt['world_size']))
+
+
+def micro_batches(opt: dict) -> int:
+    """`train.accum_iter`, of a model that has it: BasicSR's have not."""
+    model, _ = look_up(registered('MODEL'), 'model_type', opt['model_type'])
+    return opt['train'].get('accum_iter', 1) if any(row.name == 'accum_iter' for row in rows_of(model)) else 1
 
 
 def check_crop(dataset) -> None:
@@ -135,7 +194,7 @@ def check_checkpoint(opt: dict, network: str, net: torch.nn.Module | None) -> No
     path = opt['path']
     file, name = path[f'pretrain_{network}'], network.removeprefix('network_')
     checkpoint = read_checkpoint(file)
-    weights = select_weights(file, checkpoint, path.get(f'param_key_{name}', 'params'), 'params')
+    weights = select_weights(file, checkpoint, *wanted_keys(path, name, opt['is_train']))
     report = differences(net, weights) if net is not None and path.get(f'strict_load_{name}', True) else ''
     if report:
         raise ValueError(f'{file}: {other_options(checkpoint.get(network), opt[network], network)}{report}')

@@ -6,23 +6,24 @@ checks that no working file fails; the others need to know which keys are read: 
 that our classes declare, as rows of the same shape, in `option_keys`.
 """
 
+import inspect
 import re
 from collections.abc import Iterable
 from copy import deepcopy
 from fnmatch import translate
 from pathlib import Path
 
-import torch
+from basicsr.models.sr_model import SRModel
 
 from dpmambair_basicsr.files.option_row import TEST, TRAIN, Option, names
-from dpmambair_basicsr.ops.selective_scan.backend import BackendError, check_backend
 from dpmambair_basicsr.option_checks.calls import CALLS, check_call, check_metric, unknown_keys
 from dpmambair_basicsr.option_checks.dry_run import check_on_trial
+from dpmambair_basicsr.option_checks.host import check_overwritten, check_start, check_unique_names
+from dpmambair_basicsr.option_checks.migration import find
 from dpmambair_basicsr.option_checks.schema import (
     FILES,
     OPTIONS,
     REFUSED_LATER,
-    SCAN_BACKEND,
     SET_BY_BASICSR,
     rows_of,
 )
@@ -34,20 +35,28 @@ SECTIONS = ('', 'train', 'val', 'path', 'logger', 'logger.wandb', 'dist_params')
 LOADER = tuple(row for row in OPTIONS if row.section == 'datasets')
 
 
-def check_options(opt: dict) -> list[str]:
-    """Problems of the options that parse_options returns, each 'section.key: what is wrong'; `opt` stays as it is."""
+def check_options(opt: dict, raw: dict | None = None) -> list[str]:
+    """Problems of the options that parse_options returns, each 'section.key: what is wrong'; `opt` stays as it is.
+
+    Args:
+        raw: the options of the file, of which BasicSR may have replaced some.
+    """
     opt = deepcopy(opt)
-    model, problems = look_up(registered('MODEL'), 'model_type', opt['model_type'])
-    if hasattr(model, 'option_keys'):
-        problems = check_keys(opt, model)
-    problems = [*dict.fromkeys(check_loaders(opt) + check_scan_backend(opt) + problems)]
+    model, problems = find(registered('MODEL'), 'model_type', opt['model_type'])
+    if model is None:
+        problems += check_parts(opt, OPTIONS)
+    elif hasattr(model, 'option_keys'):
+        problems += check_sections(opt, model) + check_parts(opt, rows_of(model)) + check_unique_names(opt)
+        problems += check_overwritten(raw or opt, opt)
+    elif model.__init__ is SRModel.__init__:
+        problems += check_start_of_sr_model(opt)
+    problems = [*dict.fromkeys(check_start(opt) + problems)]
     return problems + check_on_trial(opt, model, problems)
 
 
-def check_keys(opt: dict, model: type) -> list[str]:
-    """Unknown and missing keys, unknown types, values of the wrong kind, files that do not exist."""
-    rows = rows_of(model)
-    problems = check_sections(opt, rows) + check_calls(opt, rows)
+def check_parts(opt: dict, rows: Iterable[Option]) -> list[str]:
+    """What does not depend on the model: unknown types, their arguments, files that do not exist, numbers as text."""
+    problems = check_calls(opt, rows)
     for phase, dataset in opt['datasets'].items():
         problems += check_dataset(f'datasets.{phase}', dataset)
     files = ('resume_state',) if will_resume(opt) else ('resume_state', 'pretrain_network')
@@ -55,42 +64,11 @@ def check_keys(opt: dict, model: type) -> list[str]:
     return problems + check_numbers('', opt, text_keys(rows))
 
 
-def check_loaders(opt: dict) -> list[str]:
-    """What ends any model's run after folders were renamed, or later: devices and loaders that do not work so."""
-    problems, cuda = [], torch.cuda.is_available()
-    prefetch_mode = next(row for row in LOADER if row.name == 'prefetch_mode')
-    if not cuda and opt['num_gpu'] != 0:
-        problems.append(f'num_gpu: {opt["num_gpu"]}, but PyTorch finds no CUDA device; write 0 or auto')
-    for phase, dataset in opt['datasets'].items():
-        path, mode = f'datasets.{phase}', dataset.get('prefetch_mode')
-        kinds = ('val',) if opt['is_train'] else ('test', 'val')
-        if phase != 'train' and phase.split('_')[0] not in kinds:
-            problems.append(f'{path}: unknown data set; choices: train, {", ".join(kinds)}, {kinds[-1]}_<name>')
-        problems += check_value(f'{path}.prefetch_mode', mode, prefetch_mode)
-        if mode == 'cuda' and not cuda:
-            problems.append(f'{path}.prefetch_mode: cuda, but PyTorch finds no CUDA device; write ~')
-        elif mode == 'cuda' and phase == 'train' and dataset.get('pin_memory') is not True:
-            problems.append(f'{path}.pin_memory: prefetch_mode cuda needs true')
-        if dataset.get('persistent_workers'):
-            if mode == 'cpu':  # its threads share the workers' one iterator
-                problems.append(
-                    f'{path}.persistent_workers: crashes at random with prefetch_mode cpu; write false or ~'
-                )
-            elif phase != 'train' or dataset.get('num_worker_per_gpu') == 0:
-                problems.append(f'{path}.persistent_workers: true, but this loader has no workers; write false')
-    return problems
-
-
-def check_scan_backend(opt: dict) -> list[str]:
-    """Problem if the backend of selective scans that is asked for, here or by the environment, cannot run."""
-    name = opt.get('scan_backend')
-    if problems := check_value('scan_backend', name, SCAN_BACKEND):
-        return problems
-    try:
-        check_backend(name, 'scan_backend', torch.device('cuda' if opt['num_gpu'] else 'cpu'))
-    except BackendError as error:
-        return [str(error)]
-    return []
+def check_start_of_sr_model(opt: dict) -> list[str]:
+    """What the constructor of SRModel, and of all its descendants that keep it, will not find."""
+    network = opt.get('network_g')
+    _, problems = look_up(registered('ARCH'), 'network_g.type', network.get('type')) if network else (None, [])
+    return problems + ([] if will_resume(opt) else check_files('path', opt['path'], ('pretrain_network_g',)))
 
 
 def section_of(opt: dict, path: str):
@@ -108,18 +86,48 @@ def keys_of(row: Option, opt: dict) -> list[str]:
     return [row.name.replace('*', network.removeprefix('network_')) for network in networks]
 
 
-def check_sections(opt: dict, rows: Iterable[Option]) -> list[str]:
+def check_sections(opt: dict, model: type) -> list[str]:
     """Keys of the general sections that nobody reads, missing ones, and values of the wrong kind."""
-    problems = []
+    problems, rows = [], rows_of(model)
+    of_datasets = (row for target in registered('DATASET').values() for row in getattr(target, 'option_keys', ()))
+    elsewhere = {row.name: row.section or 'the top of the file' for row in (*of_datasets, *rows)}
     for section in SECTIONS:
         given, prefix = section_of(opt, section), section and f'{section}.'
         known = {key: row for row in rows if row.section == section for key in keys_of(row, opt)}
         if isinstance(given, dict):
             problems += check_rows(prefix, given, known, TRAIN if opt['is_train'] else TEST)
-            problems += unknown_keys(prefix, given, {*known} | SET_BY_BASICSR.get(section, set()))
+            unread = {key for key in given if section == '' and key.startswith('network_') and key not in known}
+            problems += [f'{key}: {model.__name__} has no such network; leave it out' for key in sorted(unread)]
+            problems += unknown_keys(prefix, given, {*known} | unread | SET_BY_BASICSR.get(section, set()), elsewhere)
     if not opt['is_train'] and opt['val'].get('save_img') and 'suffix' not in opt['val']:
         problems.append('val.suffix: missing; write ~ to name the images after the experiment')
+    if not opt['is_train'] and 'train' in opt['datasets']:
+        problems.append('datasets.train: BasicSR would test random crops of it; name it test')
+    problems += check_truth(opt)
+    ignored = opt['path'].get('ignore_resume_networks') or ()
+    problems += [
+        f'path.ignore_resume_networks: the file has no {name}'
+        for name in ([ignored] if isinstance(ignored, str) else ignored)
+        if name not in opt
+    ]
     return problems
+
+
+def check_truth(opt: dict) -> list[str]:
+    """Metrics that compare with a truth, of a dataset that has none."""
+    metrics, known = (opt.get('val') or {}).get('metrics') or {}, registered('METRIC')
+    without = [phase for phase, dataset in opt['datasets'].items() if dataset.get('type') == 'SingleImageDataset']
+    compared = [
+        name
+        for name, metric in (metrics if isinstance(metrics, dict) else {}).items()
+        if isinstance(metric, dict) and metric.get('type') in known
+        if 'img2' in inspect.signature(known[metric['type']]).parameters
+    ]
+    return [
+        f'val.metrics.{name}: compares with clean images, of which datasets.{phase} (SingleImageDataset) has none'
+        for phase in without
+        for name in compared
+    ]
 
 
 def check_rows(prefix: str, given: dict, known: dict[str, Option], phase: str) -> list[str]:
@@ -150,7 +158,7 @@ def check_calls(opt: dict, rows: Iterable[Option]) -> list[str]:
 
 
 def check_dataset(path: str, opt: dict) -> list[str]:
-    dataset, problems = look_up(registered('DATASET'), f'{path}.type', opt.get('type'))
+    dataset, problems = find(registered('DATASET'), f'{path}.type', opt.get('type'))
     declared = getattr(dataset, 'option_keys', ())
     known = {row.name: row for row in (*LOADER, *declared) if row.name != 'type'}
     problems += check_rows(f'{path}.', opt, known, opt['phase'])

@@ -98,6 +98,9 @@ def check_structure(opt, is_train: bool) -> list[str]:
     for row, value in given.items():
         problems += [] if value is None else check_value(row.name, value, row)
     problems += [f'{path}: missing' for path, section in sections.items() if section is None]
+    for path, value in [*texts.items()]:
+        if isinstance(value, list) and path.startswith('datasets.'):  # which some datasets take
+            texts |= {path: None} | {f'{path}[{index}]': part for index, part in enumerate(value)}
     wrong = {path: section for path, section in sections.items() if not isinstance(section, dict | None)}
     problems += [f'{path}: has to be a section, not {value!r}' for path, value in wrong.items()]
     problems += [
@@ -106,7 +109,29 @@ def check_structure(opt, is_train: bool) -> list[str]:
     total = opt['train'].get('total_iter', 1) if isinstance(opt.get('train'), dict) else 1
     if isinstance(total, int | float) and not total <= MAX_ITERATIONS:
         problems.append(f'train.total_iter: must be at most {MAX_ITERATIONS}, not {total!r}')
-    return problems + check_names(opt)
+    return problems + check_names(opt) + check_kinds_of_files(opt)
+
+
+def check_kinds_of_files(opt: dict) -> list[str]:
+    """Checkpoints, states and lists of images that are there but would never end: a FIFO, /dev/zero."""
+    sections = {'path': opt.get('path')}
+    if isinstance(opt.get('datasets'), dict):
+        sections |= {f'datasets.{phase}': dataset for phase, dataset in opt['datasets'].items()}
+    files = {
+        f'{path}.{key}': Path(value).expanduser()
+        for path, section in sections.items()
+        for key, value in (section.items() if isinstance(section, dict) else ())
+        if isinstance(value, str) and re.match('resume_state|pretrain_network|meta_info', key)
+    }
+    wrong = [path for path, file in files.items() if is_endless(file)]
+    return [f'{path}: {files[path]} is not a regular file' for path in wrong]
+
+
+def is_endless(file: Path) -> bool:
+    try:
+        return file.exists() and not (file.is_file() or file.is_dir())
+    except (OSError, ValueError):  # a name that no file can have
+        return False
 
 
 def check_names(opt: dict) -> list[str]:

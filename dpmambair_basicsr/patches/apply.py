@@ -1,8 +1,8 @@
 """Applies the patches of BasicSR: `patches/<topic>.py`, one function per patch.
 
-BasicSR's files are never edited: single functions are replaced once BasicSR is imported. Each docstring says what
-breaks, where in BasicSR 1.4.2, and when the patch can go. No patch asks for a version: a replacement is right wherever
-the function exists, what a fork does not have is left alone, and a topic that does not fit one costs only itself.
+BasicSR's files are never edited: single functions are replaced once BasicSR is imported. No patch asks for a version: a
+replacement is right wherever the function exists, what a fork does not have is left alone, and a topic that does not
+fit one costs only itself.
 
 When: our commands apply all of them at once. Otherwise two functions, the gates below, apply them as soon as a run
 names something of ours: its option file a class, or `build_model` a model. A run that names nothing of ours is as it
@@ -24,7 +24,19 @@ from dpmambair_basicsr.patches.registry import PATCHES, replaces
 from dpmambair_basicsr.registry import PREFIX, REGISTRIES, is_ours
 from dpmambair_basicsr.training.command_line import command_line
 
-TOPICS = ('options', 'run_lock', 'distributed', 'fixes', 'ssim', 'checkpoints', 'resume', 'seeding', 'signals')
+TOPICS = (
+    'options',
+    'run_lock',
+    'distributed',
+    'fixes',
+    'ssim',
+    'checkpoints',
+    'resume',
+    'seeding',
+    'signals',
+    'images',
+    'logs',
+)
 
 misfits = {}  # topic -> why it cannot be imported with this BasicSR
 applied = False

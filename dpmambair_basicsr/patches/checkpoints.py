@@ -1,4 +1,4 @@
-"""Mends of BasicSR's training: nothing is lost when it is interrupted, and a resumed training goes on exactly.
+"""Patches of what BasicSR's training saves: nothing is lost when it is interrupted, and resuming is bit-exact.
 
 What these patches share is in `training/run`, `training/signals` and `training/state`.
 """
@@ -20,10 +20,11 @@ BASE_MODEL = 'basicsr.models.base_model:BaseModel'
 
 @replaces(BASE_MODEL, 'save_network')
 def whole_networks(original):
-    """A network that cannot be written is left half written under its name, and ignored; models/base_model.py:222.
+    """Writes a network atomically, never with numbers that are not finite, and raises if it cannot.
 
-    Training ends with exit status 0, and `--auto_resume` fails. Networks of NaN are written too. Can go when BasicSR
-    renames complete files, and raises.
+    Fixes: `BaseModel.save_network` leaves what it could write under the final name and ignores the error: training
+        ends with exit status 0, and `--auto_resume` fails. Networks of NaN are written too.
+    Remove once: BasicSR renames complete files, and raises.
     """
 
     @master_only
@@ -36,10 +37,13 @@ def whole_networks(original):
 
 @replaces(BASE_MODEL, 'save_training_state')
 def whole_states(original):
-    """As `whole_networks`, models/base_model.py:326; and the state lacks what an exact continuation needs.
+    """Writes a training state atomically, with all that bit-exact resuming needs; ends a training that was told to.
 
-    It is saved before the validation of the same iteration, whose best metrics are missing in it: if one is due, the
-    state says so, and is written once more when that is done. Can go when BasicSR does so.
+    If a validation of the same iteration is due, the state says so, and is written once more when that is done.
+
+    Fixes: `BaseModel.save_training_state`, as `whole_networks`; and its state lacks the best metrics of that
+        validation.
+    Remove once: BasicSR's is atomic and complete.
     """
 
     def save_training_state(self, epoch, current_iter):
@@ -62,7 +66,11 @@ def whole_states(original):
 
 @replaces(BASE_MODEL, 'validation')
 def state_after_validation(original):
-    """Other half of `whole_states`."""
+    """Writes the state of an iteration once more when its validation is done.
+
+    Fixes: see `whole_states`; this is its other half, `BaseModel.validation`.
+    Remove once: `whole_states` is removed.
+    """
 
     def validation(self, dataloader, current_iter, tb_logger, save_img=False):
         original(self, dataloader, current_iter, tb_logger, save_img)
@@ -77,7 +85,11 @@ def state_after_validation(original):
 
 @replaces(BASE_MODEL, '_update_best_metric_result')
 def finite_best(original):
-    """Infinity, the PSNR of equal images, is the best for ever; models/base_model.py:65. Can go when it is not."""
+    """Takes no infinite value for the best of a metric.
+
+    Fixes: `BaseModel._update_best_metric_result` keeps infinity, the PSNR of equal images, as the best for ever.
+    Remove once: it does not.
+    """
 
     def update_best_metric_result(self, dataset_name, metric, val, current_iter):
         if math.isfinite(val):

@@ -1,17 +1,35 @@
 """Patches of BasicSR for several processes: with and without GPUs, and all on the same files."""
 
 import os
+from datetime import timedelta
 
 import torch
 
+from dpmambair_basicsr.option_checks.values import is_kind
 from dpmambair_basicsr.patches.registry import replaces
+from dpmambair_basicsr.training.heartbeat import Heartbeat
+
+timeout: float | None = None  # dist_params.timeout of the option file, in seconds; None: torch's default
+
+
+def obey_timeout(opt: dict) -> None:
+    """`dist_params` count for Slurm alone, utils/options.py:103; `timeout`, in seconds, counts for torchrun too.
+
+    A value that is no number is left to the checks of the options, which come later.
+    """
+    global timeout
+    value = (opt.get('dist_params') or {}).get('timeout')
+    timeout = value if is_kind(value, float) and value >= 1 else None
 
 
 @replaces('basicsr.utils.dist_util', '_init_dist_pytorch')
 def init_dist_anywhere(original):
-    """torchrun without a GPU: `ZeroDivisionError`, then NCCL; utils/dist_util.py:24. With several nodes: the wrong GPU.
+    """Starts the processes with gloo where there is no GPU, and takes the GPU of the local rank where there is one.
 
-    Can go when BasicSR chooses gloo without CUDA and the device by LOCAL_RANK.
+    Fixes: `_init_dist_pytorch` divides by the number of GPUs, which may be 0, takes NCCL, and with several nodes the
+        wrong GPU. A process that is stopped, or never comes, makes the others wait without a word: see
+        `training/heartbeat`.
+    Remove once: BasicSR takes gloo without CUDA and the device by LOCAL_RANK, and says whom it waits for.
     """
 
     def init_dist_pytorch(backend, **kwargs):
@@ -22,6 +40,10 @@ def init_dist_anywhere(original):
             torch.cuda.set_device(local_rank % torch.cuda.device_count())
         else:
             backend = 'gloo'
+        if timeout is not None:
+            kwargs['timeout'] = timedelta(seconds=timeout)
+        if int(os.environ['WORLD_SIZE']) > 1:
+            Heartbeat(timeout).start()
         torch.distributed.init_process_group(backend=backend, **kwargs)
 
     return init_dist_pytorch
@@ -29,12 +51,13 @@ def init_dist_anywhere(original):
 
 @replaces('basicsr.utils.dist_util', '_init_dist_slurm')
 def init_dist_slurm_without_shell(original):
-    """SLURM_NODELIST is pasted into a shell command (CVE-2024-27763), utils/dist_util.py:44; needs a GPU too.
+    """Asks scontrol for the host by an argument list; needs no GPU.
 
-    Can go when BasicSR passes an argument list.
+    Fixes: `_init_dist_slurm` pastes SLURM_NODELIST into a shell command (CVE-2024-27763).
+    Remove once: BasicSR passes an argument list.
     """
 
-    def init_dist_slurm(backend, port=None):
+    def init_dist_slurm(backend, port=None, timeout=None):  # see `obey_timeout`
         import subprocess
 
         from basicsr.utils import dist_util
@@ -55,9 +78,10 @@ def init_dist_slurm_without_shell(original):
 
 @replaces('basicsr.models.base_model:BaseModel', 'model_to_device')
 def model_to_any_device(original):
-    """Distributed training without a GPU: DistributedDataParallel is given a CUDA device, models/base_model.py:98.
+    """Wraps a network on the CPU for distributed training.
 
-    Can go when BasicSR passes device_ids only for CUDA.
+    Fixes: `BaseModel.model_to_device` gives DistributedDataParallel a CUDA device.
+    Remove once: BasicSR passes device_ids for CUDA alone.
     """
 
     def model_to_device(self, net):

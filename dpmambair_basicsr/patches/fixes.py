@@ -2,16 +2,19 @@
 
 import torch
 
-from dpmambair_basicsr.files.image_folders import check_inside
+from dpmambair_basicsr.data.basicsr_datasets import paths_by_folder
+from dpmambair_basicsr.files.image_folders import check_inside, some
+from dpmambair_basicsr.files.image_lists import missing_files
 from dpmambair_basicsr.patches.registry import replaces
 from dpmambair_basicsr.training import signals as interruption
 
 
 @replaces('basicsr.models.base_model:BaseModel', 'get_optimizer')
 def any_optimizer(original):
-    """1.4.2 knows Adam only, models/base_model.py:103; master a few more. The others come from torch.optim.
+    """Makes any optimizer of torch.optim.
 
-    Can go when BasicSR looks there.
+    Fixes: `BaseModel.get_optimizer` of 1.4.2 knows Adam only, master a few more.
+    Remove once: BasicSR looks in torch.optim.
     """
 
     def get_optimizer(self, optim_type, params, lr, **kwargs):
@@ -31,11 +34,12 @@ def any_optimizer(original):
 
 @replaces('basicsr.data', 'worker_init_fn')
 def fresh_worker_seeds(original):
-    """Every epoch's workers are seeded alike, so crops and flips repeat each epoch; data/__init__.py:97.
+    """Seeds a loader's worker from torch's seed, which is new in each epoch and depends on manual_seed and rank.
 
-    torch gives each worker of each epoch its own seed, drawn from the generator that manual_seed + rank has seeded.
-    That is for loaders without BasicSR's sampler: items of the others have their own, see `data/item_seeds`. Can go
-    when BasicSR seeds from it, or leaves it to torch.
+    That is for loaders without BasicSR's sampler: items of the others have their own, see `data/item_seeds`.
+
+    Fixes: `worker_init_fn` seeds the workers of every epoch alike, so that crops and flips repeat.
+    Remove once: BasicSR seeds from torch's, or leaves it to torch.
     """
 
     def worker_init_fn(worker_id, num_workers, rank, seed):
@@ -53,10 +57,11 @@ def fresh_worker_seeds(original):
 
 @replaces('basicsr.data.prefetch_dataloader:PrefetchGenerator', 'run')
 def pass_on_errors(original):
-    """`prefetch_mode: cpu` and an image that cannot be read: training hangs for ever; data/prefetch_dataloader.py:25.
+    """Puts an error of the prefetching thread into its queue; `raise_errors` raises it.
 
-    The thread dies without a word. Here it puts the error into the queue, and `raise_errors` raises it. Can go when
-    BasicSR passes errors on.
+    Fixes: with `prefetch_mode: cpu` and an image that cannot be read the thread of `PrefetchGenerator` dies without a
+        word, and the training hangs for ever.
+    Remove once: BasicSR passes errors on.
     """
 
     def run(self):
@@ -70,7 +75,11 @@ def pass_on_errors(original):
 
 @replaces('basicsr.data.prefetch_dataloader:PrefetchGenerator', '__next__')
 def raise_errors(original):
-    """Other half of `pass_on_errors`."""
+    """Raises what `pass_on_errors` has put into the queue.
+
+    Fixes: see `pass_on_errors`; this is its other half, `PrefetchGenerator.__next__`.
+    Remove once: `pass_on_errors` is removed.
+    """
 
     def next_item(self):
         item = original(self)
@@ -83,9 +92,10 @@ def raise_errors(original):
 
 @replaces('basicsr.data.degradations', 'add_jpg_compression')
 def integer_jpeg_quality(original):
-    """A float quality, as random_add_jpg_compression draws: OpenCV >= 4.5.4 refuses it; data/degradations.py:745.
+    """Rounds the quality of JPEG.
 
-    Can go when BasicSR rounds it.
+    Fixes: `random_add_jpg_compression` draws a float, which OpenCV refuses from 4.5.4 on.
+    Remove once: BasicSR rounds it.
     """
 
     def add_jpg_compression(img, quality=90):
@@ -96,9 +106,10 @@ def integer_jpeg_quality(original):
 
 @replaces('basicsr.metrics.niqe', 'niqe')
 def niqe_large_enough(original):
-    """`SVD did not converge` for an image of one 96 x 96 block: a covariance of one sample; metrics/niqe.py:131.
+    """Says how large an image has to be for NIQE.
 
-    Can go when BasicSR says so itself.
+    Fixes: `niqe` fails with `SVD did not converge` for an image of one block: a covariance of one sample.
+    Remove once: BasicSR says so itself.
     """
 
     def niqe(img, *args, block_size_h=96, block_size_w=96, **kwargs):
@@ -113,25 +124,22 @@ def niqe_large_enough(original):
 
 @replaces('basicsr.data', 'build_dataset')
 def paths_inside_their_folder(original):
-    """A list of images (meta_info) can name any file of the machine; data/data_util.py:189, realesrgan_dataset.py:58.
+    """Refuses a dataset whose list of images names files outside the folder of the images.
 
-    Our data sets check it themselves. Can go when BasicSR's do.
+    Fixes: a list (meta_info) can name any file of the machine, in `paired_paths_from_meta_info_file` and
+        `RealESRGANDataset`. What is not there is left out of a folder's listing, or replaced by another image
+        (RealESRGANDataset), without a word: the log says it. Our datasets check it themselves.
+    Remove once: BasicSR's datasets do.
     """
 
     def build_dataset(dataset_opt):
+        from basicsr.utils import get_root_logger
+
         dataset = original(dataset_opt)
-        on_disk = (dataset_opt.get('io_backend') or {}).get('type', 'disk') == 'disk'
-        if on_disk and type(dataset).__module__.startswith('basicsr.'):
-            only = 'gt' if 'dataroot_gt' in dataset_opt else 'lq'  # whose paths are not named
-            for role in ('lq', 'gt'):
-                folder = dataset_opt.get(f'dataroot_{role}')
-                paths = [
-                    path.get(f'{role}_path') if isinstance(path, dict) else path
-                    for path in getattr(dataset, 'paths', ())
-                    if isinstance(path, dict) or role == only
-                ]
-                if isinstance(folder, str):
-                    check_inside(folder, filter(None, paths))
+        for folder, paths in paths_by_folder(dataset, dataset_opt):
+            check_inside(folder, paths)
+            if missing := missing_files(folder, paths):
+                get_root_logger().warning(f'{folder}: {some(missing)} cannot be read: links or names without a file.')
         return dataset
 
     return build_dataset

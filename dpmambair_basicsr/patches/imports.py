@@ -15,9 +15,10 @@ from pathlib import Path
 
 
 def functional_tensor(module) -> None:
-    """torchvision 0.17 removed `torchvision.transforms.functional_tensor`; data/degradations.py:8 imports it.
+    """Stands in for torchvision.transforms.functional_tensor.
 
-    Can go when BasicSR 1.4.2 is no longer supported: master imports from `functional`.
+    Fixes: torchvision 0.17 removed it, and basicsr.data.degradations imports it.
+    Remove once: BasicSR 1.4.2 is no longer supported; master imports from `functional`.
     """
     from torchvision.transforms.functional import rgb_to_grayscale
 
@@ -25,13 +26,15 @@ def functional_tensor(module) -> None:
 
 
 def distutils(module) -> None:
-    """Python 3.12 removed distutils; archs/arch_util.py:6 imports `distutils.version`. See `distutils_version`."""
+    """Stands in for the package distutils, see `distutils_version`."""
 
 
 def distutils_version(module) -> None:
-    """Python 3.12 removed distutils; archs/arch_util.py:6 compares torchvision's version with its LooseVersion.
+    """Stands in for distutils.version with a LooseVersion that compares release numbers.
 
-    setuptools brings distutils back, so this is for environments without it. Can go when BasicSR stops importing it.
+    Fixes: Python 3.12 removed distutils, and basicsr.archs.arch_util compares torchvision's version with it.
+        setuptools brings it back, so this is for environments without setuptools.
+    Remove once: BasicSR stops importing it.
     """
 
     class LooseVersion(list):
@@ -42,9 +45,10 @@ def distutils_version(module) -> None:
 
 
 def basicsr_version(module) -> None:
-    """basicsr/version.py is made by setup.py and ignored by git, so a raw clone lacks it; __init__.py:12 imports it.
+    """Stands in for basicsr/version.py.
 
-    Can go when BasicSR keeps its version in a tracked file.
+    Fixes: setup.py makes it and git ignores it, so that a raw clone lacks what `basicsr/__init__` imports.
+    Remove once: BasicSR keeps its version in a tracked file.
     """
     file = Path(sys.modules['basicsr'].__path__[0]).parent / 'VERSION'
     module.__version__ = file.read_text().strip() if file.is_file() else 'unknown'

@@ -5,22 +5,27 @@ import re
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 from basicsr.utils.dist_util import master_only
 
 from dpmambair_basicsr.files.atomic import replacing
+from dpmambair_basicsr.files.codec import MAX_PIXELS_VARIABLE
 from dpmambair_basicsr.files.option_files import OptionError, OptionLoader, parse_value, read_options
+from dpmambair_basicsr.patches.distributed import obey_timeout
 from dpmambair_basicsr.patches.registry import replaces
 from dpmambair_basicsr.patches.resume import whole_epochs
 from dpmambair_basicsr.patches.run_lock import begin_training
 from dpmambair_basicsr.training.command_line import command_line
 
+FREQUENCIES = (('val', 'val_freq'), ('logger', 'print_freq'), ('logger', 'save_checkpoint_freq'))
+
 
 def checked_options(original, caller: dict):
-    """Options are not checked at all: a misspelt key is ignored, and the rest fails after folders were renamed.
+    """Checks all options before anything is created, and reports all problems at once; see the functions called here.
 
-    utils/options.py:80. The place for everything that has to happen before the first folder is made; see the functions
-    called here. Can go when BasicSR checks its options.
+    Fixes: `parse_options` checks nothing: a misspelt key is ignored, and the rest fails after folders were renamed.
+    Remove once: BasicSR checks its options.
 
     Args:
         caller: the global namespace of train.py or test.py.
@@ -38,12 +43,18 @@ def checked_options(original, caller: dict):
         try:
             raw = read_options(file)
             refuse(file, apply_forced(raw, forced) or check_structure(raw, is_train), forced)
+            obey_timeout(raw)
+            expand_lists_too()
+            if 'max_pixels' in raw:
+                os.environ[MAX_PIXELS_VARIABLE] = str(raw['max_pixels'])  # for the loader's workers too
             opt, args = original(root_path, is_train)
+            opt['path'].pop('results_root' if is_train else 'experiments_root', None)  # BasicSR would make this folder
             problems = []
             if not args.debug:  # whose runs must not take the place of the real ones: they have a folder of their own
                 obey_experiments_root(opt, raw['path'])
+                obey_frequencies(opt, raw)
                 problems = check_root(opt, raw['path'])
-            refuse(file, problems + check_options(opt), forced)
+            refuse(file, problems + check_options(opt, raw), forced)
             set_default_backend(opt.get('scan_backend'))
         except OptionError as error:
             raise SystemExit(str(error)) from None
@@ -58,19 +69,22 @@ def checked_options(original, caller: dict):
 
 
 def accept_local_rank() -> None:
-    """`unrecognized arguments: --local-rank`: torch.distributed.launch spells it so since torch 2.0; options.py:88 not.
+    """Accepts `--local-rank`, as torch.distributed.launch spells it since torch 2.0; torchrun passes none.
 
-    Can go when BasicSR accepts it; torchrun passes none.
+    Fixes: `parse_options` knows `--local_rank` alone: `unrecognized arguments`.
+    Remove once: BasicSR accepts both.
     """
     sys.argv[:] = [re.sub(r'^--local-rank\b', '--local_rank', argument) for argument in sys.argv]
 
 
 def obey_experiments_root(opt: dict, wanted: dict) -> None:
-    """`path.experiments_root` and `path.results_root` of the option file are overwritten, utils/options.py:158, 172.
+    """Keeps `path.experiments_root` and `path.results_root` of the option file.
 
-    Without them a run is found again only from the directory it was started in. A relative one is taken from the
-    current directory, `~` is expanded. With `--debug` they are not asked: BasicSR's debug_<name> is used. Can go with
-    1.4.2: master obeys them.
+    A relative one is taken from the current directory, `~` is expanded. With `--debug` they are not asked: BasicSR's
+    debug_<name> is used.
+
+    Fixes: `parse_options` overwrites them: a run is found again only from the directory it was started in.
+    Remove once: 1.4.2 is no longer supported; master obeys them.
     """
     root = 'experiments_root' if opt['is_train'] else 'results_root'
     if wanted.get(root) is None:
@@ -81,12 +95,58 @@ def obey_experiments_root(opt: dict, wanted: dict) -> None:
             opt['path'][key] = new + opt['path'][key].removeprefix(old)
 
 
+def obey_frequencies(opt: dict, raw: dict) -> None:
+    """A name with 'debug' in it changes how often is validated, logged and saved, utils/options.py:166, without a word.
+
+    Here `--debug` alone does, and the log says so. Can go when BasicSR asks for the argument.
+    """
+    if not opt['is_train'] or 'debug' not in opt['name']:
+        return
+    for section, key in FREQUENCIES:
+        if isinstance(raw.get(section), dict):
+            opt[section].pop(key, None)
+            opt[section] |= {key: raw[section][key]} if key in raw[section] else {}
+
+
+def expand_lists_too() -> None:
+    """`dataroot_gt` may be a list, where the dataset takes one, but utils/options.py:148 calls expanduser with it.
+
+    Can go when BasicSR expands each.
+    """
+    from basicsr.utils import options
+
+    def expanduser(path):
+        return [os.path.expanduser(part) for part in path] if isinstance(path, list) else os.path.expanduser(path)
+
+    options.osp = SimpleNamespace(**vars(os.path) | {'expanduser': expanduser})
+
+
+@replaces('basicsr.utils.options', 'dict2str')
+def log_says_what_is_not_done(original):
+    """Adds to the options in the log what BasicSR will not do of them, see `option_checks.host.notes`.
+
+    Fixes: `dict2str` writes all options, also those that nothing reads.
+    Remove once: BasicSR has no such options.
+    """
+
+    def dict2str(opt, indent_level=1):
+        text = original(opt, indent_level)
+        if indent_level > 1 or 'is_train' not in opt:
+            return text
+        from dpmambair_basicsr.option_checks.host import notes
+
+        return ''.join([text, *(f'\n  NOTE {line}' for line in notes(opt))])
+
+    return dict2str
+
+
 @replaces('basicsr.utils.options', 'ordered_yaml')
 def safe_yaml(original):
-    """Option files are read with the unsafe loader, so `!!python/object/apply:os.system` runs; utils/options.py:12, 95.
+    """Reads option files with a safe loader, in UTF-8 and within limits, and refuses a key that stands twice.
 
-    And in the encoding of the system, without limits, the last of two equal keys. Can go when BasicSR's loader is safe
-    in all this.
+    Fixes: `ordered_yaml` gives the unsafe loader, so `!!python/object/apply:os.system` runs; the encoding is the
+        system's, and the last of two equal keys counts.
+    Remove once: BasicSR's loader does all this.
     """
 
     def ordered_yaml():
@@ -97,9 +157,10 @@ def safe_yaml(original):
 
 @replaces('basicsr.utils.options', 'copy_opt_file')
 def whole_copy(original):
-    """The copy is changed in its place, in the encoding of the system: utils/options.py:191. A UTF-8 file ends it.
+    """Writes the copy of the option file atomically, byte for byte, below its head.
 
-    Can go when BasicSR writes it at once, in UTF-8.
+    Fixes: `copy_opt_file` changes the copy in its place, in the encoding of the system: a UTF-8 file may end the run.
+    Remove once: BasicSR writes it at once, in UTF-8.
     """
 
     @master_only
@@ -115,10 +176,12 @@ def whole_copy(original):
 
 @replaces('basicsr.utils.options', '_postprocess_yml_value')
 def forced_value(original):
-    """`--force_yml` evaluates lists as Python (utils/options.py:77) and leaves '-1' and '1e-4' as text.
+    """Reads a value of `--force_yml` as an option file would: lists as YAML, '-1' and '1e-4' as numbers.
 
-    And none is always no value: here 'none', in quotes, is the word. The limits are those of a file. Can go when
-    BasicSR parses these values.
+    'none', in quotes, is the word. The limits are those of a file.
+
+    Fixes: `_postprocess_yml_value` evaluates lists as Python, and leaves '-1' and '1e-4' as text.
+    Remove once: BasicSR parses these values.
     """
 
     def postprocess_yml_value(text):

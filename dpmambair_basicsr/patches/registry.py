@@ -4,7 +4,7 @@ PATCHES = []  # (owner, attribute, function from the original to its replacement
 
 
 def replaces(owner: str, attribute: str):
-    """Marks a mend: it receives `owner.attribute` and returns what to put in its place."""
+    """Marks a patch: it receives `owner.attribute` and returns what to put in its place. Docstrings: see `patches`."""
 
     def note(make):
         PATCHES.append((owner, attribute, make))

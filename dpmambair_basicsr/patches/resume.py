@@ -12,35 +12,52 @@ import functools
 from pathlib import Path
 
 from dpmambair_basicsr.files.checkpoints import read_on_cpu
+from dpmambair_basicsr.files.errors import CheckpointError, exit_on_error
 from dpmambair_basicsr.patches.registry import replaces
 from dpmambair_basicsr.training import run as training_run
-from dpmambair_basicsr.training.state import keep_schedule, restore
+from dpmambair_basicsr.training.state import check_optimizers, keep_schedule, restore
 
 
 def load_resume_state(opt: dict) -> dict | None:
-    """Resuming needs a GPU (train.py:85), unpickles anything, and `--auto_resume` looks below the current directory.
+    """Finds the state to resume from, on any device: with `--auto_resume` the newest complete one.
 
-    train.py:71: from another directory it starts again at 0. A name such as `best.state` stops it, and so does a
-    truncated file. Here: the experiment's own directory, the highest number whose state and networks can be read, on
-    any device, weights_only. Can go when BasicSR does so.
+    Fixes: `load_resume_state` of train.py needs a GPU and unpickles anything; `--auto_resume` looks below the current
+        directory (from another one it starts again at 0), and a truncated file or a name such as `best.state` stops
+        it.
+    Remove once: BasicSR looks in the experiment's own directory for what can be read, weights_only.
 
     Raises:
-        SystemExit: if there are states but none can be used, or networks without any: starting from 0 would be a
+        SystemExit: for what `find_resume_state` raises; BasicSR's loop calls this.
+    """
+    with exit_on_error():
+        return find_resume_state(opt)
+
+
+def find_resume_state(opt: dict) -> dict | None:
+    """The state that the options ask for, None for a training from the start.
+
+    Raises:
+        CheckpointError: if there are states but none can be used, or networks without any: starting from 0 would be a
             surprise. So too if the state that path.resume_state names cannot be used.
     """
     from basicsr.utils import check_resume
 
     if opt['auto_resume']:
-        file = newest_usable_state(opt)
+        given, file = opt['path'].get('resume_state'), newest_usable_state(opt)
+        if given and file is not None and Path(given).resolve() != file.resolve():
+            print(f'WARNING: path.resume_state {given} is not read: --auto_resume takes {file}.', flush=True)
         opt['path']['resume_state'] = None if file is None else str(file)
     file = opt['path'].get('resume_state')
     if not file:
         return None
     try:
         state = read_state(opt, file)
-    except ValueError as error:
-        raise SystemExit(f'path.resume_state: cannot resume from {error}') from None
+    except CheckpointError as error:
+        raise CheckpointError(f'path.resume_state: cannot resume from {error}') from None
     check_resume(opt, state['iter'])
+    ignored = opt['path'].get('ignore_resume_networks') or ()
+    for network in (key for key in opt if key.startswith('network_') and key not in ignored):
+        opt['path'].pop(f'param_key_{network.removeprefix("network_")}', None)  # that of the file it started from
     return state
 
 
@@ -51,13 +68,13 @@ def newest_usable_state(opt: dict) -> Path | None:
         try:
             read_state(opt, file)
             return file
-        except ValueError as error:
+        except CheckpointError as error:
             print(f'Cannot resume from {error}. Trying the one before.', flush=True)
     if files:
-        raise SystemExit(f'{folder}: none of its {len(files)} training states can be resumed from')
+        raise CheckpointError(f'{folder}: none of its {len(files)} training states can be resumed from')
     networks = {file.stem.rpartition('_')[2] for file in Path(opt['path']['models']).glob('net_g_*.pth')} - {'best'}
     if 'latest' in networks or len(networks) > 1:  # one number may be of a checkpoint that is not complete
-        raise SystemExit(
+        raise CheckpointError(
             f'{opt["path"]["models"]} holds networks, but {folder} no training state: without --auto_resume training '
             'starts at iteration 0 and renames the folder of the run'
         )
@@ -72,26 +89,28 @@ def read_state(opt: dict, file) -> dict:
     """A training state, on the CPU, of which every network of the options has its checkpoint beside it.
 
     Raises:
-        ValueError: naming the state, and what of it cannot be read.
+        CheckpointError: naming the state, and what of it cannot be read.
     """
     state = read_on_cpu(file)
     if not (isinstance(state, dict) and {'epoch', 'iter', 'optimizers', 'schedulers'} <= state.keys()):
-        raise ValueError(f'{file}: is no training state')
+        raise CheckpointError(f'{file}: is no training state')
     ignored = opt['path'].get('ignore_resume_networks') or ()
     for network in (key for key in opt if key.startswith('network_') and key not in ignored):
         checkpoint = Path(opt['path']['models']) / f'net_{network.removeprefix("network_")}_{state["iter"]}.pth'
         try:
             read_on_cpu(checkpoint)
-        except ValueError as error:
-            raise ValueError(f'{file}: {error}') from None
+        except CheckpointError as error:
+            raise CheckpointError(f'{file}: {error}') from None
     return state
 
 
 def whole_epochs(original):
-    """Epochs are planned as if incomplete batches were used (train.py:41), but the loader leaves them out.
+    """Plans as many epochs as the iterations that are left take.
 
-    Training ends early: 13 images in batches of 8, total_iter 40: after 21. The same happens after `--auto_resume` with
-    larger batches. Here: as many epochs as are left to do. Can go when BasicSR divides by len(train_loader).
+    Fixes: `create_train_val_dataloader` plans as if incomplete batches were used, but the loader leaves them out, and
+        training ends early: 13 images in batches of 8, total_iter 40: after 21. So too after `--auto_resume` with
+        larger batches.
+    Remove once: BasicSR divides by len(train_loader).
 
     Raises:
         ValueError: if there is not a single batch; BasicSR would end at once, without a word.
@@ -101,13 +120,20 @@ def whole_epochs(original):
 
     @functools.wraps(original)
     def create_train_val_dataloader(opt, logger):
-        from dpmambair_basicsr.option_checks.dry_run import no_batch
+        from dpmambair_basicsr.option_checks.dry_run import micro_batches, no_batch
         from dpmambair_basicsr.patches.distributed import check_processes_agree
 
+        train = opt['datasets']['train']
+        train['accum_iter'] = micro_batches(opt)  # for the loader, which knows its own section alone
+        if train['accum_iter'] > 1:
+            logger.info(
+                f'Gradient accumulation: an iteration is a step with {train["accum_iter"]} micro-batches of '
+                f'batch_size_per_gpu {train["batch_size_per_gpu"]}.'
+            )
         train_loader, train_sampler, val_loaders, planned, total_iters = original(opt, logger)
         per_epoch = len(train_loader)
         if per_epoch == 0:
-            ratio = opt['datasets']['train'].get('dataset_enlarge_ratio', 1)
+            ratio = train.get('dataset_enlarge_ratio', 1)
             message = no_batch(len(train_loader.dataset), train_loader.batch_size, ratio, opt['world_size'])
             raise ValueError(f'datasets.train: {message}')
         if training_run.current is not None:
@@ -127,15 +153,17 @@ def whole_epochs(original):
 
 @replaces('basicsr.models.base_model:BaseModel', 'resume_training')
 def exact_continuation(original):
-    """A resumed training repeats its epoch with other random numbers, and forgets the best; models/base_model.py:340.
+    """Takes up a state with the schedules of the options, the best metrics and the place in the epoch: bit-exact.
 
-    And its schedulers take no notice of the options: with a longer `total_iter`, CosineAnnealingRestartLR ends with a
-    TypeError however long `periods` are. Can go when BasicSR's states hold what `training/state.py` puts into
-    them, and not the options of schedulers.
+    Fixes: after `BaseModel.resume_training` the epoch is repeated with other random numbers and the best is forgotten;
+        its schedulers take no notice of the options: with a longer `total_iter`, CosineAnnealingRestartLR ends with a
+        TypeError however long `periods` are.
+    Remove once: BasicSR's states hold what `training/state.py` puts into them, and not the options of schedulers.
     """
 
     def resume_training(self, resume_state):
         schedules = [dict(vars(scheduler)) for scheduler in self.schedulers]
+        check_optimizers(self.optimizers, resume_state)
         original(self, resume_state)
         for scheduler, schedule in zip(self.schedulers, schedules, strict=True):
             keep_schedule(scheduler, schedule)

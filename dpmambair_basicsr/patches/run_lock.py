@@ -10,9 +10,10 @@ from dpmambair_basicsr.patches.resume import load_resume_state
 
 
 def begin_training(opt: dict) -> dict | None:
-    """Two trainings of one name rename each other's folder and overwrite each other's files; train.py:102.
+    """Takes the folder of the run for this training, before anything is read or renamed there, and finds its state.
 
-    So before anything is read or renamed there, for a start and for `--auto_resume`. Can go when BasicSR locks.
+    Fixes: two trainings of one name rename each other's folder and overwrite each other's files (`train_pipeline`).
+    Remove once: BasicSR locks.
 
     Raises:
         LockedFolderError: in every process, if another training is there.
@@ -41,7 +42,11 @@ def hold_together(opt: dict, folders: list[str]) -> None:
 
 @replaces('basicsr.utils', 'make_exp_dirs')
 def one_test_at_a_time(original):
-    """As `begin_training`, for the folder of results that test.py renames."""
+    """Takes the folder of results for this test before it is renamed.
+
+    Fixes: as `begin_training`, of `make_exp_dirs` in a test.
+    Remove once: BasicSR locks.
+    """
 
     def make_exp_dirs(opt):
         if not opt['is_train']:

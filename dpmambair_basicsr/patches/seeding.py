@@ -13,15 +13,18 @@ from dpmambair_basicsr.training import signals as interruption
 
 @replaces('basicsr.data', 'build_dataloader')
 def known_run(original):
-    """An item's randomness depends on what was loaded before it, and by which worker; data/__init__.py:97.
+    """Makes an item's randomness depend on the seed and its place alone: the sampler learns the seed, loading obeys it.
 
-    Here the sampler learns the seed, which is the same in all processes, and what loads items obeys it. Can go when
-    BasicSR seeds each item.
+    Fixes: in a loader of `build_dataloader` it depends on what was loaded before, and by which worker.
+    Remove once: BasicSR seeds each item.
     """
 
     def build_dataloader(dataset, dataset_opt, num_gpu=1, dist=False, sampler=None, seed=None):
         if dataset_opt['phase'] == 'train' and not hasattr(dataset, '__getitems__'):
             dataset = SeededItems(dataset)
+        accum_iter = dataset_opt.get('accum_iter', 1)
+        if accum_iter > 1:  # the parts of a batch that models.gradient_accumulation takes one by one
+            dataset_opt = {**dataset_opt, 'batch_size_per_gpu': accum_iter * dataset_opt['batch_size_per_gpu']}
         loader = original(dataset, dataset_opt, num_gpu=num_gpu, dist=dist, sampler=sampler, seed=seed)
         if loader.worker_init_fn is not None:
             start_workers_unsignalled(loader)
@@ -55,7 +58,11 @@ def start_workers_unsignalled(loader) -> None:
 
 @replaces('basicsr.data.data_sampler:EnlargedSampler', 'set_epoch')
 def known_epoch(original):
-    """The loop's epochs are known to the sampler alone; data/data_sampler.py:47. See `seeded_order`."""
+    """Tells the training which epoch begins.
+
+    Fixes: the epoch of the loop is known to `EnlargedSampler.set_epoch` alone, and `seeded_order` needs it.
+    Remove once: `seeded_order` is removed.
+    """
 
     def set_epoch(self, epoch):
         original(self, epoch)
@@ -67,10 +74,11 @@ def known_epoch(original):
 
 @replaces('basicsr.data.data_sampler:EnlargedSampler', '__iter__')
 def seeded_order(original):
-    """An interrupted epoch is begun anew after `--auto_resume`, train.py:143: its first images are seen twice.
+    """Leaves out what an interrupted epoch has used; gives each item's seed, and its place in progressive training.
 
-    Here the sampler leaves out what was used, and tells more than indices: the seed of each item, and for progressive
-    training its place. Can go when BasicSR's sampler has a state.
+    Fixes: an interrupted epoch begins anew after `--auto_resume` (`EnlargedSampler.__iter__`): its first images are
+        seen twice.
+    Remove once: BasicSR's sampler has a state.
     """
 
     def indices(self):

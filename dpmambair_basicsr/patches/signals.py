@@ -16,11 +16,14 @@ from dpmambair_basicsr.training.output import keep_output
 
 @replaces(BASE_MODEL, 'update_learning_rate')
 def begin_iteration(original):
-    """A signal to end loses what was done since the last checkpoint; train.py:155, whose loop asks for nothing.
+    """Ends the training, saved, if a signal asks for it; otherwise seeds the iteration with numbers of its own.
 
-    Its first call of an iteration is this one. So here it ends if it has to, and otherwise each iteration gets random
-    numbers of its own: the state of a generator would not do, a loader draws from it whenever it is started. Can go
-    when BasicSR saves on signals, and seeds.
+    The loop's first call of an iteration is this one. The state of a generator would not do: a loader draws from it
+    whenever it is started.
+
+    Fixes: a signal loses what was done since the last checkpoint: `train_pipeline` asks for nothing, and
+        `BaseModel.update_learning_rate` seeds nothing.
+    Remove once: BasicSR saves on signals, and seeds.
     """
 
     def update_learning_rate(self, current_iter, warmup_iter=-1):

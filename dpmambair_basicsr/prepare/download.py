@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from dpmambair_basicsr.files.atomic import replacing
+from dpmambair_basicsr.files.errors import InputError
 from dpmambair_basicsr.files.image_folders import EXTENSIONS
 
 UNREADABLE = (OSError, EOFError, RuntimeError, zlib.error, zipfile.BadZipFile, tarfile.TarError)
@@ -17,19 +19,17 @@ UNREADABLE = (OSError, EOFError, RuntimeError, zlib.error, zipfile.BadZipFile, t
 
 @contextmanager
 def whole(target: Path) -> Iterator[Path]:
-    """A path beside the target to write to, renamed to it at the end: there is never a half-written target."""
+    """`replacing`, with the target's folder made; not durable, as the journal knows the sizes of what was made."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f'.{target.name}.part')
-    temporary.unlink(missing_ok=True)
-    yield temporary
-    os.replace(temporary, target)
+    with replacing(target, durable=False) as part:
+        yield part
 
 
 class Download:
     """A folder or an archive. `names` are its images, {path as patterns see it: name inside}, in an archive's order.
 
     Raises:
-        SystemExit: no such folder or archive, or not one that can be read.
+        InputError: no such folder or archive, or not one that can be read.
     """
 
     def __init__(self, path: Path):
@@ -46,11 +46,11 @@ class Download:
                 self.members = {info.name: info for info in self.archive if info.isfile()}
                 names = self.sizes = {name: info.size for name, info in self.members.items()}
             elif path.exists():
-                raise SystemExit(f'{path} is neither a folder nor a zip or tar archive (rar, 7z: unpack it first)')
+                raise InputError(f'{path} is neither a folder nor a zip or tar archive (rar, 7z: unpack it first)')
             else:
-                raise SystemExit(f'{path} does not exist')
+                raise InputError(f'{path} does not exist')
         except UNREADABLE as error:
-            raise SystemExit(f'{path} cannot be read: {error}') from error
+            raise InputError(f'{path} cannot be read: {error}') from error
         root = re.sub(r'(\.tar(\.\w+)?|\.tgz|\.zip)$', '', path.as_posix())
         self.names = {f'{root}/{name.removeprefix("./")}': name for name in names if is_image(name)}
         self.order = {name: position for position, name in enumerate(self.names.values())}

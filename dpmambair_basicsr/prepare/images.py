@@ -2,13 +2,13 @@
 
 from pathlib import Path
 
-import cv2
 import numpy as np
 import torch
 from basicsr.utils.matlab_functions import cubic
 from PIL import Image
 
-from dpmambair_basicsr.prepare.download import whole
+from dpmambair_basicsr.files.codec import decode, write_image
+from dpmambair_basicsr.files.regular import open_regular
 
 TILE, STEP = 480, 240  # BasicSR's extract_subimages
 
@@ -21,19 +21,18 @@ def read(path: Path) -> np.ndarray:
 
     Raises:
         OSError: cannot be read.
-        ValueError: not an image, or cut short.
+        ValueError: not an image, cut short, or too many pixels, see `check_size`.
     """
-    content = path.read_bytes()
-    flags = cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH
-    image = cv2.imdecode(np.frombuffer(content, np.uint8), flags) if content else None
+    with open_regular(path) as stream:
+        image = decode(stream.read())
     if image is None or image.dtype not in (np.uint8, np.uint16):
         raise ValueError('not an image that decodes')
     return image
 
 
 def write(path: Path, image: np.ndarray) -> None:
-    with whole(path) as temporary:
-        temporary.write_bytes(cv2.imencode('.png', image)[1])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_image(path, image, durable=False)
 
 
 def shrink(image: np.ndarray) -> np.ndarray:

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from dpmambair_basicsr.files.errors import InputError
 from dpmambair_basicsr.prepare.download import UNREADABLE, Download, fetch, is_file, whole
 from dpmambair_basicsr.prepare.images import STEP, TILE, read, scaled, shrink, tiles, write
 from dpmambair_basicsr.prepare.public_sets import (
@@ -171,7 +172,7 @@ class Job:
                     fetch(download.path / name, place, self.copy)
             except UNREADABLE as error:
                 if getattr(error, 'errno', None) in (errno.ENOSPC, errno.EDQUOT):
-                    raise SystemExit(f'{place}: {error.strerror}; repeat the command to go on') from error
+                    raise InputError(f'{place}: {error.strerror}; repeat the command to go on') from error
                 problems[stem] = f'{download.path / name}: {error}'
         return problems
 

@@ -2,12 +2,15 @@
 
 import base64
 import math
+import os
 from html import escape
 from pathlib import Path
 
 import cv2
 import numpy as np
 
+from dpmambair_basicsr.files.codec import decode
+from dpmambair_basicsr.files.regular import open_regular
 from dpmambair_basicsr.results.comparison import Comparison
 from dpmambair_basicsr.results.run import Run, provenance
 
@@ -54,17 +57,20 @@ for (const figure of document.querySelectorAll('figure')) {
 """
 
 
-def page(comparison: Comparison, folders: dict[str, Path], runs: dict[str, Run], images: list[str] | None) -> str:
+def page(
+    comparison: Comparison, folders: dict[str, Path], runs: dict[str, Run], images: list[str] | None, data: list[str]
+) -> str:
     """The page's text.
 
     Args:
         folders, runs: by label.
+        data: folders whose pictures may be shown, beside those of the results; a results.json can name any file.
         images: 'set/image', or None for the first image of each set.
 
     Raises:
         ValueError: an image that no run has.
     """
-    figures, notes = sliders(folders, runs, images)
+    figures, notes = sliders(folders, runs, images, data)
     title = 'Restoration results: ' + ', '.join(runs)
     facts = ''.join(
         f'<h3>{escape(label)}</h3><dl>'
@@ -152,8 +158,10 @@ def bars(comparison: Comparison) -> str:
     return f'<h2>{escape(metric)} by data set</h2><svg {size} role="img" aria-label="{label}">{"".join(parts)}</svg>'
 
 
-def sliders(folders: dict[str, Path], runs: dict[str, Run], images: list[str] | None) -> tuple[list[str], list[str]]:
-    """The figures, and notes on images that are not there."""
+def sliders(
+    folders: dict[str, Path], runs: dict[str, Run], images: list[str] | None, data: list[str]
+) -> tuple[list[str], list[str]]:
+    """The figures, and notes on images that are not there, or not shown."""
     pairs = {}  # set/image -> label -> (degraded, restored)
     first = []
     for label, run in runs.items():
@@ -162,7 +170,8 @@ def sliders(folders: dict[str, Path], runs: dict[str, Run], images: list[str] | 
             first += [name for name in names[:1] if name not in first]
             for name, (image, degraded) in zip(names, part.images.items(), strict=True):
                 restored = Path('visualization', part.name, f'{image}_{run.suffix}.png')
-                pairs.setdefault(name, {})[label] = folders[label] / degraded, folders[label] / restored
+                files = [Path(os.path.normpath(folders[label] / file)) for file in (degraded, restored)]
+                pairs.setdefault(name, {})[label] = files
     for name in images or ():
         if name not in pairs:
             some = ', '.join(list(pairs)[:5])
@@ -172,14 +181,26 @@ def sliders(folders: dict[str, Path], runs: dict[str, Run], images: list[str] | 
     wanted = [(name, label, *files) for name in images or first for label, files in pairs[name].items()]
     figures, notes = [], []
     for name, label, *files in wanted[:MAX_PAIRS]:
+        outside = [str(file) for file in files if not may_be_shown(file, folders[label], data)]
         missing = [str(file) for file in files if not file.is_file()]
-        if missing:
+        if outside:
+            known = ' or '.join([str(folders[label]), *data])
+            notes.append(f'{name}, {label}: no slider, {outside[0]} is outside of {known}; --data names its folder.')
+        elif missing:
             notes.append(f'{name}, {label}: no slider, {" and ".join(missing)} not found.')
         else:
             figures.append(slider(name, label, *map(read_image, files)))
     if len(wanted) > MAX_PAIRS:
         notes.append(f'{MAX_PAIRS} of {len(wanted)} images are shown; --image chooses.')
     return figures, notes
+
+
+def may_be_shown(file: Path, results: Path, data: list[str]) -> bool:
+    """Inside the results, wherever links in them lead; or in a folder of the user's, whose links are the user's."""
+    real, absolute = file.resolve(), Path(os.path.abspath(file))
+    return any(real.is_relative_to(folder.resolve()) for folder in (results, *map(Path, data))) or any(
+        absolute.is_relative_to(os.path.abspath(folder)) for folder in data
+    )
 
 
 def slider(name: str, label: str, degraded: np.ndarray, restored: np.ndarray) -> str:
@@ -196,7 +217,11 @@ def slider(name: str, label: str, degraded: np.ndarray, restored: np.ndarray) ->
 
 def read_image(file: Path) -> np.ndarray:
     """(H, W, 3) BGR uint8."""
-    image = cv2.imdecode(np.fromfile(file, np.uint8), cv2.IMREAD_COLOR) if file.stat().st_size else None
+    try:
+        with open_regular(file) as stream:
+            image = decode(stream.read(), cv2.IMREAD_COLOR)
+    except ValueError as error:
+        raise ValueError(f'{file}: {error}') from None
     if image is None:
         raise ValueError(f'{file}: is no image')
     return image

@@ -6,10 +6,15 @@ import json
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
+from typing import get_args, get_origin, get_type_hints
 
 from dpmambair_basicsr.files.atomic import replacing
+from dpmambair_basicsr.files.regular import open_regular
+
+MAX_BYTES = 2**26  # of a results.json: some hundred thousand images
+NAMES = {dict: 'a mapping', list: 'a list', str: 'a text', int: 'an int', float: 'a number'}
 
 
 @dataclass
@@ -38,7 +43,8 @@ class Run:
 
     Args:
         options: the option file; `forced`: the `--force_yml` entries.
-        checkpoint: the file of the network, its `param_key` and its `sha256`; '' without one.
+        checkpoint: the file of the network, the key `param_key` of it that was used, '' for the whole file, and its `sha256`;
+            '' without one.
         versions: package -> version.
         metrics: name -> type and arguments, the section `val.metrics`.
         suffix: restored images are visualization/<data set>/<image>_<suffix>.png.
@@ -91,7 +97,7 @@ def provenance(run: Run) -> dict[str, str]:
     measures = '; '.join(f'{name} {describe_metric(metric)}' for name, metric in run.metrics.items())
     return {
         'options': ' '.join([run.options, *run.forced]),
-        'checkpoint': f'{run.checkpoint} ({run.param_key})' if run.checkpoint else 'none',
+        'checkpoint': (run.checkpoint or 'none') + (f' ({run.param_key})' if run.param_key else ''),
         'sha256': run.sha256 or 'none',
         'versions': ', '.join(f'{package} {version}' for package, version in run.versions.items()),
         'metrics': measures,
@@ -150,20 +156,58 @@ def read_run(path: str | Path) -> Run:
     """The run of a results folder, or of the results.json in one.
 
     Raises:
-        ValueError: naming the file, if there is none or it is not what `write_run` writes.
+        ValueError: naming the file and the place in it, if there is none or it is not what `write_run` writes.
     """
     file = Path(path) / 'results.json' if Path(path).is_dir() else Path(path)
     try:
-        content = json.loads(file.read_text(encoding='utf-8'))
-        del content['average']
-        for part in content['sets']:
-            for kind in ('restored', 'unrestored'):
-                part[kind] = {metric: float(value) for metric, value in part[kind].items()}
-        return Run(**content | {'sets': [SetResult(**part) for part in content['sets']]})
+        with open_regular(file) as stream:
+            content = stream.read(MAX_BYTES + 1)
+        if len(content) > MAX_BYTES:
+            raise ValueError(f'it is larger than {MAX_BYTES} bytes')
+        content = json.loads(content.decode())
+        if isinstance(content, dict):
+            content.pop('average', None)  # made again
+        run = converted(content, Run, 'the file')
+        if not run.metrics:
+            raise ValueError('metrics: there is none')
+        for name, metric in run.metrics.items():
+            converted(metric.get('type'), str, f'metrics.{name}.type')
     except OSError as error:
         raise ValueError(f'{file}: {error.strerror}; a test with val.metrics writes it') from None
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f'{file}: is not a results.json of a test ({type(error).__name__}: {error})') from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f'{file}: is not a results.json of a test ({error})') from None
+    return run
+
+
+def converted(value, kind, place: str):
+    """What JSON has for a text, number, list, mapping or data class, as that.
+
+    Raises:
+        ValueError: naming the place, if it has something else there.
+    """
+    origin, parts = get_origin(kind) or kind, get_args(kind)
+    if kind is float and type(value) in (int, str):
+        try:
+            return float(value)  # infinity and NaN are text
+        except (ValueError, OverflowError):
+            pass
+    wanted = dict if is_dataclass(kind) else origin
+    if not isinstance(value, wanted) or (wanted is int and isinstance(value, bool)):
+        raise ValueError(f'{place}: expected {NAMES[wanted]}, got {json.dumps(value)[:60]}')
+    if is_dataclass(kind):
+        kinds = get_type_hints(kind)
+        required = [part.name for part in fields(kind) if part.default is part.default_factory is MISSING]
+        missing = [name for name in required if name not in value]
+        wrong = [f'{name} is missing' for name in missing] + [f'unknown {name!r}' for name in value.keys() - kinds]
+        if wrong:
+            raise ValueError(f'{place}: {wrong[0]}')
+        inside = '' if kind is Run else f'{place}.'
+        return kind(**{name: converted(part, kinds[name], inside + name) for name, part in value.items()})
+    if origin is list:
+        return [converted(part, parts[0], f'{place}[{index}]') for index, part in enumerate(value)]
+    if origin is dict and parts:
+        return {name: converted(part, parts[1], f'{place}.{name}') for name, part in value.items()}
+    return value
 
 
 def number(value: float | None, digits: int = 4) -> str:

@@ -20,6 +20,7 @@ import torch
 from basicsr.utils import get_root_logger
 from basicsr.utils.dist_util import get_dist_info
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from dpmambair_basicsr.files import lock
@@ -167,6 +168,18 @@ def remove_older(opt: dict, iteration: int, keep: int) -> None:
             Path(opt['path']['models'], f'net_{network}_{old}.pth').unlink(missing_ok=True)
         for pool in folder.glob(pool_file(opt, old, '*').name):
             pool.unlink()
+
+
+def check_optimizers(optimizers: list[Optimizer], state: dict) -> None:
+    """Raises ValueError if a state is of optimizers with other parameters; torch would name neither file nor option."""
+    for own, saved in zip(optimizers, state['optimizers'], strict=True):
+        counts = [sum(len(group['params']) for group in groups) for groups in (own.param_groups, saved['param_groups'])]
+        if counts[0] != counts[1]:
+            raise ValueError(
+                f'The training state of iteration {state["iter"]} has an optimizer of {counts[1]} parameters, now '
+                f'{counts[0]} are trained: to resume, network_* and train.freeze have to be as they were; to go on '
+                'with others, begin a new run from the checkpoint (path.pretrain_network_g)'
+            )
 
 
 def keep_schedule(scheduler: LRScheduler, before: dict) -> None:

@@ -2,7 +2,6 @@
 
 import copy
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -112,32 +111,3 @@ def basicsr_source(folder: Path) -> Path:
     with tarfile.open(archive) as source:
         source.extractall(folder, filter='data')
     return folder / 'basicsr-1.4.2'
-
-
-def replace_in(file: Path, *changes: tuple[str, str]) -> None:
-    """Each old text, a regular expression that must be there, by the new one."""
-    text = file.read_text()
-    for old, new in changes:
-        text, count = re.subn(old, new, text, flags=re.DOTALL)
-        assert count, f'{file}: {old}'
-    file.write_text(text)
-
-
-def without_vgg(source: Path) -> Path:
-    """Makes a copy of BasicSR one without VGG and the loss that needs it, as MambaIR's."""
-    for name in ('vgg_arch.py', 'dfdnet_arch.py'):
-        (source / 'basicsr/archs' / name).unlink()
-    replace_in(
-        source / 'basicsr/losses/basic_loss.py',
-        (r'from basicsr.archs.vgg_arch import VGGFeatureExtractor\n', ''),
-        (r'@LOSS_REGISTRY.register\(\)\nclass PerceptualLoss.*', ''),
-    )
-    return source
-
-
-def with_own_losses(source: Path) -> Path:
-    """Makes a copy of BasicSR one with losses named as ours, as CodeFormer's and others."""
-    with open(source / 'basicsr/losses/basic_loss.py', 'a') as file:
-        for name in ('PSNRLoss', 'LPIPSLoss'):
-            file.write(f'\n\n@LOSS_REGISTRY.register()\nclass {name}(L1Loss):\n    """The project\'s own."""\n')
-    return source

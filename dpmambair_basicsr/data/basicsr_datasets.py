@@ -1,0 +1,33 @@
+"""What the image datasets of BasicSR itself read."""
+
+
+def paths_by_folder(dataset, opt: dict) -> list[tuple[str, list[str]]]:
+    """The folders of an image dataset of BasicSR on disk, and the paths in each that it will read; [] of any other.
+
+    Args:
+        opt: the options that it was made with.
+    """
+    on_disk = (opt.get('io_backend') or {}).get('type', 'disk') == 'disk'
+    if not on_disk or not type(dataset).__module__.startswith('basicsr.'):
+        return []
+    only = 'gt' if 'dataroot_gt' in opt else 'lq'  # whose paths are not named
+    found = []
+    for role in ('lq', 'gt'):
+        paths = [
+            path.get(f'{role}_path') if isinstance(path, dict) else path
+            for path in getattr(dataset, 'paths', ())
+            if isinstance(path, dict) or role == only
+        ]
+        if isinstance(opt.get(f'dataroot_{role}'), str):
+            found.append((opt[f'dataroot_{role}'], [*filter(None, paths)]))
+    return found
+
+
+def channels(kind: str, opt: dict) -> int | None:
+    """Of the images of a dataset with the `type` kind; None if only the dataset knows."""
+    ours = ('PairedDegradationDataset', 'SyntheticDegradationDataset', 'MixedDegradationDataset')
+    if kind in (*ours, 'RealESRGANDataset', 'RealESRGANPairedDataset'):
+        return 3
+    if kind in ('PairedImageDataset', 'SingleImageDataset'):
+        return 1 if opt.get('color') == 'y' else 3
+    return None

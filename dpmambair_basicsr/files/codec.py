@@ -1,0 +1,104 @@
+"""The one way from bytes to pixels and back: the header is asked first, and files are whole or not there."""
+
+import io
+import os
+import struct
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from dpmambair_basicsr.files.atomic import replacing
+
+MAX_PIXELS = 2**28  # 1.7 GB while an 8-bit image is decoded; 200-megapixel cameras stay below
+MAX_PIXELS_VARIABLE = 'DPMAMBAIR_MAX_PIXELS'
+PNG = b'\x89PNG\r\n\x1a\n'
+FORMATS = ('JPEG', 'BMP', 'TIFF', 'WEBP', 'PPM', 'GIF', 'JPEG2000', 'AVIF', 'SUN')  # what OpenCV reads, by PIL's names
+TILE_SIZE = (322, 323)  # TIFF tags
+
+
+def max_pixels() -> int:
+    """Pixels that an image may have: the option `max_pixels` or the environment variable, else MAX_PIXELS."""
+    text = os.environ.get(MAX_PIXELS_VARIABLE, str(MAX_PIXELS))
+    if not text.isdecimal() or int(text) == 0:
+        raise ValueError(f'{MAX_PIXELS_VARIABLE}: expected a positive int, got {text!r}')
+    return int(text)
+
+
+def check_size(content: bytes) -> tuple[int, int] | None:
+    """`image_size`; raises ValueError, without the path, if that is more than `max_pixels`. Nothing is decoded.
+
+    124 kB of PNG can stand for 32000 x 32000 pixels, which take 6.5 GB.
+    """
+    size = image_size(content)
+    if size is not None and size[0] * size[1] > max_pixels():
+        raise ValueError(
+            f'is {size[0]} x {size[1]} pixels, more than max_pixels, {max_pixels()}; to accept it, raise max_pixels in '
+            f'the option file or {MAX_PIXELS_VARIABLE} in the environment'
+        )
+    return size
+
+
+def image_size(content: bytes) -> tuple[int, int] | None:
+    """(width, height) that will be allocated, by the header alone; None if it is none of FORMATS, nor PNG.
+
+    Of PNG, PIL would also read what comes before the pixels, and refuse what the decoder does not mind.
+    """
+    if content.startswith(PNG):
+        return struct.unpack('>II', content[16:24]) if content[12:16] == b'IHDR' and len(content) >= 24 else None
+    from PIL import Image
+
+    Image.init()
+    for name in FORMATS:
+        read_header, accepts = Image.OPEN.get(name, (None, None))
+        if accepts is not None and accepts(content[:16]):
+            try:
+                header = read_header(io.BytesIO(content), '')
+            except Exception:  # whatever a damaged header makes of it
+                continue
+            tile = [getattr(header, 'tag_v2', {}).get(tag, 0) for tag in TILE_SIZE]
+            return max(header.size, tile, key=lambda size: size[0] * size[1])
+    return None
+
+
+def decode(content: bytes | None, flags: int = cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH, decoder=cv2.imdecode):
+    """What OpenCV's `decoder` makes of an image file, in BGR; None if it is not an image, cut short, or empty.
+
+    Raises:
+        ValueError: see `check_size`.
+    """
+    if not content or check_size(content) is None:
+        return None
+    try:
+        return decoder(np.frombuffer(content, np.uint8), flags=flags)
+    except cv2.error:  # its header asks for more pixels than OPENCV_IO_MAX_IMAGE_PIXELS
+        return None
+
+
+def write_image(path: str | Path, image: np.ndarray, parameters: list[int] | None = None, durable: bool = True) -> None:
+    """Writes (H, W), (H, W, 3) BGR or (H, W, 4) BGRA in the format of the extension, as a whole or not at all.
+
+    Args:
+        parameters: as `cv2.imwrite` has them.
+        durable: see `replacing`.
+
+    Raises:
+        OSError: naming the file, if it cannot be encoded or written.
+    """
+    path = Path(path)
+    try:
+        done, content = cv2.imencode(path.suffix, image, parameters or [])
+    except cv2.error as error:
+        raise OSError(f'{path} cannot be encoded: {error.err}') from error
+    if not done:
+        raise OSError(f'{path} cannot be encoded')
+    write_bytes(path, content, durable)
+
+
+def write_bytes(path: Path, content, durable: bool = True, shared: bool = False) -> None:
+    """A file as a whole or not at all. Raises OSError, naming it."""
+    try:
+        with replacing(path, durable, shared) as part:
+            part.write_bytes(content)
+    except OSError as error:
+        raise OSError(error.errno, f'{error.strerror}, cannot be written', str(path)) from error

@@ -1,0 +1,37 @@
+"""Errors that a user can put right, and how a command ends with one.
+
+Their messages name the file, key or value, and the way out. They are raised by the library; `exit_on_error` is for a
+command's `main`, and for the patches that BasicSR's own loop calls.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class UserError(Exception):
+    """Something that a user can put right."""
+
+
+class OptionError(UserError, ValueError):
+    """Options that cannot be used. The message names the file, and the line or the key."""
+
+
+class CheckpointError(UserError, ValueError):
+    """A checkpoint or training state that cannot be used."""
+
+
+class InputError(UserError, ValueError):
+    """What a command was given, or what is in the way of what it writes: images, downloads, projects."""
+
+
+class MissingLibraryError(UserError, ImportError):
+    """A library that is needed here and not installed, or too old."""
+
+
+@contextmanager
+def exit_on_error(command: str = '', *others: type[Exception]) -> Iterator[None]:
+    """Ends the program with `command: message` and exit status 1 for a UserError, or one of the others."""
+    try:
+        yield
+    except (UserError, *others) as error:
+        raise SystemExit(f'{command}: {error}' if command else str(error)) from None

@@ -1,0 +1,110 @@
+"""Gradient accumulation: one step of the optimizers for several parts of a batch."""
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from types import MethodType
+
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from dpmambair_basicsr.files.option_row import Option
+
+
+class GradientAccumulation:
+    """Lets the model work off its batch in `train.accum_iter` micro-batches, and step once, by their mean gradient.
+
+    As in traiNNer-redux an iteration is a step: total_iter, schedules, averages, validation and checkpoints count as
+    with one batch of the whole size, which the training equals but for rounding. What looks at a batch as a whole sees
+    micro-batches: batch normalization, and spectral normalization, which iterates with each.
+
+    The loader gives the micro-batches of an iteration together (`patches/seeding`), so a training is interrupted and
+    resumed between steps only.
+
+    Args:
+        opt: of the training.
+    """
+
+    option_keys = (
+        Option('train', 'accum_iter', int, 'micro-batches of batch_size_per_gpu for one step; default 1', low=1),
+    )
+
+    def __init__(self, opt: dict):
+        self.opt = opt
+        self.count = (opt.get('train') or {}).get('accum_iter', 1)
+        self.index: int | None = None  # of the micro-batch that is worked off
+
+    @property
+    def is_first(self) -> bool:
+        return self.index in (None, 0)
+
+    @property
+    def is_last(self) -> bool:
+        return self.index in (None, self.count - 1)
+
+    def watch(self, optimizer: Optimizer) -> None:
+        """BasicSR's models call zero_grad and step with each micro-batch: from now on they do nothing in between."""
+        if self.count > 1:
+            optimizer.zero_grad = only_if(lambda: self.is_first, optimizer.zero_grad)
+            optimizer.step = only_if(lambda: self.is_last, optimizer.step)
+            optimizer.register_step_pre_hook(self.average)
+
+    def average(self, optimizer: Optimizer, *_) -> None:
+        """Called before a step: the mean of the gradients in place of their sum."""
+        for group in optimizer.param_groups:
+            for parameter in group['params']:
+                if parameter.grad is not None:
+                    parameter.grad.div_(self.count)
+
+    def micro_batches(self, model, nets: dict[str, nn.Module]) -> Iterator[None]:
+        """Gives the model one micro-batch after the other in its `batch_names`, and the whole batch again at the end.
+
+        Processes exchange gradients with the last.
+
+        Args:
+            nets: the model's, those in DistributedDataParallel with it.
+
+        Raises:
+            ValueError: if the batch cannot be shared out, or is not what `accum_iter` asks of the loader.
+        """
+        if self.count == 1:
+            yield
+            return
+        whole = {name: value for name in model.batch_names if isinstance(value := getattr(model, name, None), Tensor)}
+        self.check_size(len(model.lq))
+        parallel = [net for net in nets.values() if isinstance(net, DistributedDataParallel)]
+        try:
+            for index in range(self.count):
+                self.index = index
+                for name, value in whole.items():
+                    setattr(model, name, value.chunk(self.count)[index])
+                with ExitStack() as stack:
+                    for net in parallel if not self.is_last else ():
+                        stack.enter_context(net.no_sync())
+                    yield
+        finally:
+            self.index = None
+            for name, value in whole.items():
+                setattr(model, name, value)
+
+    def check_size(self, size: int) -> None:
+        train = self.opt['datasets']['train']
+        expected = train.get('batch_size_per_gpu', size // self.count) * self.count
+        if not self.opt['dist']:
+            expected *= max(self.opt['num_gpu'], 1)
+        if size % self.count or (size != expected and not train.get('progressive')):
+            raise ValueError(
+                f'train.accum_iter: {self.count} micro-batches are {expected} images, the loader gives {size}: '
+                'train with dpmambair_basicsr.train, or let your loader give as many'
+            )
+
+
+def only_if(condition: Callable[[], bool], method: MethodType) -> MethodType:
+    """The method, which does nothing where the condition is not met."""
+
+    @functools.wraps(method.__func__)
+    def call(self, *args, **kwargs):
+        return method(*args, **kwargs) if condition() else None
+
+    return MethodType(call, method.__self__)

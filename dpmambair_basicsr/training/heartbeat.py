@@ -1,0 +1,109 @@
+"""Says which process of a distributed training is missing, while the others wait for it without a word.
+
+A process that is stopped (a frozen node) or never comes leaves the others in a collective operation until the timeout
+of the process group. So a thread of each process writes to torch's store that it is alive; the first process reads all
+of them, the others the first's. Another thread watches that, because reading itself may wait for a frozen process.
+Nothing is ended here: that is up to the timeout, `dist_params.timeout`. A process that is alive, but waits for
+something else than the others, is not found.
+"""
+
+import atexit
+import logging
+import os
+import socket
+import threading
+import time
+from contextlib import suppress
+from datetime import timedelta
+
+from torch.distributed import TCPStore
+
+INTERVAL = 3  # seconds from one heartbeat to the next
+SILENCE = 15  # seconds without one, after which a process is named
+CONNECT = timedelta(days=1)  # the store may be there long after this process
+STORE = -1  # in the place of a rank: the store itself, where reading waits
+
+
+class Heartbeat:
+    """Of this process, by the environment of torchrun or `--launcher slurm`; it goes on until the process ends.
+
+    Args:
+        timeout: of the process group, in seconds; None: torch's default.
+    """
+
+    def __init__(self, timeout: float | None):
+        self.timeout = timeout
+        self.rank, self.count = int(os.environ['RANK']), int(os.environ['WORLD_SIZE'])
+        self.address = os.environ['MASTER_ADDR'], int(os.environ['MASTER_PORT'])
+        self.of_torchrun = os.environ.get('TORCHELASTIC_USE_AGENT_STORE') == 'True'  # the store; otherwise the first's
+        self.watched = range(1, self.count) if self.rank == 0 else range(1 if self.of_torchrun else 0)
+        self.beats, self.missing, self.ended = {}, set(), threading.Event()  # beats: rank -> (host, number)
+        self.clock = 0.0  # seconds that this process has run; while it is stopped itself, nobody else is late
+        self.heard = dict.fromkeys((STORE, *self.watched), self.clock)  # rank -> when it was last heard of
+
+    def start(self) -> None:
+        self.beating = threading.Thread(target=self.beat, daemon=True)
+        self.beating.start()
+        threading.Thread(target=self.watch, daemon=True).start()
+        atexit.register(self.end)
+
+    def end(self) -> None:
+        """Python must not end while a thread of it is in torch."""
+        self.ended.set()
+        self.beating.join(timeout=INTERVAL)
+
+    def key(self, rank: int) -> str:
+        return f'heartbeat/{os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)}/{rank}'
+
+    def beat(self) -> None:
+        number, name = 0, socket.gethostname()
+        with suppress(RuntimeError):  # the store has gone: so have those that wait, or they are told by torch
+            store = TCPStore(*self.address, is_master=False, wait_for_workers=False, timeout=CONNECT)
+            while not self.ended.is_set():
+                number += 1
+                store.set(self.key(self.rank), f'{name} {number}')
+                self.listen(store)
+                self.ended.wait(INTERVAL)
+            store.set(self.key(self.rank), f'{name} end')
+            return
+        self.ended.set()
+
+    def listen(self, store: TCPStore) -> None:
+        begin = self.clock
+        for rank in self.watched:
+            if store.check([self.key(rank)]):
+                beat = store.get(self.key(rank)).decode().split()
+                if beat != self.beats.get(rank) or beat[1] == 'end':
+                    self.beats[rank], self.heard[rank] = beat, self.clock
+        self.heard[STORE] = self.clock
+        if self.heard[STORE] - begin > INTERVAL:  # nobody could write meanwhile
+            self.heard = dict.fromkeys(self.heard, self.heard[STORE])
+
+    def watch(self) -> None:
+        last = time.monotonic()
+        while not self.ended.wait(1):
+            now = time.monotonic()
+            self.clock, last = self.clock + min(now - last, INTERVAL), now
+            late = {rank for rank, heard in self.heard.items() if self.clock - heard > SILENCE}
+            if self.clock - self.heard[STORE] > 2 * INTERVAL:  # what is known of the others is old
+                late = (late & {STORE}) | self.missing
+            if new := late - self.missing:
+                limit = "torch's default" if self.timeout is None else f'{self.timeout:g} s'
+                self.say(
+                    new, f'no sign of life for {SILENCE} s. The others wait; dist_params.timeout ends it ({limit}).'
+                )
+            if back := self.missing - late:
+                self.say(back, 'back.')
+            self.missing = late
+
+    def say(self, ranks: set[int], what: str) -> None:
+        """To the log, or to stderr before there is one."""
+        names = ', '.join(self.describe(rank) for rank in sorted(ranks))
+        logging.getLogger('basicsr').error(f'{names}: {what}')
+
+    def describe(self, rank: int) -> str:
+        if rank == STORE:
+            owner = 'torchrun' if self.of_torchrun else f'process 0 of {self.count}'
+            return f'{owner} (at {":".join(map(str, self.address))})'
+        where = f'on {self.beats[rank][0]}' if rank in self.beats else 'has not come'
+        return f'process {rank} of {self.count} ({where})'

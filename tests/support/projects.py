@@ -1,0 +1,163 @@
+"""Projects of other people, made of BasicSR's own source: each is different from it in the way that its kind is."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from support.commands import PACKAGE_PARENT
+
+
+def replace_in(file: Path, *changes: tuple[str, str]) -> None:
+    """Each old text, a regular expression that must be there, by the new one."""
+    text = file.read_text()
+    for old, new in changes:
+        text, count = re.subn(old, new, text, flags=re.DOTALL)
+        assert count, f'{file}: {old}'
+    file.write_text(text)
+
+
+def without_vgg(source: Path) -> Path:
+    """Without VGG and the loss that needs it, as MambaIR's."""
+    for name in ('vgg_arch.py', 'dfdnet_arch.py'):
+        (source / 'basicsr/archs' / name).unlink()
+    replace_in(
+        source / 'basicsr/losses/basic_loss.py',
+        (r'from basicsr.archs.vgg_arch import VGGFeatureExtractor\n', ''),
+        (r'@LOSS_REGISTRY.register\(\)\nclass PerceptualLoss.*', ''),
+    )
+    return source
+
+
+def with_own_losses(source: Path) -> Path:
+    """With losses named as ours, as CodeFormer's and others."""
+    with open(source / 'basicsr/losses/basic_loss.py', 'a') as file:
+        for name in ('PSNRLoss', 'LPIPSLoss'):
+            file.write(f'\n\n@LOSS_REGISTRY.register()\nclass {name}(L1Loss):\n    """The project\'s own."""\n')
+    return source
+
+
+def without_registry(source: Path) -> Path:
+    """Of Restormer's generation: classes are looked up in the modules of a folder, and basicsr has no __init__.py."""
+    package = source / 'basicsr'
+    (package / 'archs').rename(package / 'models/archs')
+    for file in package.rglob('*.py'):
+        text = file.read_text().replace('basicsr.archs', 'basicsr.models.archs')
+        text = re.sub(r'from basicsr.utils.registry import .*\n', '', text)
+        file.write_text(re.sub(r'@\w+_REGISTRY.register\(.*?\)\n', '', text))
+    folders = {'models/archs': '_arch_modules', 'data': '_dataset_modules', 'models': '_model_modules'}
+    folders |= {'losses': '_model_modules', 'metrics': '[psnr_ssim, niqe]'}
+    for folder, modules in folders.items():
+        found = rf'next(getattr(module, \1) for module in {modules} if hasattr(module, \1))('
+        replace_in(package / folder / '__init__.py', (r'\w+_REGISTRY.get\((.*?)\)\(', found))
+    replace_in(package / 'metrics/__init__.py', ('from .niqe', 'from . import niqe, psnr_ssim\nfrom .niqe'))
+    for name in ('utils/registry.py', '__init__.py'):
+        (package / name).unlink()
+    return source
+
+
+def with_a_package_of_its_own(folder: Path) -> Path:
+    """As HAT and Real-ESRGAN: networks and a command of its own, for an installed BasicSR."""
+    archs = folder / 'own/archs'
+    archs.mkdir(parents=True)
+    (folder / 'own/__init__.py').touch()
+    (archs / '__init__.py').write_text("""
+import importlib
+from pathlib import Path
+
+from basicsr.utils import scandir
+
+names = [Path(name).stem for name in scandir(str(Path(__file__).parent)) if name.endswith('_arch.py')]
+modules = [importlib.import_module(f'own.archs.{name}') for name in names]
+""")
+    (archs / 'own_arch.py').write_text("""
+from basicsr.archs.srresnet_arch import MSRResNet
+from basicsr.utils.registry import ARCH_REGISTRY
+
+
+@ARCH_REGISTRY.register()
+class OwnNet(MSRResNet):
+    pass
+""")
+    (folder / 'own/train.py').write_text("""
+import os.path as osp
+
+import own.archs
+from basicsr.train import train_pipeline
+
+if __name__ == '__main__':
+    train_pipeline(osp.abspath(osp.join(__file__, osp.pardir, osp.pardir)))
+""")
+    return folder
+
+
+# Where a project starts by itself: an older torchvision, and no other basicsr than its own before it.
+WHERE_IT_STARTS = """
+import sys, types
+from importlib.machinery import PathFinder
+from importlib.util import module_from_spec
+from torchvision.transforms import functional
+module = types.ModuleType('torchvision.transforms.functional_tensor')
+module.rgb_to_grayscale = functional.rgb_to_grayscale
+sys.modules[module.__name__] = module
+sys.path.insert(1, '.')
+spec = PathFinder.find_spec('basicsr', ['.'])
+if spec is not None and spec.loader is None:
+    sys.modules['basicsr'] = module_from_spec(spec)
+"""
+
+SERVER = """
+import json, os, runpy, sys, traceback
+import cv2, scipy.stats, torch, torchvision, yaml
+for line in sys.stdin:
+    call = json.loads(line)
+    process = os.fork()
+    if process == 0:
+        with open(call['log'], 'wb') as file:
+            os.dup2(file.fileno(), 1), os.dup2(file.fileno(), 2)
+        os.chdir(call['cwd'])
+        script = call['argv'][0]
+        sys.path[0] = os.path.dirname(os.path.abspath(script))
+        sys.argv = call['argv']
+        status = 1
+        try:
+            exec(call['first'], {})
+            runpy.run_path(script, run_name='__main__')
+            status = 0
+        except SystemExit as end:
+            status = end.code or 0
+            if not isinstance(status, int):
+                print(status)
+                status = 1
+        except BaseException:
+            traceback.print_exc()
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(status)
+    print(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]), flush=True)
+"""
+
+
+class Scripts:
+    """Runs `python SCRIPT ...` in copies of a process that has imported PyTorch, and nothing of BasicSR or of ours."""
+
+    def __init__(self):
+        environment = os.environ | {'PYTHONPATH': str(PACKAGE_PARENT), 'OMP_NUM_THREADS': '1'}
+        environment['PYTHONDONTWRITEBYTECODE'] = '1'
+        pipes = {'stdin': subprocess.PIPE, 'stdout': subprocess.PIPE, 'text': True}
+        self.server = subprocess.Popen([sys.executable, '-c', SERVER], env=environment, **pipes)
+
+    def run(self, *argv, cwd: Path, first: str = '') -> str:
+        """What it writes; `first` is Python that is run before. Its exit status must be 0."""
+        log = cwd.parent / f'{cwd.name}.log'
+        call = {'argv': list(map(str, argv)), 'cwd': str(cwd), 'log': str(log), 'first': first}
+        self.server.stdin.write(json.dumps(call) + '\n')
+        self.server.stdin.flush()
+        status, text = self.server.stdout.readline().strip(), log.read_text(errors='replace')
+        assert status == '0', f'{argv}: {status}\n{text}'
+        return text
+
+    def close(self) -> None:
+        self.server.stdin.close()
+        self.server.wait()

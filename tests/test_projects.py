@@ -1,0 +1,119 @@
+"""Projects of every kind train their own networks as before `dropin`, and ours in their own loop."""
+
+import os
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+from support.commands import PACKAGE_PARENT, basicsr_source, python, stock_options, write_images, write_options
+from support.projects import (
+    WHERE_IT_STARTS,
+    Scripts,
+    with_a_package_of_its_own,
+    with_own_losses,
+    without_registry,
+    without_vgg,
+)
+from test_dropin import tree
+
+from dpmambair_basicsr.archs import VmambaIR
+
+SMALL = {'dim': 4, 'num_blocks': [1] * 4, 'num_refinement_blocks': 0, 'd_state': 2}
+
+
+def fork(folder):
+    return with_own_losses(without_vgg(basicsr_source(folder)))
+
+
+def old_fork(folder):
+    return without_registry(basicsr_source(folder))
+
+
+def package(folder):
+    return with_a_package_of_its_own(folder / 'package')
+
+
+@pytest.fixture(scope='module')
+def scripts():
+    scripts = Scripts()
+    yield scripts
+    scripts.close()
+
+
+@pytest.fixture
+def options(tmp_path):
+    """BasicSR's own model, data, loss and optimizer, with random crops and flips."""
+    opt = stock_options(write_images(tmp_path / 'images'))
+    opt['train'] |= {'optim_g': {'type': 'Adam', 'lr': 1.0e-3}, 'total_iter': 4}
+    opt['val']['val_freq'] = opt['logger']['save_checkpoint_freq'] = 4
+    return opt
+
+
+def losses(log: str) -> list[str]:
+    return re.findall(r'l_pix: (\S+)', log)
+
+
+def weights(project, name) -> dict:
+    return torch.load(project / f'experiments/{name}/models/net_g_4.pth', weights_only=True)['params']
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of project: how it is made, its command, a network of its own, and what `dropin` says of ours there."""
+
+    make: Callable
+    script: str
+    own: str
+    said: list[str]
+    path: str = ''  # what its command needs on Python's path
+
+
+KINDS = [
+    Kind(fork, 'basicsr/train.py', 'MSRResNet', ['dpmambair_PSNRLoss', 'not available: losses VGGPerceptualLoss: ']),
+    Kind(old_fork, 'basicsr/train.py', 'MSRResNet', ['all other programs of the project import the basicsr in']),
+    Kind(package, 'own/train.py', 'OwnNet', ['models: RestorationModel', 'It did not start before: '], path='.'),
+]
+
+
+@pytest.mark.parametrize('kind', KINDS, ids=lambda kind: kind.make.__name__)
+def test_own_networks_train_as_before_and_ours_in_the_same_loop(kind, scripts, options, tmp_path):
+    project = kind.make(tmp_path)
+    path = f'import sys; sys.path.insert(1, {kind.path!r})' if kind.path else ''
+    options['network_g']['type'] = kind.own
+    own_file = write_options(options | {'name': 'own'}, tmp_path / 'own.yml')
+    assert '-opt' in scripts.run(kind.script, '--help', cwd=project, first=WHERE_IT_STARTS)
+    first = scripts.run(kind.script, '-opt', own_file, cwd=project, first=WHERE_IT_STARTS)
+    assert len(losses(first)) == 4
+    weights_before = weights(project, 'own')
+    shutil.rmtree(project / 'experiments')
+
+    before = tree(project)
+    outcome = python(
+        '-m', 'dpmambair_basicsr.dropin', '.', cwd=project, PYTHONPATH=f'{PACKAGE_PARENT}{os.pathsep}{kind.path}'
+    )
+    assert outcome.returncode == 0, outcome.stdout
+    assert all(text in outcome.stdout for text in kind.said), outcome.stdout
+    assert 'VmambaIR' in outcome.stdout.partition('archs: ')[2].splitlines()[0]
+
+    assert '-opt' in scripts.run(kind.script, '--help', cwd=project, first=path)
+    second = scripts.run(kind.script, '-opt', own_file, cwd=project, first=path)
+    assert losses(second) == losses(first)
+    assert weights(project, 'own').keys() == weights_before.keys()
+    assert all(torch.equal(value, weights_before[name]) for name, value in weights(project, 'own').items())
+
+    options['datasets']['train']['gt_size'] = 32
+    options['network_g'] = {'type': 'VmambaIR', 'scale': 4, **SMALL}
+    if kind.make is fork:
+        options['train']['pixel_opt'] = {'type': 'dpmambair_PSNRLoss'}
+    file = write_options(options | {'name': 'ours'}, tmp_path / 'ours.yml')
+    ours = scripts.run(kind.script, '-opt', file, cwd=project, first=path)
+    assert len(losses(ours)) == 4 and '# psnr:' in ours and 'End of training' in ours, ours
+    VmambaIR(scale=4, **SMALL).load_state_dict(weights(project, 'ours'))
+
+    removed = python('-m', 'dpmambair_basicsr.dropin', '.', '--remove', cwd=project)
+    assert removed.returncode == 0, removed.stdout
+    shutil.rmtree(project / 'experiments')
+    assert tree(project) == before
