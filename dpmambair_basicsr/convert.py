@@ -8,25 +8,34 @@ import argparse
 
 from dpmambair_basicsr.files.errors import exit_on_error
 
-KEYS = ('params_ema', 'params', None)
-
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog='python -m dpmambair_basicsr.convert', description=__doc__)
     parser.add_argument('checkpoint', help='net_g_*.pth')
     parser.add_argument('output', help='file to write, .safetensors')
-    parser.add_argument('--key', help='state dict of the checkpoint; default: params_ema, or else params, or the file')
+    parser.add_argument(
+        '--key',
+        help='state dict of the checkpoint; default: params_ema, params, state_dict, ..., the file',
+    )
     arguments = parser.parse_args()
 
     # Not before: PyTorch takes seconds, and --help needs none of it.
-    from dpmambair_basicsr.files.checkpoints import SAFETENSORS, read_checkpoint, select_weights, write_safetensors
+    from dpmambair_basicsr.archs.recognition import network_options, own_names
+    from dpmambair_basicsr.files.checkpoints import (
+        SAFETENSORS,
+        WRAPPINGS,
+        read_checkpoint,
+        select_weights,
+        write_safetensors,
+    )
 
     if not arguments.output.endswith(SAFETENSORS):
         parser.error(f'{arguments.output}: has to end in {SAFETENSORS}')
     with exit_on_error('dpmambair_basicsr.convert', ValueError, OSError):
         checkpoint = read_checkpoint(arguments.checkpoint)
-        weights = select_weights(arguments.checkpoint, checkpoint, *([arguments.key] if arguments.key else KEYS))
-        write_safetensors(arguments.output, weights, checkpoint.get('network_g'))
+        weights = select_weights(arguments.checkpoint, checkpoint, *([arguments.key] if arguments.key else WRAPPINGS))
+        weights = own_names(weights)
+        write_safetensors(arguments.output, weights, checkpoint.get('network_g') or network_options(weights))
     print(f'{arguments.output}: {len(weights)} tensors')
 
 

@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import dpmambair_basicsr
-from dpmambair_basicsr import load, restore
+from dpmambair_basicsr import convert, load, restore
 from dpmambair_basicsr.archs import DPMambaIR, degradation_extractor_arch
 from dpmambair_basicsr.archs.blocks import ImageMean
 from dpmambair_basicsr.files.checkpoints import read_weights
@@ -192,7 +192,8 @@ def test_errors_of_load_name_file_and_key(tmp_path):
     _, path = save_model(tmp_path, VMAMBAIR)
     checkpoint = torch.load(path)
     files = {
-        'old': {'params': checkpoint['params']},
+        'old': {'params': {**checkpoint['params'], 'another': torch.zeros(1)}},
+        'foreign': {'params': {'conv.weight': torch.zeros(1)}},
         'unknown': {**checkpoint, 'network_g': {**VMAMBAIR, 'type': 'VmambaIr'}},
         'typo': {**checkpoint, 'network_g': {**VMAMBAIR, 'dimm': 4}},
         'value': {**checkpoint, 'network_g': {**VMAMBAIR, 'scale': 5}},
@@ -207,7 +208,8 @@ def test_errors_of_load_name_file_and_key(tmp_path):
         torch.save(content, tmp_path / f'{name}.pth')
     (tmp_path / 'text.pth').write_text('no checkpoint')
     messages = {
-        'old.pth': "old.pth: holds no key 'network_g', .*--opt.*network=",
+        'old.pth': r'old.pth: does not fit VmambaIR:\n.* not in the network: another',
+        'foreign.pth': "foreign.pth: holds no key 'network_g', .*--opt.*network=",
         'unknown.pth': 'unknown.pth: network_g.type: unknown type VmambaIr, did you mean VmambaIR',
         'typo.pth': 'typo.pth: network_g: TypeError: .*dimm',
         'value.pth': 'value.pth: network_g: scale: 5 is not one of',
@@ -224,9 +226,58 @@ def test_errors_of_load_name_file_and_key(tmp_path):
         load(tmp_path / 'missing.pth')
     with pytest.raises(ValueError, match="device: 'tpu9' is none of auto, cpu, cuda"):
         load(path, device='tpu9')
-    assert load(tmp_path / 'old.pth', network=VMAMBAIR).scale == 1
     torch.save(checkpoint['params'], tmp_path / 'bare.pth')
     assert load(tmp_path / 'bare.pth', network=VMAMBAIR).scale == 1
+
+
+WRAPPED = {
+    'bare': lambda state: state,
+    'params': lambda state: {'params': state},
+    'model': lambda state: {'model': state, 'epoch': 3},
+    'state_dict': lambda state: {'state_dict': state, 'optimizer': {}},
+    'compiled': lambda state: {f'_orig_mod.{name}': value for name, value in state.items()},
+    'parallel and compiled': lambda state: {'model': {f'module._orig_mod.{n}': v for n, v in state.items()}},
+    'Lightning': lambda state: {'state_dict': {f'model.{name}': value for name, value in state.items()}},
+}
+
+
+@pytest.mark.parametrize(
+    'network', [VMAMBAIR, {**VMAMBAIR, 'scale': 4, 'channel_fusion': 'modulate'}, DPMAMBAIR], ids=str
+)
+@pytest.mark.parametrize('wrapping', WRAPPED)
+def test_other_programs_checkpoints_are_recognised_everywhere(network, wrapping, tmp_path, caplog, monkeypatch):
+    """By load, hence restore and export, by convert and by spandrel."""
+    net, image = restorer_of(network), photo(11, 13)
+    with torch.no_grad():
+        net.net.state_dict()['patch_embed.proj.weight'].mul_(3)
+    expected = net.restore(image)
+    torch.save(WRAPPED[wrapping](net.net.state_dict()), tmp_path / 'net.pth')
+    with caplog.at_level('WARNING'):
+        np.testing.assert_array_equal(load(tmp_path / 'net.pth').restore(image), expected)
+    assert f'net.pth: holds no network_g; by names and shapes it is a {network["type"]}, dim ' in caplog.text
+    assert ("channel_fusion 'modulate' is assumed" in caplog.text) == ('scale' in network)
+
+    monkeypatch.setattr('sys.argv', ['convert', *map(str, (tmp_path / 'net.pth', tmp_path / 'net.safetensors'))])
+    convert.main()
+    caplog.clear()
+    np.testing.assert_array_equal(load(tmp_path / 'net.safetensors').restore(image), expected)
+    assert not caplog.text, 'it says what it is'
+
+    spandrel = pytest.importorskip('spandrel')
+    registry = spandrel.ArchRegistry()
+    pytest.importorskip('dpmambair_basicsr.integrations.spandrel').install(registry)
+    model = spandrel.ModelLoader(registry=registry).load_from_file(tmp_path / 'net.pth')
+    assert model.architecture.id == network['type'] and model.scale == network.get('scale', 1)
+    assert all(torch.equal(value, net.net.state_dict()[name]) for name, value in model.model.state_dict().items())
+
+
+@pytest.mark.parametrize('name', ['latent.0.attn.out_norm.body.weight', 'encoder_level1.0.attn.A_logs'])
+def test_a_part_of_a_network_or_other_shapes_are_not_recognised(name, tmp_path):
+    state = restorer_of(DPMAMBAIR).net.state_dict()
+    for changed in ({k: v for k, v in state.items() if k != name}, {**state, name: torch.zeros(())}):
+        torch.save(changed, tmp_path / 'net.pth')
+        with pytest.raises(ValueError, match=r'net.pth: .*(not recognised|does not fit DPMambaIR)'):
+            load(tmp_path / 'net.pth')
 
 
 def test_half_precision_is_close():

@@ -8,6 +8,7 @@ import torch
 
 import dpmambair_basicsr  # noqa: F401  (first: it makes BasicSR importable)
 from dpmambair_basicsr.archs import DPMambaIR, VmambaIR
+from dpmambair_basicsr.archs.recognition import vmambair_options
 
 spandrel = pytest.importorskip('spandrel', reason='spandrel is not installed: pip install spandrel')
 from dpmambair_basicsr.integrations import spandrel as integration  # noqa: E402
@@ -87,7 +88,7 @@ def test_factors_that_give_the_same_widths_give_them_again():
         for dim in (6, 48):
             with torch.device('meta'):
                 net = VmambaIR(dim=dim, num_blocks=[1, 1, 1, 1], ffn_expansion_factor=factor)
-                again = VmambaIR(**integration.vmambair_options(net.state_dict()))
+                again = VmambaIR(**vmambair_options(net.state_dict()))
             shapes, shapes_again = ({n: v.shape for n, v in each.state_dict().items()} for each in (net, again))
             assert shapes == shapes_again, (factor, dim)
 
@@ -108,7 +109,7 @@ def test_networks_of_the_released_size_are_built_with_all_names(task):
     schema = json.loads((GOLDEN / f'schema_{task}.json').read_text())
     with torch.device('meta'):
         state_dict = {name: torch.empty(shape) for name, shape in schema.items()}
-        net = VmambaIR(**integration.vmambair_options(state_dict))
+        net = VmambaIR(**vmambair_options(state_dict))
     assert spandrel.MAIN_REGISTRY['VmambaIR'].detect(state_dict)
     assert {name: list(value.shape) for name, value in net.state_dict().items()} == schema
 

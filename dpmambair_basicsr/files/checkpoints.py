@@ -18,6 +18,8 @@ from dpmambair_basicsr.files.errors import CheckpointError
 from dpmambair_basicsr.files.regular import check_regular
 
 SAFETENSORS = '.safetensors'
+# Under which key a file has its network: BasicSR's, the usual ones of other programs, None for a bare state dict.
+WRAPPINGS = ('params_ema', 'params', 'params-ema', 'model_state_dict', 'state_dict', 'model', 'net', None)
 
 
 def read_checkpoint(path: str) -> dict:
@@ -98,7 +100,9 @@ def import_safetensors(path: str):
 
 
 def read_weights(path: str, *keys: str | None) -> dict[str, Tensor]:
-    """The state dict in a file under the first of the keys that is there, without the `module.` of parallel training.
+    """The state dict in a file under the first of the keys that is there.
+
+    Without what wrappers add to its names: `module.` of parallel training, `_orig_mod.` of torch.compile.
 
     Args:
         keys: None stands for the file itself, a bare state dict.
@@ -139,7 +143,7 @@ def select_weights(path: str, checkpoint: dict, *keys: str | None) -> dict[str, 
             raise CheckpointError(f'{path}: {place} is no state dict; keys of the file: {found}')
         advice = 'it is a bare state dict, for which path.param_key_g is ~; ' if is_state_dict(checkpoint) else ''
         raise CheckpointError(f'{path}: holds no key {key!r}; {advice}keys of the file: {found}')
-    return {name.removeprefix('module.'): value for name, value in weights.items()}
+    return {name.replace('_orig_mod.', '').removeprefix('module.'): value for name, value in weights.items()}
 
 
 class PlainValue:

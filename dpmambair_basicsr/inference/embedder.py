@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from dpmambair_basicsr.archs import DegradationExtractor
 from dpmambair_basicsr.data.degradations import degrade, synthetic
-from dpmambair_basicsr.files.checkpoints import differences, read_checkpoint, select_weights
+from dpmambair_basicsr.files.checkpoints import WRAPPINGS, differences, read_checkpoint, select_weights
 from dpmambair_basicsr.files.images import to_float, to_tensor
 from dpmambair_basicsr.files.pictures import list_pictures, read_picture
 from dpmambair_basicsr.inference.degradation_classes import Classes
@@ -33,7 +33,7 @@ def load_extractor(weights: str) -> DegradationExtractor:
         FileNotFoundError: no such file.
         ValueError: naming the file: no checkpoint, or one without an extractor.
     """
-    state_dict = select_weights(weights, read_checkpoint(weights), 'params_ema', 'params', None)
+    state_dict = select_weights(weights, read_checkpoint(weights), *WRAPPINGS)
     prefix = 'extractor.' if any(name.startswith('extractor.') for name in state_dict) else ''
     own = {name.removeprefix(prefix): value for name, value in state_dict.items() if name.startswith(prefix)}
     if not {'layers.0.bias', 'head.2.bias'} <= own.keys():

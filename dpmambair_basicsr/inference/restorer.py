@@ -1,5 +1,6 @@
 """From a checkpoint to restored images: `load` and `Restorer`. Whole images or tiles, uint8, uint16 or float."""
 
+import logging
 import math
 from collections.abc import Callable, Iterator
 from functools import cached_property
@@ -10,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from dpmambair_basicsr.archs.blocks import MeansOverTiles
-from dpmambair_basicsr.files.checkpoints import differences, read_checkpoint, select_weights
+from dpmambair_basicsr.archs.recognition import network_options, own_names
+from dpmambair_basicsr.files.checkpoints import WRAPPINGS, differences, read_checkpoint, select_weights
 from dpmambair_basicsr.files.images import to_float, to_tensor
 from dpmambair_basicsr.inference.memory import PeakMemory, free_memory, is_out_of_memory, out_of_memory, smaller_tile
 from dpmambair_basicsr.inference.tiled_network import OVERLAP, TiledNetwork
@@ -18,6 +20,7 @@ from dpmambair_basicsr.ops import use_backend
 from dpmambair_basicsr.ops.selective_scan.backend import check_backend
 from dpmambair_basicsr.registry import arguments_of, describe, is_ours, look_up, make_without_storage, registered
 
+LOGGER = logging.getLogger('dpmambair_basicsr')
 SMALL = 256  # pixels: smaller images are not cut into tiles unless asked for
 PROBE = 64  # pixels: size of the image whose memory is measured
 REPEATED = 4  # tensors of a file may share their bytes, so many times
@@ -37,8 +40,10 @@ def load(
 
     Args:
         weights: a checkpoint, net_g_*.pth or a .safetensors file. The average of the network, `params_ema`, is used if
-            there is one, otherwise `params`, otherwise the file itself as a state dict.
-        network: `network_g` of the option file, for a checkpoint that does not hold it; takes the place of its own.
+            there is one, otherwise `params`, otherwise what other programs have under the other keys of `WRAPPINGS`,
+            otherwise the file itself as a state dict.
+        network: `network_g` of the option file, which takes the place of the file's own. Without either, a VmambaIR or
+            DPMambaIR is recognised by names and shapes, see `archs.recognition`; the log says so.
         device: 'auto' (a GPU if PyTorch finds one), 'cpu', 'cuda' or 'cuda:<n>'.
         half: compute in half precision, float16 on a GPU, bfloat16 on a CPU: half the memory, about two digits.
         scan_backend: what scans are computed by, a name in `dpmambair_basicsr.ops.selective_scan.BACKENDS`; None: see
@@ -55,12 +60,14 @@ def load(
     device = choose_device(device)
     check_backend(scan_backend, 'scan_backend', device)
     checkpoint = read_checkpoint(weights)
+    state_dict = own_names(select_weights(weights, checkpoint, *WRAPPINGS))
     options = checkpoint.get('network_g') if network is None else network
-    state_dict = select_weights(weights, checkpoint, 'params_ema', 'params', None)
+    if options is None:
+        options = recognised(weights, state_dict)
     if not isinstance(options, dict):
         raise ValueError(
-            f"{weights}: holds no key 'network_g', the options of its network; give them, "
-            "as --opt with its option file or as load(..., network={'type': ...})"
+            f"{weights}: holds no key 'network_g', the options of its network, and is not recognised as a VmambaIR or "
+            "DPMambaIR; give them, as --opt with its option file or as load(..., network={'type': ...})"
         )
     known, problems = look_up(registered('ARCH'), f'{weights}: network_g.type', options.get('type'))
     if problems:
@@ -80,6 +87,16 @@ def load(
         raise ValueError(
             f'{weights}: network_g.type: {options["type"]} does not turn one RGB image into another ({reason})'
         ) from error
+
+
+def recognised(weights: str, state_dict: dict[str, Tensor]) -> dict | None:
+    """`network_options`; the log has what they are, since not all of it can be seen."""
+    options = network_options(state_dict)
+    if options is not None:
+        seen = ', '.join(f'{name} {value}' for name, value in options.items() if name in ('dim', 'scale'))
+        guess = f'; channel_fusion {options["channel_fusion"]!r} is assumed' if 'channel_fusion' in options else ''
+        LOGGER.warning(f'{weights}: holds no network_g; by names and shapes it is a {options["type"]}, {seen}{guess}')
+    return options
 
 
 def build(target: type, arguments: dict, state_dict: dict[str, Tensor], weights: str) -> nn.Module:

@@ -1,0 +1,125 @@
+"""Which of our networks a state dict is of, and with which arguments, by names and shapes of its parameters.
+
+For files that do not say it: bare state dicts, those of other programs, the published checkpoints of VmambaIR. `load`
+and spandrel ask the same functions. What cannot be seen is VmambaIR's channel_fusion: it is taken to be 'add' at scale
+1 and 'modulate' otherwise, as published.
+"""
+
+from torch import Tensor
+
+StateDict = dict[str, Tensor]
+
+FIRST = 'encoder_level1.0.'
+LEVELS = ('encoder_level1', 'encoder_level2', 'encoder_level3', 'latent')
+# Every network of both kinds has these, VmambaIR alone IN_CONV_BIAS.
+SHARED = (
+    'patch_embed.proj.weight',
+    f'{FIRST}norm1.body.weight',
+    f'{FIRST}attn.x_proj_weight',
+    f'{FIRST}attn.dt_projs_weight',
+    f'{FIRST}attn.A_logs',
+    'latent.0.attn.out_norm.body.weight',
+    'reduce_chan_level3.weight',
+)
+IN_CONV_BIAS = f'{FIRST}attn.in_conv.bias'
+
+
+def network_options(state_dict: StateDict) -> dict | None:
+    """`network_g` of the option file, {'type': ..., ...}; None: not a VmambaIR, nor a DPMambaIR that needs no label."""
+    try:
+        if is_vmambair(state_dict):
+            return {'type': 'VmambaIR', **vmambair_options(state_dict)}
+        if is_dpmambair(state_dict):
+            return {'type': 'DPMambaIR', **dpmambair_options(state_dict)}
+    except (KeyError, IndexError, ZeroDivisionError):  # a part of one, or other shapes under its names
+        return None
+    return None
+
+
+def own_names(state_dict: StateDict) -> StateDict:
+    """Without the prefix that a wrapper has given to all names of one of our networks, such as Lightning's `model.`."""
+    prefix = next((name.removesuffix(SHARED[0]) for name in state_dict if name.endswith(SHARED[0])), '')
+    if not all(name.startswith(prefix) for name in state_dict):
+        return state_dict
+    return {name.removeprefix(prefix): value for name, value in state_dict.items()}
+
+
+def is_vmambair(state_dict: StateDict) -> bool:
+    return has_all(state_dict, *SHARED, IN_CONV_BIAS)
+
+
+def is_dpmambair(state_dict: StateDict) -> bool:
+    return has_all(state_dict, *SHARED) and IN_CONV_BIAS not in state_dict and 'classes.weight' not in state_dict
+
+
+def has_all(state_dict: StateDict, *names: str) -> bool:
+    return all(name in state_dict for name in names)
+
+
+def shared_options(state_dict: StateDict) -> dict:
+    """The constructor arguments that both networks have."""
+    width, channels = state_dict['patch_embed.proj.weight'].shape[:2]
+    options = {
+        'inp_channels': channels,
+        'out_channels': channels,
+        'dim': width,
+        'num_blocks': [number_of(state_dict, level) for level in LEVELS],
+        'num_refinement_blocks': number_of(state_dict, 'refinement'),
+        'd_state': state_dict[f'{FIRST}attn.A_logs'].shape[1],
+    }
+    if (weight := state_dict.get('latent.0.ffn.project_out.weight')) is not None:
+        # Hidden widths are int(width * factor). What gives the largest gives the others; the half is for rounding.
+        options['ffn_expansion_factor'] = (weight.shape[1] + 0.5) / weight.shape[0]
+    return options
+
+
+def vmambair_options(state_dict: StateDict) -> dict:
+    """The constructor arguments of a VmambaIR's state dict."""
+    attn = f'{FIRST}attn.'
+    scale = scale_of(state_dict)
+    scans = {'lifted': f'{attn}conv_cin.weight', 'scalar': f'{attn}xc_proj_weight'}
+    return {
+        **shared_options(state_dict),
+        'bias': 'patch_embed.proj.bias' in state_dict,
+        'scale': scale,
+        'channel_scan': next((scan for scan, name in scans.items() if name in state_dict), 'none'),
+        'channel_fusion': 'add' if scale == 1 else 'modulate',
+        'planar_directions': state_dict[f'{attn}x_proj_weight'].shape[0],
+        'ffn': f'{FIRST}ffn.project_out.weight' in state_dict,
+        'linear_projection': state_dict[f'{attn}in_conv.weight'].dim() == 2,
+    }
+
+
+def dpmambair_options(state_dict: StateDict) -> dict:
+    """The constructor arguments of a DPMambaIR's state dict."""
+    attn = f'{FIRST}attn.'
+    kinds = {'modulate': 'modulation.', 'concat': 'insertion.reduce.', 'attention': 'insertion.query.'}
+    present = [kind for kind, name in kinds.items() if any(key.startswith(attn + name) for key in state_dict)]
+    options = {
+        **shared_options(state_dict),
+        'd_inner': [state_dict[f'{level}.0.attn.conv2d.weight'].shape[0] for level in LEVELS],
+        'prompt': [name for name in ('delta', 'B', 'C') if f'{attn}modulation.layers.{name}.weight' in state_dict],
+        'insertion': present[0] if present else 'none',
+        'high_frequency': f'{attn}high_frequency.alpha' in state_dict,
+        'directions': state_dict[f'{attn}x_proj_weight'].shape[0],
+    }
+    if present:
+        layers = number_of(state_dict, 'extractor.layers')
+        options['embed_dim'] = state_dict['extractor.head.2.weight'].shape[0]
+        options['extractor_channels'] = [state_dict[f'extractor.layers.{i}.weight'].shape[0] for i in range(layers)]
+    return options
+
+
+def number_of(state_dict: StateDict, sequence: str) -> int:
+    """The number of modules in an nn.Sequential."""
+    depth = sequence.count('.') + 1
+    return len({name.split('.')[depth] for name in state_dict if name.startswith(f'{sequence}.')})
+
+
+def scale_of(state_dict: StateDict) -> int:
+    """VmambaIR's: each convolution of the tail widens by the square of the factor that the pixel shuffle undoes."""
+    weights = [value for name, value in state_dict.items() if name.startswith('tail.0.') and name.endswith('.weight')]
+    scale = 1
+    for weight in weights:
+        scale *= round((weight.shape[0] / weight.shape[1]) ** 0.5)
+    return scale
