@@ -14,7 +14,6 @@ import cv2
 import torch
 from torch import Tensor
 
-import dpmambair_basicsr
 from dpmambair_basicsr.files.pictures import list_pictures
 from dpmambair_basicsr.inference.degradation_classes import Classes, likeliest
 from dpmambair_basicsr.inference.embedder import Embedder, load_extractor, sub_folders
@@ -25,7 +24,6 @@ from dpmambair_basicsr.inference.restorer import choose_device
 def main() -> int:
     """Returns the exit status: 0, or 1 if a picture failed. Wrong arguments end with a message and 1 or 2."""
     arguments = parse_arguments()
-    dpmambair_basicsr.register()
     cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # its warnings name no file
     if arguments.output is not None:
         check_map(arguments.output, arguments.map)

@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.nn import functional as F
 
-import dpmambair_basicsr
 from dpmambair_basicsr.files.atomic import replacing
 from dpmambair_basicsr.files.option_files import read_network
 from dpmambair_basicsr.inference.restorer import load
@@ -42,7 +41,6 @@ def main() -> None:
         raise SystemExit(f'{arguments.output}: is neither .onnx nor .pt2; choose --format onnx or torch')
     if form == 'onnx':
         check_libraries()
-    dpmambair_basicsr.register()
     try:
         network = None if arguments.opt is None else read_network(arguments.opt)
         net = load(arguments.weights, network=network, device='cpu').net

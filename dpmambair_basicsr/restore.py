@@ -12,7 +12,6 @@ from pathlib import Path
 import cv2
 from tqdm import tqdm
 
-import dpmambair_basicsr
 from dpmambair_basicsr.files.option_files import read_network
 from dpmambair_basicsr.files.pictures import (
     check_format,
@@ -29,7 +28,6 @@ from dpmambair_basicsr.ops.selective_scan import BACKENDS
 def main() -> int:
     """Returns the exit status: 0, or 1 if a picture failed. Wrong arguments end with a message and 1 or 2."""
     arguments = parse_arguments()
-    dpmambair_basicsr.register()
     cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # its warnings name no file
     jobs = plan([*arguments.inputs, *arguments.input], arguments.output, arguments.suffix)
     try:

@@ -1,5 +1,7 @@
 """From a checkpoint to restored images: `load` and `Restorer`. Whole images or tiles, uint8, uint16 or float."""
 
+import importlib
+import importlib.util
 import logging
 import math
 from collections.abc import Callable, Iterator
@@ -69,9 +71,7 @@ def load(
             f"{weights}: holds no key 'network_g', the options of its network, and is not recognised as a VmambaIR or "
             "DPMambaIR; give them, as --opt with its option file or as load(..., network={'type': ...})"
         )
-    known, problems = look_up(registered('ARCH'), f'{weights}: network_g.type', options.get('type'))
-    if problems:
-        raise ValueError(problems[0])
+    known = find_network(f'{weights}: network_g.type', options.get('type'))
     if network is None and not is_ours(known):
         raise ValueError(
             f'{weights}: network_g.type: {options["type"]} is not a network of dpmambair_basicsr, and a checkpoint may '
@@ -97,6 +97,21 @@ def recognised(weights: str, state_dict: dict[str, Tensor]) -> dict | None:
         guess = f'; channel_fusion {options["channel_fusion"]!r} is assumed' if 'channel_fusion' in options else ''
         LOGGER.warning(f'{weights}: holds no network_g; by names and shapes it is a {options["type"]}, {seen}{guess}')
     return options
+
+
+def find_network(path: str, name: str | None) -> type:
+    """The class of a network: ours, or, for another name, what BasicSR has, which is imported for that alone.
+
+    Raises:
+        ValueError: naming the key at `path`: there is none, or BasicSR, which may have it, is not installed.
+    """
+    with_basicsr = name in registered('ARCH') or importlib.util.find_spec('basicsr') is not None
+    if name not in registered('ARCH') and with_basicsr:
+        importlib.import_module('basicsr')  # registers its networks, and ours there
+    target, problems = look_up(registered('ARCH'), path, name)
+    if problems:
+        raise ValueError(problems[0] + ('' if with_basicsr else '; BasicSR, which may have it, is not installed'))
+    return target
 
 
 def build(target: type, arguments: dict, state_dict: dict[str, Tensor], weights: str) -> nn.Module:
