@@ -17,7 +17,10 @@ COMMANDS = {
     'prepare_data': 'arrange a public dataset, as downloaded, as the option files expect it',
     'run': 'run a script of another project where mamba_ssm or causal_conv1d is missing',
     'dropin': 'make the option files work in a BasicSR checkout, or undo that',
+    'init': 'copy the option files, to be edited, into a folder',
+    'install_basicsr': 'install BasicSR 1.4.2 on any Python, without a second PyTorch',
 }
+MODULES = {'init': 'prepare.init', 'install_basicsr': 'prepare.install_basicsr'}  # the others have their own names
 
 
 def main() -> None:
@@ -26,14 +29,14 @@ def main() -> None:
         prog='dpmambair',
         usage='dpmambair COMMAND [ARGUMENTS]',
         description=dpmambair_basicsr.__doc__.splitlines()[0],
-        epilog='\n'.join(['commands:', *(f'  {name:13} {line}' for name, line in COMMANDS.items())]),
+        epilog='\n'.join(['commands:', *(f'  {name:15} {line}' for name, line in COMMANDS.items())]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument('--version', action='version', version=f'%(prog)s {dpmambair_basicsr.__version__}')
     parser.add_argument('command', metavar='COMMAND', choices=COMMANDS, help='with --help: its arguments')
     command = parser.parse_args(sys.argv[1:2]).command
     sys.argv[:2] = [f'dpmambair {command}']  # what the commands, and BasicSR for train and test, parse
-    sys.exit(importlib.import_module(f'dpmambair_basicsr.{command}').main())
+    sys.exit(importlib.import_module(f'dpmambair_basicsr.{MODULES.get(command, command)}').main())
 
 
 if __name__ == '__main__':

@@ -22,6 +22,7 @@ from hashlib import sha256
 from pathlib import Path
 
 import dpmambair_basicsr
+from dpmambair_basicsr.files.option_files import packaged_files
 
 RECORD = '.dpmambair_dropin.json'
 OURS = ('dpmambair_arch.py', 'basicsr.py')
@@ -229,11 +230,7 @@ def files_for(project: Project) -> dict[str, bytes]:
         shim = NAMES.replace('TAKEN_NAMES', repr(sorted(taken)))
     files = {f'{project.archs}/dpmambair_arch.py': shim.encode(), f'{project.package}/basicsr.py': LAUNCHER.encode()}
     if project.has_registry:
-        shipped = [
-            *sorted(option_files().glob('*.yml')),
-            option_files() / 'dpmambair.schema.json',
-        ]  # which editors read
-        files |= {f'options/{file.name}': file.read_bytes() for file in shipped}
+        files |= {f'options/{file.name}': file.read_bytes() for file in packaged_files()}
     return files
 
 
@@ -292,13 +289,6 @@ def remove(root: Path) -> None:
     for name in record['folders']:
         if (root / name).is_dir():
             print(f'kept {root / name}: it holds other files')
-
-
-def option_files() -> Path:
-    """Where our option files are: in the package if it was installed from a wheel, beside it in a source checkout."""
-    package = Path(dpmambair_basicsr.__file__).parent
-    in_wheel = package / 'option_files'
-    return in_wheel if in_wheel.is_dir() else package.parent / 'options'
 
 
 def read_record(root: Path) -> dict:

@@ -16,6 +16,7 @@ report. docs/data.md has a table of all sets, dpmambair_basicsr/prepare/public_s
 """
 
 import argparse
+import importlib.util
 import os
 import re
 import shutil
@@ -24,7 +25,7 @@ import textwrap
 from pathlib import Path
 
 from dpmambair_basicsr.files.codec import image_size
-from dpmambair_basicsr.files.errors import InputError, exit_on_error
+from dpmambair_basicsr.files.errors import INSTALL_TRAINING, InputError, MissingLibraryError, exit_on_error
 from dpmambair_basicsr.files.image_folders import list_images
 from dpmambair_basicsr.files.image_lists import list_keys
 from dpmambair_basicsr.prepare.download import Download, is_image, whole
@@ -36,9 +37,6 @@ from dpmambair_basicsr.prepare.public_sets import (
     PublicSet,
     compile_pattern,
 )
-
-# isort: split
-from basicsr.utils.lmdb_util import make_lmdb_from_imgs
 
 
 def find_obstacles(jobs: list[Job], public: PublicSet, root: Path, paths: list[Path]) -> list[str]:
@@ -94,6 +92,8 @@ def make_lmdb(folder: Path) -> None:
         pixels += width * height
     room = 2**24 + 8 * pixels + 2**14 * len(images)  # above what 3 channels of 16 bits can take, and pages
     names = [image.name for image in images.values()]
+    from basicsr.utils.lmdb_util import make_lmdb_from_imgs
+
     make_lmdb_from_imgs(str(folder), str(temporary), names, list(images), map_size=room)
     shutil.rmtree(target, ignore_errors=True)
     temporary.rename(target)
@@ -136,6 +136,8 @@ def arrange(jobs: list[Job], public: PublicSet, root: Path, paths: list[Path], a
 
 
 def prepare(args: argparse.Namespace) -> None:
+    if importlib.util.find_spec('basicsr') is None:  # for its lmdb and its bicubic weights; before the work
+        raise MissingLibraryError(f'needs BasicSR, which is not installed: {INSTALL_TRAINING}')
     public, root = SETS[args.set], args.output.absolute()
     paths = [path.absolute() for path in args.download]
     files = {path: path.stat() for path in paths if path.is_file()}

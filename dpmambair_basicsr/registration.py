@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from dpmambair_basicsr.files.errors import MissingLibraryError
+from dpmambair_basicsr.files.errors import INSTALL_TRAINING, MissingLibraryError
 from dpmambair_basicsr.patches import apply
 from dpmambair_basicsr.registry import PREFIX, REGISTRIES, Registry
 
@@ -100,6 +100,7 @@ def pipeline(name: str) -> Callable[[str], None]:
         where = (
             'no basicsr is installed' if spec is None else f'{list(spec.submodule_search_locations)[0]} does not fit'
         )
-        raise MissingLibraryError(f'needs BasicSR 1.3 or newer, and {where} ({error}); see docs/projects.md') from error
+        advice = INSTALL_TRAINING if spec is None else 'see docs/projects.md'
+        raise MissingLibraryError(f'needs BasicSR 1.3 or newer, and {where} ({error}); {advice}') from error
     apply.apply_patches()
     return function

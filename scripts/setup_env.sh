@@ -9,15 +9,12 @@ recipe="$(cat pyproject.toml setup.py scripts/setup_env.sh | cksum)"
 
 if [ ! -f "$stamp" ] || [ "$(cat "$stamp")" != "$recipe" ]; then
     echo "Setting up $venv (once; downloads about 5 GB where PyTorch is not there yet)"
-    python3 -c 'import sys; (3, 10) <= sys.version_info[:2] <= (3, 12) or sys.exit(
-        "Python 3.10, 3.11 or 3.12 is needed, python3 is %d.%d: BasicSR 1.4.2 cannot be built on 3.13" % sys.version_info[:2])'
+    python3 -c 'import sys; sys.version_info >= (3, 10) or sys.exit("Python 3.10 or newer is needed, python3 is %d.%d" % sys.version_info[:2])'
     python3 -m venv "$venv"
     install() { "$venv/bin/python" -m pip install --quiet --disable-pip-version-check "$@"; }
-    install 'setuptools>=77' wheel cython
-    install --no-build-isolation --editable '.[test]'
-    # basicsr is a source distribution: isolated builds would fetch a second PyTorch, and its requirement tb-nightly is not needed.
+    install --editable '.[test]'
     "$venv/bin/python" -c 'import importlib.metadata as m; m.version("basicsr")' 2>/dev/null ||
-        install --no-build-isolation --no-deps basicsr==1.4.2
+        "$venv/bin/python" -m dpmambair_basicsr install_basicsr --quiet --disable-pip-version-check
     echo "$recipe" > "$stamp"
 fi
 export PATH="$venv/bin:$PATH"

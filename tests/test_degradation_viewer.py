@@ -184,7 +184,7 @@ def test_mistakes_end_with_one_line(folder, monkeypatch, capsys, tmp_path):
         'nowhere': {'--reference': 'nowhere'},
         'map.jpg: a map is a .png': {'-o': tmp_path / 'map.jpg'},
         'cannot be written: ': {'-o': tmp_path / 'text.png' / 'map.png'},
-        "device: 'tpu9' is none of": {'--device': 'tpu9'},
+        "device: must be one of auto, cpu, cuda, mps, not 'tpu9'": {'--device': 'tpu9'},
     }
     pytest.importorskip('matplotlib')
     for message, change in wrong.items():

@@ -224,7 +224,7 @@ def test_errors_of_load_name_file_and_key(tmp_path):
             load(tmp_path / name)
     with pytest.raises(FileNotFoundError, match='missing.pth'):
         load(tmp_path / 'missing.pth')
-    with pytest.raises(ValueError, match="device: 'tpu9' is none of auto, cpu, cuda"):
+    with pytest.raises(ValueError, match="device: must be one of auto, cpu, cuda, mps, not 'tpu9'"):
         load(path, device='tpu9')
     torch.save(checkpoint['params'], tmp_path / 'bare.pth')
     assert load(tmp_path / 'bare.pth', network=VMAMBAIR).scale == 1
@@ -820,7 +820,7 @@ def test_wrong_arguments_end_with_one_line(monkeypatch, tmp_path):
         ('a', '-o', 'out', '--opt', 'empty.yml'): '^empty.yml: network_g: missing$',
         ('a', '-o', 'out', '-w', 'a/x.png'): '^a/x.png: is no checkpoint',
         ('a', '-o', 'out', '-w', 'missing.pth'): 'missing.pth',
-        ('a', '-o', 'out', '--device', 'gpu'): "^device: 'gpu' is none of",
+        ('a', '-o', 'out', '--device', 'gpu'): "^device: must be one of auto, cpu, cuda, mps, not 'gpu'",
     }
     for arguments, message in wrong.items():
         with pytest.raises(SystemExit, match=message):

@@ -7,6 +7,7 @@ A `.safetensors` file holds one state dict, which is read as 'params', and text:
 """
 
 import json
+import os
 import zipfile
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from dpmambair_basicsr.files.regular import check_regular
 SAFETENSORS = '.safetensors'
 # Under which key a file has its network: BasicSR's, the usual ones of other programs, None for a bare state dict.
 WRAPPINGS = ('params_ema', 'params', 'params-ema', 'model_state_dict', 'state_dict', 'model', 'net', None)
+MAPPED = os.name == 'posix'  # Windows does not delete a file, such as an old training state, while it is mapped
 
 
 def read_checkpoint(path: str) -> dict:
@@ -199,7 +201,7 @@ def read_on_cpu(file):
     """What torch.save has written, weights_only; storage is mapped, not read. A CheckpointError names the file."""
     try:  # the format before torch 1.6 is no zip file and cannot be mapped
         check_file(file)
-        return torch.load(file, map_location='cpu', weights_only=True, mmap=zipfile.is_zipfile(file))
+        return torch.load(file, map_location='cpu', weights_only=True, mmap=MAPPED and zipfile.is_zipfile(file))
     except Exception as error:  # torch.load raises many kinds
         if str(error).startswith(f'{file}: '):
             raise

@@ -7,6 +7,8 @@ command's `main`, and for the patches that BasicSR's own loop calls.
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+INSTALL_TRAINING = "pip install 'dpmambair_basicsr[train]', then dpmambair install_basicsr"
+
 
 class UserError(Exception):
     """Something that a user can put right."""

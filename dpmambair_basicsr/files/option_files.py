@@ -61,6 +61,18 @@ OptionLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, Opt
 OptionLoader.add_constructor('tag:yaml.org,2002:int', OptionLoader.construct_integer)
 
 
+def packaged_folder() -> Path:
+    """Where our option files are: in the package if it was installed from a wheel, beside it in a source checkout."""
+    package = Path(__file__).parents[1]
+    in_wheel = package / 'option_files'
+    return in_wheel if in_wheel.is_dir() else package.parent / 'options'
+
+
+def packaged_files() -> list[Path]:
+    """Our option files, and the schema by which editors complete them."""
+    return [*sorted(packaged_folder().glob('*.yml')), packaged_folder() / 'dpmambair.schema.json']
+
+
 def read_options(file: str | Path):
     """The option file as BasicSR reads it, see `OptionLoader`.
 

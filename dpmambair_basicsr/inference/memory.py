@@ -4,6 +4,7 @@ import re
 import weakref
 from pathlib import Path
 
+import psutil
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -12,8 +13,6 @@ try:
     import resource
 except ImportError:  # Windows
     resource = None
-
-UNKNOWN = 2 * 2**30  # bytes, where the system does not tell
 
 
 class OutOfMemory(MemoryError):
@@ -42,23 +41,19 @@ def out_of_memory(height: int, width: int, tile: int, option: str, prefix: str =
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that can still be allocated; on a CPU by Linux, the control group and `ulimit -v`, otherwise 2 GiB."""
+    """Bytes that can still be allocated; beside a CUDA device by the system, the control group and `ulimit -v`."""
     if device.type == 'cuda':
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached
-    free = []
-    meminfo = read(Path('/proc/meminfo'))
-    if 'MemAvailable:' in meminfo:
-        free.append(int(meminfo.partition('MemAvailable:')[2].split()[0]) * 1024)
+    free = [psutil.virtual_memory().available]
     limit, used = (read(Path('/sys/fs/cgroup') / name).strip() for name in ('memory.max', 'memory.current'))
     if limit.isdecimal() and used.isdecimal():
         free.append(int(limit) - int(used))
-    pages = read(Path('/proc/self/statm')).split()
-    if resource is not None and pages:
+    if resource is not None:
         limit, _ = resource.getrlimit(resource.RLIMIT_AS)
         if limit != resource.RLIM_INFINITY:
-            free.append(limit - int(pages[0]) * resource.getpagesize())
-    return max(min(free, default=UNKNOWN), 0)
+            free.append(limit - psutil.Process().memory_info().vms)
+    return max(min(free), 0)
 
 
 def read(file: Path) -> str:

@@ -47,6 +47,9 @@ def load(
         network: `network_g` of the option file, which takes the place of the file's own. Without either, a VmambaIR or
             DPMambaIR is recognised by names and shapes, see `archs.recognition`; the log says so.
         device: 'auto' (a GPU if PyTorch finds one), 'cpu', 'cuda' or 'cuda:<n>'.
+            there is one, otherwise `params`, otherwise the file itself as a state dict.
+        network: `network_g` of the option file, for a checkpoint that does not hold it; takes the place of its own.
+        device: 'auto' (what PyTorch finds: CUDA, Apple's MPS, otherwise the CPU), 'cpu', 'mps', 'cuda' or 'cuda:<n>'.
         half: compute in half precision, float16 on a GPU, bfloat16 on a CPU: half the memory, about two digits.
         scan_backend: what scans are computed by, a name in `dpmambair_basicsr.ops.selective_scan.BACKENDS`; None: see
             `use_backend`, in the end the best available.
@@ -138,14 +141,15 @@ def build(target: type, arguments: dict, state_dict: dict[str, Tensor], weights:
 
 
 def choose_device(name: str) -> torch.device:
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
     if name == 'auto':
-        return torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+        return accelerator or torch.device('cpu')
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ValueError(f'device: {name!r} is none of auto, cpu, cuda') from None
-    if device.type == 'cuda' and not torch.cuda.is_available():
-        raise ValueError(f'device: {name}, but PyTorch finds no CUDA device; choose auto or cpu')
+        raise ValueError(f'device: must be one of auto, cpu, cuda, mps, not {name!r}') from None
+    if device.type != 'cpu' and (accelerator is None or accelerator.type != device.type):
+        raise ValueError(f'device: {name}, but PyTorch finds no {device.type.upper()} device; choose auto or cpu')
     return device
 
 

@@ -138,5 +138,5 @@ def missing_compiler(gpu: bool) -> str | None:
     if gpu:
         names = [os.environ['CC']] if 'CC' in os.environ else ['cc', 'gcc', 'clang']
     else:
-        names = [os.environ.get('CXX', 'clang++' if sys.platform == 'darwin' else 'g++')]
+        names = [os.environ.get('CXX', {'darwin': 'clang++', 'win32': 'cl'}.get(sys.platform, 'g++'))]
     return None if any(map(shutil.which, names)) else names[-1]

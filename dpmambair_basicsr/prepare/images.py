@@ -4,7 +4,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from basicsr.utils.matlab_functions import cubic
 from PIL import Image
 
 from dpmambair_basicsr.files.codec import decode, write_image
@@ -42,6 +41,8 @@ def shrink(image: np.ndarray) -> np.ndarray:
     the border; here the border is repeated. That gives the published LQ images of Set5, Set14 and Urban100 bit for bit
     (tests/test_prepare_data.py).
     """
+    from basicsr.utils.matlab_functions import cubic
+
     weights = (cubic(torch.arange(-7.5, 8) / 4) / 4).numpy()  # multiples of 1 / 4096, so that float32 is exact
     image = image[: image.shape[0] // 4 * 4, : image.shape[1] // 4 * 4]
     for _ in range(2):

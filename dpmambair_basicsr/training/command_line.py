@@ -1,6 +1,10 @@
 """What BasicSR is called with."""
 
 import argparse
+import sys
+from pathlib import Path
+
+from dpmambair_basicsr.files.option_files import packaged_folder
 
 
 def command_line() -> tuple[str | None, list[str]]:
@@ -10,3 +14,18 @@ def command_line() -> tuple[str | None, list[str]]:
     parser.add_argument('--force_yml', nargs='+', default=[])
     arguments, _ = parser.parse_known_args()
     return arguments.opt, arguments.force_yml
+
+
+def find_option_file() -> None:
+    """Lets `-opt train_dpmambair.yml` name an option file that comes with the package, where there is none of the name.
+
+    Only a name without a folder; a printed line says so.
+    """
+    name, _ = command_line()
+    if name is None or Path(name).name != name or Path(name).exists():
+        return
+    packaged = packaged_folder() / name
+    if packaged.is_file():
+        print(f'-opt {name}: no such file here; this is {packaged}')
+        full = {name: str(packaged), f'-opt={name}': f'-opt={packaged}'}
+        sys.argv[1:] = [full.get(argument, argument) for argument in sys.argv[1:]]

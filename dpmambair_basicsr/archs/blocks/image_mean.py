@@ -45,8 +45,9 @@ class MeansOverTiles:
     def share(self, module: ImageMean, x: Tensor, mean: Tensor) -> Tensor:
         key = module, self.variant
         if self.complete:
-            return (self.sums[key] / self.pixels[key]).to(mean.dtype)
+            return (self.sums[key] / self.pixels[key]).to(mean)
         pixels = x.shape[-2:].numel()
-        self.sums[key] += mean.double() * pixels
+        exact = mean.cpu() if mean.device.type == 'mps' else mean  # MPS has no float64
+        self.sums[key] += exact.double() * pixels
         self.pixels[key] += pixels
         return mean
