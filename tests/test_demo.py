@@ -1,6 +1,7 @@
-"""The demo's scripts and option files, by the commands of scripts/demo.sh, at 64 pixels and two iterations."""
+"""The demo's scripts and option files, by the commands of scripts/demo.py, at 64 pixels and two iterations."""
 
 import re
+import runpy
 import shutil
 
 import cv2
@@ -32,7 +33,7 @@ def test_option_files_agree():
 
 
 def demo_commands() -> list[tuple[str, ...]]:
-    """What demo.sh calls Python with, at 64 pixels and two iterations."""
+    """What demo.py calls Python with, at 64 pixels and two iterations."""
     short = ('train:total_iter=2', 'datasets:train:gt_size=16', 'datasets:train:batch_size_per_gpu=2')
     return [
         ('scripts/make_demo_data.py', '--size', '64'),
@@ -49,7 +50,8 @@ def test_demo(tmp_path):
     for folder in ('options', 'scripts'):
         shutil.copytree(PACKAGE_PARENT / folder, tmp_path / folder)
     commands = demo_commands()
-    written = re.findall(r'python (?:-m )?(\S+)', (PACKAGE_PARENT / 'scripts' / 'demo.sh').read_text(encoding='utf-8'))
+    steps = runpy.run_path(str(PACKAGE_PARENT / 'scripts/demo.py'))['STEPS']
+    written = re.findall(r'^(?:-m )?(\S+)', steps, re.M)
     assert written == [command[1] if command[0] == '-m' else command[0] for command in commands]
     for command in commands:
         done = python(*command, cwd=tmp_path)

@@ -55,22 +55,51 @@ assert not {{'torch', 'basicsr'}} & set(sys.modules)
     assert result.returncode == 0, result.stdout
 
 
-def test_a_wheel_holds_the_option_files_and_the_command(tmp_path):
+@pytest.fixture(scope='module')
+def distributions(tmp_path_factory):
+    """The wheel and the source distribution, made from what git tracks."""
+    folder = tmp_path_factory.mktemp('distributions')
     for name in ('dpmambair_basicsr', 'options'):
-        shutil.copytree(PACKAGE_PARENT / name, tmp_path / name, ignore=shutil.ignore_patterns('__pycache__'))
+        shutil.copytree(PACKAGE_PARENT / name, folder / name, ignore=shutil.ignore_patterns('__pycache__'))
     for name in ('LICENSE', 'README.md', 'pyproject.toml', 'setup.py'):
-        shutil.copy(PACKAGE_PARENT / name, tmp_path / name)
-    built = python('-m', 'pip', 'wheel', '--no-deps', '--no-build-isolation', '-w', 'wheels', '.', cwd=tmp_path)
+        shutil.copy(PACKAGE_PARENT / name, folder / name)
+    built = python('-m', 'build', '--no-isolation', '.', cwd=folder)
     assert built.returncode == 0, built.stdout
-    (wheel,) = tmp_path.glob('wheels/*.whl')
+    (wheel,), (source,) = folder.glob('dist/*.whl'), folder.glob('dist/*.tar.gz')
+    return wheel, source
+
+
+def test_the_wheel_holds_the_modules_the_option_files_and_the_command(distributions):
+    wheel, _ = distributions
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
         (entry_points,) = (name for name in names if name.endswith('entry_points.txt'))
         assert 'dpmambair = dpmambair_basicsr.__main__:main' in archive.read(entry_points).decode()
     options = {f'dpmambair_basicsr/option_files/{file.name}' for file in (PACKAGE_PARENT / 'options').iterdir()}
-    modules = {str(file.relative_to(PACKAGE_PARENT)) for file in (PACKAGE_PARENT / 'dpmambair_basicsr').rglob('*.py')}
-    assert options and options | modules | {'dpmambair_basicsr/py.typed'} <= names
+    package = PACKAGE_PARENT / 'dpmambair_basicsr'
+    files = {str(file.relative_to(PACKAGE_PARENT)) for file in package.rglob('*.*') if '__pycache__' not in file.parts}
+    metadata = {name for name in names if '.dist-info/' in name}
+    assert options and names - metadata == options | {name for name in files if (PACKAGE_PARENT / name).is_file()}
     assert f'-{dpmambair_basicsr.__version__}-' in wheel.name
+
+
+def test_a_wheel_can_be_built_of_the_source_distribution(distributions, tmp_path):
+    wheel, source = distributions
+    built = python('-m', 'pip', 'wheel', '--no-deps', '--no-build-isolation', '-w', '.', source, cwd=tmp_path)
+    assert built.returncode == 0, built.stdout
+    (again,) = tmp_path.glob('*.whl')
+    with zipfile.ZipFile(wheel) as first, zipfile.ZipFile(again) as second:
+        assert sorted(first.namelist()) == sorted(second.namelist())
+
+
+def test_an_index_takes_both_and_its_page_has_no_dead_links(distributions):
+    checked = python('-m', 'twine', 'check', '--strict', *distributions, cwd=distributions[0].parent)
+    assert checked.returncode == 0, checked.stdout
+    with zipfile.ZipFile(distributions[0]) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith('.dist-info/METADATA'))
+        text = archive.read(name).decode()
+    assert '# dpmambair_basicsr' in text
+    assert all(target.startswith('https://') for target in re.findall(r'\]\(([^)]+)\)', text))
 
 
 @pytest.mark.parametrize('page', ['README.md', 'docs/install.md'])
