@@ -1,7 +1,7 @@
-"""The whole of DPMambaIR at small scale on two CPU cores in less than ten minutes, on any system: `python scripts/demo.py`.
+"""DPMambaIR at small scale on two CPU cores in less than ten minutes, on any system: `python scripts/demo.py`.
 
-Data from photographs that come with scikit-image and scikit-learn, stage 1, stage 2, test, table and picture. Writes under
-datasets/, experiments/, results/. `bash scripts/demo.sh` makes the environment first.
+Data from photographs that come with scikit-image and scikit-learn, stage 1, stage 2, test, table and picture. Writes
+under datasets/, experiments/, results/. `bash scripts/demo.sh` makes the environment first.
 """
 
 import subprocess
