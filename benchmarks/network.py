@@ -104,7 +104,7 @@ def main():
     args = parser.parse_args()
     name, *values = args.versus or (None, '')
     if name is not None and name not in SETTINGS:
-        parser.error(f'--versus: {name!r} is none of {", ".join(SETTINGS)}')
+        parser.error(f'--versus: must be one of {", ".join(SETTINGS)}, got {name!r}')
     if name == 'amp' and not args.train:
         parser.error('--versus amp: needs --train, since inference is fp32')
     torch.set_num_threads(args.threads)

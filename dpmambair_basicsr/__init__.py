@@ -10,7 +10,7 @@ __version__ = '0.1.0'
 
 
 def register():
-    """Registers our networks, data sets, losses, metrics and models with BasicSR. Idempotent.
+    """Registers our networks, datasets, losses, metrics and models with BasicSR. Idempotent.
 
     Returns what of them is available there and what not, with reasons: `dpmambair_basicsr.registration.Registration`.
     """

@@ -30,7 +30,7 @@ def main() -> None:
     )
 
     if not arguments.output.endswith(SAFETENSORS):
-        parser.error(f'{arguments.output}: has to end in {SAFETENSORS}')
+        parser.error(f'{arguments.output}: must end in {SAFETENSORS}')
     with exit_on_error('dpmambair_basicsr.convert', ValueError, OSError):
         checkpoint = read_checkpoint(arguments.checkpoint)
         weights = select_weights(arguments.checkpoint, checkpoint, *([arguments.key] if arguments.key else WRAPPINGS))

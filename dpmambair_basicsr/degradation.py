@@ -1,9 +1,9 @@
 """What the degradation extractor sees: `python -m dpmambair_basicsr.degradation -w net_g_5.pth x.png --clean photos/`.
 
-Prints the likeliest classes of each picture with their scores; --output map.png draws a map of the embeddings.
+Prints the most likely classes of each picture with their scores; --output map.png draws a map of the embeddings.
 The classes are no part of a checkpoint. With --reference, each sub-folder is a class: pictures of one degradation. With
 --clean, they are the synthetic degradations, with their default parameters, of these clean pictures.
-Unreadable pictures are reported and passed over, and the exit status is 1 in the end. See `Classes` for the scores.
+Unreadable pictures are reported and skipped, and the exit status is 1 in the end. See `Classes` for the scores.
 """
 
 import argparse
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dpmambair_basicsr.files.pictures import list_pictures
-from dpmambair_basicsr.inference.degradation_classes import Classes, likeliest
+from dpmambair_basicsr.inference.degradation_classes import Classes, most_likely
 from dpmambair_basicsr.inference.embedder import Embedder, load_extractor, sub_folders
 from dpmambair_basicsr.inference.embedding_map import check_map, draw_map
 from dpmambair_basicsr.inference.restorer import choose_device
@@ -94,7 +94,7 @@ def find_pictures(inputs: list[str]) -> dict[Path, str]:
 
 
 def table(paths: list[Path], kinds: list[str], classes: Classes, embeddings: Tensor) -> list[str]:
-    """A line for each picture: the three likeliest classes, each with its score, and the distance to the first."""
+    """A line for each picture: the three most likely classes, each with its score, and the distance to the first."""
     distances = classes.distances(embeddings)
     scores = classes.scores(distances)
     shown = min(3, len(classes.names))
@@ -106,7 +106,7 @@ def table(paths: list[Path], kinds: list[str], classes: Classes, embeddings: Ten
         rows = [(path, *rest) for path, _, *rest in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ['  '.join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    pairs = zip(kinds, likeliest(classes, embeddings), strict=True)
+    pairs = zip(kinds, most_likely(classes, embeddings), strict=True)
     right = [kind == found for kind, found in pairs if kind in classes.names]
     if right:
         lines += ['', f'{sum(right)} of {len(right)} are of the class that their folder is named after']

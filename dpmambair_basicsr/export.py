@@ -4,7 +4,7 @@
     python -m dpmambair_basicsr.export --weights net_g_latest.pth --output net.pt2
 
 One input, `image`, (B, 3, H, W) float32 RGB in [0, 1]; one output, `restored`, (B, 3, scale * H, scale * W), not
-clamped. B, H and W are free; H and W have to be multiples of 8, unlike in the network itself: pad, restore, crop; at
+clamped. B, H and W are free; H and W must be multiples of 8, unlike in the network itself: pad, restore, crop; at
 least 16 for .pt2. The selective scan is made of standard operators, ONNX's Scan or PyTorch's own; nothing to install.
 The file is written only if its results agree with the network's at several sizes. Minutes for a network of full size.
 """

@@ -1,4 +1,4 @@
-"""Arranges a public data set, as it was downloaded, in the folders that the option files expect. Downloads nothing.
+"""Arranges a public dataset, as it was downloaded, in the folders that the option files expect. Downloads nothing.
 
     python -m dpmambair_basicsr.prepare_data gopro GOPRO_Large.zip
     python -m dpmambair_basicsr.prepare_data df2k DIV2K_train_HR.zip Flickr2K.tar --output /big/disk/datasets
@@ -227,9 +227,11 @@ def main(arguments: list[str] | None = None) -> None:
         with exit_on_error('dpmambair_basicsr.prepare_data'):
             prepare(args)
     except KeyboardInterrupt:
-        raise SystemExit('Interrupted; repeat the command to go on.') from None
+        raise SystemExit('Interrupted; repeat the command to continue.') from None
     except OSError as error:
-        raise SystemExit(f'{error.filename or ""}: {error.strerror or error}; repeat the command to go on') from error
+        raise SystemExit(
+            f'{error.filename or ""}: {error.strerror or error}; repeat the command to continue'
+        ) from error
 
 
 if __name__ == '__main__':

@@ -33,7 +33,7 @@ class Registration:
 
 
 def register() -> Registration:
-    """Registers our networks, data sets, losses, metrics and models, in this order, each by itself. Idempotent.
+    """Registers our networks, datasets, losses, metrics and models, in this order, each by itself. Idempotent.
 
     Patches nothing but the two functions that find out whether a run names something of ours, see `patches/apply`.
 

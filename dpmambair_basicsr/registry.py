@@ -137,7 +137,7 @@ def is_ours(target) -> bool:
 def look_up(known: dict, path: str, name) -> tuple[object, list[str]]:
     """What is known under `name`, or None, and the problem."""
     if not isinstance(name, str | None):
-        return None, [f'{path}: has to be text, not {name!r}']
+        return None, [f'{path}: expected text, got {name!r}']
     target = known.get(name, known.get(f'{name}_basicsr'))  # BasicSR's suffix for its own, see Registry.get
     if target is not None:
         return target, []

@@ -2,7 +2,7 @@
 
 Each result has the name and the format of its picture, and its bit depth, colour profile, EXIF data and alpha channel.
 EXIF orientation is carried out: results are upright. JPEG stays JPEG, at quality 98. What cannot be read or written is
-reported and passed over, and the exit status is 1 in the end. See `pictures` for files, `restorer` for the rest.
+reported and skipped, and the exit status is 1 in the end. See `pictures` for files, `restorer` for the rest.
 """
 
 import argparse
@@ -81,7 +81,7 @@ def parse_arguments() -> argparse.Namespace:
     add('--half', action='store_true', help='half precision')
     add('--self-ensemble', action='store_true', help='mean over eight flips and rotations, in eight times the time')
     add('--suffix', default='', help='added to the names of the results')
-    add('--resume', action='store_true', help='pass over pictures whose result is there')
+    add('--resume', action='store_true', help='skip pictures whose result is there')
     add('--compare', action='store_true', help='also write picture and result side by side, in FOLDER/compare')
     arguments = parser.parse_args()
     if not arguments.inputs and not arguments.input:

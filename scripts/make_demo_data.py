@@ -65,7 +65,7 @@ def shrink(image: np.ndarray, short_side: int) -> np.ndarray:
 
 
 def tiles(image: np.ndarray, size: int) -> list[np.ndarray]:
-    """Squares that cover the image, evenly spaced; they overlap where a side is no multiple of `size`."""
+    """Squares that cover the image, evenly spaced; they overlap where a side is not a multiple of `size`."""
     size = min(size, *image.shape[:2])
     tops, lefts = (np.linspace(0, side - size, math.ceil(side / size)).round().astype(int) for side in image.shape[:2])
     return [image[top : top + size, left : left + size] for top in tops for left in lefts]

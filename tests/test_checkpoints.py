@@ -64,7 +64,7 @@ def check_failed_save(run, folder, before, refused):
     after = files(folder)
     assert {name: after[name] for name in before} == before, 'the last checkpoint is intact'
     new = {name for name in after if name not in before}
-    assert all(name.endswith('net_g_6.pth') for name in new), 'no half file; a network without state is no checkpoint'
+    assert all(name.endswith('net_g_6.pth') for name in new), 'none is cut short, none without a state'
     return new
 
 
@@ -171,7 +171,7 @@ def test_only_the_last_are_kept(images, tmp_path):
 
 def test_keep_last_is_a_number(images, tmp_path):
     run = Training(changed(forked.options(images), {'logger.keep_last': 0}), tmp_path)
-    assert run.status() == 1 and 'logger.keep_last: has to be a whole number of at least 1' in run.log()
+    assert run.status() == 1 and 'logger.keep_last: expected int >= 1' in run.log()
 
 
 def test_a_broken_pair_is_passed_over(images, tmp_path):
@@ -296,5 +296,5 @@ def test_killed_at_random_moments(images, tmp_path):
         numbers = states(tmp_path)
         assert numbers and all(f'net_g_{number}.pth' in names(tmp_path, 'models') for number in numbers)
     assert_ends_like(changed(opt, {'train.total_iter': numbers[-1] + 3}), tmp_path, tmp_path / 'straight')
-    assert not list((tmp_path / RUN).glob('*/.*')), 'nothing half written is left'
+    assert not list((tmp_path / RUN).glob('*/.*')), 'no temporary file is left'
     assert not list(tmp_path.glob('experiments/*archived*'))

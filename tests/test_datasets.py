@@ -486,7 +486,7 @@ def test_proportions_are_exact_over_an_epoch(tmp_path, sampling, expected):
 
 
 def test_construction_leaves_basicsrs_log_closed(tmp_path, monkeypatch):
-    """Who builds a data set before BasicSR has opened its log (to check options) must not cost the run its log file."""
+    """Who builds a dataset before BasicSR has opened its log (to check options) must not cost the run its log file."""
     opened = {}
     monkeypatch.setattr('basicsr.utils.logger.initialized_logger', opened)
     for options in (mixed(tmp_path, 'uniform'), paired(tmp_path), synthetic(tmp_path, degradations=['noise'])):

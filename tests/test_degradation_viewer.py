@@ -155,7 +155,7 @@ def test_a_broken_picture_is_reported_and_the_others_are_done(folder, monkeypatc
     common = ('-w', 'w.pth', '--reference', 'reference')
     status, output, errors = run(monkeypatch, capsys, folder, tmp_path, *common)
     assert status == 1
-    assert f'{tmp_path / "broken.png"}: is no picture' in errors and 'failed pictures: 1' in errors
+    assert f'{tmp_path / "broken.png"}: not a picture' in errors and 'failed pictures: 1' in errors
     assert rows(output).keys() == {str(tmp_path / 'fine.png')}
 
 
@@ -184,7 +184,7 @@ def test_mistakes_end_with_one_line(folder, monkeypatch, capsys, tmp_path):
         'nowhere': {'--reference': 'nowhere'},
         'map.jpg: a map is a .png': {'-o': tmp_path / 'map.jpg'},
         'cannot be written: ': {'-o': tmp_path / 'text.png' / 'map.png'},
-        "device: must be one of auto, cpu, cuda, mps, not 'tpu9'": {'--device': 'tpu9'},
+        "device: must be one of auto, cpu, cuda, mps, got 'tpu9'": {'--device': 'tpu9'},
     }
     pytest.importorskip('matplotlib')
     for message, change in wrong.items():

@@ -24,7 +24,7 @@ apply_patches()
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """Makes a folder a file system of its own, of so many KiB."""
+    """Makes a folder a file system of its own, N KiB large."""
     mounted = []
 
     def mount(name: str, size: int) -> Path:
@@ -71,7 +71,7 @@ def test_a_full_disk_of_plots_ends_no_training(opt, tmp_path, small_disk):
     small_disk('tb_logger', 4)
     run = Training(changed(opt, {'logger.use_tb_logger': True, 'train.total_iter': 60, 'val.val_freq': 10}), tmp_path)
     assert run.status() == 0, run.log()
-    assert run.log().count('TensorBoard is switched off, training goes on: ') == 1
+    assert run.log().count('TensorBoard is switched off, training continues: ') == 1
     assert len(forked.load(tmp_path, 'models/net_g_latest.pth')['params']) > 0
 
 
@@ -81,7 +81,7 @@ def test_a_disk_of_plots_that_cannot_be_begun(opt, tmp_path, small_disk, monkeyp
     subprocess.run(['mount', '-o', 'remount,nr_inodes=2', str(disk)], check=True)
     run = Training(changed(opt, {'logger.use_tb_logger': True, 'train.total_iter': 2}), tmp_path)
     assert run.status() == 0, run.log()
-    assert run.log().count('TensorBoard is switched off, training goes on: ') == 1
+    assert run.log().count('TensorBoard is switched off, training continues: ') == 1
 
 
 def test_a_full_disk_of_the_log_ends_no_training_and_it_goes_on_when_there_is_room(opt, tmp_path, small_disk):
@@ -92,7 +92,7 @@ def test_a_full_disk_of_the_log_ends_no_training_and_it_goes_on_when_there_is_ro
     with pytest.raises(OSError), open(filler, 'wb', buffering=0) as stream:
         while True:
             stream.write(bytes(4096))
-    run.wait_for('.log cannot be written, training goes on: No space left on device')
+    run.wait_for('.log cannot be written, training continues: No space left on device')
     filler.unlink()
     assert run.status() == 0, run.log()
     assert run.log().count('cannot be written') == 1 and 'Traceback' not in run.log()
@@ -108,7 +108,7 @@ def test_a_full_disk_of_wandb_ends_no_training(monkeypatch, caplog):
     monkeypatch.setitem(sys.modules, 'wandb', stub)
     monkeypatch.setattr(basicsr_logger.get_root_logger(), 'propagate', True)
     basicsr_logger.init_wandb_logger({'name': 'x', 'logger': {'wandb': {'project': 'x'}}})
-    assert 'wandb is switched off, training goes on: ' in caplog.text
+    assert 'wandb is switched off, training continues: ' in caplog.text
 
 
 def test_an_image_that_cannot_be_encoded_is_an_error_that_names_it(tmp_path):

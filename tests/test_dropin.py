@@ -175,7 +175,7 @@ def test_a_record_cannot_point_outside(small):
 
 
 def test_the_literal_commands(checkout, tmp_path):
-    """They use the checkout's BasicSR though another one is installed, and ours is registered and mends it."""
+    """They use the checkout's BasicSR though another one is installed, and ours is registered and patches it."""
     (checkout / 'basicsr/version.py').unlink()  # as in a raw clone
     (checkout / 'VERSION').write_text('1.4.2+this.checkout\n')
     files = tree(checkout)
@@ -185,7 +185,7 @@ def test_the_literal_commands(checkout, tmp_path):
     opt['datasets']['train']['batch_size_per_gpu'] = 3  # of four images: BasicSR plans too few epochs
     write_options(opt, checkout / 'options' / 'x.yml')
     result = python('basicsr/train.py', '-opt', 'options/x.yml', cwd=checkout, PYTHONDONTWRITEBYTECODE='')
-    assert result.returncode == 0, result.stdout  # with AdamW, which only our mend knows
+    assert result.returncode == 0, result.stdout  # with AdamW, which only our patch knows
     assert 'BasicSR: 1.4.2+this.checkout' in result.stdout
     assert (checkout / 'experiments/tiny/training_states/2.state').is_file()
 

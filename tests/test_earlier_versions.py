@@ -1,8 +1,9 @@
 """Checkpoints, training states and option files of version 692b954: read, and continued as that version did.
 
 data/run_of_692b954.tar.xz holds for RestorationModel and RestorationGANModel an option file, the checkpoint of
-iteration 4, and the one of iteration 8 that version 692b954 went on to. Other processors round differently, so numbers
-of that file are compared with a tolerance; where git has the version, it trains here, and all bits are compared.
+iteration 4, and the one of iteration 8 that version 692b954 continued to. Other processors round differently, so
+numbers of that file are compared with a tolerance; where git has the version, it trains here and
+all bits are compared.
 """
 
 import shutil

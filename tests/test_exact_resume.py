@@ -1,4 +1,4 @@
-"""N iterations, or k and then `--auto_resume`: the same parameters, averages, optimisers, rates and best metrics."""
+"""N iterations, or k and then `--auto_resume`: the same parameters, averages, optimizers, rates and best metrics."""
 
 import random
 import shutil

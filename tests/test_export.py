@@ -161,7 +161,7 @@ def test_mistakes_end_with_one_line(folder, monkeypatch, tmp_path):
 
     with pytest.raises(SystemExit, match='x.bin: is neither .onnx nor .pt2; choose --format'):
         run_main(monkeypatch, folder / 'vmambair.pth', tmp_path / 'x.bin')
-    with pytest.raises(SystemExit, match='text.pth: is no checkpoint'):
+    with pytest.raises(SystemExit, match='text.pth: not a checkpoint'):
         run_main(monkeypatch, tmp_path / 'text.pth', tmp_path / 'x.onnx')
     monkeypatch.setitem(sys.modules, 'onnxscript', None)  # as if it were not installed
     with pytest.raises(SystemExit, match='ONNX needs onnxscript .*pip install onnx onnxscript onnxruntime'):

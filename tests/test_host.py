@@ -1,4 +1,4 @@
-"""Each mend mends what BasicSR 1.4.2 fails at on today's stack. Training runs are in test_entry_points.py."""
+"""Each patch fixes what BasicSR 1.4.2 fails at on today's stack. Training runs are in test_entry_points.py."""
 
 import copy
 import os
@@ -31,9 +31,9 @@ from dpmambair_basicsr.patches.registry import PATCHES
 def test_every_mend_is_applied_once():
     apply_patches()
     for owner, attribute, _ in PATCHES:
-        mended = getattr(pkgutil.resolve_name(owner), attribute)
-        assert mended.patched_by == 'dpmambair_basicsr.patches.apply', attribute
-        assert not hasattr(mended.__wrapped__, 'patched_by'), attribute
+        patched = getattr(pkgutil.resolve_name(owner), attribute)
+        assert patched.patched_by == 'dpmambair_basicsr.patches.apply', attribute
+        assert not hasattr(patched.__wrapped__, 'patched_by'), attribute
 
 
 def test_stand_in_for_distutils_compares_versions():
@@ -44,7 +44,7 @@ def test_stand_in_for_distutils_compares_versions():
 
 
 class Random(torch.utils.data.Dataset):
-    """Two items that show the state of the generators which BasicSR's data sets use."""
+    """Two items that show the state of the generators which BasicSR's datasets use."""
 
     def __len__(self):
         return 4

@@ -106,7 +106,7 @@ def test_the_processes_of_one_training_share_the_lock(opt, tmp_path):
 
 
 def test_a_training_whose_run_was_taken_over_writes_no_more(opt, tmp_path):
-    """It was frozen for longer than the lease, and another machine went on with it."""
+    """It was frozen for longer than the lease, and another machine continued with it."""
     run = Training(opt, tmp_path)
     run.wait_for('iter:       2,')
     other = json.loads((tmp_path / LOCK).read_text()) | {'host': 'other-node', 'pid': 7}

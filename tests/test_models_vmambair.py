@@ -35,7 +35,7 @@ def options(stage, recipe):
 
 @pytest.fixture(scope='module')
 def data(tmp_path_factory):
-    """{scale: data set options}, and under 'photos' those of RealESRGANDataset."""
+    """{scale: dataset options}, and under 'photos' those of RealESRGANDataset."""
     folder = tmp_path_factory.mktemp('data')
     pairs = {
         scale: pipelines.write_pairs(folder / f'x{scale}', [(44, 52), (40, 40), (60, 44), (48, 48)], scale)

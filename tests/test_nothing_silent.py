@@ -170,7 +170,7 @@ LISTS = {
     'no LQ image': ('4.png\n', r'no image, or more than one, in \S*/lq \(.*\) for \S*/gt/4\.png'),
     'two LQ images': ('5.png\n', r'no image, or more than one, in \S*/lq \(.*\) for \S*/gt/5\.png'),
     'two GT images of one name': ('0.png\nmore/0.png\n', r'images of several folders have one LQ image: 0\.png'),
-    'no text': (b'\xff\xfe0\x00', 'is no text in UTF-8: '),
+    'no text': (b'\xff\xfe0\x00', 'not text in UTF-8: '),
 }
 
 
@@ -377,7 +377,7 @@ def test_models_of_basicsr_are_refused_what_would_fail_after_the_renaming(images
     for part in (
         'path.pretrain_network_g: /no/such.pth does not exist',
         'network_g.type: unknown type MSRResNt, did you mean MSRResNet?',
-        'path.other: has to be a folder, not None',
+        'path.other: expected a folder, got None',
         'datasets.val: [Errno 2] No such file or directory:',
     ):
         assert part in message
@@ -521,7 +521,7 @@ def test_the_page_about_migration_has_every_name_and_key_of_the_messages():
 def test_lists_of_folders_are_for_datasets_that_take_them(opt, images, finished):
     """BasicSR itself ends with a TypeError when it expands `~`."""
     opt['datasets']['val']['dataroot_gt'] = [images['dataroot_gt'], 3]
-    assert 'datasets.val.dataroot_gt[1]: has to be text, not 3' in refused(opt, finished)
+    assert 'datasets.val.dataroot_gt[1]: expected text, got 3' in refused(opt, finished)
     opt = stock_options(write_images(finished / 'smaller')) | {'name': 'run'}
     folder = opt['datasets']['val']['dataroot_gt']
     change(opt, {'datasets.val.type': 'FoldersDataset', 'datasets.val.dataroot_gt': ['~', folder]})

@@ -119,7 +119,7 @@ MISTAKES = {
     'network key missing': ('network_g.width', None, 'missing'),
     'loss type': ('train.pixel_opt.type', 'L1Los', 'unknown type L1Los, did you mean L1Loss?'),
     'loss key': ('train.pixel_opt.los_weight', 1, 'unknown key, did you mean loss_weight?'),
-    'loss is no section': ('train.pixel_opt', 1.0, 'has to be a section with a type, not 1.0'),
+    'loss is not a section': ('train.pixel_opt', 1.0, 'expected a section with a type, got 1.0'),
     'metric type': ('val.metrics.m.type', 'calculate_psn', 'unknown type calculate_psn, did you mean calculate_psnr?'),
     'metric key': ('val.metrics.m.mod', 'y', 'unknown key, did you mean mode?'),
     'metric key missing': ('val.metrics.m.border', None, 'missing'),
@@ -148,39 +148,39 @@ MISTAKES = {
     'val key': ('val.tyle', 5, 'unknown key, did you mean tile?'),
     'path key': ('path.strict_load_q', True, 'unknown key, did you mean strict_load_g?'),
     'logger key': ('logger.print_frq', 5, 'unknown key, did you mean print_freq?'),
-    'network type is a list': ('network_g.type', ['CheckedNet'], "has to be text, not ['CheckedNet']"),
-    'model type is a list': ('model_type', ['CheckedModel'], "has to be text, not ['CheckedModel']"),
-    'backend is no section': (
+    'network type is a list': ('network_g.type', ['CheckedNet'], "expected text, got ['CheckedNet']"),
+    'model type is a list': ('model_type', ['CheckedModel'], "expected text, got ['CheckedModel']"),
+    'backend is not a section': (
         'datasets.train.io_backend',
         'disk',
-        "has to be a section or ~, not 'disk'",
+        "expected a section or ~, got 'disk'",
     ),
-    'parts are a list': ('datasets.train.datasets', ['rain'], "has to be a section, not ['rain']"),
+    'parts are a list': ('datasets.train.datasets', ['rain'], "expected a section, got ['rain']"),
     'a part is text': (
         'datasets.train.datasets',
         {'rain': 'x'},
-        "has to be a section, not 'x'",
+        "expected a section, got 'x'",
         'datasets.train.datasets.rain',
     ),
-    'metrics are a list': ('val.metrics', ['psnr'], "has to be a section, not ['psnr']"),
+    'metrics are a list': ('val.metrics', ['psnr'], "expected a section, got ['psnr']"),
     'no best': (
         'val.metrics.m',
         {'type': 'checked_metric_with_better'},
         'missing; without better: lower BasicSR takes the worst for the best',
         'val.metrics.m.better',
     ),
-    'no iterations': ('train.total_iter', 'many', "has to be a number of at least 1, not 'many'"),
-    'no decay': ('train.ema_decay', 'high', "has to be a number from 0 to 1, not 'high'"),
-    'a large decay': ('train.ema_decay', 999, 'has to be a number from 0 to 1, not 999'),
+    'no iterations': ('train.total_iter', 'many', "expected number >= 1, got 'many'"),
+    'no decay': ('train.ema_decay', 'high', "expected number in [0, 1], got 'high'"),
+    'a large decay': ('train.ema_decay', 999, 'expected number in [0, 1], got 999'),
     'no norm': ('train.clip_norm', 'x', 'unknown key, did you mean clip?'),
-    'never printed': ('logger.print_freq', 0, 'has to be a number of at least 1, not 0'),
-    'never validated': ('val.val_freq', 'x', "has to be a number of at least 1, not 'x'"),
-    'half a batch': ('datasets.train.batch_size_per_gpu', 1.5, 'has to be a whole number of at least 1, not 1.5'),
+    'never printed': ('logger.print_freq', 0, 'expected number >= 1, got 0'),
+    'never validated': ('val.val_freq', 'x', "expected number >= 1, got 'x'"),
+    'half a batch': ('datasets.train.batch_size_per_gpu', 1.5, 'expected int >= 1, got 1.5'),
     'optimizer value': ('train.optim_g.lr', -1.0, 'Invalid learning rate: -1.0', 'train.optim_g'),
     'scheduler value': (
         'train.scheduler',
         {'type': 'CosineAnnealingRestartCyclicLR', 'periods': 5},
-        'has to be a list, each a whole number, not 5',
+        'expected list of int, got 5',
         'train.scheduler.periods',
     ),
     'prefetching': (
@@ -192,9 +192,9 @@ MISTAKES = {
     'phase': (
         'datasets.test_1',
         {'name': 'x', 'type': 'CheckedDataset', 'phase': 'test'},
-        'unknown data set; choices: train, val, val_<name>',
+        'unknown dataset; choices: train, val, val_<name>',
     ),
-    'prefetch mode': ('datasets.train.prefetch_mode', 'gpu', "has to be cpu or cuda or ~, not 'gpu'"),
+    'prefetch mode': ('datasets.train.prefetch_mode', 'gpu', "expected cpu or cuda or ~, got 'gpu'"),
     'no workers to keep': (
         'datasets.train.persistent_workers',
         True,
@@ -296,9 +296,9 @@ STRUCTURES = {
         {'name': 'x', 'model_type': 'x', 'num_gpu': 0, 'datasets': {'val': 3}, 'path': 4, 'train': {}, 'logger': {}},
         True,
         [
-            'path: has to be a section, not 4',
+            'path: expected a section, got 4',
             'datasets.train: missing',
-            'datasets.val: has to be a section, not 3',
+            'datasets.val: expected a section, got 3',
         ],
     ),
     'wrong kinds': (
@@ -309,11 +309,11 @@ STRUCTURES = {
         },
         True,
         [
-            'name: has to be text, not 1',
-            "manual_seed: has to be a whole number or ~, not 'x'",
-            "val: has to be a section or ~, not 'x'",
-            'path.pretrain_network_g: has to be text, not 5',
-            'datasets.train.dataroot_gt[1]: has to be text, not 3',
+            'name: expected text, got 1',
+            "manual_seed: expected int or ~, got 'x'",
+            "val: expected a section or ~, got 'x'",
+            'path.pretrain_network_g: expected text, got 5',
+            'datasets.train.dataroot_gt[1]: expected text, got 3',
         ],
     ),
 }
@@ -386,7 +386,7 @@ def test_mistakes_in_our_option_files_are_named(file, monkeypatch):
     found = check_options(opt)
     assert 'path.strict_load_q: unknown key, did you mean strict_load_g?' in found
     assert any(problem.startswith(f'datasets.{phase}.type: unknown type NoDataset') for problem in found)
-    assert f"network_g.{width}: has to be a whole number, not 'wide'" in found
+    assert f"network_g.{width}: expected int, got 'wide'" in found
 
 
 NETWORK = {
@@ -412,7 +412,7 @@ def checkpoints(tmp_path_factory):
 
 @pytest.fixture
 def ours(opt, images, checkpoints):
-    """Parsed options of a training that works, with classes of this package, which are made on trial."""
+    """Parsed options of a training that works, with classes of this package, which are made in a dry run."""
     gt = {'dataroot_gt': images['dataroot_gt']}
     parts = {
         'rain': {'dataroot_lq': images['dataroot_gt'], **gt},
@@ -452,15 +452,15 @@ FOUND_ON_TRIAL = {
         'datasets.train: .*noise.*sgima',
     ),
     'choice': ('network_g.insertion', 'mix', "network_g: insertion: 'mix' is not one of"),
-    'no list': ('network_g.num_blocks', 4, 'network_g.num_blocks: has to be a list, each a whole number, not 4'),
+    'no list': ('network_g.num_blocks', 4, 'network_g.num_blocks: expected list of int, got 4'),
     'short list': ('network_g.d_inner', [8], r'network_g: d_inner: \[8\] has 1 entries'),
-    'no number': ('network_g.dim', 'wide', "network_g.dim: has to be a whole number, not 'wide'"),
+    'no number': ('network_g.dim', 'wide', "network_g.dim: expected int, got 'wide'"),
     'too few images': (
         'datasets.train.batch_size_per_gpu',
         9,
         'datasets.train: 8 items times dataset_enlarge_ratio 1,',
     ),
-    'norm': ('train.grad_clip_norm', 'x', "train.grad_clip_norm: has to be a number of at least 0 or ~, not 'x'"),
+    'norm': ('train.grad_clip_norm', 'x', "train.grad_clip_norm: expected number >= 0 or ~, got 'x'"),
     'no extractor': (
         'path.pretrain_network_e',
         None,
@@ -502,7 +502,7 @@ FOUND_ON_TRIAL = {
     'weight': (
         'train.fft_opt',
         {'type': 'FFTLoss', 'loss_weight': 'x'},
-        "train.fft_opt.loss_weight: has to be a number, not 'x'",
+        "train.fft_opt.loss_weight: expected number, got 'x'",
     ),
 }
 

@@ -23,7 +23,7 @@ from basicsr.data import build_dataset
 from basicsr.utils.matlab_functions import imresize
 from support.commands import PACKAGE_PARENT, python
 
-import dpmambair_basicsr  # noqa: F401  (first: it makes BasicSR importable, and registers the data sets)
+import dpmambair_basicsr  # noqa: F401  (first: it makes BasicSR importable, and registers the datasets)
 from dpmambair_basicsr import prepare_data
 from dpmambair_basicsr.prepare.images import shrink
 from dpmambair_basicsr.prepare.public_sets import SETS, Layout, compile_pattern, pair, spaced
@@ -219,7 +219,7 @@ OPTION_FILES = [
 
 @pytest.mark.parametrize('file', OPTION_FILES, ids=lambda file: file.name)
 def test_data_sets_of_our_option_files(file, everything, monkeypatch):
-    """Every public data set of the option files is there; what is not cropped can be read."""
+    """Every public dataset of the option files is there; what is not cropped can be read."""
     monkeypatch.chdir(everything[0])
     opt = yaml.safe_load(file.read_text(encoding='utf-8'))
     assert opt['datasets']
@@ -314,7 +314,7 @@ def test_all_problems_in_one_report(tmp_path):
     assert contents(raw) == before
     assert not [path for path in (tmp_path / 'out').rglob('[!.]*') if path.parent.name in ('GT', 'LQ')]
 
-    make_tree(raw, 'lol')  # mended
+    make_tree(raw, 'lol')  # repaired
     arrange('lol', raw, '--output', tmp_path / 'out')
     assert len(stems(tmp_path / 'out' / ALL / 'train' / 'lowlight' / 'GT')) == COUNT
 

@@ -19,7 +19,7 @@ from test_checkpoints import assert_ends_like
 from test_exact_resume import GAN, real_world, train_in_two_processes
 
 TOTAL = 6  # iterations
-# What an adaptive optimiser does with gradients near zero depends on rounding.
+# What an adaptive optimizer does with gradients near zero depends on rounding.
 SGD = {'type': 'SGD', 'lr': 0.05}
 AUTOENCODER = {
     'type': 'DegradationAutoencoder', 'embed_dim': 4, 'extractor_channels': [4, 4], 'channels': 4,
@@ -116,7 +116,7 @@ def test_validation_of_a_network_with_buffers_and_without_average(images, tmp_pa
     assert runs[0].log().count('Validation val set\n') == 4 and 'Validation' not in runs[1].log()
     train(changed(opt, {'datasets.train.batch_size_per_gpu': 4}), alone)
     (two,), (one,), (early,) = weights(first).values(), weights(alone).values(), weights(first, 2).values()
-    assert distance(two, one) < 1e-3 * distance(two, early), 'the processes have gone on together'
+    assert distance(two, one) < 1e-3 * distance(two, early), 'the processes have continued together'
 
 
 def test_processes_that_see_other_images_end_at_once(images, tmp_path):

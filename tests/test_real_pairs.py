@@ -41,7 +41,7 @@ NETWORK = {
 
 @pytest.fixture(scope='module')
 def tested(tmp_path_factory):
-    """A project folder in which the data sets were arranged and the test has run."""
+    """A project folder in which the datasets were arranged and the test has run."""
     if not SHARED.is_dir():
         pytest.skip(f'no published pairs: {SHARED} does not exist')
     folder = tmp_path_factory.mktemp('all_in_one')

@@ -30,7 +30,7 @@ METRICS = {
     'psnr': {'type': 'calculate_psnr', 'crop_border': 0},
     'ssim': {'type': 'calculate_ssim', 'crop_border': 0},
 }
-MADE = 'made | <here>'  # a data set's name with markup, whose degraded images are no files
+MADE = 'made | <here>'  # a dataset's name with markup, whose degraded images are not files
 
 
 def options(name: str, datasets: dict, path: dict, **sections) -> dict:
@@ -134,7 +134,7 @@ def test_the_three_files_say_the_same_and_what_was_tested_with_what(tested):
     lines = [re.split(r'(?<!\\)\|', line)[1:-1] for line in text.splitlines() if line.startswith('|')]
     rows = list(csv.reader((root / 'results.csv').read_text().splitlines()))
     assert [cell.strip() for cell in lines[0]] == [
-        'data set',
+        'dataset',
         'images',
         'psnr',
         'psnr of the input',

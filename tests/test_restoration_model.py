@@ -1,4 +1,4 @@
-"""RestorationModel: losses, optimiser groups, clipping, average, scale, checkpoints, the degradation extractor."""
+"""RestorationModel: losses, optimizer groups, clipping, average, scale, checkpoints, the degradation extractor."""
 
 import copy
 import re
@@ -118,7 +118,7 @@ def test_no_loss_is_refused():
         build(pixel_opt=None)
 
 
-# Optimiser, average, schedule
+# Optimizer, average, schedule
 
 
 def test_marked_parameters_are_not_decayed():
@@ -221,7 +221,7 @@ def test_a_state_of_other_trained_parameters_is_refused():
 
 @pytest.mark.parametrize('size', [(16, 16), (13, 9)])
 def test_the_output_is_cropped_at_the_networks_own_scale(size):
-    """Without a top-level `scale`, which is for the data sets."""
+    """Without a top-level `scale`, which is for the datasets."""
     model = build({**VMAMBAIR, 'scale': 4})
     model.lq = torch.rand(1, 3, *size)
     model.test()
@@ -333,7 +333,7 @@ def test_a_random_extractor_is_refused(make, stage_1, stage_2, tmp_path):
     part = {'pretrain_network_g': stage_2['part'], 'strict_load_g': False}
     with pytest.raises(ValueError, match=r'^path\.pretrain_network_e: missing, and \S*part\.pth holds none that fits'):
         make(part)
-    wider = DPMambaIR(**NETWORK | {'embed_dim': 16}).state_dict()  # strict_load_g: false passes over what does not fit
+    wider = DPMambaIR(**NETWORK | {'embed_dim': 16}).state_dict()  # strict_load_g: false skips what does not fit
     file = save(tmp_path / 'wider.pth', {'params': wider})
     with pytest.raises(ValueError, match=r'missing, and \S*wider\.pth holds none that fits'):
         make({'pretrain_network_g': file, 'strict_load_g': False})
@@ -366,9 +366,9 @@ def test_a_network_that_takes_no_extractor_is_given_none(model_type, network, st
 @pytest.mark.parametrize(
     ('content', 'message'),
     [
-        ('text', 'is no checkpoint that torch.load can read'),
+        ('text', 'not a checkpoint that torch.load can read'),
         ([1], 'holds no dictionary but a list'),
-        ({'weights': {}}, 'it is no state dict; keys of the file: weights'),
+        ({'weights': {}}, 'it is not a state dict; keys of the file: weights'),
         ({'params': {'output.weight': torch.zeros(1)}}, 'not a checkpoint of stage 1 for this network: .*Missing key'),
     ],
 )
@@ -394,9 +394,9 @@ def test_an_extractor_of_other_widths_is_named(tmp_path):
 @pytest.mark.parametrize(
     ('content', 'message'),
     [
-        ('text', 'is no checkpoint that torch.load can read'),
+        ('text', 'not a checkpoint that torch.load can read'),
         ({'a': {}, 'b': {}}, "holds no key 'params_ema'; keys of the file: a, b$"),
-        ({'params_ema': 3}, "its key 'params_ema' is no state dict; keys of the file: params_ema"),
+        ({'params_ema': 3}, "its key 'params_ema' is not a state dict; keys of the file: params_ema"),
         (
             {'x.weight': torch.zeros(1)},
             r"holds no key 'params_ema'; it is a bare state dict, for which path\.param_key_g is ~; .*: x\.weight$",

@@ -216,15 +216,15 @@ def test_errors_of_load_name_file_and_key(tmp_path):
         'misfit.pth': r'misfit.pth: does not fit VmambaIR:\n.* of another shape: patch_embed.proj.weight',
         'stage_1.pth': 'stage_1.pth: network_g.type: DegradationAutoencoder does not turn one RGB image',
         'class.pth': 'class.pth: network_g.type: DPMambaIR does not turn .*needs a label',
-        'text.pth': 'text.pth: is no checkpoint that torch.load can read',
-        '3.state': '3.state: it is no state dict; keys of the file: epoch, iter',
+        'text.pth': 'text.pth: not a checkpoint that torch.load can read',
+        '3.state': '3.state: it is not a state dict; keys of the file: epoch, iter',
     }
     for name, message in messages.items():
         with pytest.raises(ValueError, match=message):
             load(tmp_path / name)
     with pytest.raises(FileNotFoundError, match='missing.pth'):
         load(tmp_path / 'missing.pth')
-    with pytest.raises(ValueError, match="device: must be one of auto, cpu, cuda, mps, not 'tpu9'"):
+    with pytest.raises(ValueError, match="device: must be one of auto, cpu, cuda, mps, got 'tpu9'"):
         load(path, device='tpu9')
     torch.save(checkpoint['params'], tmp_path / 'bare.pth')
     assert load(tmp_path / 'bare.pth', network=VMAMBAIR).scale == 1
@@ -618,10 +618,10 @@ def test_cmyk_becomes_rgb_without_its_profile(tmp_path):
 @pytest.mark.parametrize(
     ('name', 'content', 'message'),
     [
-        ('text.png', b'no picture', 'is no picture, or cut short'),
-        ('empty.png', b'', 'is no picture'),
-        ('half.png', encode(Image.fromarray(photo(60, 60)), 'png')[:2000], 'is no picture, or cut short'),
-        ('half.jpg', encode(Image.fromarray(photo(60, 60)), 'jpeg')[:1200], 'is no picture, or cut short'),
+        ('text.png', b'no picture', 'not a picture, or truncated'),
+        ('empty.png', b'', 'not a picture'),
+        ('half.png', encode(Image.fromarray(photo(60, 60)), 'png')[:2000], 'not a picture, or truncated'),
+        ('half.jpg', encode(Image.fromarray(photo(60, 60)), 'jpeg')[:1200], 'not a picture, or truncated'),
         ('float.tif', encode(Image.fromarray(np.zeros((4, 4), np.float32)), 'tiff'), 'has float32 values'),
     ],
 )
@@ -639,7 +639,7 @@ def test_nothing_is_dropped_silently_and_no_part_is_left(tmp_path):
         ('a.png', 'x.jpg', 'jpg cannot hold its alpha'): read_picture(tmp_path / 'a.png'),
         ('b.png', 'x.webp', 'webp cannot hold its 16 bit'): read_picture(tmp_path / 'b.png'),
         ('b.png', 'x.jpg', 'cannot be written as .jpg, 70000 x 1'): wide,
-        ('b.png', 'x.xyz', 'xyz: is no format'): wide,
+        ('b.png', 'x.xyz', 'xyz: not a format'): wide,
         ('a.png', 'x.tif', 'tif cannot hold its alpha'): read_picture(tmp_path / 'a.png'),
     }
     for (_, name, message), picture in refused.items():
@@ -655,7 +655,7 @@ def test_nothing_is_dropped_silently_and_no_part_is_left(tmp_path):
 
 
 def write_pictures(folder):
-    """Some thirty files of every kind; returns {name: whether it can be restored}, without those to be passed over."""
+    """Some thirty files of every kind; returns {name: whether it can be restored}, without those to be skipped."""
     rng = np.random.default_rng(0)
     folder.mkdir()
     colours, small = photo(37, 45), Image.fromarray(photo(24, 33))
@@ -818,9 +818,9 @@ def test_wrong_arguments_end_with_one_line(monkeypatch, tmp_path):
         ('a', '-o', 'a'): '^a/x.png: is a picture itself',
         ('a', '-o', 'a', '--suffix', '_2'): '^a/x_2.png: is a picture itself',
         ('a', '-o', 'out', '--opt', 'empty.yml'): '^empty.yml: network_g: missing$',
-        ('a', '-o', 'out', '-w', 'a/x.png'): '^a/x.png: is no checkpoint',
+        ('a', '-o', 'out', '-w', 'a/x.png'): '^a/x.png: not a checkpoint',
         ('a', '-o', 'out', '-w', 'missing.pth'): 'missing.pth',
-        ('a', '-o', 'out', '--device', 'gpu'): "^device: must be one of auto, cpu, cuda, mps, not 'gpu'",
+        ('a', '-o', 'out', '--device', 'gpu'): "^device: must be one of auto, cpu, cuda, mps, got 'gpu'",
     }
     for arguments, message in wrong.items():
         with pytest.raises(SystemExit, match=message):

@@ -94,7 +94,7 @@ def test_what_cannot_be_converted_is_named(converted, tmp_path, capsys):
         write(tmp_path / 'absent.pth', tmp_path / 'net.safetensors')
     with pytest.raises(SystemExit):
         write(converted / 'net.pth', tmp_path / 'net.pth')
-    assert 'has to end in .safetensors' in capsys.readouterr().err
+    assert 'must end in .safetensors' in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 

@@ -44,7 +44,7 @@ CASES += [(DPMambaIR, {**DPMAMBAIR, **case}) for case in DPMAMBAIR_CASES]
 @pytest.fixture(autouse=True, scope='module')
 def installed():
     integration.install()
-    integration.install()  # may be repeated
+    integration.install()  # idempotent
 
 
 @pytest.mark.parametrize(('network', 'options'), CASES, ids=str)

@@ -142,11 +142,11 @@ GAN = {'model_type': 'RestorationGANModel', 'optim_d': {'type': 'Adam', 'lr': 1e
 @pytest.mark.parametrize(
     ('train', 'message'),
     [
-        ({'amp': 'fp8'}, "^train.amp: 'fp8' is none of bf16, fp16, ~$"),
+        ({'amp': 'fp8'}, "^train.amp: must be one of bf16, fp16, ~, got 'fp8'$"),
         ({'amp': 'fp16'}, '^train.amp: fp16 needs a GPU; write bf16$'),
         ({'amp': 'fp16', 'num_gpu': 1, **GAN}, '^train.amp: RestorationGANModel does not scale its losses'),
         ({'amp': 'bf16', 'num_gpu': 2}, '^train.amp: needs a process for each of the 2 GPUs: --launcher pytorch$'),
-        ({'compile': 'yes'}, "^train.compile: has to be true or false, not 'yes'$"),
+        ({'compile': 'yes'}, "^train.compile: expected true or false, got 'yes'$"),
         ({'compile': True}, '^train.compile: needs a C[+][+] compiler, and no-such-compiler is not there'),
     ],
     ids=str,

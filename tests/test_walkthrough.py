@@ -170,7 +170,7 @@ def test_the_extractor_of_stage_1_is_in_the_checkpoint_unchanged(project):
 
 
 def test_the_checkpoint_gives_the_tested_images(project):
-    """test.py and three lines of somebody's own program give the same image, at a size that is no multiple of 8."""
+    """test.py and three lines of somebody's own program give the same image, at a size that is not a multiple of 8."""
     from dpmambair_basicsr.archs import DPMambaIR
 
     folder, _ = project

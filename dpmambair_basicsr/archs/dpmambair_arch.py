@@ -286,7 +286,7 @@ class DPMambaIR(UNet):
                 return F.normalize(self.extractor(lq), dim=1)
         if self.classes is not None:
             if label is None:
-                raise ValueError("degradation: 'class' needs a label for each image, and the data set gives none")
+                raise ValueError("degradation: 'class' needs a label for each image, and the dataset gives none")
             return self.classes(label)
         return None
 

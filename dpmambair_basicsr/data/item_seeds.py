@@ -1,8 +1,8 @@
 """The same random numbers for the same item of the same epoch, whoever loads it, and after whatever was loaded before.
 
-BasicSR's data sets, and ours, draw from the global generators of Python and NumPy. So that training can be resumed
+BasicSR's datasets, and ours, draw from the global generators of Python and NumPy. So that training can be resumed
 exactly, BasicSR's sampler (see `patches/seeding`) accompanies each index with a seed, and whoever loads
-the item first seeds the generators: our data sets in `__getitems__`, for BasicSR's the wrapper `SeededItems`.
+the item first seeds the generators: our datasets in `__getitems__`, for BasicSR's the wrapper `SeededItems`.
 """
 
 import hashlib
@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 
 
 class SeededIndex(int):
-    """An index of a data set, with the seed of the item's randomness, see `seed_generators`."""
+    """An index of a dataset, with the seed of the item's randomness, see `seed_generators`."""
 
     def __new__(cls, index: int, *seed: str | int):
         self = super().__new__(cls, index)
@@ -41,7 +41,7 @@ def item(dataset, index: int):
 
 
 class SeededItems(Dataset):
-    """A data set that does not know `SeededIndex`. An item that cannot be loaded is named, with its path if known."""
+    """A dataset that does not know `SeededIndex`. An item that cannot be loaded is named, with its path if known."""
 
     def __init__(self, dataset):
         self.dataset = dataset

@@ -1,11 +1,11 @@
 """Progressive training as in Restormer (Zamir et al. 2022, Sec. 3.4): crops grow while batches shrink, phase by phase.
 
 Restormer's loader always makes batch_size_per_gpu crops of the last phase's size, and its model throws away what the
-phase does not use. Here the data set is asked for whole batches (`__getitems__`) and loads only what is used.
+phase does not use. Here the dataset is asked for whole batches (`__getitems__`) and loads only what is used.
 
 The phase follows the training iteration. BasicSR's sampler runs in the training process and its indices reach the
 loader's workers, so the sampler is what can tell them (`patches/seeding` lets it): each index of a
-progressive data set is accompanied by its position among those that the epoch still has, and by the number of
+progressive dataset is accompanied by its position among those that the epoch still has, and by the number of
 iterations before them. Nothing is assumed about epochs, workers, prefetching or where training was resumed.
 """
 
@@ -40,7 +40,7 @@ class Phases:
 
 
 def read_phases(opt: dict) -> Phases | None:
-    """The phases of a data set with these options, None if it has none (or is not for training).
+    """The phases of a dataset with these options, None if it has none (or is not for training).
 
     Raises:
         ValueError: naming the key.
@@ -91,7 +91,7 @@ def compare_lengths(opt: dict) -> str:
 
 
 class Draw(NamedTuple):
-    """What the sampler hands to a progressive data set."""
+    """What the sampler hands to a progressive dataset."""
 
     index: int
     position: int  # in what is left of this epoch's order
@@ -99,7 +99,7 @@ class Draw(NamedTuple):
 
 
 class ProgressiveBatches:
-    """Mix-in for data sets with `opt` and `__getitem__`; the constructor has to call `start_progressive`."""
+    """Mix-in for datasets with `opt` and `__getitem__`; the constructor has to call `start_progressive`."""
 
     def start_progressive(self) -> None:
         """Read the option `progressive`; None: batches are what the loader asks for."""
@@ -121,7 +121,7 @@ class ProgressiveBatches:
 
 
 def with_gt_size(dataset, gt_size: int):
-    """The data set with another crop size; a copy, because a prefetching thread may be working with the original.
+    """The dataset with another crop size; a copy, because a prefetching thread may be working with the original.
 
     Everything else is shared, opened files included.
     """
@@ -133,7 +133,7 @@ def with_gt_size(dataset, gt_size: int):
 
 
 def accompany(dataset, indices: Iterable[int], done: int) -> Iterator[int | Draw]:
-    """What BasicSR's sampler yields in place of these indices of its epoch: a Draw each, for a progressive data set."""
+    """What BasicSR's sampler yields in place of these indices of its epoch: a Draw each, for a progressive dataset."""
     if getattr(dataset, 'phases', None) is None:
         return iter(indices)
     return (Draw(index, position, done) for position, index in enumerate(indices))

@@ -1,4 +1,4 @@
-"""Files that are never seen half written, and their checksums."""
+"""Files that are written atomically, never seen incomplete, and their checksums."""
 
 import hashlib
 import os

@@ -38,7 +38,7 @@ def read_checkpoint(path: str) -> dict:
     try:
         checkpoint = torch.load(path, map_location='cpu', weights_only=True)
     except Exception as error:  # torch.load raises many kinds, and their messages name no file
-        raise CheckpointError(f'{path}: is no checkpoint that torch.load can read ({type(error).__name__})') from error
+        raise CheckpointError(f'{path}: not a checkpoint that torch.load can read ({type(error).__name__})') from error
     if not isinstance(checkpoint, dict):
         raise CheckpointError(f'{path}: holds no dictionary but a {type(checkpoint).__name__}')
     return checkpoint
@@ -142,7 +142,7 @@ def select_weights(path: str, checkpoint: dict, *keys: str | None) -> dict[str, 
         found = ', '.join(map(str, list(checkpoint)[:5])) + (', ...' if len(checkpoint) > 5 else '')
         if key is None or key in checkpoint:
             place = 'it' if key is None else f'its key {key!r}'
-            raise CheckpointError(f'{path}: {place} is no state dict; keys of the file: {found}')
+            raise CheckpointError(f'{path}: {place} is not a state dict; keys of the file: {found}')
         advice = 'it is a bare state dict, for which path.param_key_g is ~; ' if is_state_dict(checkpoint) else ''
         raise CheckpointError(f'{path}: holds no key {key!r}; {advice}keys of the file: {found}')
     return {name.replace('_orig_mod.', '').removeprefix('module.'): value for name, value in weights.items()}

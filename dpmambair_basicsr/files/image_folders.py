@@ -75,4 +75,4 @@ def check_inside(folder: str, paths: Iterable[str]) -> None:
     root = osp.join(osp.abspath(folder), '')
     for path in paths:
         if not osp.abspath(path).startswith(root):
-            raise ValueError(f'{path} is outside of {folder}: names in a list of images have to lie in their folder')
+            raise ValueError(f'{path} is outside of {folder}: names in a list of images must lie in their folder')

@@ -1,4 +1,4 @@
-"""Lists of images, BasicSR's meta-info files: which images a dataset has, each of which has to be there."""
+"""Lists of images, BasicSR's meta-info files: which images a dataset has, all of which must exist."""
 
 import os
 import re
@@ -15,13 +15,13 @@ def listed_names(file: str) -> list[str]:
     """The names in a list of images (meta-info), a line each: `name`, or `name (height,width,channels) ...`.
 
     Raises:
-        ValueError: it is no text in UTF-8, with or without a byte order mark.
+        ValueError: it is not text in UTF-8, with or without a byte order mark.
         OSError: it cannot be read.
     """
     try:
         lines = Path(file).read_text(encoding='utf-8-sig').splitlines()
     except UnicodeDecodeError as error:
-        raise ValueError(f'{file}: is no text in UTF-8: {error.reason}') from None
+        raise ValueError(f'{file}: not text in UTF-8: {error.reason}') from None
     names = [re.sub(r'\s+\(\d+(,\s*\d+)*\).*$', '', line).strip() for line in lines]
     return [name for name in names if name]
 
@@ -86,7 +86,7 @@ def listed_pairs(file: str, lq: str, gt: str, filename_tmpl: str = '{}') -> list
 
 
 def missing_files(folder: str, paths: Iterable[str]) -> list[str]:
-    """Paths of a dataset that are no files, and links in its folder that lead nowhere, which a listing leaves out."""
+    """Paths of a dataset that are not files, and links in its folder that lead nowhere, which a listing leaves out."""
     files = FilesByFolder()
     missing = [path for path in paths if osp.basename(path) not in files[osp.dirname(path)]]
     with os.scandir(folder) as entries:

@@ -176,7 +176,7 @@ def renew() -> None:
 
 
 def check() -> None:
-    """Before something is written. A lock that was removed by hand, though this process goes on, is made again.
+    """Before something is written. A lock that was removed by hand, though this process continues, is made again.
 
     Raises:
         LockedFolderError: if another process has taken over the folder, because this one was stopped for a while.

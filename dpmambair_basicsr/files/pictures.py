@@ -57,14 +57,14 @@ def read_picture(path: Path) -> Picture:
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: it is no picture, is cut short, has other than 8 or 16 bit integers, or too many pixels, see
+        ValueError: it is not a picture, is cut short, has other than 8 or 16 bit integers, or too many pixels, see
             `check_size`; without the path.
     """
     with open_regular(path) as stream:
         decoded = decode(stream.read(), cv2.IMREAD_UNCHANGED, cv2.imdecodeWithMetadata)
     pixels, kinds, data = decoded or (None, (), ())
     if pixels is None:
-        raise ValueError('is no picture, or cut short')
+        raise ValueError('not a picture, or truncated')
     if pixels.dtype not in (np.uint8, np.uint16):
         raise ValueError(f'has {pixels.dtype} values; 8 or 16 bit integers can be restored')
     metadata = dict(zip(kinds, data, strict=True))
@@ -88,7 +88,7 @@ def write_picture(path: Path, picture: Picture) -> None:
 
     Raises:
         OSError: the file cannot be written.
-        ValueError: the format cannot hold the picture: alpha, 16 bit, or so many pixels; without the path.
+        ValueError: the format cannot hold the picture: alpha, 16 bit, or its number of pixels; without the path.
     """
     check_format(path, picture)
     extension = path.suffix.lower()
@@ -114,7 +114,7 @@ def check_format(path: Path, picture: Picture) -> None:
     """Raises ValueError if the format of the path's extension cannot hold the picture, whatever its size."""
     extension = path.suffix.lower()
     if not extension or not cv2.haveImageWriter(f'picture{extension}'):
-        raise ValueError(f'{path.name}: is no format that OpenCV writes')
+        raise ValueError(f'{path.name}: not a format that OpenCV writes')
     if picture.alpha is not None and extension not in HOLDS_ALPHA:
         raise ValueError(f'{extension} cannot hold its alpha channel')
     if picture.image.dtype == np.uint16 and extension not in HOLDS_16_BIT:

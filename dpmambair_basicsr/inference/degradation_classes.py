@@ -81,6 +81,6 @@ class Classes:
         )
 
 
-def likeliest(classes: Classes, embeddings: Tensor) -> list[str]:
+def most_likely(classes: Classes, embeddings: Tensor) -> list[str]:
     """The name of the class with the best score of each of (M, E)."""
     return [classes.names[k] for k in classes.scores(classes.distances(embeddings)).argmax(dim=1)]

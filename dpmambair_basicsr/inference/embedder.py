@@ -69,7 +69,7 @@ class Embedder:
         """Raises OSError if there is no such folder, ValueError without enough pictures in its sub-folders."""
         folders = sub_folders(folder)
         if not folders:
-            raise ValueError(f'{folder}: no sub-folder with pictures in it; there has to be one for each class')
+            raise ValueError(f'{folder}: no sub-folder with pictures in it; expected one for each class')
         return Classes.of({name: list(self.embed(paths, name).values()) for name, paths in folders.items()})
 
     def classes_of_degradations(self, folder: Path) -> Classes:

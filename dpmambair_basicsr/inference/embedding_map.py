@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dpmambair_basicsr.files.atomic import replacing
-from dpmambair_basicsr.inference.degradation_classes import Classes, likeliest
+from dpmambair_basicsr.inference.degradation_classes import Classes, most_likely
 
 
 def check_map(file: Path, method: str) -> None:
@@ -26,12 +26,12 @@ def check_map(file: Path, method: str) -> None:
 def draw_map(file: Path, method: str, classes: Classes, embeddings: Tensor, kinds: list[str]) -> None:
     """Pictures as large marks, the references as small ones, coloured by kind: PNG.
 
-    A picture's kind is the one given, where all have one, otherwise its likeliest class.
+    A picture's kind is the one given, where all have one, otherwise its most likely class.
     """
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
-    kinds = kinds if all(kinds) else likeliest(classes, embeddings)
+    kinds = kinds if all(kinds) else most_likely(classes, embeddings)
     points, references = positions(method, classes, embeddings)
     names = [*classes.names, *sorted({*kinds} - {*classes.names})]
     colours = colormaps['tab10' if len(names) <= 10 else 'gist_rainbow'].resampled(max(len(names), 10))

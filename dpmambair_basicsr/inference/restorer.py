@@ -25,7 +25,7 @@ from dpmambair_basicsr.registry import arguments_of, describe, is_ours, look_up,
 LOGGER = logging.getLogger('dpmambair_basicsr')
 SMALL = 256  # pixels: smaller images are not cut into tiles unless asked for
 PROBE = 64  # pixels: size of the image whose memory is measured
-REPEATED = 4  # tensors of a file may share their bytes, so many times
+REPEATED = 4  # how many times tensors of a file may share its bytes
 PARTS_PER_TENSOR = 4  # modules and parameters; ours have 2
 SHARE = 0.5  # of the free memory, for a network; measured need and kernels' own memory together stay below
 
@@ -56,7 +56,7 @@ def load(
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: naming file and key: the file is no checkpoint, holds no options, or its weights do not fit them;
+        ValueError: naming file and key: the file is not a checkpoint, holds no options, or its weights do not fit them;
             the network does not turn one RGB image into another; there is no such device; the checkpoint's own options
             name a network that is not ours, or stand for more than the file holds. A BackendError if there is no such
             backend, or it cannot run there.
@@ -147,7 +147,7 @@ def choose_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ValueError(f'device: must be one of auto, cpu, cuda, mps, not {name!r}') from None
+        raise ValueError(f'device: must be one of auto, cpu, cuda, mps, got {name!r}') from None
     if device.type != 'cpu' and (accelerator is None or accelerator.type != device.type):
         raise ValueError(f'device: {name}, but PyTorch finds no {device.type.upper()} device; choose auto or cpu')
     return device
@@ -271,13 +271,13 @@ def check_image(image: np.ndarray | Tensor) -> None:
     """Raises ValueError unless it is one of the kinds that `Restorer.restore` takes."""
     if isinstance(image, np.ndarray):
         if image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape or image.dtype not in (np.uint8, np.uint16):
-            raise ValueError(f'image: {image.dtype} {image.shape}; an array has to be (H, W, 3) of uint8 or uint16')
+            raise ValueError(f'image: {image.dtype} {image.shape}; an array must be (H, W, 3) of uint8 or uint16')
     elif not isinstance(image, Tensor):
-        raise ValueError(f'image: a {type(image).__name__}; it has to be a NumPy array or a tensor')
+        raise ValueError(f'image: a {type(image).__name__}; it must be a NumPy array or a tensor')
     elif image.dim() not in (3, 4) or image.shape[-3] != 3 or 0 in image.shape or not image.is_floating_point():
-        raise ValueError(f'image: {image.dtype} {tuple(image.shape)}; a tensor has to be ([B,] 3, H, W) of floats')
+        raise ValueError(f'image: {image.dtype} {tuple(image.shape)}; a tensor must be ([B,] 3, H, W) of floats')
     elif image.amax() > 2:
-        raise ValueError(f'image: values up to {image.amax():g}; those of a tensor have to be in [0, 1]')
+        raise ValueError(f'image: values up to {image.amax():g}; the values of a tensor must be in [0, 1]')
 
 
 def collect_array(bands: Iterator[Tensor], image: np.ndarray, scale: int) -> np.ndarray:

@@ -54,7 +54,7 @@ class VGGPerceptualLoss(PerceptualLoss):
 def find_vgg_weights(vgg_type: str, weights: str | None) -> str:
     """The file of VGG weights to use; see VGGPerceptualLoss."""
     if vgg_type.removesuffix('_bn') not in vgg_arch.NAMES:
-        raise ValueError(f'vgg_type: {vgg_type!r} is not one of {", ".join(vgg_arch.NAMES)}, with or without _bn')
+        raise ValueError(f'vgg_type: must be one of {", ".join(vgg_arch.NAMES)}, with or without _bn, got {vgg_type!r}')
     url = torchvision.models.get_model_weights(vgg_type).IMAGENET1K_V1.url
     if weights is not None:
         candidates = [osp.expanduser(weights)]

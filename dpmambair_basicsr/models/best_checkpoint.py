@@ -16,7 +16,7 @@ def validated_sets(opt: dict) -> list[str]:
 
 
 class BestCheckpoint:
-    """Keeps net_g_best.pth. Its value is in the same file, so a resumed training goes on from there.
+    """Keeps net_g_best.pth. Its value is in the same file, so a resumed training continues from there.
 
     Args:
         opt: of the training.
@@ -55,7 +55,7 @@ class BestCheckpoint:
         get_root_logger().info(f'Best {best["metric"]} so far, {value:.4f}: saved as {self.file.name}.')
 
     def resume(self) -> None:
-        """Go on from the best that the interrupted training has saved."""
+        """Continue from the best that the interrupted training has saved."""
         if not (self.opt.get('val') or {}).get('metrics') or not self.file.is_file():
             return
         try:

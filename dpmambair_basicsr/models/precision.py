@@ -52,13 +52,13 @@ class Precision:
         """
         amp, compiled = (opt['train'].get(key) for key in ('amp', 'compile'))
         if amp is not None and amp not in DTYPES:
-            raise ValueError(f'train.amp: {amp!r} is none of {", ".join(DTYPES)}, ~')
+            raise ValueError(f'train.amp: must be one of {", ".join(DTYPES)}, ~, got {amp!r}')
         if amp == 'fp16' and not scales_loss:
             raise ValueError(f'train.amp: {model} does not scale its losses, as fp16 needs it; write bf16')
         if amp == 'fp16' and opt['num_gpu'] == 0:
             raise ValueError('train.amp: fp16 needs a GPU; write bf16')
         if compiled not in (None, True, False):
-            raise ValueError(f'train.compile: has to be true or false, not {compiled!r}')
+            raise ValueError(f'train.compile: expected true or false, got {compiled!r}')
         if (amp or compiled) and opt['num_gpu'] > 1 and not opt['dist']:
             key = 'amp' if amp else 'compile'
             raise ValueError(f'train.{key}: needs a process for each of the {opt["num_gpu"]} GPUs: --launcher pytorch')

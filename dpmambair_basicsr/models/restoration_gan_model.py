@@ -17,7 +17,7 @@ class RestorationGANModel(RestorationMixin, SRGANModel):
         train.accum_iter, train.freeze (of the generator): as RestorationModel's.
 
     Raises:
-        ValueError: a part that GAN training needs is missing, a loss is named that BasicSR's code would pass over, or
+        ValueError: a part that GAN training needs is missing, a loss is named that BasicSR's code would skip, or
             the network needs labels, which that code does not give it.
     """
 
@@ -25,7 +25,7 @@ class RestorationGANModel(RestorationMixin, SRGANModel):
         Option('', 'network_d', dict, 'the discriminator', calls='ARCH'),
         Option('train', 'optim_d', dict, 'optimizer of network_d', calls='optimizer'),
         Option('train', 'scheduler_d', dict | None, "of network_d; default: network_g's", calls='scheduler'),
-        Option('train', 'net_d_iters', float, 'network_g is trained every so many iterations', low=1),
+        Option('train', 'net_d_iters', float, 'network_g is trained once every net_d_iters iterations', low=1),
         Option('train', 'net_d_init_iters', float, 'iterations before network_g is trained', low=0),
     )
     loss_keys = ('pixel_opt', 'perceptual_opt', 'gan_opt')  # what optimize_parameters of the base class reads

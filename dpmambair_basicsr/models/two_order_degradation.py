@@ -36,7 +36,7 @@ class TwoOrderDegradation(SRModel):
     Options at the top level of the file, as in BasicSR: those of the two orders (blur kernels come with
     the images of RealESRGANDataset), `gt_size` of the final crop, and
         queue_size: size of the pool of training pairs, from which batches of mixed degradations are drawn; default 180.
-        high_order_degradation: false to train on the data set's own `lq` and `gt`; default true.
+        high_order_degradation: false to train on the dataset's own `lq` and `gt`; default true.
     There is no sharpening (USM): VmambaIR uses none, and BasicSR's keys for it may be absent or false.
     """
 
@@ -73,7 +73,7 @@ class TwoOrderDegradation(SRModel):
         for key in SHARPENING:  # BasicSR's models read them without a default
             opt.setdefault(key, False)
         self.queue_size = opt.get('queue_size', QUEUE_SIZE)
-        SRModel.__init__(self, opt)  # passing over BasicSR's constructor, which adds what follows, with .cuda()
+        SRModel.__init__(self, opt)  # skipping BasicSR's constructor, which adds what follows, with .cuda()
         self.jpeger = DiffJPEG(differentiable=False).to(self.device)
         # On a CPU, padding keeps DiffJPEG's permuted layout, and view() fails in BasicSR's filter2D.
         self.jpeger.register_forward_hook(lambda module, inputs, image: image.contiguous())

@@ -82,7 +82,7 @@ class ValidationMonitor:
 
         Args:
             degraded: what the network was called with, (1, 3, h, w).
-            is_lq: whether it is `lq` of the data set.
+            is_lq: whether it is `lq` of the dataset.
             visuals: what BasicSR compares, `result` and maybe `gt`.
         """
         if self.current is None:
@@ -152,7 +152,7 @@ class ValidationMonitor:
         return averages
 
     def note_checkpoint(self, file: str, param_key: str | None) -> None:
-        """The tested network's, at the time it is read: a training may go on and write it again."""
+        """The tested network's, at the time it is read: a training may continue and write it again."""
         if not self.is_train:
             self.checkpoint = {'checkpoint': str(file), 'param_key': param_key or '', 'sha256': sha256(file)}
 

@@ -60,7 +60,7 @@ def parameters_of(target, call: Call) -> tuple[dict[str, inspect.Parameter], boo
 def check_call(path: str, opt, call: Call) -> list[str]:
     """Unknown type, unknown or missing arguments, those of the wrong kind, weights that are not there."""
     if not isinstance(opt, dict):
-        return [f'{path}: has to be a section with a type, not {opt!r}']
+        return [f'{path}: expected a section with a type, got {opt!r}']
     target, problems = find(call.known(), f'{path}.type', opt.get('type'))
     if target is None:
         return problems
@@ -92,7 +92,7 @@ def check_metric(path: str, opt) -> list[str]:
     if better is not None and 'better' not in opt:
         problems = [f'{path}.better: missing; without better: {better.default} BasicSR takes the worst for the best']
     elif opt.get('better', 'higher') not in ('higher', 'lower'):
-        problems = [f'{path}.better: {opt["better"]!r} is none of higher, lower']
+        problems = [f'{path}.better: must be one of higher, lower, got {opt["better"]!r}']
     return problems
 
 
@@ -107,7 +107,7 @@ def check_weights(path: str, target, arguments: dict) -> list[str]:
     elif getattr(target, '__name__', '') in ('LPIPSLoss', 'calculate_lpips') and is_ours(target):
         net = arguments.get('net', 'alex')
         if net not in BACKBONES:
-            return [f'{path}.net: {net!r} is none of {", ".join(BACKBONES)}']
+            return [f'{path}.net: must be one of {", ".join(BACKBONES)}, got {net!r}']
         file = Path(arguments.get('weights') or backbone_path(net)).expanduser()
         if not file.is_file():
             return [f'{path}: needs the ImageNet weights {BACKBONES[net].url}; download them, {file} does not exist']
@@ -130,7 +130,7 @@ def check_kind(path: str, value, wanted) -> list[str]:
     """Problem if a value is not of the kind that a function of ours declares; numbers as text: see `check_numbers`."""
     if wanted is inspect.Parameter.empty or is_kind(value, wanted) or is_number_as_text(value):
         return []
-    return [f'{path}: has to be {kind_in_words(wanted)}, not {value!r}']
+    return [f'{path}: expected {kind_in_words(wanted)}, got {value!r}']
 
 
 def unknown_keys(prefix: str, given, known: set[str], elsewhere: dict[str, str] | None = None) -> list[str]:

@@ -1,4 +1,4 @@
-"""The checks of an option file that make or read what it names: networks, data sets, optimisers, checkpoints."""
+"""The checks of an option file that make or read what it names: networks, datasets, optimizers, checkpoints."""
 
 import inspect
 import math
@@ -35,7 +35,7 @@ IMAGE_DATASETS = tuple(
 CHANNELS = ('inp_channels', 'out_channels', 'num_in_ch', 'num_out_ch', 'in_chans')
 
 
-def check_on_trial(opt: dict, model: type | None, reported: list[str]) -> list[str]:
+def check_by_dry_run(opt: dict, model: type | None, reported: list[str]) -> list[str]:
     """What shows only when things are made or read. What is already reported for a section is not looked at again."""
     problems = []
 
@@ -166,7 +166,7 @@ def check_crop(dataset) -> None:
 def check_crop_size(opt: dict, net: torch.nn.Module) -> None:
     """Raises ValueError if the network would pad the crops: it would learn from pixels that no image has."""
     train, scale = opt['datasets']['train'], opt.get('scale', 1)
-    # Real-ESRGAN's data set has crops that the model cuts once more, to the gt_size at the top of the file.
+    # Real-ESRGAN's dataset has crops that the model cuts once more, to the gt_size at the top of the file.
     sizes = [opt.get('gt_size', train.get('gt_size')), *(train.get('progressive') or {}).get('gt_sizes', ())]
     unit = scale * getattr(net, 'stride', 1)
     if wrong := [size for size in sizes if isinstance(size, int) and size % unit]:

@@ -28,7 +28,7 @@ def check_start(opt: dict) -> list[str]:
     problems += check_loaders(opt) + check_scan_backend(opt) + (check_loggers(opt) if opt['is_train'] else [])
     folders = {key: value for key, value in opt['path'].items() if not any(part in key for part in NOT_FOLDERS)}
     problems += [
-        f'path.{key}: has to be a folder, not {value!r}' for key, value in folders.items() if not isinstance(value, str)
+        f'path.{key}: expected a folder, got {value!r}' for key, value in folders.items() if not isinstance(value, str)
     ]
     return problems
 
@@ -52,7 +52,7 @@ def check_loaders(opt: dict) -> list[str]:
         path, mode = f'datasets.{phase}', dataset.get('prefetch_mode')
         kinds = ('val',) if opt['is_train'] else ('test', 'val')
         if phase != 'train' and phase.split('_')[0] not in kinds:
-            problems.append(f'{path}: unknown data set; choices: train, {", ".join(kinds)}, {kinds[-1]}_<name>')
+            problems.append(f'{path}: unknown dataset; choices: train, {", ".join(kinds)}, {kinds[-1]}_<name>')
         problems += check_value(f'{path}.prefetch_mode', mode, PREFETCH_MODE)
         if mode == 'cuda' and not cuda:
             problems.append(f'{path}.prefetch_mode: cuda, but PyTorch finds no CUDA device; write ~')

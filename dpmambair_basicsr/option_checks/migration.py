@@ -2,7 +2,7 @@
 
 from dpmambair_basicsr.registry import look_up
 
-# name there -> names here, of which the first has what the checks go on with
+# name there -> names here, of which the first has what the checks continue with
 TYPES = {
     'ImageCleanModel': ('RestorationModel',),
     'MambaRealSR': ('RealWorldSRModel',),

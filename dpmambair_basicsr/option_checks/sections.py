@@ -1,6 +1,6 @@
 """Checks an option file against the code that will read it, before anything is created.
 
-`patches/options` calls this when BasicSR parses its options. What takes no time and no memory is made on trial: our
+`patches/options` calls this when BasicSR parses its options. What takes no time and no memory is made in a dry run: our
 networks (without storage), our datasets, optimizers, schedulers. A file for one of BasicSR's own models gets only the
 checks that no working file fails; the others need to know which keys are read: those of `schema.OPTIONS`, and those
 that our classes declare, as rows of the same shape, in `option_keys`.
@@ -17,7 +17,7 @@ from basicsr.models.sr_model import SRModel
 
 from dpmambair_basicsr.files.option_row import TEST, TRAIN, Option, names
 from dpmambair_basicsr.option_checks.calls import CALLS, check_call, check_metric, unknown_keys
-from dpmambair_basicsr.option_checks.dry_run import check_on_trial
+from dpmambair_basicsr.option_checks.dry_run import check_by_dry_run
 from dpmambair_basicsr.option_checks.host import check_overwritten, check_start, check_unique_names
 from dpmambair_basicsr.option_checks.migration import find
 from dpmambair_basicsr.option_checks.schema import (
@@ -51,7 +51,7 @@ def check_options(opt: dict, raw: dict | None = None) -> list[str]:
     elif model.__init__ is SRModel.__init__:
         problems += check_start_of_sr_model(opt)
     problems = [*dict.fromkeys(check_start(opt) + problems)]
-    return problems + check_on_trial(opt, model, problems)
+    return problems + check_by_dry_run(opt, model, problems)
 
 
 def check_parts(opt: dict, rows: Iterable[Option]) -> list[str]:
@@ -150,7 +150,7 @@ def check_calls(opt: dict, rows: Iterable[Option]) -> list[str]:
             elif row.calls != 'METRIC':
                 problems += check_call(path, section[key], CALLS[row.calls])
             elif not isinstance(section[key], dict):
-                problems.append(f'{path}: has to be a section, not {section[key]!r}')
+                problems.append(f'{path}: expected a section, got {section[key]!r}')
             else:
                 for name, part in section[key].items():
                     problems += check_metric(f'{path}.{name}', part)
@@ -169,7 +169,7 @@ def check_dataset(path: str, opt: dict) -> list[str]:
     for name, part in {path: opt, **{f'{path}.datasets.{name}': part for name, part in parts.items()}}.items():
         backend = part.get('io_backend') if isinstance(part, dict) else None
         if not isinstance(part, dict | None):
-            problems.append(f'{name}: has to be a section, not {part!r}')
+            problems.append(f'{name}: expected a section, got {part!r}')
         elif wrong := check_value(f'{name}.io_backend', backend, known['io_backend']):
             problems += wrong
         elif backend and 'type' not in backend:

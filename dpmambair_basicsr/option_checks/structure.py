@@ -79,8 +79,8 @@ def check_structure(opt, is_train: bool) -> list[str]:
     """Problems with what BasicSR's parse_options itself reads, where it ends with a bare KeyError or TypeError."""
     if not isinstance(opt, dict):
         return ['the file is not a mapping of keys to values']
-    if wrong := keys_that_are_no_text(opt):
-        return [f'{path}: the key has to be text, not {key!r}' for path, key in wrong]
+    if wrong := non_text_keys(opt):
+        return [f'{path}: expected a key that is text, got {key!r}' for path, key in wrong]
     sections, texts = {}, {}
     if isinstance(opt.get('datasets'), dict):
         sections = {f'datasets.{phase}': dataset for phase, dataset in opt['datasets'].items()}
@@ -102,9 +102,9 @@ def check_structure(opt, is_train: bool) -> list[str]:
         if isinstance(value, list) and path.startswith('datasets.'):  # which some datasets take
             texts |= {path: None} | {f'{path}[{index}]': part for index, part in enumerate(value)}
     wrong = {path: section for path, section in sections.items() if not isinstance(section, dict | None)}
-    problems += [f'{path}: has to be a section, not {value!r}' for path, value in wrong.items()]
+    problems += [f'{path}: expected a section, got {value!r}' for path, value in wrong.items()]
     problems += [
-        f'{path}: has to be text, not {value!r}' for path, value in texts.items() if not isinstance(value, str | None)
+        f'{path}: expected text, got {value!r}' for path, value in texts.items() if not isinstance(value, str | None)
     ]
     total = opt['train'].get('total_iter', 1) if isinstance(opt.get('train'), dict) else 1
     if isinstance(total, int | float) and not total <= MAX_ITERATIONS:
@@ -147,13 +147,13 @@ def check_names(opt: dict) -> list[str]:
     return [f'{key}: {problem}' for key, problem in found.items() if problem]
 
 
-def keys_that_are_no_text(value, path: str = '') -> list[tuple[str, object]]:
+def non_text_keys(value, path: str = '') -> list[tuple[str, object]]:
     """The path and key of each, in sections and lists of any depth."""
     if isinstance(value, dict):
         found = [(f'{path}{key}', key) for key in value if not isinstance(key, str)]
-        return found + [wrong for key, part in value.items() for wrong in keys_that_are_no_text(part, f'{path}{key}.')]
+        return found + [wrong for key, part in value.items() for wrong in non_text_keys(part, f'{path}{key}.')]
     parts = enumerate(value) if isinstance(value, list) else ()
-    return [wrong for index, part in parts for wrong in keys_that_are_no_text(part, f'{path}{index}.')]
+    return [wrong for index, part in parts for wrong in non_text_keys(part, f'{path}{index}.')]
 
 
 def check_root(opt: dict, wanted: dict) -> list[str]:

@@ -10,8 +10,8 @@ from pathlib import Path
 from dpmambair_basicsr.files.option_row import Option
 
 KINDS = {
-    int: 'a whole number',
-    float: 'a number',
+    int: 'int',
+    float: 'number',
     str: 'text',
     bool: 'true or false',
     dict: 'a section',
@@ -48,7 +48,7 @@ def kind_in_words(wanted, bounds: str = '') -> str:
     if origin is typing.Literal:
         return ' or '.join(map(str, parts))
     if origin in (collections.abc.Sequence, list):
-        return f'a list, each {KINDS[parts[0]]}'
+        return f'list of {KINDS[parts[0]]}'
     return KINDS[origin or wanted] + (bounds if wanted in (int, float) else '')
 
 
@@ -57,9 +57,9 @@ def check_value(path: str, value, row: Option) -> list[str]:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if is_number_as_text(value) or (is_kind(value, row.kind) and (not is_number or row.low <= value <= row.high)):
         return []
-    bounds = '' if row.low == -math.inf else f' of at least {row.low}'
-    bounds = bounds if row.high == math.inf else f' from {row.low} to {row.high}'
-    return [f'{path}: has to be {kind_in_words(row.kind, bounds)}, not {value!r}']
+    bounds = '' if row.low == -math.inf else f' >= {row.low}'
+    bounds = bounds if row.high == math.inf else f' in [{row.low}, {row.high}]'
+    return [f'{path}: expected {kind_in_words(row.kind, bounds)}, got {value!r}']
 
 
 def is_number_as_text(value) -> bool:

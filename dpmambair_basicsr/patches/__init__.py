@@ -1,7 +1,7 @@
 """Patches of BasicSR, by topic; `apply` says when they are applied and `registry` how one is written.
 
     imports       modules that BasicSR imports and nobody has any more; the hook that registers us
-    options       option files: checked before anything is created, safe YAML, values of --force_yml
+    options       option files: validated up front, safe YAML, values of --force_yml
     run_lock      the folder of a run belongs to one process group
     distributed   several processes, with and without GPUs
     fixes         functions that fail on current libraries, or without a word

@@ -15,7 +15,7 @@ timeout: float | None = None  # dist_params.timeout of the option file, in secon
 def obey_timeout(opt: dict) -> None:
     """`dist_params` count for Slurm alone, utils/options.py:103; `timeout`, in seconds, counts for torchrun too.
 
-    A value that is no number is left to the checks of the options, which come later.
+    A value that is not a number is left to the checks of the options, which come later.
     """
     global timeout
     value = (opt.get('dist_params') or {}).get('timeout')
@@ -103,4 +103,4 @@ def check_processes_agree(**facts: int) -> None:
         values = [of_one[name] for of_one in of_all]
         if len(set(values)) > 1:
             fact, values = name.replace('_', ' '), ', '.join(map(str, values))
-            raise ValueError(f'The processes do not agree on {fact}: {values}. All of them have to see the same files')
+            raise ValueError(f'The processes do not agree on {fact}: {values}. All must see the same files')

@@ -1,4 +1,4 @@
-"""Patches of how BasicSR's own data sets and models read and write images; ours call `files/codec` themselves."""
+"""Patches of how BasicSR's own datasets and models read and write images; ours call `files/codec` themselves."""
 
 from pathlib import Path
 

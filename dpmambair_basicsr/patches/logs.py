@@ -35,7 +35,9 @@ class Plots:
             raise
         except Exception as error:
             self._writer = None
-            get_root_logger().warning(f'TensorBoard is switched off, training goes on: {type(error).__name__}: {error}')
+            get_root_logger().warning(
+                f'TensorBoard is switched off, training continues: {type(error).__name__}: {error}'
+            )
 
 
 @replaces('basicsr.utils.logger', 'init_tb_logger')
@@ -64,7 +66,7 @@ def wandb_that_ends_no_training(original):
         try:
             original(opt)
         except OSError as error:
-            get_root_logger().warning(f'wandb is switched off, training goes on: {error}')
+            get_root_logger().warning(f'wandb is switched off, training continues: {error}')
 
     return init_wandb_logger
 
@@ -98,6 +100,6 @@ def say_once(handler: logging.FileHandler):
             logging.FileHandler.handleError(handler, record)
         elif not said:
             said.append(error)
-            get_root_logger().warning(f'{handler.baseFilename} cannot be written, training goes on: {error.strerror}')
+            get_root_logger().warning(f'{handler.baseFilename} cannot be written, training continues: {error.strerror}')
 
     return handle_error

@@ -1,4 +1,4 @@
-"""Patches of how BasicSR reads its options: checked before anything is created, safe YAML, values of --force_yml."""
+"""Patches of how BasicSR reads its options: validated up front, safe YAML, values of --force_yml."""
 
 import os
 import re

@@ -93,7 +93,7 @@ def read_state(opt: dict, file) -> dict:
     """
     state = read_on_cpu(file)
     if not (isinstance(state, dict) and {'epoch', 'iter', 'optimizers', 'schedulers'} <= state.keys()):
-        raise CheckpointError(f'{file}: is no training state')
+        raise CheckpointError(f'{file}: not a training state')
     ignored = opt['path'].get('ignore_resume_networks') or ()
     for network in (key for key in opt if key.startswith('network_') and key not in ignored):
         checkpoint = Path(opt['path']['models']) / f'net_{network.removeprefix("network_")}_{state["iter"]}.pth'

@@ -53,5 +53,5 @@ def end_after(model, iteration: int, number: int) -> None:
         model.save(run.epoch, iteration)
     if model.opt['dist']:  # a process that ends earlier makes torchrun end the one that still writes
         torch.distributed.barrier()
-    logger.info(f'{name}: training ends after iteration {iteration}, which is saved; --auto_resume goes on.')
+    logger.info(f'{name}: training ends after iteration {iteration}, which is saved; --auto_resume continues.')
     raise SystemExit(128 + number)

@@ -16,7 +16,7 @@ SCALES, SHORT_SIDE = (0.75, 0.5, 1 / 3), 400  # Real-ESRGAN's generate_multiscal
 
 
 def read(path: Path) -> np.ndarray:
-    """(h, w, 3) BGR, uint8 or uint16, decoded as our data sets do.
+    """(h, w, 3) BGR, uint8 or uint16, decoded as our datasets do.
 
     Raises:
         OSError: cannot be read.
@@ -35,7 +35,7 @@ def write(path: Path, image: np.ndarray) -> None:
 
 
 def shrink(image: np.ndarray) -> np.ndarray:
-    """4 times smaller by bicubic, as MATLAB does it with 8 bits. Sides that are no multiples of 4 lose the rest first.
+    """4 times smaller by bicubic, as MATLAB does it with 8 bits. Sides that are not multiples of 4 lose the rest first.
 
     It weights 16 pixels, those of a column first, and rounds in between. BasicSR's imresize does not round, and mirrors
     the border; here the border is repeated. That gives the published LQ images of Set5, Set14 and Urban100 bit for bit

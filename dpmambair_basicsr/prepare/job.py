@@ -172,7 +172,7 @@ class Job:
                     fetch(download.path / name, place, self.copy)
             except UNREADABLE as error:
                 if getattr(error, 'errno', None) in (errno.ENOSPC, errno.EDQUOT):
-                    raise InputError(f'{place}: {error.strerror}; repeat the command to go on') from error
+                    raise InputError(f'{place}: {error.strerror}; repeat the command to continue') from error
                 problems[stem] = f'{download.path / name}: {error}'
         return problems
 

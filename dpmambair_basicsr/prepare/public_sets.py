@@ -1,4 +1,4 @@
-"""The public data sets of the two papers: how their downloads are laid out, and where our option files expect them.
+"""The public datasets of the two papers: how their downloads are laid out, and where our option files expect them.
 
 The table for `prepare_data`. Each set says where its counts and its layout come from, and what is our
 inference. Papers are meant by "DPMambaIR" (arXiv 2504.17732, v3, Table III) and "VmambaIR" (arXiv 2403.11423). Layouts
@@ -43,7 +43,7 @@ class Part:
         counts: the numbers of pairs (or clean images) that were published.
         gt, lq: folders of the result, below datasets/; lq None: GT images only.
         stem: names of the result's files, made of the layout's names.
-        subset: so many of the pairs, evenly spaced in the order of names.
+        subset: number of the pairs that are used, evenly spaced in the order of names.
         make: 'bicubic': LQ images are made x4 smaller where the layout has none. 'sub_images': as tiles; with an lq
             folder at several scales and with bicubic LQ tiles.
         scale: of GT to LQ.
@@ -61,7 +61,7 @@ class Part:
 
 @dataclass(frozen=True)
 class PublicSet:
-    """A data set as it is published.
+    """A dataset as it is published.
 
     Args:
         published: paper or site.
@@ -326,7 +326,7 @@ SETS = {
     'gopro': PublicSet(
         'GoPro',
         'Nah et al., CVPR 2017 (GOPRO_Large)',
-        'Counts: DPMambaIR. Layout {train,test}/<sequence>/{blur,sharp}: as others read it; blur_gamma is passed over. '
+        'Counts: DPMambaIR. Layout {train,test}/<sequence>/{blur,sharp}: as others read it; blur_gamma is skipped. '
         'Layout {input,target}: that of the collection of MPRNet and Restormer (inference).',
         {
             split: Part(

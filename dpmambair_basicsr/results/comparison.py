@@ -63,7 +63,7 @@ class Comparison:
 
 
 def key_of(name: str) -> str:
-    """What the name of a data set is recognised by."""
+    """What the name of a dataset is recognised by."""
     return re.sub(r'[\W_]', '', name.lower()) or name
 
 

@@ -153,9 +153,9 @@ def bars(comparison: Comparison) -> str:
                 f'<rect class="{row.kind}" x="{left}" y="{y - 12}" width="{length:.1f}" height="14"/>'
                 f'<text x="{left + length + 6:.1f}" y="{y}">{escape(text)}</text></g>'
             )
-    label = escape(f'{metric} of each data set as bars; the numbers are in the table above')
+    label = escape(f'{metric} of each dataset as bars; the numbers are in the table above')
     size = f'viewBox="0 0 {left + width + 70} {y + 10}" width="{left + width + 70}"'
-    return f'<h2>{escape(metric)} by data set</h2><svg {size} role="img" aria-label="{label}">{"".join(parts)}</svg>'
+    return f'<h2>{escape(metric)} by dataset</h2><svg {size} role="img" aria-label="{label}">{"".join(parts)}</svg>'
 
 
 def sliders(
@@ -223,7 +223,7 @@ def read_image(file: Path) -> np.ndarray:
     except ValueError as error:
         raise ValueError(f'{file}: {error}') from None
     if image is None:
-        raise ValueError(f'{file}: is no image')
+        raise ValueError(f'{file}: not an image')
     return image
 
 

@@ -19,7 +19,7 @@ NAMES = {dict: 'a mapping', list: 'a list', str: 'a text', int: 'an int', float:
 
 @dataclass
 class SetResult:
-    """One data set.
+    """One dataset.
 
     Args:
         count: of images.
@@ -47,7 +47,7 @@ class Run:
             '' without one.
         versions: package -> version.
         metrics: name -> type and arguments, the section `val.metrics`.
-        suffix: restored images are visualization/<data set>/<image>_<suffix>.png.
+        suffix: restored images are visualization/<dataset>/<image>_<suffix>.png.
     """
 
     name: str
@@ -63,7 +63,7 @@ class Run:
 
 
 def mean(parts: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Metric -> mean; of the metrics that every part has. Every data set counts alike, however many images it has."""
+    """Metric -> mean; of the metrics that every part has. Every dataset counts alike, however many images it has."""
     common = [metric for metric in parts[0] if all(metric in part for part in parts)] if parts else []
     return {metric: math.fsum(part[metric] for part in parts) / len(parts) for metric in common}
 
@@ -84,7 +84,7 @@ def columns(run: Run) -> list[tuple[str, str, str]]:
 def to_markdown(run: Run) -> str:
     """The table, and below it what was tested with what."""
     wanted = columns(run)
-    header = ['data set', 'images', *(heading for heading, _, _ in wanted)]
+    header = ['dataset', 'images', *(heading for heading, _, _ in wanted)]
     rows = [
         [part.name, part.count or '', *(number(getattr(part, kind).get(metric)) for _, kind, metric in wanted)]
         for part in [*run.sets, average_of(run)]
@@ -118,12 +118,12 @@ def settings_of(metric: dict) -> dict:
 
 
 def to_csv(run: Run) -> str:
-    """One line per data set and one for the average, with all that identifies the run, so that files can be joined."""
+    """One line per dataset and one for the average, with all that identifies the run, so that files can be joined."""
     wanted = columns(run)
     facts = {'run': run.name} | provenance(run)
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator='\n')
-    writer.writerow(['data set', 'degradation', 'images', *(heading for heading, _, _ in wanted), *facts])
+    writer.writerow(['dataset', 'degradation', 'images', *(heading for heading, _, _ in wanted), *facts])
     for part in [*run.sets, average_of(run)]:
         values = [getattr(part, kind).get(metric, '') for _, kind, metric in wanted]
         writer.writerow([part.name, part.degradation, part.count or '', *values, *facts.values()])

@@ -25,7 +25,7 @@ STORE = -1  # in the place of a rank: the store itself, where reading waits
 
 
 class Heartbeat:
-    """Of this process, by the environment of torchrun or `--launcher slurm`; it goes on until the process ends.
+    """Of this process, by the environment of torchrun or `--launcher slurm`; it continues until the process ends.
 
     Args:
         timeout: of the process group, in seconds; None: torch's default.

@@ -10,7 +10,7 @@ from torch import nn
 def freeze(net: nn.Module, patterns: Sequence[str]) -> None:
     """No longer train the parameters whose name matches one of the patterns, as `extractor.*` (fnmatch).
 
-    Buffers, as the averages of batch normalization, go on.
+    Buffers, as the averages of batch normalization, continue.
 
     Raises:
         ValueError: naming `train.freeze`, if a pattern matches no parameter or nothing is left to train.

@@ -1,4 +1,4 @@
-"""Where the training of this process is, which no model and no data set of BasicSR's knows alone.
+"""Where the training of this process is, which no model and no dataset of BasicSR's knows alone.
 
 `patches/` reports here, and takes from here what a training state has to say about the data.
 """
@@ -35,7 +35,7 @@ class TrainingRun:
     validation_is_missing: bool = False
 
     def resume(self, iteration: int, epoch: int, items: int, seed: int) -> None:
-        """Go on after `items` indices of this epoch."""
+        """Continue after `items` indices of this epoch."""
         self.seed, self.items_before, self.resumed_epoch = seed, items, epoch
         self.saved = self.iteration = self.epoch_start = iteration
         self.epoch = epoch

@@ -1,4 +1,4 @@
-"""Checkpoints that are whole: networks, and the training state that makes training go on as if nothing had happened.
+"""Checkpoints that are whole: networks, and the training state that makes training continue as if nothing had happened.
 
 The networks of an iteration are written first and its state last, each under its final name only when it is complete,
 so a state that is there has its networks. `patches/checkpoints` puts these functions in the place of BasicSR's.
@@ -6,7 +6,7 @@ so a state that is there has its networks. `patches/checkpoints` puts these func
 A state is BasicSR's, which reads it, with an entry `exact`:
     seed: manual_seed of the run;
     items: indices of the interrupted epoch that all processes together have used;
-    best: BasicSR's best value of each metric, by data set;
+    best: BasicSR's best value of each metric, by dataset;
     validated: whether that includes the validation of this iteration, if one was due;
     scaler: state of the scale of the loss, where `train.amp` is fp16;
     pool: Real-ESRGAN's pool of training pairs, where the model has one. Those of the other processes are in files
@@ -177,7 +177,7 @@ def check_optimizers(optimizers: list[Optimizer], state: dict) -> None:
         if counts[0] != counts[1]:
             raise ValueError(
                 f'The training state of iteration {state["iter"]} has an optimizer of {counts[1]} parameters, now '
-                f'{counts[0]} are trained: to resume, network_* and train.freeze have to be as they were; to go on '
+                f'{counts[0]} are trained: to resume, network_* and train.freeze must be as they were; to continue '
                 'with others, begin a new run from the checkpoint (path.pretrain_network_g)'
             )
 
@@ -217,7 +217,7 @@ def restore(model, state: dict) -> None:
 
 
 def comparable(best: dict, metrics: dict) -> dict:
-    """The records of data sets that have just these metrics, of which BasicSR asks for each; all if there are none."""
+    """The records of datasets that have just these metrics, of which BasicSR asks for each; all if there are none."""
     better = {metric: options.get('better', 'higher') for metric, options in metrics.items()}
     return {
         name: records

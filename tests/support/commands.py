@@ -38,7 +38,7 @@ def python(*arguments, cwd, **environment) -> subprocess.CompletedProcess:
 
 
 def write_images(folder: Path) -> dict[str, str]:
-    """Four pairs, GT 32 x 32 and LQ 8 x 8; returns a data set's dataroot_gt and dataroot_lq."""
+    """Four pairs, GT 32 x 32 and LQ 8 x 8; returns a dataset's dataroot_gt and dataroot_lq."""
     rng = np.random.default_rng(0)
     for kind, size in (('gt', 32), ('lq', 8)):
         (folder / kind).mkdir(parents=True)

@@ -146,7 +146,7 @@ def _project_steps_back(tiles, projections, pitch, weights, dweights, rank, step
 
 @subroutine
 def _pitch(columns):
-    """Bytes of a row of so many floats, in whole vectors."""
+    """Bytes of a row of that many floats, in whole vectors."""
     return (columns + LANES - 1) // LANES * VECTOR_BYTES
 
 
@@ -253,7 +253,7 @@ def backward(
     Args:
         parameters, states: as in `forward`, states filled.
         dx: (b, h * w, d); written if order is 0, otherwise added to.
-        dprojected: (parts, b * h * w, r + 2n), parts and pixels so many bytes apart; receives each part's sums.
+        dprojected: (parts, b * h * w, r + 2n), strides of both in bytes; receives each part's sums.
         dparameters: (b, k * blocks, n + 2 + r, 16), zeros at first; the gradients are added.
     """
     samples, orders, channels, n, rank, height, width = sizes

@@ -93,7 +93,7 @@ def pack(parameters, groups):
 
 
 def unpack(packed, groups, width, columns):
-    """The inverse of `pack`, for d = groups * width; cut into tensors of so many columns, each in its own memory."""
+    """The inverse of `pack`, for d = groups * width; split by columns, each tensor in its own memory."""
     channels = packed.transpose(1, 2).reshape(groups, -1, packed.shape[1])[:, :width].flatten(0, 1)
     return tuple(x.clone(memory_format=torch.contiguous_format) for x in channels.split(columns, dim=1))
 
@@ -126,7 +126,7 @@ def run(kernel, arguments, units, work, scratch=0):
     futures = [_pool().submit(do_pending) for _ in range(threads - 1)]
     try:
         do_pending()
-    finally:  # whatever happens, no thread may go on using memory that the caller is about to free
+    finally:  # whatever happens, no thread may continue using memory that the caller is about to free
         for future in futures:
             if not future.cancel():  # it has begun
                 future.result()

@@ -24,10 +24,10 @@ from dpmambair_basicsr.ops.selective_scan.numba.runtime import (
 )
 from dpmambair_basicsr.ops.selective_scan.operators import differentiate, keeps_states
 
-# The backward pass has at least so many units, and so can use as many threads, if there are as many blocks.
+# The backward pass has at least this many units (as many threads can work), if there are as many blocks.
 _BACKWARD_UNITS = 16
-# Units of the same group sum dB and dC each for itself. After so many positions the sums are added up and their memory
-# is free again.
+# Units of the same group sum dB and dC each for itself. After this many positions the sums are added up and
+# their memory is free again.
 _BACKWARD_POSITIONS = 8192
 
 _KERNELS = 'selective_kernels'

@@ -54,7 +54,7 @@ BACKWARD_TILES = 10 * _TILE
 
 @subroutine
 def clear(target, size):
-    """Zeros in so many bytes, a multiple of a vector's."""
+    """Zeros in `size` bytes, a multiple of a vector's."""
     for i in range(0, size, VECTOR_BYTES):
         store(target + i, zeros())
 
@@ -224,7 +224,7 @@ def backward_chunk(
 
 @kernel(Integer, Address, Integer, Integer, Address, Integer, Integer, Integer, Integer)
 def add_parts(parts, source, part_stride, source_stride, target, target_stride, columns, first, last):
-    """Sum `parts` arrays in order: of rows [first, last), that are so many bytes apart, the first `columns` floats."""
+    """Sum `parts` arrays in order: of rows [first, last), `source_stride` bytes apart, the first `columns` floats."""
     for row in range(first, last):
         source_row, target_row = source + row * source_stride, target + row * target_stride
         vectors = columns // LANES * VECTOR_BYTES
