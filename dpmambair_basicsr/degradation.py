@@ -14,6 +14,7 @@ import cv2
 import torch
 from torch import Tensor
 
+from dpmambair_basicsr.files.errors import InputError, exit_on_error
 from dpmambair_basicsr.files.pictures import list_pictures
 from dpmambair_basicsr.inference.degradation_classes import Classes, most_likely
 from dpmambair_basicsr.inference.embedder import Embedder, load_extractor, sub_folders
@@ -25,17 +26,15 @@ def main() -> int:
     """Returns the exit status: 0, or 1 if a picture failed. Wrong arguments end with a message and 1 or 2."""
     arguments = parse_arguments()
     cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # its warnings name no file
-    if arguments.output is not None:
-        check_map(arguments.output, arguments.map)
-    pictures = find_pictures([*arguments.inputs, *arguments.input])
-    try:
+    with exit_on_error('', ValueError, OSError):
+        if arguments.output is not None:
+            check_map(arguments.output, arguments.map)
+        pictures = find_pictures([*arguments.inputs, *arguments.input])
         embedder = Embedder(load_extractor(arguments.weights), choose_device(arguments.device), arguments.crop)
         if arguments.reference is None:
             classes = embedder.classes_of_degradations(arguments.clean)
         else:
             classes = embedder.classes_of_folders(arguments.reference)
-    except (ValueError, OSError) as error:
-        raise SystemExit(str(error)) from None
     print(classes.summary())
 
     found = embedder.embed(list(pictures), 'pictures')
@@ -44,10 +43,8 @@ def main() -> int:
         kinds = [pictures[path] for path in found]
         print('\n'.join(['', *table(list(found), kinds, classes, embeddings)]))
         if arguments.output is not None:
-            try:
+            with exit_on_error():
                 draw_map(arguments.output, arguments.map, classes, embeddings, kinds)
-            except OSError as error:
-                raise SystemExit(f'{arguments.output}: cannot be written: {error.strerror}') from None
             print(f'\nmap: {arguments.output}')
     if embedder.failed:
         print(f'\nfailed pictures: {embedder.failed}', file=sys.stderr)
@@ -81,14 +78,14 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def find_pictures(inputs: list[str]) -> dict[Path, str]:
-    """{picture: kind}, the kind being the name of its sub-folder or ''. Raises SystemExit where there is no picture."""
+    """{picture: kind}, the kind being the name of its sub-folder or ''. Raises InputError where there is no picture."""
     kinds = {}
     for argument in inputs:
         found = dict.fromkeys(list_pictures(argument), '')
         if Path(argument).is_dir():
             found |= {path: name for name, paths in sub_folders(Path(argument)).items() for path in paths}
         if not found:
-            raise SystemExit(f'{argument}: no picture there')
+            raise InputError(f'{argument}: no picture there')
         kinds |= found
     return kinds
 

@@ -22,6 +22,7 @@ from hashlib import sha256
 from pathlib import Path
 
 import dpmambair_basicsr
+from dpmambair_basicsr.files.errors import UserError, exit_on_error
 from dpmambair_basicsr.files.option_files import packaged_files
 
 RECORD = '.dpmambair_dropin.json'
@@ -126,7 +127,7 @@ print(list(spec.submodule_search_locations)[0] if spec else '')
 """
 
 
-class ProjectError(ValueError):
+class ProjectError(UserError, ValueError):
     """Why nothing was done; names the project."""
 
 
@@ -169,10 +170,8 @@ def main() -> None:
     parser.add_argument('path', type=Path, help='BasicSR checkout, or project with a basicsr folder')
     parser.add_argument('--remove', action='store_true', help='delete what was written there, and nothing else')
     arguments = parser.parse_args()
-    try:
+    with exit_on_error():
         (remove if arguments.remove else install)(arguments.path)
-    except ProjectError as error:
-        raise SystemExit(str(error)) from None
 
 
 def install(root: Path) -> None:

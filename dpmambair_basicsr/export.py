@@ -23,6 +23,7 @@ from torch.export import Dim, ExportedProgram
 from torch.nn import functional as F
 
 from dpmambair_basicsr.files.atomic import replacing
+from dpmambair_basicsr.files.errors import InputError, MissingLibraryError, UserError, exit_on_error
 from dpmambair_basicsr.files.option_files import read_network
 from dpmambair_basicsr.inference.restorer import load
 from dpmambair_basicsr.ops import use_backend
@@ -34,22 +35,20 @@ CHECKED = [(1, 2, 3), (2, 8, 5), (1, 16, 16)]  # the same, of the images with wh
 TOLERANCE = 1e-3
 
 
+class ExportError(UserError, ValueError):
+    """The exported network computes something else than the original."""
+
+
 def main() -> None:
     arguments = parse_arguments()
-    form = arguments.format or FORMATS.get(arguments.output.suffix)
-    if form is None:
-        raise SystemExit(f'{arguments.output}: is neither .onnx nor .pt2; choose --format onnx or torch')
-    if form == 'onnx':
-        check_libraries()
-    try:
+    with exit_on_error('', ValueError, OSError):
+        form = choose_format(arguments)
         network = None if arguments.opt is None else read_network(arguments.opt)
         net = load(arguments.weights, network=network, device='cpu').net
-    except (ValueError, OSError) as error:
-        raise SystemExit(str(error)) from None
     print('tracing the network', flush=True)
     program = trace(net)
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(arguments.output) as part:
+    with exit_on_error(), replacing(arguments.output) as part:
         print(f'writing {form}', flush=True)
         (write_onnx if form == 'onnx' else write_torch)(program, part)
         check(net, (run_onnx if form == 'onnx' else run_torch)(part))
@@ -66,13 +65,23 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def check_libraries() -> None:
-    """Raises SystemExit if a library is missing; before the work."""
-    for library in ('onnx', 'onnxscript', 'onnxruntime'):
+def choose_format(arguments: argparse.Namespace) -> str:
+    """The format, by the arguments.
+
+    Raises:
+        InputError: neither the extension of the output nor --format names one.
+        MissingLibraryError: a library that writes it is missing.
+    """
+    form = arguments.format or FORMATS.get(arguments.output.suffix)
+    if form is None:
+        raise InputError(f'{arguments.output}: is neither .onnx nor .pt2; choose --format onnx or torch')
+    for library in ('onnx', 'onnxscript', 'onnxruntime') if form == 'onnx' else ():
         try:
             importlib.import_module(library)
         except ImportError as error:
-            raise SystemExit(f'ONNX needs {library} ({error}); pip install onnx onnxscript onnxruntime') from None
+            needed = f'ONNX needs {library} ({error}); pip install onnx onnxscript onnxruntime'
+            raise MissingLibraryError(needed) from None
+    return form
 
 
 def trace(net: nn.Module) -> ExportedProgram:
@@ -183,13 +192,13 @@ def run_torch(file: Path) -> Callable[[Tensor], Tensor]:
 
 @torch.no_grad()
 def check(net: nn.Module, run: Callable[[Tensor], Tensor]) -> None:
-    """Prints the largest difference to the network at each size; raises SystemExit if it is above TOLERANCE."""
+    """Prints the largest difference to the network at each size; raises ExportError if it is above TOLERANCE."""
     for batch, height, width in CHECKED:
         image = torch.rand(batch, 3, height * net.stride, width * net.stride)
         error = (run(image) - net(image)).abs().max().item()
         print(f'{" x ".join(map(str, image.shape))}: largest difference {error:.1e}', flush=True)
         if not error <= TOLERANCE:
-            raise SystemExit(f'the results differ by more than {TOLERANCE}: nothing written')
+            raise ExportError(f'the results differ by more than {TOLERANCE}: nothing written')
 
 
 if __name__ == '__main__':

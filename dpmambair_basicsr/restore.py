@@ -12,6 +12,7 @@ from pathlib import Path
 import cv2
 from tqdm import tqdm
 
+from dpmambair_basicsr.files.errors import InputError, exit_on_error
 from dpmambair_basicsr.files.option_files import read_network
 from dpmambair_basicsr.files.pictures import (
     check_format,
@@ -29,8 +30,8 @@ def main() -> int:
     """Returns the exit status: 0, or 1 if a picture failed. Wrong arguments end with a message and 1 or 2."""
     arguments = parse_arguments()
     cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # its warnings name no file
-    jobs = plan([*arguments.inputs, *arguments.input], arguments.output, arguments.suffix)
-    try:
+    with exit_on_error('', ValueError, OSError):
+        jobs = plan([*arguments.inputs, *arguments.input], arguments.output, arguments.suffix)
         network = None if arguments.opt is None else read_network(arguments.opt)
         restorer = load(
             arguments.weights,
@@ -39,9 +40,7 @@ def main() -> int:
             half=arguments.half,
             scan_backend=arguments.scan_backend,
         )
-    except (ValueError, OSError) as error:
-        raise SystemExit(str(error)) from None
-    arguments.output.mkdir(parents=True, exist_ok=True)
+        arguments.output.mkdir(parents=True, exist_ok=True)
 
     left = [(source, target) for source, target in jobs if not (arguments.resume and target.exists())]
     failed = 0
@@ -95,22 +94,22 @@ def plan(inputs: list[str], output: Path, suffix: str) -> list[tuple[Path, Path]
     """(picture, result) of each picture once, in the order of the arguments.
 
     Raises:
-        SystemExit: no picture under an argument, two pictures with one result, or a result in the place of a picture.
+        InputError: no picture under an argument, two pictures with one result, or a result in the place of a picture.
     """
     sources = {}  # result -> picture
     for argument in inputs:
         found = list_pictures(argument)
         if not found:
-            raise SystemExit(f'{argument}: no picture there')
+            raise InputError(f'{argument}: no picture there')
         for source in found:
             target = output / f'{source.stem}{suffix}{source.suffix}'
             other = sources.setdefault(target, source)
             if not same_file(other, source):
-                raise SystemExit(f'{target}: would be the result of both {other} and {source}')
+                raise InputError(f'{target}: would be the result of both {other} and {source}')
     pictures = {source.resolve() for source in sources.values()}
     for target in sources:
         if target.resolve() in pictures:
-            raise SystemExit(f'{target}: is a picture itself; choose another -o than its folder, or a --suffix')
+            raise InputError(f'{target}: is a picture itself; choose another -o than its folder, or a --suffix')
     return [(source, target) for target, source in sources.items()]
 
 

@@ -1,7 +1,7 @@
 """Errors that a user can put right, and how a command ends with one.
 
-Their messages name the file, key or value, and the way out. They are raised by the library; `exit_on_error` is for a
-command's `main`, and for the patches that BasicSR's own loop calls.
+Their messages name the file, key or value, and the way out. The library raises them; `exit_on_error` is for a command's
+`main`, and for the two patches that BasicSR's own train.py and test.py call, where no `main` of ours is around them.
 """
 
 from collections.abc import Iterator

@@ -8,25 +8,35 @@ import torch
 from torch import Tensor
 
 from dpmambair_basicsr.files.atomic import replacing
+from dpmambair_basicsr.files.errors import InputError, MissingLibraryError
 from dpmambair_basicsr.inference.degradation_classes import Classes, most_likely
 
 
 def check_map(file: Path, method: str) -> None:
-    """Raises SystemExit unless the map can be made; before the work."""
+    """Before the work: whether the map can be made.
+
+    Raises:
+        InputError: the file is not named .png.
+        MissingLibraryError: what draws it is not installed.
+    """
     if file.suffix.lower() != '.png':
-        raise SystemExit(f'{file}: a map is a .png')
+        raise InputError(f'{file}: a map is a .png')
     for library, module in [('matplotlib', 'matplotlib'), ('scikit-learn', 'sklearn')][: 1 + (method == 'tsne')]:
         try:
             importlib.import_module(module)
         except ImportError as error:
             option = '--output' if module == 'matplotlib' else '--map tsne'
-            raise SystemExit(f'{option} needs {library} ({error}); pip install matplotlib scikit-learn') from None
+            needed = f'{option} needs {library} ({error}); pip install matplotlib scikit-learn'
+            raise MissingLibraryError(needed) from None
 
 
 def draw_map(file: Path, method: str, classes: Classes, embeddings: Tensor, kinds: list[str]) -> None:
     """Pictures as large marks, the references as small ones, coloured by kind: PNG.
 
     A picture's kind is the one given, where all have one, otherwise its most likely class.
+
+    Raises:
+        InputError: the file cannot be written.
     """
     from matplotlib import colormaps
     from matplotlib.figure import Figure
@@ -48,9 +58,12 @@ def draw_map(file: Path, method: str, classes: Classes, embeddings: Tensor, kind
     axes.set_xticks([])
     axes.set_yticks([])
     axes.legend(loc='center left', bbox_to_anchor=(1, 0.5))
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(file) as part:
-        figure.savefig(part, format='png', dpi=120)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(file) as part:
+            figure.savefig(part, format='png', dpi=120)
+    except OSError as error:
+        raise InputError(f'{file}: cannot be written: {error.strerror}') from error
 
 
 def positions(method: str, classes: Classes, embeddings: Tensor) -> tuple[np.ndarray, np.ndarray]:

@@ -53,7 +53,7 @@ def whole_states(original):
             if number := interruption.requested(self.device, self.opt['dist']):
                 name = signal.Signals(number).name
                 get_root_logger().info(f'{name}: training has ended and is saved; its last validation is left out.')
-                raise SystemExit(128 + number)
+                raise interruption.StoppedBySignal(number)
             interruption.stop_listening()
             release_output()
         else:

@@ -11,7 +11,8 @@ from basicsr.utils.dist_util import master_only
 
 from dpmambair_basicsr.files.atomic import replacing
 from dpmambair_basicsr.files.codec import MAX_PIXELS_VARIABLE
-from dpmambair_basicsr.files.option_files import OptionError, OptionLoader, parse_value, read_options
+from dpmambair_basicsr.files.errors import exit_on_error
+from dpmambair_basicsr.files.option_files import OptionLoader, parse_value, read_options
 from dpmambair_basicsr.patches.distributed import obey_timeout
 from dpmambair_basicsr.patches.registry import replaces
 from dpmambair_basicsr.patches.resume import whole_epochs
@@ -40,7 +41,7 @@ def checked_options(original, caller: dict):
         from dpmambair_basicsr.option_checks.sections import check_options
         from dpmambair_basicsr.option_checks.structure import apply_forced, check_root, check_structure, refuse
 
-        try:
+        with exit_on_error():
             raw = read_options(file)
             refuse(file, apply_forced(raw, forced) or check_structure(raw, is_train), forced)
             obey_timeout(raw)
@@ -56,8 +57,6 @@ def checked_options(original, caller: dict):
                 problems = check_root(opt, raw['path'])
             refuse(file, problems + check_options(opt, raw), forced)
             set_default_backend(opt.get('scan_backend'))
-        except OptionError as error:
-            raise SystemExit(str(error)) from None
         # BasicSR's train.py runs as __main__, so its functions are not reached through the module basicsr.train
         if 'load_resume_state' in caller:
             caller['load_resume_state'] = begin_training

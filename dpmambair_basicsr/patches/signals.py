@@ -43,7 +43,7 @@ def begin_iteration(original):
 
 
 def end_after(model, iteration: int, number: int) -> None:
-    """Saves the checkpoint of an iteration, if it is not there, and raises SystemExit as the shell expects it.
+    """Saves the checkpoint of an iteration, if it is not there, and raises StoppedBySignal.
 
     The signals stay noted: what repeats the request has no effect while the process ends.
     """
@@ -54,4 +54,4 @@ def end_after(model, iteration: int, number: int) -> None:
     if model.opt['dist']:  # a process that ends earlier makes torchrun end the one that still writes
         torch.distributed.barrier()
     logger.info(f'{name}: training ends after iteration {iteration}, which is saved; --auto_resume continues.')
-    raise SystemExit(128 + number)
+    raise interruption.StoppedBySignal(number)

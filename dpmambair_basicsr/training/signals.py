@@ -27,6 +27,16 @@ since = 0.0  # when it was received
 previous = {}  # signal -> handler before ours
 
 
+class StoppedBySignal(SystemExit):
+    """Ends a training that is saved, with the exit status that shells and schedulers expect: 128 + the signal.
+
+    BasicSR's loop knows no other end than its last iteration, and in its own commands no code of ours is around it.
+    """
+
+    def __init__(self, number: int):
+        super().__init__(128 + number)
+
+
 def listen() -> None:
     """From now on the signals are noted. Idempotent; without effect in other threads than the main one."""
     if not previous and threading.current_thread() is threading.main_thread():
