@@ -3,7 +3,7 @@
 
     python benchmarks/progressive.py [--side 512] [--batches 4]
 
-Restormer's loader makes a full batch of the largest crops in every phase, of which its model then uses a part. Here:
+Restormer's loader makes a full batch of the largest crops in every phase, and its model then uses a part of it. Here:
 made-up pictures of --side x --side pixels, no workers, the phases of options/train_vmambair_derain.yml.
 """
 

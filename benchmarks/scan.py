@@ -85,7 +85,8 @@ def backends(args):
     contenders = {
         name: lambda inputs, name=name: selective_scan(**inputs, delta_softplus=True, backend=name)
         for name in available_backends(args.device)
-        if args.device.type == 'cpu' or name != 'reference'  # of which a launch per position is no measure
+        if args.device.type == 'cpu'
+        or name != 'reference'  # whose launches, one per position, would be all that is measured
     }
     try:
         from mambapy.pscan import pscan

@@ -204,7 +204,7 @@ def install(root: Path) -> None:
     delete(root, record)
     before = start(project)
     try:
-        # The record first: whatever is cut short can be removed.
+        # The record first: whatever is truncated can be removed.
         for name, content in {name_of_record: (json.dumps(new, indent=2) + '\n').encode(), **files}.items():
             (root / name).parent.mkdir(exist_ok=True)
             (root / name).write_bytes(content)

@@ -94,7 +94,7 @@ def plan(inputs: list[str], output: Path, suffix: str) -> list[tuple[Path, Path]
     """(picture, result) of each picture once, in the order of the arguments.
 
     Raises:
-        InputError: no picture under an argument, two pictures with one result, or a result in the place of a picture.
+        InputError: no picture under an argument, two pictures with one result, or a result in place of a picture.
     """
     sources = {}  # result -> picture
     for argument in inputs:

@@ -64,7 +64,7 @@ def check_failed_save(run, folder, before, refused):
     after = files(folder)
     assert {name: after[name] for name in before} == before, 'the last checkpoint is intact'
     new = {name for name in after if name not in before}
-    assert all(name.endswith('net_g_6.pth') for name in new), 'none is cut short, none without a state'
+    assert all(name.endswith('net_g_6.pth') for name in new), 'none is truncated, none without a state'
     return new
 
 
@@ -119,7 +119,7 @@ def test_a_failed_validation_does_not_cost_the_checkpoint(images, tmp_path, sets
     whole = image.read_bytes()
     image.write_bytes(whole[:100])
     run = Training(opt, tmp_path)
-    assert run.status() == 1 and f'{image} is missing, cut short' in run.log()
+    assert run.status() == 1 and f'{image} is missing, truncated' in run.log()
     assert states(tmp_path) == [2, 4] and not (tmp_path / RUN / 'models/net_g_best.pth').exists()
     image.write_bytes(whole)
     assert_ends_like(opt, tmp_path, tmp_path / 'straight')
@@ -224,7 +224,7 @@ def test_a_state_of_basicsr_resumes(images, tmp_path):
     del state['exact']
     torch.save(state, file)
     log = train(opt, tmp_path, '--auto_resume')
-    assert 'its epoch begins anew' in log and 'iter:      10,' in log
+    assert 'its epoch starts over' in log and 'iter:      10,' in log
 
 
 # Signals

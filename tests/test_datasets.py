@@ -212,17 +212,17 @@ def test_depth_and_channels(tmp_path):
 
 def spoil(path, how):
     data = path.read_bytes()
-    path.write_bytes({'cut short': data[: len(data) // 2], 'text': b'hello', 'empty': b''}[how])
+    path.write_bytes({'truncated': data[: len(data) // 2], 'text': b'hello', 'empty': b''}[how])
 
 
 @pytest.mark.parametrize(
     ('how', 'role', 'workers'),
-    [*itertools.product(['cut short', 'text', 'empty'], ['LQ', 'GT'], [0]), ('cut short', 'LQ', 1)],
+    [*itertools.product(['truncated', 'text', 'empty'], ['LQ', 'GT'], [0]), ('truncated', 'LQ', 1)],
 )
 def test_broken_image(tmp_path, how, role, workers):
     dataset = build_dataset(paired(tmp_path))
     spoil(tmp_path / role / 'photo1.png', how)
-    with pytest.raises(ValueError, match=rf'item 1: {role.lower()} image \S*{role}/photo1.png is .* cut short'):
+    with pytest.raises(ValueError, match=rf'item 1: {role.lower()} image \S*{role}/photo1.png is .* truncated'):
         list(torch.utils.data.DataLoader(dataset, num_workers=workers))
 
 
@@ -231,7 +231,7 @@ def test_broken_jpeg(tmp_path):
     for path in (tmp_path / 'LQ').iterdir():
         write(path.with_suffix('.jpg'), coordinates())
         path.unlink()
-    spoil(tmp_path / 'LQ' / 'photo2.jpg', 'cut short')
+    spoil(tmp_path / 'LQ' / 'photo2.jpg', 'truncated')
     with pytest.raises(ValueError, match=r'item 2: lq image \S*photo2.jpg'):
         build_dataset(options)[2]
 

@@ -154,7 +154,7 @@ def train_in_two_processes(opt, folder, *arguments):
 def test_two_processes(images, tmp_path):
     """With a buffer and no average BasicSR's validation would hang: it is the first process's alone.
 
-    Without manual_seed each process draws one, of which the first process's is saved.
+    Without manual_seed each process draws one, and the first process's is saved.
     """
     opt = changed(forked.options(images), {'train.total_iter': TOTAL, 'logger.save_checkpoint_freq': 1})
     changes = {'train.ema_decay': 0, 'datasets.train.dataset_enlarge_ratio': 2, 'datasets.train.num_worker_per_gpu': 1}

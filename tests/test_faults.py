@@ -48,7 +48,7 @@ def write_endless_header(path):
 
 
 FAULTS = {
-    'cut short': cut_short,
+    'truncated': cut_short,
     'empty': lambda path: path.write_bytes(b''),
     'no image': lambda path: path.write_text('text'),
     'too many pixels': write_endless_header,

@@ -27,7 +27,7 @@ from dpmambair_basicsr.results.comparison import compare, label_runs, to_markdow
 from dpmambair_basicsr.results.page import page
 
 dpmambair_basicsr.register()
-# The same examples in each run of the same tests: a finding belongs into a test of its own.
+# The same examples in each run of the same tests: a finding belongs in a test of its own.
 BOUNDED = settings(deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
 
 

@@ -96,7 +96,7 @@ def test_prefetching_passes_on_errors_and_still_ends():
         except ValueError as error:
             errors.append(str(error))
 
-    thread = threading.Thread(target=consume, daemon=True)  # because BasicSR would wait here for ever
+    thread = threading.Thread(target=consume, daemon=True)  # because BasicSR would wait here forever
     thread.start()
     thread.join(timeout=20)
     assert errors == ['cannot read 1.png']
@@ -279,7 +279,7 @@ STATE = {'epoch': 0, 'optimizers': [], 'schedulers': []}
 
 @pytest.fixture
 def run_folder(tmp_path):
-    """Training states 2, 4 and 10, of which 10 is cut short and 4 lacks its network, and one with a name."""
+    """Training states 2, 4 and 10, where 10 is truncated and 4 lacks its network, and one with a name."""
     (tmp_path / 'states').mkdir()
     (tmp_path / 'models').mkdir()
     for iteration in (2, 4, 10):

@@ -1,4 +1,4 @@
-"""Nothing is left out, replaced or ignored silently: a start is refused before anything changes, or the log says it."""
+"""Nothing is left out, replaced or ignored silently: a start is refused before anything changes, or the log says so."""
 
 import copy
 import importlib.util
@@ -341,9 +341,9 @@ STARTS = {
     ),
     'a metric that has nothing to compare with': (
         {'datasets.val.type': 'SingleImageDataset', 'datasets.val.io_backend': {'type': 'disk'}},
-        'val.metrics.psnr: compares with clean images, of which datasets.val (SingleImageDataset) has none',
+        'val.metrics.psnr: compares with clean images, and datasets.val (SingleImageDataset) has none',
     ),
-    'a key of another section': ({'train.gt_size': 8}, 'train.gt_size: unknown key, it belongs into datasets'),
+    'a key of another section': ({'train.gt_size': 8}, 'train.gt_size: unknown key, it belongs in datasets'),
 }
 
 
@@ -428,7 +428,7 @@ def test_weights_that_basicsr_would_download_are_named(opt, finished, monkeypatc
     assert 'there is no ' in refused(opt, finished)
 
 
-# What BasicSR does without a word
+# What BasicSR does silently
 
 
 def test_the_word_debug_in_a_name_changes_nothing_and_the_argument_does(opt, tmp_path):

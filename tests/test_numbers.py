@@ -67,7 +67,7 @@ def test_a_step_that_is_not_finite_is_not_taken(changes, value):
 @pytest.mark.parametrize('limit', [0, 3])
 def test_too_many_in_a_row_are_an_error(limit):
     model = build(**{'train.max_skipped_steps': limit})
-    for _ in range(3):  # one good step in between, and the counting begins anew
+    for _ in range(3):  # one good step in between, and the counting starts over
         for _ in range(limit):
             step(model, math.nan)
         step(model)

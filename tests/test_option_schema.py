@@ -20,12 +20,12 @@ VALIDATOR = jsonschema.Draft7Validator(SCHEMA)
 
 
 def test_the_schema_that_is_shipped_is_current():
-    """But for optimizers, of which each PyTorch has others."""
+    """Except optimizers, which differ between PyTorch versions."""
     jsonschema.Draft7Validator.check_schema(SCHEMA)
     made, shipped = json.loads(json.dumps(make_schema())), copy.deepcopy(SCHEMA)
     for schema in (made, shipped):
         assert {'Adam', 'AdamW', 'SGD'} <= {*schema['definitions'].pop('optimizer')['properties']['type']['enum']}
-    assert made == shipped, 'write it anew: python -m dpmambair_basicsr.option_checks.json_schema'
+    assert made == shipped, 'regenerate it: python -m dpmambair_basicsr.option_checks.json_schema'
 
 
 def test_there_are_option_files():

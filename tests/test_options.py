@@ -488,7 +488,7 @@ FOUND_ON_TRIAL = {
         5,
         'val.tile: 5 is less than 8, the least that DPMambaIR takes',
     ),
-    'cut short': ('path.pretrain_network_g', 'cut.pth', 'path.pretrain_network_g: .*cut.pth'),
+    'truncated': ('path.pretrain_network_g', 'cut.pth', 'path.pretrain_network_g: .*cut.pth'),
     'no such weights': (
         'train.lpips_opt',
         {'type': 'LPIPSLoss', 'weights': '/no.pth'},

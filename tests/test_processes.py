@@ -143,7 +143,7 @@ def test_a_bad_image_of_one_process_ends_both(images, tmp_path):
         file.write_text('no image')
     first, second = start_processes(opt, folders)
     assert second.status(timeout=60) == 1
-    assert re.search(r'item \d: lq image images/lq/\d.png is .* cut short', second.log())
+    assert re.search(r'item \d: lq image images/lq/\d.png is .* truncated', second.log())
     assert first.status(timeout=60) == 1
 
 

@@ -101,7 +101,7 @@ def test_what_cannot_be_converted_is_named(converted, tmp_path, capsys):
 def test_what_is_none_is_named(tmp_path):
     file = tmp_path / 'wrong.safetensors'
     save_file({'x': torch.zeros(1)}, file, {'network_g': '{"type":'})
-    texts = {'cut short': file.read_bytes()[:30], 'json': file.read_bytes(), 'pickle': b'\x80\x02', 'empty': b''}
+    texts = {'truncated': file.read_bytes()[:30], 'json': file.read_bytes(), 'pickle': b'\x80\x02', 'empty': b''}
     for content in texts.values():
         file.write_bytes(content)
         with pytest.raises(ValueError, match=f'^{file}: cannot be read by safetensors'):

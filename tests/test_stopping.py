@@ -87,7 +87,7 @@ STOPS = {
 def test_a_stop_is_saved(way, _, opt, tmp_path):
     output, number, stop = STOPS[way]
     if way in ('scancel, systemd', 'SIGUSR1', 'Ctrl-C under tee'):
-        opt = changed(opt, {'datasets.train.num_worker_per_gpu': 1})  # begun anew for each epoch, of three iterations
+        opt = changed(opt, {'datasets.train.num_worker_per_gpu': 1})  # restarted for each epoch, of three iterations
     run = Training(opt, tmp_path, output=output)
     run.wait_for('iter:       4,')
     time.sleep(random.uniform(0, 0.1))

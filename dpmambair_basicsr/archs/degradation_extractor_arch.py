@@ -205,7 +205,7 @@ class DegradationAutoencoder(nn.Module):
 
         Args:
             clean, degraded: (B, 3, H, W) in [0, 1], same size.
-            embedding: (B, E) from `embed`, in the place of `degraded`, for a part of an image that was embedded.
+            embedding: (B, E) from `embed`, in place of `degraded`, for a part of an image that was embedded.
 
         Returns:
             (B, 3, H, W), not clamped.

@@ -34,7 +34,7 @@ def seed_generators(*seed: str | int) -> None:
 
 
 def item(dataset, index: int):
-    """`dataset[index]`, of which the randomness depends on the seed that comes with the index, if one does."""
+    """`dataset[index]`, whose randomness depends on the seed that comes with the index, if one does."""
     if isinstance(index, SeededIndex):
         seed_generators(*index.seed)
     return dataset[int(index)]

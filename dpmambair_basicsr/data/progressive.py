@@ -66,7 +66,7 @@ def read_phases(opt: dict) -> Phases | None:
     if max(given['gt_sizes']) != opt['gt_size']:
         raise ValueError(f'gt_size: {opt["gt_size"]} is not the largest of progressive.gt_sizes {given["gt_sizes"]}')
     if 'batch_size_per_gpu' not in opt:
-        raise ValueError('progressive: belongs into the set that is trained with, not into a part of it')
+        raise ValueError('progressive: belongs in the set that is trained with, not in a part of it')
     for size in given['batch_sizes']:
         if size > opt['batch_size_per_gpu']:
             raise ValueError(

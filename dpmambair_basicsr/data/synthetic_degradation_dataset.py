@@ -34,7 +34,7 @@ class SyntheticDegradationDataset(ProgressiveBatches, Dataset):
         dataroot_gt, meta_info_file, io_backend, gt_size, use_hflip, use_vflip, use_rot, pad_small, progressive: as
             PairedDegradationDataset's.
         degradations: list of names of degradations that have a function, or a mapping from name to parameters of that
-            function. `demo` in the place of the parameters: those of the demo; in the place of all: all of the demo.
+            function. `demo` in place of the parameters: those of the demo; in place of all: all of the demo.
         seed: whole number >= 0, default 0; not used in training.
 
     Raises:

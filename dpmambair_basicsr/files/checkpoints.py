@@ -149,7 +149,7 @@ def select_weights(path: str, checkpoint: dict, *keys: str | None) -> dict[str, 
 
 
 class PlainValue:
-    """A value in the place of a network in BasicSR's save_network, which then saves it as it is.
+    """A value in place of a network in BasicSR's save_network, which then saves it as it is.
 
     save_network asks each network for its state_dict, a mapping, and puts each item of it on the CPU.
     """

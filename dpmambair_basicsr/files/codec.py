@@ -62,7 +62,7 @@ def image_size(content: bytes) -> tuple[int, int] | None:
 
 
 def decode(content: bytes | None, flags: int = cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH, decoder=cv2.imdecode):
-    """What OpenCV's `decoder` makes of an image file, in BGR; None if it is not an image, cut short, or empty.
+    """What OpenCV's `decoder` makes of an image file, in BGR; None if it is not an image, truncated, or empty.
 
     Raises:
         ValueError: see `check_size`.

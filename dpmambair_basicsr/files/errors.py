@@ -1,4 +1,4 @@
-"""Errors that a user can put right, and how a command ends with one.
+"""Errors that a user can fix, and how a command ends with one.
 
 Their messages name the file, key or value, and the way out. The library raises them; `exit_on_error` is for a command's
 `main`, and for the two patches that BasicSR's own train.py and test.py call, where no `main` of ours is around them.
@@ -11,7 +11,7 @@ INSTALL_TRAINING = "pip install 'dpmambair_basicsr[train]', then dpmambair insta
 
 
 class UserError(Exception):
-    """Something that a user can put right."""
+    """Something that a user can fix."""
 
 
 class OptionError(UserError, ValueError):

@@ -14,7 +14,7 @@ def list_images(folder: str) -> dict[str, str]:
 
     Raises:
         FileNotFoundError: no such folder.
-        ValueError: no image in it, two with one stem, or links that lead nowhere.
+        ValueError: no image in it, two with one stem, or broken links.
     """
     if not Path(folder).is_dir():
         raise FileNotFoundError(f'image folder {folder} does not exist')

@@ -86,7 +86,7 @@ def listed_pairs(file: str, lq: str, gt: str, filename_tmpl: str = '{}') -> list
 
 
 def missing_files(folder: str, paths: Iterable[str]) -> list[str]:
-    """Paths of a dataset that are not files, and links in its folder that lead nowhere, which a listing leaves out."""
+    """Paths of a dataset that are not files, and broken links in its folder, which a listing leaves out."""
     files = FilesByFolder()
     missing = [path for path in paths if osp.basename(path) not in files[osp.dirname(path)]]
     with os.scandir(folder) as entries:

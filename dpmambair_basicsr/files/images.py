@@ -50,7 +50,7 @@ class ImageReader:
 
         Raises:
             OSError: the file cannot be read.
-            ValueError: it is not an image, is cut short, not a regular file, or has too many pixels, see `check_size`.
+            ValueError: it is not an image, is truncated, not a regular file, or has too many pixels, see `check_size`.
         """
         try:
             if self._backend == 'disk':
@@ -65,7 +65,7 @@ class ImageReader:
         except ValueError as error:
             raise ValueError(f'item {index}: {role} image {path} {error}') from None
         if image is None or image.dtype not in _FULL_SCALE:
-            raise ValueError(f'item {index}: {role} image {path} is missing, cut short or not an 8 or 16 bit image')
+            raise ValueError(f'item {index}: {role} image {path} is missing, truncated or not an 8 or 16 bit image')
         return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
 
 

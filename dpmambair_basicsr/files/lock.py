@@ -51,7 +51,7 @@ def hold(folder: str | Path) -> None:
                 f'first, or choose another name. Its lock is {file}'
             )
         elif read(file) == holder:
-            print(f'{folder}: {describe(holder)} has ended without giving it free. Its lock is taken over.', flush=True)
+            print(f'{folder}: {describe(holder)} has ended without releasing it. Its lock is taken over.', flush=True)
             remove(file, holder)
             taken_over = True
     held[file] = record
@@ -91,7 +91,7 @@ def start_of(pid: int) -> str | None:
 
 def describe(holder: dict) -> str:
     if not holder:
-        return 'somebody who has not written who'
+        return 'an unknown process'
     return f'process {holder["pid"]} on {holder["host"]}, since {holder["since"]},'
 
 

@@ -18,7 +18,7 @@ MAX_INTEGER = 2**63 - 1
 class OptionLoader(getattr(yaml, 'CSafeLoader', yaml.SafeLoader)):
     """YAML's safe loader: what calls Python is refused. Mappings are OrderedDicts, as BasicSR has them.
 
-    Also refused, with the line: a key that stands twice (YAML's loaders take the last), and what is larger or deeper
+    Also refused, with the line: a key that appears twice (YAML's loaders take the last), and what is larger or deeper
     than the limits above, aliases expanded: 500 bytes can stand for 10^9 values.
 
     Raises:

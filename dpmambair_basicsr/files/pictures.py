@@ -57,7 +57,7 @@ def read_picture(path: Path) -> Picture:
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: it is not a picture, is cut short, has other than 8 or 16 bit integers, or too many pixels, see
+        ValueError: it is not a picture, is truncated, has other than 8 or 16 bit integers, or too many pixels, see
             `check_size`; without the path.
     """
     with open_regular(path) as stream:

@@ -1,4 +1,4 @@
-"""Regular files: the only ones that end. A FIFO waits for ever, /dev/zero gives zeros for ever."""
+"""Regular files: the only ones that end. A FIFO waits forever, /dev/zero gives zeros forever."""
 
 import os
 import stat

@@ -61,7 +61,7 @@ class BestCheckpoint:
         try:
             best = read_checkpoint(str(self.file)).get('best') or {}
         except ValueError as error:
-            get_root_logger().warning(f'{error}. The best network is looked for anew.')
+            get_root_logger().warning(f'{error}. The best network is searched for again.')
             return
         measure = self.measure()
         if {key: best.get(key) for key in measure} != measure:

@@ -16,7 +16,7 @@ class StepGuard:
     """Skips the steps of the optimizers it watches whose loss or gradient is not finite.
 
     BasicSR takes such a step, trains a network of NaN to the end, and saves that. Here the optimizer finds no gradients
-    and does nothing, the step is counted in the log as `skipped_steps`, and training continues, which gets over a bad
+    and does nothing, the step is counted in the log as `skipped_steps`, and training continues, which survives a bad
     batch. With DistributedDataParallel all processes skip the step, also if one alone has the bad loss.
 
     Args:

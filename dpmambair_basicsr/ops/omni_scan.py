@@ -33,7 +33,7 @@ def omni_scan(
         x: (b, d, h, w), none of them 0; channels_last is copied less.
         x_proj_weight: (k, r + 2n, d), or (b, k, r + 2n, d) for each sample its own; to low-rank delta, B and C.
         dt_proj_weight: (k, d, r), from low-rank delta to delta.
-        dt_proj_bias: (k, d), added to delta, of which softplus is then taken.
+        dt_proj_bias: (k, d), added to delta before softplus.
         A: (k * d, n), negative.
         D: (k * d,).
         directions: k scan orders, see `cross_scan`.

@@ -36,7 +36,10 @@ CHANNELS = ('inp_channels', 'out_channels', 'num_in_ch', 'num_out_ch', 'in_chans
 
 
 def check_by_dry_run(opt: dict, model: type | None, reported: list[str]) -> list[str]:
-    """What shows only when things are made or read. What is already reported for a section is not looked at again."""
+    """Problems that show only when a dry run makes networks, datasets and optimizers, or reads files.
+
+    A section that has problems already is skipped.
+    """
     problems = []
 
     def attempt(path: str, make, *arguments):

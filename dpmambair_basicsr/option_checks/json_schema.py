@@ -2,7 +2,7 @@
 
     python -m dpmambair_basicsr.option_checks.json_schema
 
-writes it anew, from the table of option keys and the constructors of what is registered. In draft 7, which editors
+regenerates it, from the table of option keys and the constructors of what is registered. In draft 7, which editors
 know. Files that do not exist and whatever else takes more than the option file itself are left to `sections`.
 """
 

@@ -2,7 +2,7 @@
 
 from dpmambair_basicsr.registry import look_up
 
-# name there -> names here, of which the first has what the checks continue with
+# name there -> names here; the checks continue with the first
 TYPES = {
     'ImageCleanModel': ('RestorationModel',),
     'MambaRealSR': ('RealWorldSRModel',),

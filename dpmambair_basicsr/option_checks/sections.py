@@ -39,7 +39,7 @@ def check_options(opt: dict, raw: dict | None = None) -> list[str]:
     """Problems of the options that parse_options returns, each 'section.key: what is wrong'; `opt` stays as it is.
 
     Args:
-        raw: the options of the file, of which BasicSR may have replaced some.
+        raw: the options as in the file; BasicSR may have replaced some.
     """
     opt = deepcopy(opt)
     model, problems = find(registered('MODEL'), 'model_type', opt['model_type'])
@@ -124,7 +124,7 @@ def check_truth(opt: dict) -> list[str]:
         if 'img2' in inspect.signature(known[metric['type']]).parameters
     ]
     return [
-        f'val.metrics.{name}: compares with clean images, of which datasets.{phase} (SingleImageDataset) has none'
+        f'val.metrics.{name}: compares with clean images, and datasets.{phase} (SingleImageDataset) has none'
         for phase in without
         for name in compared
     ]

@@ -1,10 +1,10 @@
 """Patches of BasicSR, by topic; `apply` says when they are applied and `registry` how one is written.
 
-    imports       modules that BasicSR imports and nobody has any more; the hook that registers us
+    imports       modules that BasicSR imports and that no longer exist; the hook that registers us
     options       option files: validated up front, safe YAML, values of --force_yml
     run_lock      the folder of a run belongs to one process group
     distributed   several processes, with and without GPUs
-    fixes         functions that fail on current libraries, or without a word
+    fixes         functions that fail on current libraries, or silently
     ssim          SSIM in half the time
     images        image files whole, of bounded size, and regular
     logs          logs and plots never end a training

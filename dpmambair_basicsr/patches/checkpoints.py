@@ -87,7 +87,7 @@ def state_after_validation(original):
 def finite_best(original):
     """Takes no infinite value for the best of a metric.
 
-    Fixes: `BaseModel._update_best_metric_result` keeps infinity, the PSNR of equal images, as the best for ever.
+    Fixes: `BaseModel._update_best_metric_result` keeps infinity, the PSNR of equal images, as the best forever.
     Remove once: it does not.
     """
 

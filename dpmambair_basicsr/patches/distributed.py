@@ -27,7 +27,7 @@ def init_dist_anywhere(original):
     """Starts the processes with gloo where there is no GPU, and takes the GPU of the local rank where there is one.
 
     Fixes: `_init_dist_pytorch` divides by the number of GPUs, which may be 0, takes NCCL, and with several nodes the
-        wrong GPU. A process that is stopped, or never comes, makes the others wait without a word: see
+        wrong GPU. A process that is stopped, or never comes, makes the others wait silently: see
         `training/heartbeat`.
     Remove once: BasicSR takes gloo without CUDA and the device by LOCAL_RANK, and says whom it waits for.
     """

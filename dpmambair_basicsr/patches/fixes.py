@@ -1,4 +1,4 @@
-"""Patches of single functions of BasicSR that fail on current libraries, or without a word."""
+"""Patches of single functions of BasicSR that fail on current libraries, or silently."""
 
 import torch
 
@@ -59,8 +59,8 @@ def fresh_worker_seeds(original):
 def pass_on_errors(original):
     """Puts an error of the prefetching thread into its queue; `raise_errors` raises it.
 
-    Fixes: with `prefetch_mode: cpu` and an image that cannot be read the thread of `PrefetchGenerator` dies without a
-        word, and the training hangs for ever.
+    Fixes: with `prefetch_mode: cpu` and an image that cannot be read the thread of `PrefetchGenerator` dies silently,
+        and the training hangs forever.
     Remove once: BasicSR passes errors on.
     """
 
@@ -128,7 +128,7 @@ def paths_inside_their_folder(original):
 
     Fixes: a list (meta_info) can name any file of the machine, in `paired_paths_from_meta_info_file` and
         `RealESRGANDataset`. What is not there is left out of a folder's listing, or replaced by another image
-        (RealESRGANDataset), without a word: the log says it. Our datasets check it themselves.
+        (RealESRGANDataset), silently: the log says so. Our datasets check it themselves.
     Remove once: BasicSR's datasets do.
     """
 

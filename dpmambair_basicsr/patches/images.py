@@ -49,7 +49,7 @@ for name in MODELS:
 def regular_files(original):
     """Opens regular files only.
 
-    Fixes: `HardDiskBackend.get` waits for ever for a FIFO in the place of an image, and reads /dev/zero until memory
+    Fixes: `HardDiskBackend.get` waits forever for a FIFO in place of an image, and reads /dev/zero until memory
         ends.
     Remove once: BasicSR looks at what it opens.
     """

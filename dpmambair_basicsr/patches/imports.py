@@ -1,6 +1,6 @@
 """What lets BasicSR be imported on current libraries, and the hook that registers us once it has been.
 
-`prepare` supplies modules that BasicSR imports and nobody has any more; each is used only where the real one is
+`prepare` supplies modules that BasicSR imports and that no longer exist; each is used only where the real one is
 missing.
 Nothing here imports torch or BasicSR before BasicSR itself has been imported.
 """

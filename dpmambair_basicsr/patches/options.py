@@ -95,9 +95,10 @@ def obey_experiments_root(opt: dict, wanted: dict) -> None:
 
 
 def obey_frequencies(opt: dict, raw: dict) -> None:
-    """A name with 'debug' in it changes how often is validated, logged and saved, utils/options.py:166, without a word.
+    """Keeps the frequencies of the option file; `--debug` alone changes them, and the log says so.
 
-    Here `--debug` alone does, and the log says so. Can go when BasicSR asks for the argument.
+    Fixes: `parse_options` changes silently how often is validated, logged and saved where a name has 'debug' in it.
+    Remove once: BasicSR asks for the argument.
     """
     if not opt['is_train'] or 'debug' not in opt['name']:
         return
@@ -108,9 +109,10 @@ def obey_frequencies(opt: dict, raw: dict) -> None:
 
 
 def expand_lists_too() -> None:
-    """`dataroot_gt` may be a list, where the dataset takes one, but utils/options.py:148 calls expanduser with it.
+    """Expands `~` in each path of a `dataroot_gt` that is a list, where the dataset takes one.
 
-    Can go when BasicSR expands each.
+    Fixes: `parse_options` calls expanduser with the list.
+    Remove once: BasicSR expands each.
     """
     from basicsr.utils import options
 
@@ -141,7 +143,7 @@ def log_says_what_is_not_done(original):
 
 @replaces('basicsr.utils.options', 'ordered_yaml')
 def safe_yaml(original):
-    """Reads option files with a safe loader, in UTF-8 and within limits, and refuses a key that stands twice.
+    """Reads option files with a safe loader, in UTF-8 and within limits, and refuses a key that appears twice.
 
     Fixes: `ordered_yaml` gives the unsafe loader, so `!!python/object/apply:os.system` runs; the encoding is the
         system's, and the last of two equal keys counts.

@@ -86,7 +86,7 @@ def newest_usable_state(opt: dict) -> Path | None:
 
 
 def read_state(opt: dict, file) -> dict:
-    """A training state, on the CPU, of which every network of the options has its checkpoint beside it.
+    """A training state, on the CPU; every network of the options must have its checkpoint beside it.
 
     Raises:
         CheckpointError: naming the state, and what of it cannot be read.
@@ -113,7 +113,7 @@ def whole_epochs(original):
     Remove once: BasicSR divides by len(train_loader).
 
     Raises:
-        ValueError: if there is not a single batch; BasicSR would end at once, without a word.
+        ValueError: if there is not a single batch; BasicSR would end at once, silently.
     """
     if hasattr(original, 'patched_by'):
         return original

@@ -76,7 +76,7 @@ def known_epoch(original):
 def seeded_order(original):
     """Leaves out what an interrupted epoch has used; gives each item's seed, and its place in progressive training.
 
-    Fixes: an interrupted epoch begins anew after `--auto_resume` (`EnlargedSampler.__iter__`): its first images are
+    Fixes: an interrupted epoch starts over after `--auto_resume` (`EnlargedSampler.__iter__`): its first images are
         seen twice.
     Remove once: BasicSR's sampler has a state.
     """

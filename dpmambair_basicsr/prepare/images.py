@@ -20,7 +20,7 @@ def read(path: Path) -> np.ndarray:
 
     Raises:
         OSError: cannot be read.
-        ValueError: not an image, cut short, or too many pixels, see `check_size`.
+        ValueError: not an image, truncated, or too many pixels, see `check_size`.
     """
     with open_regular(path) as stream:
         image = decode(stream.read())

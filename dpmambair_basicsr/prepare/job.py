@@ -24,7 +24,7 @@ from dpmambair_basicsr.prepare.public_sets import (
 
 
 def read_journal(file: Path) -> tuple[dict | None, list[dict]]:
-    """The recipe and the entries of a part; (None, []) if there is no file. A line cut short ends it."""
+    """The recipe and the entries of a part; (None, []) if there is no file. A truncated line ends it."""
     lines = []
     if file.is_file():
         for line in file.read_text(encoding='utf-8').splitlines():

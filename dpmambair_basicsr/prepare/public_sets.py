@@ -39,7 +39,7 @@ class Part:
     """One split of a set, and what it becomes.
 
     Args:
-        layouts: of the download; the first is taken of which all patterns fit files.
+        layouts: of the download; the first whose patterns all match files is used.
         counts: the numbers of pairs (or clean images) that were published.
         gt, lq: folders of the result, below datasets/; lq None: GT images only.
         stem: names of the result's files, made of the layout's names.

@@ -1,4 +1,4 @@
-"""Says which process of a distributed training is missing, while the others wait for it without a word.
+"""Says which process of a distributed training is missing, while the others wait for it silently.
 
 A process that is stopped (a frozen node) or never comes leaves the others in a collective operation until the timeout
 of the process group. So a thread of each process writes to torch's store that it is alive; the first process reads all
@@ -21,7 +21,7 @@ from torch.distributed import TCPStore
 INTERVAL = 3  # seconds from one heartbeat to the next
 SILENCE = 15  # seconds without one, after which a process is named
 CONNECT = timedelta(days=1)  # the store may be there long after this process
-STORE = -1  # in the place of a rank: the store itself, where reading waits
+STORE = -1  # in place of a rank: the store itself, where reading waits
 
 
 class Heartbeat:

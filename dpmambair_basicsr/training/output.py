@@ -7,7 +7,7 @@ from basicsr.utils import get_root_logger
 
 
 class LastingStream:
-    """A text stream that leads nowhere from the first failed write on; the log in the folder of the run continues."""
+    """A text stream that discards everything after its first failed write; the log in the run's folder continues."""
 
     def __init__(self, stream):
         self.stream = stream

@@ -78,13 +78,13 @@ def note(number: int, _) -> None:
 
 
 def tell(text: str) -> None:
-    """To the terminal, if there still is one; the log says it at the next iteration."""
+    """To the terminal, if there still is one; the log says so at the next iteration."""
     with suppress(OSError, ValueError, AttributeError):  # nobody reads it, it is closed, there is none
         os.write(sys.__stderr__.fileno(), text.encode())
 
 
 def requested(device: torch.device, distributed: bool) -> int:
-    """The signal that one of the processes has received, or 0: the same in all, each of which has to ask."""
+    """The signal that one of the processes has received, or 0: the same in all; a collective call."""
     if not distributed:
         return received
     highest = torch.tensor(received, device=device)

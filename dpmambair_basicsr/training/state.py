@@ -1,7 +1,7 @@
 """Checkpoints that are whole: networks, and the training state that makes training continue as if nothing had happened.
 
 The networks of an iteration are written first and its state last, each under its final name only when it is complete,
-so a state that is there has its networks. `patches/checkpoints` puts these functions in the place of BasicSR's.
+so a state that is there has its networks. `patches/checkpoints` puts these functions in place of BasicSR's.
 
 A state is BasicSR's, which reads it, with an entry `exact`:
     seed: manual_seed of the run;
@@ -35,7 +35,7 @@ SCHEDULE = 'periods', 'restart_weights', 'eta_min', 'eta_mins', 'cumulative_peri
 
 
 def write(content: dict, file: Path) -> None:
-    """torch.save, of which nothing can be seen before it is complete.
+    """Atomic torch.save: nothing is visible before it is complete.
 
     Raises:
         OSError: naming the file, if it cannot be written, also not in the third attempt.
@@ -147,7 +147,7 @@ def write_main_state(model, epoch: int, iteration: int, pool: dict) -> None:
 
 
 def plain(best: dict) -> dict:
-    """BasicSR's best_metric_results with Python's numbers in the place of NumPy's, which weights_only would refuse."""
+    """BasicSR's best_metric_results with Python's numbers in place of NumPy's, which weights_only would refuse."""
     return {
         name: {
             metric: {'better': record['better'], 'val': float(record['val']), 'iter': int(record['iter'])}
@@ -200,7 +200,7 @@ def restore(model, state: dict) -> None:
     run, exact, logger = training_run.current, state.get('exact'), get_root_logger()
     if exact is None:
         logger.warning(
-            'The training state does not say which images were used: its epoch begins anew, and the best metrics too.'
+            'The training state does not say which images were used: its epoch starts over, and the best metrics too.'
         )
         exact = {'seed': None if run is None else run.seed, 'items': 0, 'best': {}, 'scaler': {}, 'pool': {}}
     if best := comparable(exact['best'], (model.opt.get('val') or {}).get('metrics') or {}):
@@ -217,7 +217,7 @@ def restore(model, state: dict) -> None:
 
 
 def comparable(best: dict, metrics: dict) -> dict:
-    """The records of datasets that have just these metrics, of which BasicSR asks for each; all if there are none."""
+    """The records of the datasets that have exactly these metrics, as BasicSR reads each; all if there are none."""
     better = {metric: options.get('better', 'higher') for metric, options in metrics.items()}
     return {
         name: records

@@ -83,7 +83,7 @@ def browser(folder):
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    watchdog = threading.Timer(60, process.kill)  # reading from a browser that says nothing would take for ever
+    watchdog = threading.Timer(60, process.kill)  # reading from a browser that says nothing would take forever
     watchdog.start()
     os.close(to_browser[0])
     os.close(from_browser[1])

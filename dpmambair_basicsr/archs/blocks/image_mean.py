@@ -26,7 +26,7 @@ class MeansOverTiles:
 
     Attributes:
         complete: False while means are collected; to be set to True when each tile has been seen.
-        variant: which of several passes over the same tiles is running, each of which has means of its own.
+        variant: which of several passes over the same tiles is running, each with its own means.
     """
 
     def __init__(self):

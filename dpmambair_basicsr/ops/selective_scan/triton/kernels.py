@@ -20,8 +20,8 @@ A tile's tuple ends with `fold` and a stride: where fold is not None, position t
 t // fold on one more, with this stride. So an image is read along its columns. Along what is reversed strides are
 negative, and the pointer is at the last element.
 
-Step sizes come as they are, (b, d, l), or, with `dt` (d, r) contiguous, as (b, 1, r, l), of which step sizes are the
-product with dt.
+Step sizes come as they are, (b, d, l), or, with `dt` (d, r) contiguous, as (b, 1, r, l), whose product with dt
+they are.
 """
 
 import triton
