@@ -428,7 +428,7 @@ def ours(opt, images, checkpoints):
     return opt
 
 
-def test_what_works_is_made_on_trial_without_a_trace(ours):
+def test_what_works_is_made_in_a_dry_run_without_a_trace(ours):
     torch.manual_seed(0)
     expected = torch.rand(1)
     torch.manual_seed(0)
@@ -439,7 +439,7 @@ def test_what_works_is_made_on_trial_without_a_trace(ours):
 
 
 # What is changed, to what, and the whole of what is said.
-FOUND_ON_TRIAL = {
+FOUND_IN_A_DRY_RUN = {
     'misspelt key of a part': (
         'datasets.train.datasets.rain.use_hflp',
         True,
@@ -464,7 +464,7 @@ FOUND_ON_TRIAL = {
     'no extractor': (
         'path.pretrain_network_e',
         None,
-        'path.pretrain_network_e: missing; .*train_degradation_extractor',
+        r'path.pretrain_network_e: missing\. .*train_degradation_extractor',
     ),
     'wrong extractor': ('path.pretrain_network_e', 'whole.pth', 'path.pretrain_network_e: .*whole.pth'),
     'wrong checkpoint': (
@@ -489,6 +489,11 @@ FOUND_ON_TRIAL = {
         'val.tile: 5 is less than 8, the least that DPMambaIR takes',
     ),
     'truncated': ('path.pretrain_network_g', 'cut.pth', 'path.pretrain_network_g: .*cut.pth'),
+    'two extractors': (
+        'path.pretrain_network_g',
+        'whole.pth',
+        'path.pretrain_network_e: .*whole.pth brings its own extractor; write ~',
+    ),
     'no such weights': (
         'train.lpips_opt',
         {'type': 'LPIPSLoss', 'weights': '/no.pth'},
@@ -507,9 +512,9 @@ FOUND_ON_TRIAL = {
 }
 
 
-@pytest.mark.parametrize('mistake', FOUND_ON_TRIAL)
+@pytest.mark.parametrize('mistake', FOUND_IN_A_DRY_RUN)
 def test_what_shows_only_when_things_are_made_is_found_before(ours, checkpoints, mistake):
-    path, value, message = FOUND_ON_TRIAL[mistake]
+    path, value, message = FOUND_IN_A_DRY_RUN[mistake]
     change(ours, path, str(checkpoints / value) if str(value).endswith('.pth') else value)
     (problem,) = check_options(ours)
     assert re.match(message, problem), problem
@@ -530,7 +535,7 @@ def test_scales_agree(ours):
     assert check_options(ours) == ['network_g.scale: 2, but scale is 1']
 
 
-def test_our_parts_are_made_on_trial_for_models_of_basicsr_too(ours):
+def test_our_parts_are_made_in_a_dry_run_for_models_of_basicsr_too(ours):
     ours['model_type'] = 'SRModel'
     ours['network_g']['insertion'] = 'mix'
     ours['datasets']['train']['sampling'] = 'unifrm'

@@ -24,7 +24,6 @@ from dpmambair_basicsr.files.checkpoints import (
 from dpmambair_basicsr.files.option_row import Option
 from dpmambair_basicsr.models.best_checkpoint import BestCheckpoint
 from dpmambair_basicsr.models.evaluation import Evaluation
-from dpmambair_basicsr.models.extractor import load_extractor
 from dpmambair_basicsr.models.gradient_accumulation import GradientAccumulation
 from dpmambair_basicsr.models.precision import Precision
 from dpmambair_basicsr.models.step_guard import StepGuard
@@ -32,6 +31,7 @@ from dpmambair_basicsr.models.validation_monitor import ValidationMonitor
 from dpmambair_basicsr.ops.selective_scan.backend import set_default_backend
 from dpmambair_basicsr.results.run import mean
 from dpmambair_basicsr.training import lr_schedulers
+from dpmambair_basicsr.training.extractor import load_extractor
 from dpmambair_basicsr.training.parameters import freeze, log_frozen, parameter_groups
 
 

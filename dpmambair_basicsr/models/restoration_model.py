@@ -4,9 +4,9 @@ from copy import deepcopy
 from basicsr.losses import build_loss
 from torch import Tensor, nn
 
-from dpmambair_basicsr.models.extractor import load_extractor
 from dpmambair_basicsr.models.restoration_mixin import RestorationMixin
 from dpmambair_basicsr.registry import MODEL_REGISTRY
+from dpmambair_basicsr.training.extractor import load_extractor
 
 # Names in the log are l_<key without _opt>, except for the two that BasicSR abbreviates.
 LOG_NAMES = {'pixel_opt': 'l_pix', 'perceptual_opt': 'l_percep'}

@@ -9,7 +9,7 @@ from copy import deepcopy
 import torch
 
 from dpmambair_basicsr.data.basicsr_datasets import channels, paths_by_folder
-from dpmambair_basicsr.files.checkpoints import differences, read_checkpoint, read_weights, select_weights, wanted_keys
+from dpmambair_basicsr.files.checkpoints import differences, read_checkpoint, select_weights, wanted_keys
 from dpmambair_basicsr.files.image_folders import some
 from dpmambair_basicsr.files.image_lists import missing_files
 from dpmambair_basicsr.files.images import fit_crop
@@ -24,6 +24,7 @@ from dpmambair_basicsr.registry import (
     our_type,
     registered,
 )
+from dpmambair_basicsr.training.extractor import read_extractor, stage_1_checkpoint
 from dpmambair_basicsr.training.lr_schedulers import schedulers
 from dpmambair_basicsr.training.parameters import freeze
 
@@ -93,7 +94,8 @@ def check_by_dry_run(opt: dict, model: type | None, reported: list[str]) -> list
                 continue
             if networks.get(network) is not None or (is_checked and network in opt):
                 attempt(f'path.{key}', check_checkpoint, opt, network, networks.get(network))
-        if opt['is_train'] and is_checked and networks.get('network_g') is not None:
+        fits = not any(problem.startswith('path.pretrain_network_g: ') for problem in problems)
+        if opt['is_train'] and is_checked and networks.get('network_g') is not None and fits:
             attempt('path.pretrain_network_e', check_extractor, opt['path'], networks['network_g'])
     return problems
 
@@ -214,21 +216,8 @@ def other_options(of_file: dict | None, wanted: dict, network: str) -> str:
 
 
 def check_extractor(path: dict, net: torch.nn.Module) -> None:
-    """Raises ValueError if a network does not get the frozen extractor it needs, see `models.extractor.load_extractor`.
-
-    Whether `pretrain_network_g` brings one is left to that.
-    """
-    file, whole = path.get('pretrain_network_e'), path.get('pretrain_network_g')
-    if not getattr(net, 'needs_extractor', False):
-        if file is not None:
-            raise ValueError(f'this {type(net).__name__} takes no extractor; write ~')
-    elif file is not None:
-        try:
-            with torch.device('meta'):
-                net.load_extractor(read_weights(file, 'params_ema', 'params', None))
-        except RuntimeError as error:
-            raise ValueError(f'{file}: not a checkpoint of stage 1 for this network: {error}') from error
-    elif whole is None:
-        raise ValueError(
-            'missing; the degradation extractor is frozen: pre-train it with options/train_degradation_extractor.yml'
-        )
+    """Raises ValueError if a network does not get the frozen extractor it needs."""
+    file = stage_1_checkpoint(net, path)
+    if file is not None:
+        with torch.device('meta'):
+            read_extractor(net, file)

@@ -1,0 +1,67 @@
+"""The frozen degradation extractor of a network in training: which checkpoint it comes from."""
+
+from basicsr.utils import get_root_logger
+from torch import nn
+
+from dpmambair_basicsr.files.checkpoints import read_weights, wanted_keys
+from dpmambair_basicsr.files.errors import OptionError
+
+
+def load_extractor(net: nn.Module, path: dict) -> None:
+    """Gives a network that needs one (DPMambaIR) its degradation extractor, which is frozen; see `stage_1_checkpoint`.
+
+    Args:
+        path: the section `path` of the options.
+
+    Raises:
+        OptionError: as `stage_1_checkpoint`, naming the key.
+        ValueError: as `read_extractor`.
+    """
+    try:
+        file = stage_1_checkpoint(net, path)
+    except ValueError as error:
+        raise OptionError(f'path.pretrain_network_e: {error}') from error
+    if file is not None:
+        read_extractor(net, file)
+        get_root_logger().info(f'Loading the degradation extractor from {file}; it stays frozen.')
+
+
+def stage_1_checkpoint(net: nn.Module, path: dict) -> str | None:
+    """`path.pretrain_network_e`, or None where the network has its extractor already, or takes none.
+
+    It has it if `path.pretrain_network_g` is a checkpoint of a whole DPMambaIR, as it is when a training is resumed:
+    even `strict_load_g: false` has loaded what the file holds.
+
+    Raises:
+        ValueError: neither file holds an extractor that fits, both do, or the network takes none; without the key.
+    """
+    whole, stage_1 = path.get('pretrain_network_g'), path.get('pretrain_network_e')
+    if not getattr(net, 'needs_extractor', False):
+        if stage_1 is not None:
+            raise ValueError(f'this {type(net).__name__} takes no extractor; write ~')
+        return None
+    if whole is not None and holds_extractor(whole, path, net):
+        if stage_1 is not None and not path.get('resume_state'):
+            raise ValueError(f'{whole} brings its own extractor; write ~')
+        return None
+    if stage_1 is None:
+        also = '' if whole is None else f', and {whole} holds none that fits'
+        raise ValueError(
+            f"missing{also}. The network's degradation extractor is frozen during training: pre-train it with "
+            'options/train_degradation_extractor.yml and name the checkpoint here'
+        )
+    return stage_1
+
+
+def holds_extractor(file: str, path: dict, net: nn.Module) -> bool:
+    weights = read_weights(file, *wanted_keys(path, 'g', is_train=True))
+    own = {f'extractor.{name}': value.shape for name, value in net.extractor.state_dict().items()}
+    return all(name in weights and weights[name].shape == shape for name, shape in own.items())
+
+
+def read_extractor(net: nn.Module, file: str) -> None:
+    """Loads the extractor of a checkpoint of stage 1. Raises ValueError, naming the file, if it does not fit."""
+    try:
+        net.load_extractor(read_weights(file, 'params_ema', 'params', None))
+    except RuntimeError as error:
+        raise ValueError(f'{file}: not a checkpoint of stage 1 for this network: {error}') from error
