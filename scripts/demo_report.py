@@ -19,6 +19,7 @@ from basicsr.utils import img2tensor
 from tqdm import tqdm
 
 from dpmambair_basicsr.data.degradations import degrade, demo_strengths
+from dpmambair_basicsr.results.run import markdown_table
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT / 'datasets' / 'demo'
@@ -41,7 +42,7 @@ def main() -> None:
         f'Stage 1 alone names the degradation of {accuracy:.0%} of {count} images made from photographs it never saw '
         f'(nearest mean of the embeddings of the training photographs; chance: {1 / len(demo_strengths()):.0%}).'
     )
-    report = '\n'.join([*table(kinds, rows), '', footer])
+    report = f'{table(kinds, rows)}\n\n{footer}'
     OUTPUT.mkdir(parents=True, exist_ok=True)
     (OUTPUT / 'table.md').write_text(report + '\n', encoding='utf-8')
     cv2.imwrite(str(OUTPUT / 'comparison.png'), comparison(kinds, pictures))
@@ -68,15 +69,13 @@ def measure(image: np.ndarray, truth: np.ndarray) -> tuple[float, float]:
     return calculate_psnr(image, truth, crop_border=0), calculate_ssim(image, truth, crop_border=0)
 
 
-def table(kinds: list[str], rows: list[tuple[np.ndarray, np.ndarray]]) -> list[str]:
-    lines = ['| degradation | input PSNR / SSIM | restored PSNR / SSIM | gain |', '|---|---|---|---|']
-    names = [*kinds, '**average**']
-    for name, (before, after) in zip(names, [*rows, np.mean(rows, axis=0)], strict=True):
-        lines.append(
-            f'| {name} | {before[0]:.2f} / {before[1]:.3f} | {after[0]:.2f} / {after[1]:.3f} '
-            f'| {after[0] - before[0]:+.2f} dB |'
-        )
-    return lines
+def table(kinds: list[str], rows: list[tuple[np.ndarray, np.ndarray]]) -> str:
+    def cells(name, before, after):
+        return name, *(f'{psnr:.2f} / {ssim:.3f}' for psnr, ssim in (before, after)), f'{after[0] - before[0]:+.2f} dB'
+
+    header = ('degradation', 'input PSNR / SSIM', 'restored PSNR / SSIM', 'gain')
+    named = zip([*kinds, 'average'], [*rows, np.mean(rows, axis=0)], strict=True)
+    return markdown_table(header, [cells(name, *pair) for name, pair in named])
 
 
 def extractor_accuracy() -> tuple[float, int]:

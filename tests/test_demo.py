@@ -58,6 +58,6 @@ def test_demo(tmp_path):
         assert done.returncode == 0, done.stdout
     results = tmp_path / 'results' / 'demo'
     lines = (results / 'table.md').read_text(encoding='utf-8').splitlines()
-    assert [line.split('|')[1].strip() for line in lines[2:10]] == [*DEGRADATIONS, '**average**']
+    assert [line.split('|')[1].strip() for line in lines[2:10]] == [*DEGRADATIONS, 'average']
     assert re.search(r'names the degradation of \d+% of 168 images', lines[-1])
     assert cv2.imread(str(results / 'comparison.png')).shape == (28 + 3 * 64, 28 + 7 * 64, 3)

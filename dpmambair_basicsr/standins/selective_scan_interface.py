@@ -1,5 +1,7 @@
 """mamba_ssm.ops.selective_scan_interface: its signatures, our scan. (b batch, d channels, l positions, n states.)"""
 
+from functools import partial
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -108,27 +110,5 @@ def add_and_normalise(x: Tensor, bias: Tensor | None, weight: Tensor | None, eps
     return x
 
 
-def mamba_inner_ref(
-    xz: Tensor,
-    conv1d_weight: Tensor,
-    conv1d_bias: Tensor | None,
-    x_proj_weight: Tensor,
-    delta_proj_weight: Tensor,
-    out_proj_weight: Tensor,
-    out_proj_bias: Tensor | None,
-    A: Tensor,
-    B: Tensor | None = None,
-    C: Tensor | None = None,
-    D: Tensor | None = None,
-    delta_bias: Tensor | None = None,
-    B_proj_bias: Tensor | None = None,
-    C_proj_bias: Tensor | None = None,
-    delta_softplus: bool = True,
-) -> Tensor:
-    """`mamba_inner_fn` with `selective_scan_ref`."""
-    # fmt: off
-    return mamba_inner_fn(
-        xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, out_proj_weight, out_proj_bias,
-        A, B, C, D, delta_bias, B_proj_bias, C_proj_bias, delta_softplus, scan=selective_scan_ref,
-    )
-    # fmt: on
+# `mamba_inner_fn` by the definition, position after position.
+mamba_inner_ref = partial(mamba_inner_fn, scan=selective_scan_ref)
