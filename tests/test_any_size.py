@@ -105,7 +105,7 @@ def test_basicsrs_own_model_gives_what_ours_gives(name):
     assert torch.equal(*results)
 
 
-def test_basicsrs_own_model_trains_and_validates_at_sizes_that_are_no_multiples(tmp_path):
+def test_basicsrs_own_model_trains_and_validates_at_sizes_that_are_not_multiples(tmp_path):
     opt = copy.deepcopy(STOCK)
     opt['network_g'] = {'type': 'VmambaIR', **NETWORKS['x4'][1]}
     opt['datasets']['train'] |= write_pairs(tmp_path / 'train', [(64, 64)] * 2, scale=4) | {'gt_size': 32}

@@ -113,5 +113,5 @@ def test_checkpointing_changes_no_gradient(arch, options, levels):
 
 @NETWORKS
 def test_a_wrong_level_is_named(arch, options):
-    with pytest.raises(ValueError, match=r'^checkpoint_levels: 4 is not one of 0, 1, 2, 3$'):
+    with pytest.raises(ValueError, match=r'^checkpoint_levels: must be one of 0, 1, 2, 3, got 4$'):
         arch(**options, checkpoint_levels=[4])

@@ -174,7 +174,7 @@ def test_keep_last_is_a_number(images, tmp_path):
     assert run.status() == 1 and 'logger.keep_last: expected int >= 1' in run.log()
 
 
-def test_a_broken_pair_is_passed_over(images, tmp_path):
+def test_a_broken_pair_is_skipped(images, tmp_path):
     opt = forked.options(images)
     train(changed(opt, {'train.total_iter': 8}), tmp_path)
     newest = tmp_path / RUN / 'training_states/8.state'

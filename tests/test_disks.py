@@ -84,7 +84,7 @@ def test_a_disk_of_plots_that_cannot_be_begun(opt, tmp_path, small_disk, monkeyp
     assert run.log().count('TensorBoard is switched off, training continues: ') == 1
 
 
-def test_a_full_disk_of_the_log_ends_no_training_and_it_goes_on_when_there_is_room(opt, tmp_path, small_disk):
+def test_a_full_disk_of_the_log_ends_no_training_and_it_continues_when_there_is_room(opt, tmp_path, small_disk):
     disk = small_disk('experiments', 256)
     run = Training(changed(opt, {'train.total_iter': 400}), tmp_path)
     run.wait_for('iter:       6,')

@@ -44,7 +44,7 @@ def assert_close(value, expected, name):
 
 
 @pytest.mark.parametrize('kind', FILES)
-def test_a_recorded_run_goes_on(kind, recorded, tmp_path):
+def test_a_recorded_run_continues(kind, recorded, tmp_path):
     forked.write_images(tmp_path / 'images')
     shutil.copytree(recorded / kind / 'at_4', tmp_path / 'experiments/run')
     opt = yaml.safe_load((recorded / kind / 'options.yml').read_text())
@@ -79,7 +79,7 @@ KINDS = {
 
 
 @pytest.mark.parametrize('kind', KINDS)
-def test_a_run_goes_on_to_the_bit(kind, earlier_version, tmp_path):
+def test_a_run_continues_bit_exactly(kind, earlier_version, tmp_path):
     opt = changed(forked.options(forked.write_images(tmp_path / 'images')), KINDS[kind])
     opt = changed(opt, {'train.total_iter': 6, 'logger.save_checkpoint_freq': 3})
     (tmp_path / 'options.yml').write_text(yaml.safe_dump(opt))

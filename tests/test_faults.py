@@ -105,7 +105,7 @@ def test_a_bad_image_in_a_worker(opt, tmp_path, workers, prefetch, persistent):
     assert 'item 3: lq image' in refused(opt, tmp_path, str(tmp_path / 'images/lq/3.png'))
 
 
-def test_a_bad_image_in_a_data_set_of_basicsr(opt, tmp_path):
+def test_a_bad_image_in_a_dataset_of_basicsr(opt, tmp_path):
     opt['datasets']['train'] |= {'type': 'PairedImageDataset', 'io_backend': {'type': 'disk'}}
     cut_short(tmp_path / 'images/lq/3.png')
     assert 'RuntimeError: item ' in refused(opt, tmp_path, str(tmp_path / 'images/lq/3.png'))

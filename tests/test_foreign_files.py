@@ -121,7 +121,7 @@ def test_a_half_precision_checkpoint_is_computed_in_single(weights, tmp_path):
 
 @pytest.mark.parametrize('read', [read_checkpoint, read_on_cpu, dpmambair_basicsr.load])
 @pytest.mark.parametrize('kind', ['fifo.pth', 'fifo.safetensors', 'zero'])
-def test_what_is_no_regular_file_is_refused_and_not_waited_for(read, kind, tmp_path):
+def test_what_is_not_a_regular_file_is_refused_and_not_waited_for(read, kind, tmp_path):
     file = tmp_path / kind
     if kind == 'zero':
         file.symlink_to('/dev/zero')

@@ -55,7 +55,7 @@ def test_a_missing_process_is_named_and_the_other_ends(rank, name, missing, trai
     assert name.endswith('stopped') or not (folder / name / 'experiments').exists()
 
 
-def test_a_process_that_goes_on_is_said_to_be_back(trainings, folder):
+def test_a_process_that_continues_is_said_to_be_back(trainings, folder):
     first, second = trainings[0, 'paused'], trainings[1, 'paused']
     first.wait_for(SILENT + "(torch's default)")
     os.kill(second.process.pid, signal.SIGCONT)

@@ -203,7 +203,7 @@ def test_experiments_root_is_obeyed(tmp_path, monkeypatch):
     assert opt['path']['models'] == 'root/experiments/debug_x/models'
 
 
-def test_a_file_that_is_no_text_is_named(tmp_path, monkeypatch):
+def test_a_file_that_is_not_text_is_named(tmp_path, monkeypatch):
     file = tmp_path / 'options.yml'
     file.write_bytes('name: Größe'.encode('latin-1'))
     monkeypatch.setattr(sys, 'argv', ['train.py', '-opt', str(file)])

@@ -58,7 +58,7 @@ def test_of_two_that_start_together_one_trains(opt, tmp_path, delay):
 
 
 @pytest.mark.parametrize('arguments', [[], ['--auto_resume']])
-def test_a_run_that_goes_on_is_left_alone(opt, tmp_path, arguments):
+def test_a_run_that_continues_is_left_alone(opt, tmp_path, arguments):
     train(changed(opt, {'train.total_iter': 2, 'logger.save_checkpoint_freq': 2}), tmp_path)
     run = Training(opt, tmp_path, '--auto_resume')
     run.wait_for('iter:       4,')

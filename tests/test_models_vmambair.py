@@ -524,5 +524,5 @@ def test_absent_weights_say_where_to_put_them(tmp_path, monkeypatch):
         build_loss({'type': 'VGGPerceptualLoss', 'layer_weights': LAYERS})
     with pytest.raises(FileNotFoundError, match=r'there is no nowhere\.pth\. '):
         build_loss({'type': 'VGGPerceptualLoss', 'layer_weights': LAYERS, 'weights': 'nowhere.pth'})
-    with pytest.raises(ValueError, match="vgg_type: 'vgg99' is not one of vgg11, "):
+    with pytest.raises(ValueError, match="vgg_type: must be one of vgg11, .*, got 'vgg99'"):
         build_loss({'type': 'VGGPerceptualLoss', 'layer_weights': LAYERS, 'vgg_type': 'vgg99'})

@@ -106,7 +106,7 @@ def test_a_link_to_a_file_that_does_not_exist_is_refused(opt, images, finished, 
     assert re.search(message, refused(test_options(opt), finished, pipelines.test))
 
 
-def test_the_log_counts_what_is_no_image(images):
+def test_the_log_counts_what_is_not_an_image(images):
     folder = Path(images['dataroot_gt'])
     for name in ('Thumbs.db', 'a.avif', 'b.avif', '.hidden.png', 'README'):
         (folder / name).touch()

@@ -183,7 +183,7 @@ def test_options_are_utf_8_wherever_they_are_read(tmp_path):
     assert read_options(copy) == opt
 
 
-def test_what_is_no_regular_file_is_refused_and_not_waited_for(opt, tmp_path):
+def test_what_is_not_a_regular_file_is_refused_and_not_waited_for(opt, tmp_path):
     os.mkfifo(tmp_path / 'fifo')
     for file, message in {
         'fifo': 'not a regular file',

@@ -451,7 +451,7 @@ FOUND_IN_A_DRY_RUN = {
         {'noise': {'sgima': 3}},
         'datasets.train: .*noise.*sgima',
     ),
-    'choice': ('network_g.insertion', 'mix', "network_g: insertion: 'mix' is not one of"),
+    'choice': ('network_g.insertion', 'mix', "network_g: insertion: must be one of .*, got 'mix'"),
     'no list': ('network_g.num_blocks', 4, 'network_g.num_blocks: expected list of int, got 4'),
     'short list': ('network_g.d_inner', [8], r'network_g: d_inner: \[8\] has 1 entries'),
     'no number': ('network_g.dim', 'wide', "network_g.dim: expected int, got 'wide'"),

@@ -218,7 +218,7 @@ OPTION_FILES = [
 
 
 @pytest.mark.parametrize('file', OPTION_FILES, ids=lambda file: file.name)
-def test_data_sets_of_our_option_files(file, everything, monkeypatch):
+def test_datasets_of_our_option_files(file, everything, monkeypatch):
     """Every public dataset of the option files is there; what is not cropped can be read."""
     monkeypatch.chdir(everything[0])
     opt = yaml.safe_load(file.read_text(encoding='utf-8'))

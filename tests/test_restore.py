@@ -212,7 +212,7 @@ def test_errors_of_load_name_file_and_key(tmp_path):
         'foreign.pth': "foreign.pth: holds no key 'network_g', .*--opt.*network=",
         'unknown.pth': 'unknown.pth: network_g.type: unknown type VmambaIr, did you mean VmambaIR',
         'typo.pth': 'typo.pth: network_g: TypeError: .*dimm',
-        'value.pth': 'value.pth: network_g: scale: 5 is not one of',
+        'value.pth': 'value.pth: network_g: scale: must be one of',
         'misfit.pth': r'misfit.pth: does not fit VmambaIR:\n.* of another shape: patch_embed.proj.weight',
         'stage_1.pth': 'stage_1.pth: network_g.type: DegradationAutoencoder does not turn one RGB image',
         'class.pth': 'class.pth: network_g.type: DPMambaIR does not turn .*needs a label',
@@ -625,7 +625,7 @@ def test_cmyk_becomes_rgb_without_its_profile(tmp_path):
         ('float.tif', encode(Image.fromarray(np.zeros((4, 4), np.float32)), 'tiff'), 'has float32 values'),
     ],
 )
-def test_what_is_no_picture_is_refused(name, content, message, tmp_path):
+def test_what_is_not_a_picture_is_refused(name, content, message, tmp_path):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=message):
         read_picture(tmp_path / name)
