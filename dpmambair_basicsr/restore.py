@@ -22,6 +22,7 @@ from dpmambair_basicsr.files.pictures import (
     side_by_side,
     write_picture,
 )
+from dpmambair_basicsr.inference.memory import OutOfMemory, is_out_of_memory
 from dpmambair_basicsr.inference.restorer import OVERLAP, Restorer, load
 from dpmambair_basicsr.ops.selective_scan import BACKENDS
 
@@ -49,9 +50,12 @@ def main() -> int:
         bar.set_description(source.name)
         try:
             restore_file(restorer, source, target, arguments, bar)
-        except (OSError, ValueError, MemoryError, RuntimeError) as error:  # RuntimeError: out of memory, in PyTorch
+        except (OSError, ValueError, MemoryError, RuntimeError, cv2.error) as error:
             failed += 1
-            bar.write(f'{source}: {" ".join(str(error).split()) or type(error).__name__}', file=sys.stderr)
+            reason = ' '.join(str(error).split()) or type(error).__name__
+            if is_out_of_memory(error) and not isinstance(error, OutOfMemory):
+                reason = f'out of memory before or after the network, where tiles do not help: {reason}'
+            bar.write(f'{source}: {reason}', file=sys.stderr)
     there = f', {len(jobs) - len(left)} there already' if arguments.resume else ''
     print(f'{arguments.output}: {len(left) - failed} restored, {failed} failed{there}')
     return 1 if failed else 0

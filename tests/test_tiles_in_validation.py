@@ -1,4 +1,7 @@
-"""`val.tile`: validations and tests in the tiles that `restore` takes, to the bit."""
+"""`val.tile`: validations and tests in the tiles that `restore` takes, to the bit; what happens out of memory."""
+
+from collections import OrderedDict
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -6,10 +9,13 @@ import pytest
 import torch
 import yaml
 from basicsr.models import build_model
+from basicsr.utils.registry import ARCH_REGISTRY, METRIC_REGISTRY
 from support import pipelines
+from support.commands import python
 from support.pipelines import write_pairs
 
 from dpmambair_basicsr import load
+from dpmambair_basicsr.inference.memory import OutOfMemory
 from dpmambair_basicsr.inference.restorer import Restorer
 
 SMALL = {'num_blocks': [1, 1, 1, 1], 'num_refinement_blocks': 1, 'd_state': 2}
@@ -137,3 +143,127 @@ def test_training_and_testing_save_the_images_that_restore_gives(tmp_path):
     pipelines.test(write(opt, tmp_path / 'test.yml'), cwd=tmp_path)
     for file in ('experiments/run/visualization/00/00_3.png', 'results/run/visualization/set/00_run.png'):
         np.testing.assert_array_equal(cv2.imread(str(tmp_path / file))[..., ::-1], restored)
+
+
+# Out of memory
+
+# A network that allocates 40 kB for each pixel, and an address space of 2 GiB beside what the program has.
+LIMITED = """
+import re, resource, sys, runpy, torch
+from pathlib import Path
+import dpmambair_basicsr
+from basicsr.utils.registry import ARCH_REGISTRY
+
+@ARCH_REGISTRY.register()
+class Hungry(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = torch.nn.Conv2d(3, 3, 1)
+    def forward(self, x):
+        torch.empty(x.shape[-2] * x.shape[-1], 10_000)
+        return self.body(x)
+
+used = int(re.search(r'VmSize:\\s*(\\d+)', Path('/proc/self/status').read_text())[1]) * 1024
+resource.setrlimit(resource.RLIMIT_AS, (used + 2**31,) * 2)
+sys.argv = [sys.argv[1], *sys.argv[2:]]
+runpy.run_module(f'dpmambair_basicsr.{sys.argv[0]}', run_name='__main__')
+"""
+on_linux = pytest.mark.skipif(not Path('/proc/self/status').is_file(), reason='needs /proc: a limit of the memory')
+
+
+def limited(command, *arguments, cwd):
+    return python('-c', LIMITED, command, *arguments, cwd=cwd)
+
+
+@pytest.fixture
+def hungry(tmp_path):
+    """(option file, its options) of a training whose one validation image is too large."""
+    opt = options(tmp_path)
+    opt['network_g'] = {'type': 'Hungry'}
+    opt['train']['total_iter'] = 5
+    opt['logger']['save_checkpoint_freq'] = 2
+    opt['datasets']['val'] |= write_pairs(tmp_path / 'large', [(350, 400)])
+    return write(opt, tmp_path / 'train.yml'), opt
+
+
+@on_linux
+def test_an_image_too_large_for_the_memory_costs_nothing_and_says_what_needs_less(hungry, tmp_path):
+    file, opt = hungry
+    name = f'{opt["datasets"]["val"]["dataroot_lq"]}/00.png'
+    advice = 'val.tile: 200 (--force_yml val:tile=200) needs less'
+    line = f'dpmambair_basicsr.train: {name}: 400 x 350 pixels: out of memory; {advice}'
+    states = tmp_path / 'experiments/run/training_states'
+    for resume in ((), ('--auto_resume',)):
+        done = limited('train', '-opt', file, *resume, cwd=tmp_path)
+        assert done.returncode == 1 and done.stdout.splitlines()[-1] == line, done.stdout
+        assert 'Traceback' not in done.stdout
+        assert sorted(state.name for state in states.iterdir()) == ['2.state', '3.state']
+    assert 'The training ended before iteration 3 was validated; this is done first.' in done.stdout
+    done = limited('train', '-opt', file, '--auto_resume', '--force_yml', 'val:tile=200', cwd=tmp_path)
+    assert done.returncode == 0, done.stdout
+    straight = tmp_path / 'straight'
+    straight.mkdir()
+    pipelines.train(write({**opt, 'network_g': {'type': 'Hungry'}}, straight / 'train.yml'), cwd=straight)
+    for network in ('net_g_4.pth', 'net_g_latest.pth'):
+        pair = [torch.load(folder / 'experiments/run/models' / network) for folder in (tmp_path, straight)]
+        torch.testing.assert_close(*(weights['params_ema'] for weights in pair), rtol=0, atol=0)
+    best = torch.load(tmp_path / 'experiments/run/models/net_g_best.pth')['best']
+    assert best['tiles'] == {'tile': 200}
+
+
+@on_linux
+def test_a_test_and_restore_say_it_too_and_restore_finds_a_tile_that_fits(hungry, tmp_path):
+    _, opt = hungry
+    weights, lq = tmp_path / 'net_g.pth', opt['datasets']['val']['dataroot_lq']
+    torch.save({'params': torch.nn.Sequential(OrderedDict(body=torch.nn.Conv2d(3, 3, 1))).state_dict()}, weights)
+    opt['datasets'] = {'test': opt['datasets']['val'] | {'name': 'set'}}
+    opt['path'] |= {'pretrain_network_g': str(weights)}
+    opt['val']['suffix'] = None
+    file = write(opt, tmp_path / 'test.yml')
+    done = limited('test', '-opt', file, '--force_yml', 'val:tile=240', cwd=tmp_path)
+    line = f'{lq}/00.png: 400 x 350 pixels in tiles of 240: out of memory; val.tile: 120 (--force_yml val:tile=120)'
+    assert done.returncode == 1 and line in done.stdout.splitlines()[-1], done.stdout
+
+    arguments = ('-w', weights, '--opt', file, lq, '-o', 'restored')
+    done = limited('restore', *arguments, '--tile', '0', cwd=tmp_path)
+    message = f'{lq}/00.png: 400 x 350 pixels: out of memory; tile=200 (--tile 200) needs less'
+    assert done.returncode == 1 and message in done.stdout, done.stdout
+    done = limited('restore', *arguments, cwd=tmp_path)
+    assert done.returncode == 0 and (tmp_path / 'restored/00.png').is_file(), done.stdout
+
+
+@ARCH_REGISTRY.register()
+class Hungry(torch.nn.Module):
+    """LIMITED's, where there is memory enough."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = torch.nn.Conv2d(3, 3, 1)
+
+    def forward(self, x):
+        return self.body(x)
+
+
+@METRIC_REGISTRY.register()
+def calculate_hungry(img, img2, **kwargs):
+    return np.empty(2**52)  # no machine has 32 PiB
+
+
+def test_a_metric_out_of_memory_is_told_apart(tmp_path):
+    opt = options(tmp_path)
+    opt['val'] |= {'suffix': None, 'metrics': {'hungry': {'type': 'calculate_hungry'}}}
+    opt['datasets'] = {'test': opt['datasets']['val']}
+    with pytest.raises(OutOfMemory, match=r'^out of memory in a metric of .*00.png, or where .*Unable to allocate'):
+        pipelines.test(write(opt, tmp_path / 'test.yml'), cwd=tmp_path)
+
+
+def test_what_is_best_in_other_tiles_is_another_measure(tmp_path):
+    opt = options(tmp_path)
+    opt['logger']['save_checkpoint_freq'] = 3
+    pipelines.train(write(opt, tmp_path / 'train.yml'), cwd=tmp_path)
+    opt['train']['total_iter'] = 6
+    for tile, told in ((24, True), (24, False), (0, True)):
+        opt['val']['tile'] = tile
+        opt['train']['total_iter'] += 3
+        log = pipelines.train(write(opt, tmp_path / 'train.yml'), '--auto_resume', cwd=tmp_path)
+        assert ('is the best by another measure' in log) is told, tile

@@ -9,18 +9,23 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from dpmambair_basicsr.files.errors import UserError
+
 try:
     import resource
 except ImportError:  # Windows
     resource = None
 
 
-class OutOfMemory(MemoryError):
+class OutOfMemory(UserError, MemoryError):
     """An image is too large for the memory. The message says which, and what needs less."""
 
 
-# How libraries say it without an exception of its own: PyTorch's allocator and C++'s, oneDNN, OpenCV.
-MESSAGES = re.compile(r"can't allocate memory|std::bad_alloc|Insufficient memory|CUBLAS_STATUS_ALLOC_FAILED")
+# How libraries say it without an exception of its own: PyTorch's allocator, C++, OpenCV, cuBLAS, and oneDNN, which has
+# no better word for it.
+MESSAGES = re.compile(
+    r"can't allocate memory|std::bad_alloc|Insufficient memory|CUBLAS_STATUS_ALLOC_FAILED|could not create a primitive"
+)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -33,7 +33,13 @@ class BestCheckpoint:
     def measure(self) -> dict:
         """What the best network is best in: values of another measure cannot be compared with it."""
         metric, options = next(iter(self.opt['val']['metrics'].items()))
-        return {'metric': metric, 'options': dict(options), 'sets': validated_sets(self.opt)}
+        tiles = {key: value for key, value in self.opt['val'].items() if key in ('tile', 'overlap', 'one_pass')}
+        return {
+            'metric': metric,
+            'options': dict(options),
+            'sets': validated_sets(self.opt),
+            'tiles': tiles if tiles.get('tile') else None,  # None also in files from before there were tiles
+        }
 
     def is_better(self, value: float, better: str) -> bool:
         if self.best is None or not math.isfinite(value):

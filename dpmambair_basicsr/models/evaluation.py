@@ -1,10 +1,13 @@
 """How a model applies its network to a validation or test image."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 
 from dpmambair_basicsr.files.option_row import Option
-from dpmambair_basicsr.inference.memory import is_out_of_memory, out_of_memory
+from dpmambair_basicsr.inference.memory import OutOfMemory, is_out_of_memory, out_of_memory
 from dpmambair_basicsr.inference.tiled_network import OVERLAP, TiledNetwork
 
 
@@ -52,6 +55,19 @@ class Evaluation:
             net.train(was_training)
         # Not inside the except clause: the frames of the error hold what they have computed.
         raise out_of_memory(*inputs[0].shape[-2:], self.tile, 'val.tile: {0} (--force_yml val:tile={0})', f'{file}: ')
+
+    @contextmanager
+    def explained(self, model) -> Iterator[None]:
+        """While BasicSR validates a set: raises OutOfMemory where it happens outside `restore`, naming the image."""
+        try:
+            yield
+        except Exception as error:
+            if isinstance(error, OutOfMemory) or not is_out_of_memory(error):
+                raise
+            after = getattr(model, 'lq_path', 'nothing')
+            raise OutOfMemory(
+                f'out of memory in a metric of {after}, or where the next image is read: {error}'
+            ) from error
 
     def in_tiles(self, net: nn.Module, image: Tensor, *context: Tensor) -> Tensor:
         """On the CPU, as the result may not fit into a GPU either."""

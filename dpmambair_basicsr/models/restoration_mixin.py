@@ -206,7 +206,7 @@ class RestorationMixin(SRModel):
         self.output = self.evaluation.restore(net, self.network_inputs(), self.lq_path)
 
     def nondist_validation(self, dataloader, current_iter: int | str, tb_logger, save_img: bool) -> None:
-        with self.monitor.watching(dataloader, tb_logger, current_iter):
+        with self.monitor.watching(dataloader, tb_logger, current_iter), self.evaluation.explained(self):
             super().nondist_validation(dataloader, current_iter, tb_logger, save_img)
         averages = self.monitor.finish_set(getattr(self, 'metric_results', {}), tb_logger, current_iter)
         if averages is not None:

@@ -13,7 +13,7 @@ from dpmambair_basicsr.patches.registry import replaces
 from dpmambair_basicsr.training import run as training_run
 from dpmambair_basicsr.training import signals as interruption
 from dpmambair_basicsr.training.output import release_output
-from dpmambair_basicsr.training.state import write_network, write_state
+from dpmambair_basicsr.training.state import POOL, write_network, write_state
 
 BASE_MODEL = 'basicsr.models.base_model:BaseModel'
 
@@ -66,21 +66,42 @@ def whole_states(original):
 
 @replaces(BASE_MODEL, 'validation')
 def state_after_validation(original):
-    """Writes the state of an iteration once more when its validation is done.
+    """Writes the state of an iteration once more when its validation is done, and its checkpoint if that fails.
 
-    Fixes: see `whole_states`; this is its other half, `BaseModel.validation`.
-    Remove once: `whole_states` is removed.
+    Fixes: see `whole_states`; this is its other half. And a failing `BaseModel.validation` loses what was trained since
+        the last checkpoint.
+    Remove once: `whole_states` is removed, and BasicSR saves before it validates.
     """
 
     def validation(self, dataloader, current_iter, tb_logger, save_img=False):
-        original(self, dataloader, current_iter, tb_logger, save_img)
         run = training_run.current
+        try:
+            original(self, dataloader, current_iter, tb_logger, save_img)
+        except Exception:
+            if run is not None:
+                save_unvalidated(self, current_iter)
+            raise
         if run is not None and run.sets_to_validate:
             run.sets_to_validate -= 1
             if run.sets_to_validate == 0:
                 write_state(self, run.epoch, current_iter)
 
     return validation
+
+
+def save_unvalidated(model, iteration: int) -> None:
+    """Saves the checkpoint of an iteration whose validation failed, if it is not there.
+
+    Not where pools of several processes belong to it: the others do not know of the failure.
+    """
+    run, logger = training_run.current, get_root_logger()
+    if run.saved != iteration and not (model.opt['dist'] and hasattr(model, POOL[0])):
+        try:
+            model.save(run.epoch, iteration)
+        except Exception as error:  # the validation's own is what ends the training
+            logger.warning(f'Iteration {iteration} is not saved: {error}')
+    if run.saved == iteration:
+        logger.info(f'Validation failed. Iteration {iteration} is saved; --auto_resume begins with its validation.')
 
 
 @replaces(BASE_MODEL, '_update_best_metric_result')

@@ -11,6 +11,8 @@
 import functools
 from pathlib import Path
 
+from basicsr.utils import get_root_logger
+
 from dpmambair_basicsr.files.checkpoints import read_on_cpu
 from dpmambair_basicsr.files.errors import CheckpointError, exit_on_error
 from dpmambair_basicsr.patches.registry import replaces
@@ -177,6 +179,10 @@ def validate_if_missing(model, iteration: int) -> None:
     run = training_run.current
     if run.validation_is_missing:
         run.validation_is_missing = False
+        get_root_logger().info(
+            f'The training ended before iteration {iteration} was validated; this is done first. '
+            'If the system had ended it for its memory, val.tile needs less.'
+        )
         run.sets_to_validate = len(run.val_loaders)
         for loader in run.val_loaders:
             model.validation(loader, iteration, None, model.opt['val']['save_img'])
