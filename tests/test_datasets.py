@@ -1,5 +1,6 @@
 import itertools
 import json
+import logging
 import random
 import runpy
 import subprocess
@@ -468,6 +469,29 @@ def test_concat_shows_every_image_once(tmp_path):
     assert batch['label'].dtype == torch.int64
 
 
+@pytest.mark.parametrize('phase', ['train', 'val'])
+def test_folders_of_any_name_are_a_set_without_labels(tmp_path, phase, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger('basicsr'), 'propagate', True)
+    sets = {name: make_pairs(tmp_path / name, count) for name, count in (('camera 1', 2), ('hase', 3))}
+    options = mixed(tmp_path / 'others', phase=phase) | {'datasets': sets}
+    with caplog.at_level('INFO', 'basicsr'):
+        dataset = build_dataset(options)
+    assert 'no labels; not of a known degradation: camera 1, hase (did you mean haze?).' in caplog.text
+    assert len({dataset[index]['gt_path'] for index in range(5)}) == 5
+    batch = next(iter(torch.utils.data.DataLoader(dataset, batch_size=5 if phase == 'train' else 1)))
+    assert 'label' not in batch and set(batch['degradation']) == {''}
+
+
+def test_labels_are_given_by_all_sub_datasets_or_none(tmp_path):
+    """Items of a batch have the same keys."""
+    options = mixed(tmp_path)
+    options['datasets']['camera'] = make_pairs(tmp_path / 'camera', 2)
+    dataset = build_dataset(options)
+    batch = torch.utils.data.default_collate([dataset[index] for index in range(len(dataset))])
+    assert 'label' not in batch
+    assert Counter(batch['degradation']) == {'haze': 2, 'rain': 5, 'lowlight': 3, 'jpeg': 2, '': 2}
+
+
 @pytest.mark.parametrize(
     ('sampling', 'expected'),
     [
@@ -544,7 +568,10 @@ def test_mixed_through_basicsrs_loader(tmp_path):
         ({'datasets': None}, 'datasets must map names to options'),
         ({'datasets': {'haze': {'type': 'Nope'}}}, "datasets, haze: type must be one of Paired.*, got 'Nope'"),
         ({'datasets': {'haze': {'dataroot': 'x'}}}, "datasets, haze: unknown key 'dataroot', choose from dataroot_gt"),
-        ({'datasets': {'lol': {'dataroot_gt': 'a', 'dataroot_lq': 'b'}}}, "degradation must be one of .* got 'lol'"),
+        (
+            {'datasets': {'lol': {'dataroot_gt': 'a', 'dataroot_lq': 'b', 'degradation': 'lol'}}},
+            "degradation must be one of .* got 'lol'",
+        ),
     ],
 )
 def test_bad_mixtures(tmp_path, change, message):

@@ -203,6 +203,14 @@ def test_experiments_root_is_obeyed(tmp_path, monkeypatch):
     assert opt['path']['models'] == 'root/experiments/debug_x/models'
 
 
+def test_debug_with_an_empty_section_val_is_refused(tmp_path, monkeypatch):
+    file = tmp_path / 'options.yml'
+    file.write_text(OPTIONS + 'val: ~\n')
+    monkeypatch.setattr(sys, 'argv', ['train.py', '-opt', str(file), '--debug'])
+    with pytest.raises(SystemExit, match='val: empty, in which BasicSR sets val_freq'):
+        options.parse_options('root', is_train=True)
+
+
 def test_a_file_that_is_not_text_is_named(tmp_path, monkeypatch):
     file = tmp_path / 'options.yml'
     file.write_bytes('name: Größe'.encode('latin-1'))

@@ -1,13 +1,19 @@
-"""CosineAnnealingRestartCyclicLR: Restormer's rates, at the restarts, and after the last period."""
+"""CosineAnnealingRestartCyclicLR: Restormer's rates, at the restarts, and after the last period. Warm-up."""
 
 import math
 
 import pytest
 import torch
+from basicsr.models import build_model
 from basicsr.models.lr_scheduler import CosineAnnealingRestartLR
+from support import forked
+from support.forked import changed
+from test_exact_resume import GAN, check
 
-import dpmambair_basicsr  # noqa: F401  (first: it makes BasicSR importable)
+import dpmambair_basicsr
 from dpmambair_basicsr.training.lr_schedulers import CosineAnnealingRestartCyclicLR
+
+dpmambair_basicsr.register()
 
 
 def optimizer(*rates):
@@ -76,3 +82,53 @@ def test_resumes_from_its_state():
 def test_lengths_must_agree():
     with pytest.raises(ValueError, match='scheduler: periods, restart_weights and eta_mins .* got 2, 1 and 2'):
         CosineAnnealingRestartCyclicLR(optimizer(1.0), [5, 7], eta_mins=[0, 0])
+
+
+# Warm-up
+
+SCHEDULERS = {
+    'after it': {'type': 'MultiStepLR', 'milestones': [7, 9], 'gamma': 0.5},
+    'inside it': {'type': 'MultiStepRestartLR', 'milestones': [2, 9], 'gamma': 0.5, 'restarts': [0, 8]}
+    | {'restart_weights': [1, 0.5]},
+    'cosine': {'type': 'CosineAnnealingRestartLR', 'periods': [6, 6], 'restart_weights': [1, 0.5], 'eta_min': 1e-6},
+    'cyclic': {'type': 'CosineAnnealingRestartCyclicLR', 'periods': [6, 6], 'restart_weights': [1, 1]}
+    | {'eta_mins': [2e-2, 1e-6]},
+}
+
+
+def rates_of_training(model_type, scheduler, warmup_iter):
+    """Of each optimizer in iterations 1 to 12."""
+    changes = {'train.scheduler': scheduler, 'train.total_iter': 12}
+    if model_type == 'RestorationGANModel':
+        changes |= GAN
+    if model_type == 'SRModel':
+        changes['model_type'] = 'SRModel'
+    opt = changed(forked.options({}), changes)
+    model = build_model(opt | {'is_train': True, 'dist': False, 'rank': 0, 'world_size': 1})
+    found = []
+    for iteration in range(1, 13):
+        model.update_learning_rate(iteration, warmup_iter)
+        found.append([optimizer.param_groups[0]['lr'] for optimizer in model.optimizers])
+        for optimizer in model.optimizers:
+            optimizer.step()
+    return found
+
+
+@pytest.mark.parametrize('scheduler', SCHEDULERS.values(), ids=SCHEDULERS)
+@pytest.mark.parametrize('model_type', ['RestorationModel', 'RestorationGANModel', 'SRModel'])
+def test_warm_up_rises_to_the_rates_of_any_scheduler(model_type, scheduler):
+    """BasicSR's MultiStepRestartLR continues from the last rate of the warm-up, three quarters of the full one here."""
+    if model_type == 'SRModel' and 'Cyclic' in scheduler['type']:
+        pytest.skip('a scheduler of ours, which SRModel does not know')
+    plain = rates_of_training(model_type, dict(scheduler), -1)
+    warmed = rates_of_training(model_type, dict(scheduler), 4)
+    for iteration in (1, 2, 3):
+        assert warmed[iteration - 1] == pytest.approx([rate * iteration / 4 for rate in plain[0]])
+    assert warmed[3:] == plain[3:]
+
+
+@pytest.mark.parametrize('kind', ['inside it', 'cyclic'])
+def test_a_training_is_resumed_inside_its_warm_up(kind, tmp_path):
+    opt = changed(forked.options(forked.write_images(tmp_path / 'images')), {'train.scheduler': SCHEDULERS[kind]})
+    changes = {'train.total_iter': 8, 'train.warmup_iter': 5, 'logger.save_checkpoint_freq': 1}
+    check(changed(opt, changes), tmp_path, iterations=(2, 4))

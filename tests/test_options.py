@@ -438,8 +438,34 @@ def test_what_works_is_made_in_a_dry_run_without_a_trace(ours):
     assert torch.equal(torch.rand(1), expected)
 
 
+def test_a_network_that_needs_labels_is_given_some(ours):
+    """A part with a name of its own has none; a misspelt one is shown."""
+    ours['network_g'] |= {'degradation': 'class'}
+    ours['path']['pretrain_network_e'] = None
+    assert check_options(ours) == []
+    parts = ours['datasets']['train']['datasets']
+    parts['rian'] = parts.pop('rain')
+    assert check_options(ours) == [
+        'datasets.train: no labels, which network_g needs; not of a known degradation: rian (did you mean rain?)'
+    ]
+    ours['network_g'] |= {'degradation': 'extractor', 'insertion': 'none'}
+    assert check_options(ours) == []
+
+
 # What is changed, to what, and the whole of what is said.
 FOUND_IN_A_DRY_RUN = {
+    'freeze': (
+        'train.freeze',
+        ['outptu.*'],
+        r"network_g: train.freeze: 'outptu\.\*' matches no parameter of DPMambaIR",
+    ),
+    'freeze is no list': ('train.freeze', 'output.*', 'train.freeze: expected list of text or ~, not'),
+    'accumulated batches': (
+        'train.accum_iter',
+        9,
+        'datasets.train: 8 items times dataset_enlarge_ratio 1, .* one batch of 18',
+    ),
+    'accumulation': ('train.accum_iter', 0, 'train.accum_iter: expected int >= 1, got 0'),
     'misspelt key of a part': (
         'datasets.train.datasets.rain.use_hflp',
         True,

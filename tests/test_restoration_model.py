@@ -91,6 +91,13 @@ def test_the_sum_of_all_losses_is_minimised_and_each_is_logged():
     assert model.log_dict == pytest.approx(log | {'l_percep': l1, 'l_style': 0.25 * l1}, rel=1e-4)
 
 
+def test_basicsrs_charbonnier_loss_trains():
+    model = build(pixel_opt={'type': 'CharbonnierLoss', 'loss_weight': 2.0, 'eps': 1e-6})
+    expected = 2 * ((model.net_g(model.lq) - model.gt).square() + 1e-6).sqrt().mean().item()
+    model.optimize_parameters(1)
+    assert model.log_dict == pytest.approx({'l_pix': expected}, rel=1e-5)
+
+
 def test_a_loss_that_is_none_is_not_logged():
     model = build(pixel_opt=None, perceptual_opt={'type': 'PairOfLosses', 'style': 0})
     model.optimize_parameters(1)

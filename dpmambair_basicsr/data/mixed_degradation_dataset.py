@@ -1,3 +1,4 @@
+import difflib
 import logging
 import random
 from pathlib import Path
@@ -6,6 +7,7 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from dpmambair_basicsr.data.dataset_options import CROPS, SEED, TEMPLATE
+from dpmambair_basicsr.data.degradations import DEGRADATIONS
 from dpmambair_basicsr.data.paired_degradation_dataset import PairedDegradationDataset
 from dpmambair_basicsr.data.progressive import ProgressiveBatches
 from dpmambair_basicsr.data.synthetic_degradation_dataset import SyntheticDegradationDataset
@@ -18,7 +20,9 @@ SUB_DATASETS = {cls.__name__: cls for cls in (PairedDegradationDataset, Syntheti
 
 @DATASET_REGISTRY.register()
 class MixedDegradationDataset(ProgressiveBatches, Dataset):
-    """Several degradations in one training (or validation) set. Items are those of the sub-datasets.
+    """Several folders, as of several degradations, in one training (or validation) set. Items are the sub-datasets'.
+
+    Items have a `label` if those of all sub-datasets do: a network that needs none can be trained with any folders.
 
     An epoch has as many items as the sub-datasets together. The paper does not say how it mixes its seven tasks; here:
         concat: every image once per epoch.
@@ -31,7 +35,7 @@ class MixedDegradationDataset(ProgressiveBatches, Dataset):
     Options:
         datasets: {name: options}. `type` is PairedDegradationDataset (default) or SyntheticDegradationDataset; phase,
             scale, io_backend, gt_size, flips, pad_small, filename_tmpl and seed come from the mixed set unless given; a
-            paired set's `degradation` is its name unless given.
+            paired set's `degradation` is its name, if that is one, unless given.
         progressive: as PairedDegradationDataset's, for the whole set.
         sampling: 'concat' (default), 'uniform', or positive weights for all names.
 
@@ -41,7 +45,7 @@ class MixedDegradationDataset(ProgressiveBatches, Dataset):
 
     option_keys = (
         *CROPS,
-        Option('datasets', 'datasets', dict, 'the parts, by degradation'),
+        Option('datasets', 'datasets', dict, 'the parts, by degradation or any other name'),
         Option('datasets', 'sampling', str | dict, 'concat, uniform, or weights by name'),
         TEMPLATE,
         SEED,
@@ -67,6 +71,19 @@ class MixedDegradationDataset(ProgressiveBatches, Dataset):
         # Not get_root_logger, which would open BasicSR's log without its file if it is not open yet.
         name = opt.get('name', 'MixedDegradationDataset')
         logging.getLogger('basicsr').info(f'{name}: {sum(sizes)} items per epoch: {share}.')
+        if not self.has_labels:
+            logging.getLogger('basicsr').info(f'{name}: no labels; not of a known degradation: {self.unlabelled()}.')
+
+    @property
+    def has_labels(self) -> bool:
+        return all(getattr(dataset, 'has_labels', True) for dataset in self.datasets)
+
+    def unlabelled(self) -> str:
+        """The sub-datasets without labels, as text; a name that may be misspelt with the one it resembles."""
+        parts = zip(self.names, self.datasets, strict=True)
+        found = [str(name) for name, dataset in parts if not getattr(dataset, 'has_labels', True)]
+        near = {name: difflib.get_close_matches(name, DEGRADATIONS, n=1) for name in found}
+        return ', '.join(f'{name} (did you mean {near[name][0]}?)' if near[name] else name for name in found)
 
     def _build(self, name, sub):
         kind = sub.setdefault('type', 'PairedDegradationDataset')
@@ -78,7 +95,7 @@ class MixedDegradationDataset(ProgressiveBatches, Dataset):
                 raise ValueError(f'datasets, {name}: unknown key {key!r}, choose from {", ".join(sorted(accepted))}')
         inherited = {key: self.opt[key] for key in INHERITED if key in self.opt}
         options = {**inherited, 'name': name, **sub}
-        if 'degradation' in accepted:
+        if 'degradation' in accepted and name in DEGRADATIONS:
             options.setdefault('degradation', name)
         return SUB_DATASETS[kind](options)
 
@@ -112,6 +129,8 @@ class MixedDegradationDataset(ProgressiveBatches, Dataset):
         task, start = self.locate(index)
         dataset = self.datasets[task]
         item = dataset[random.randrange(len(dataset)) if self.at_random else index - start]
+        if not self.has_labels:
+            item.pop('label', None)
         if self.opt['phase'] != 'train':
             path = Path(item['lq_path'])
             item['lq_path'] = str(path.with_name(f'{self.names[task]}_{path.name}'))

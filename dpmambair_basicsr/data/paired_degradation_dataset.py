@@ -57,6 +57,10 @@ class PairedDegradationDataset(ProgressiveBatches, Dataset):
         self.images = ImageReader(opt['io_backend'], folders)
         self.start_progressive()
 
+    @property
+    def has_labels(self) -> bool:
+        return 'label' in self.kind
+
     def __len__(self):
         return len(self.paths)
 

@@ -72,6 +72,9 @@ def check_by_dry_run(opt: dict, model: type | None, reported: list[str]) -> list
         if target is None:
             attempt(f'datasets.{phase}', check_basicsr_dataset, section, is_checked)
         dataset = None if target is None else attempt(f'datasets.{phase}', target, deepcopy(section))
+        if not getattr(dataset, 'has_labels', True) and getattr(networks.get('network_g'), 'needs_label', False):
+            names = f': {dataset.unlabelled()}' if hasattr(dataset, 'unlabelled') else ''
+            problems.append(f'datasets.{phase}: no labels, which network_g needs; not of a known degradation{names}')
         if phase == 'train' and dataset is not None:
             attempt('datasets.train', check_batches, opt, len(dataset))
             attempt('datasets.train.gt_size', check_crop, dataset)

@@ -1,6 +1,7 @@
 """Checks of an option file before BasicSR reads it: its sections, what --force_yml adds, and the folder of the run."""
 
 import re
+import sys
 from pathlib import Path
 
 import yaml
@@ -106,6 +107,8 @@ def check_structure(opt, is_train: bool) -> list[str]:
     problems += [
         f'{path}: expected text, got {value!r}' for path, value in texts.items() if not isinstance(value, str | None)
     ]
+    if is_train and opt.get('val', {}) is None and ('debug' in str(opt.get('name')) or '--debug' in sys.argv):
+        problems.append('val: empty, where BasicSR sets val_freq for a debug run; remove the key')
     total = opt['train'].get('total_iter', 1) if isinstance(opt.get('train'), dict) else 1
     if isinstance(total, int | float) and not total <= MAX_ITERATIONS:
         problems.append(f'train.total_iter: must be at most {MAX_ITERATIONS}, not {total!r}')

@@ -11,6 +11,7 @@ from dpmambair_basicsr.patches.registry import replaces
 from dpmambair_basicsr.patches.resume import validate_if_missing
 from dpmambair_basicsr.training import run as training_run
 from dpmambair_basicsr.training import signals as interruption
+from dpmambair_basicsr.training.lr_schedulers import undo_warm_up
 from dpmambair_basicsr.training.output import keep_output
 
 
@@ -19,11 +20,12 @@ def begin_iteration(original):
     """Ends the training, saved, if a signal asks for it; otherwise seeds the iteration with numbers of its own.
 
     The loop's first call of an iteration is this one. The state of a generator would not do: a loader draws from it
-    whenever it is started.
+    whenever it is started. The rates of a warm-up are undone first, see `undo_warm_up`.
 
     Fixes: a signal loses what was done since the last checkpoint: `train_pipeline` asks for nothing, and
-        `BaseModel.update_learning_rate` seeds nothing.
-    Remove once: BasicSR saves on signals, and seeds.
+        `BaseModel.update_learning_rate` seeds nothing; after `warmup_iter`, MultiStepLR continues from the warm-up's
+        last rate.
+    Remove once: BasicSR saves on signals, seeds, and warms up any scheduler.
     """
 
     def update_learning_rate(self, current_iter, warmup_iter=-1):
@@ -37,6 +39,7 @@ def begin_iteration(original):
             validate_if_missing(self, current_iter - 1)
             run.iteration = current_iter
             seed_generators('iteration', run.seed, self.opt['rank'], current_iter)
+        undo_warm_up(self.schedulers)
         original(self, current_iter, warmup_iter)
 
     return update_learning_rate

@@ -55,6 +55,17 @@ class CosineAnnealingRestartCyclicLR(LRScheduler):
         return [self.eta_mins[i] + factor * (lr - self.eta_mins[i]) for lr in self.base_lrs]
 
 
+def undo_warm_up(schedulers: Sequence[LRScheduler]) -> None:
+    """Give each parameter group the rate of its scheduler again, in whose place a warm-up may have put another.
+
+    Schedulers such as MultiStepLR continue from the rate they find: that of the warm-up would stay, and the full one would
+    never be reached.
+    """
+    for scheduler in schedulers:
+        for group, rate in zip(scheduler.optimizer.param_groups, scheduler.get_last_lr(), strict=True):
+            group['lr'] = rate
+
+
 def too_short(opt: dict, scheduler: dict) -> str:
     """In what way a schedule of several periods ends before the training, or ''."""
     total, planned = int(opt['train']['total_iter']), sum(scheduler.get('periods', ()))
