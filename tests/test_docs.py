@@ -127,9 +127,11 @@ def test_train_your_own(project):
     assert restored.shape == degraded.shape and (restored != degraded).any()
 
 
-def test_synthetic_training_set_of_the_page(project):
-    """The section for those who have clean images only passes the check of options and trains."""
-    (section,) = code_blocks(PACKAGE_PARENT / 'docs/train_your_own.md', 'yaml')
+@pytest.mark.parametrize('kind', ['SyntheticDegradationDataset', 'MixedDegradationDataset'])
+def test_training_sets_of_the_page(kind, project):
+    """The sections for clean images only and for several folders pass the check of options and train."""
+    blocks = code_blocks(PACKAGE_PARENT / 'docs/train_your_own.md', 'yaml')
+    (section,) = (block for block in blocks if f'type: {kind}' in block)
     opt = yaml.safe_load((project / 'options/train_your_own.yml').read_text())
     opt['datasets'] |= yaml.safe_load(section)
     opt['network_g'] |= SMALL

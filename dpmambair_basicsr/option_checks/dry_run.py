@@ -82,7 +82,7 @@ def check_by_dry_run(opt: dict, model: type | None, reported: list[str]) -> list
         attempt('val.tile', check_tile, opt, networks['network_g'])
         if opt['is_train']:
             attempt('datasets.train.gt_size', check_crop_size, opt, networks['network_g'])
-        if opt['is_train'] and is_checked and (patterns := opt['train'].get('freeze')):
+        if opt['is_train'] and is_checked and isinstance(patterns := opt['train'].get('freeze'), list):
             attempt('network_g', freeze, networks['network_g'], patterns)
     if is_checked:
         for key, section in (opt.get('train') or {}).items():
