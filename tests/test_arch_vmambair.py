@@ -158,7 +158,7 @@ def layer_norm(vector, norm):
 
 
 def oss_by_pixel(m, image):
-    """The OSS module as the paper's Sec. 3.3 describes it, a pixel at a time; image: (C, H, W)."""
+    """The OSS module as the paper's Sec. 4.2.1 and 4.3 describe it, a pixel at a time; image: (C, H, W)."""
     channels, height, width = image.shape
 
     def project(layer, vector):

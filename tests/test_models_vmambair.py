@@ -13,7 +13,7 @@ from basicsr.utils import set_random_seed
 from basicsr.utils.options import ordered_yaml
 from support import pipelines
 from support.commands import python
-from torchvision.models import vgg
+from torchvision.models import AlexNet, vgg
 
 TINY_NET = {'dim': 4, 'num_blocks': [1, 1, 1, 1], 'num_refinement_blocks': 1}
 RECIPES = {
@@ -46,12 +46,17 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def weights(tmp_path_factory):
-    """{'vgg19', 'vgg16'}: files like torchvision's, of random numbers; {'sisr_x4', 'realsr_x4'}: first stages."""
+    """{'vgg19', 'vgg', 'alex'}: files like torchvision's, of random numbers; {'sisr_x4', 'realsr_x4'}: first stages."""
     folder = tmp_path_factory.mktemp('weights')
     torch.manual_seed(0)
     files = {}
-    for name, channels in {'vgg19': vgg.cfgs['E'], 'vgg16': vgg.cfgs['D']}.items():
-        state = vgg.make_layers(channels).state_dict()
+    networks = {
+        'vgg19': vgg.make_layers(vgg.cfgs['E']),
+        'vgg': vgg.make_layers(vgg.cfgs['D']),
+        'alex': AlexNet().features,
+    }
+    for name, features in networks.items():
+        state = features.state_dict()
         state = {f'features.{key}': torch.randn_like(value) * value.std() for key, value in state.items()}
         for key, value in vgg_head().items():
             state[f'classifier.{key}'] = value
@@ -126,7 +131,7 @@ def changes_for_test(recipe, data, weights, checkpoint):
     for phase in opt['datasets']:
         changes |= {f'datasets:{phase}:{key}': value for key, value in data[opt['scale']].items()}
     if 'lpips' in opt['val']['metrics']:
-        changes['val:metrics:lpips:weights'] = weights['vgg16']
+        changes['val:metrics:lpips:weights'] = weights[opt['val']['metrics']['lpips']['net']]
     return changes
 
 

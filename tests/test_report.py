@@ -22,6 +22,8 @@ from dpmambair_basicsr.archs import DegradationAutoencoder, VmambaIR
 from dpmambair_basicsr.files.atomic import replacing
 from dpmambair_basicsr.results import published_tables as published
 from dpmambair_basicsr.results import run as results
+from dpmambair_basicsr.results.comparison import key_of
+from dpmambair_basicsr.results.page import bars
 
 metrics = pytest.importorskip('skimage.metrics', reason='its metrics are compared with')
 
@@ -245,7 +247,7 @@ def test_two_runs_stand_in_one_table_beside_the_papers(tested):
     unrestored = results.read_run(folder / 'results' / 'two').sets[0].unrestored
     assert table['degraded image', '']['Rain100H'] == f'{unrestored["psnr"]:.2f} / {unrestored["ssim"]:.3f}'
     paper = table['DPMambaIR', 'DPMambaIR, arXiv 2504.17732v1, Table 1: all in one']
-    assert list(paper.values())[1:-1] == ['27.07 / 0.926', '-', '-']
+    assert list(paper.values())[1:-1] == ['27.07 / 0.926 (other SSIM)', '-', '-']
     assert not any('VmambaIR, arXiv' in source for _, source in table), 'measured on the Y channel'
     assert 'Table 3: deraining: left out what was measured otherwise, psnr with test_y_channel' in process.stdout
 
@@ -261,6 +263,52 @@ def test_an_average_needs_every_set(tmp_path):
     printed = {'MPRNet': 26.74, 'NAFNet': 26.52, 'PromptIR': 27.07, 'AdaIR': 27.26, 'DPMambaIR': 27.69}
     for method, psnr in printed.items():
         assert float(averages[method].split(' / ')[0]) == pytest.approx(psnr, abs=0.011)
+
+
+def test_numbers_that_are_measured_otherwise_are_marked_and_compared_with_nothing(tmp_path):
+    part = results.SetResult('Rain100H', restored={'psnr': 30.0, 'ssim': 0.9}, unrestored={'psnr': 12.0, 'ssim': 0.4})
+    (folder,) = write_runs(tmp_path, a_run('both', part))
+    process = command(folder, '--html', 'page.html', cwd=tmp_path)
+    alone = 'DPMambaIR, arXiv 2504.17732v1, Table 2: deraining alone'
+    shown = {label: row['Rain100H'] for (label, source), row in table_of(process.stdout).items() if source == alone}
+    assert shown['Restormer'] == '31.46 (Y) / 0.904 (Y)'
+    assert shown['DPMambaIR'] == '32.30 / 0.967 (other SSIM)'
+    assert table_of(process.stdout)['both', 'both.yml, no checkpoint']['Rain100H'] == '30.00 / 0.900'
+    page = (tmp_path / 'page.html').read_text(encoding='utf-8')
+    assert '31.46 (Y)<br>0.904 (Y)' in page
+    for mark, meaning in published.MARKS.items():
+        assert process.stdout.count(f'- {mark}: {meaning}.') == page.count(f'<p>{mark}: {meaning}.</p>') == 1
+    ssim = results.SetResult('Rain100H', restored={'ssim': 0.9}, unrestored={'ssim': 0.4})
+    of_ssim, of_both = a_run('run', ssim, metrics={'ssim': METRICS['ssim']}), a_run('run', part)
+    drawn = [re.findall(r'<rect class="(\w+)"', bars(report.compare({'run': run}))) for run in (of_ssim, of_both)]
+    assert drawn == [['input', 'run'], ['input', 'run', 'published', 'published']]
+
+
+def test_every_ssim_of_dpmambair_is_marked_and_none_of_vmambair():
+    for table in published.TABLES:
+        marks = table.marks_of(list(table.rows())[-1])
+        expected = {'calculate_ssim': published.OTHER_SSIM} if table.source.startswith('DPMambaIR') else {}
+        assert marks == expected, table.source
+
+
+@pytest.mark.parametrize(
+    'file', sorted((commands.PACKAGE_PARENT / 'options').glob('test_*.yml')), ids=lambda file: file.stem
+)
+def test_the_option_files_measure_what_stands_beside_them(file):
+    """Each table whose sets a file has is shown with every metric of the file, but those that it does not print."""
+    opt = yaml.safe_load(file.read_text(encoding='utf-8'))
+    sets = [
+        results.SetResult(data['name'], restored=dict.fromkeys(opt['val']['metrics'], 1.0))
+        for data in opt['datasets'].values()
+    ]
+    comparison = report.compare({'run': a_run('run', *sets, metrics=opt['val']['metrics'])})
+    tables = [table for table in published.TABLES if set(map(key_of, table.sets)) & comparison.sets.keys()]
+    own = [table for table in tables if opt['network_g']['type'] in table.source.split(',')[0]]
+    assert own or file.stem == 'test_your_own'
+    shown = {row.source for row in comparison.rows if row.kind == 'published'}
+    for table in own:
+        assert table.source in shown
+        assert not any(note.startswith(f'{table.source}: left out') for note in comparison.notes)
 
 
 def test_the_published_numbers_are_those_of_the_paper():

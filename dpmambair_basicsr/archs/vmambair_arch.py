@@ -38,7 +38,7 @@ class PixelLinear(nn.Linear):
 
 
 class OSSModule(PlanarScan):
-    """Omni selective scan (Sec. 3.3, Fig. 3): four scans over the plane, two over the channels.
+    """Omni selective scan (Sec. 4.2.1, 4.3, Fig. 3): four scans over the plane, two over the channels.
 
     Not in the paper's text but in its code: the lifting to four channels, the two layer norms, and the kind of fusion.
 

@@ -1,4 +1,4 @@
-"""Progressive training as in Restormer (Zamir et al. 2022, Sec. 3.4): crops grow while batches shrink, phase by phase.
+"""Progressive training as in Restormer (Zamir et al. 2022, Sec. 3.3): crops grow while batches shrink, phase by phase.
 
 Restormer's loader always makes batch_size_per_gpu crops of the last phase's size, and its model throws away what the
 phase does not use. Here the dataset is asked for whole batches (`__getitems__`) and loads only what is used.

@@ -2,10 +2,10 @@
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from dpmambair_basicsr.results.published_tables import TABLES, PublishedTable
+from dpmambair_basicsr.results.published_tables import MARKS, TABLES, PublishedTable
 from dpmambair_basicsr.results.run import (
     Run,
     describe_metric,
@@ -29,6 +29,8 @@ class Row:
         kind: input, run or published.
         cells: key of the set, or AVERAGE -> metric -> number as text.
         own: whether a published row is the paper's own method.
+        marks: metric -> mark of a number that is not measured as the runs' are; see `published_tables.MARKS`. A marked
+            number is shown, and compared with nothing: it is in no bar, and in no average but that of its own row.
     """
 
     label: str
@@ -36,6 +38,12 @@ class Row:
     source: str
     cells: dict[str, dict[str, str]]
     own: bool = False
+    marks: dict[str, str] = field(default_factory=dict)
+
+    def text(self, key: str, metric: str) -> str:
+        """A number with its mark, a dash for none."""
+        number = self.cells[key].get(metric, '-')
+        return f'{number} ({self.marks[metric]})' if metric in self.marks and number != '-' else number
 
 
 @dataclass
@@ -58,8 +66,7 @@ class Comparison:
 
     def numbers(self, row: Row, key: str) -> list[str]:
         """What stands in a cell: one number for each metric, or a dash for all."""
-        known = row.cells.get(key)
-        return [known.get(metric, '-') for metric in self.metrics] if known else ['-']
+        return [row.text(key, metric) for metric in self.metrics] if row.cells.get(key) else ['-']
 
 
 def key_of(name: str) -> str:
@@ -148,12 +155,17 @@ def add_published(comparison: Comparison, table: PublishedTable) -> None:
             for key, column in keys.items()
         }
         values = {key: {name: float(text) for name, text in numbers.items()} for key, numbers in texts.items()}
-        row = Row(method, 'published', table.source, cells(comparison, values) | texts, method == list(rows)[-1])
-        comparison.rows.append(row)
+        marks = {name: mark for name, metric in common.items() if (mark := table.marks_of(method).get(metric['type']))}
+        own = method == list(rows)[-1]
+        comparison.rows.append(
+            Row(method, 'published', table.source, cells(comparison, values) | texts, own, marks)
+        )
+        notes = [f'{mark}: {MARKS[mark]}.' for mark in dict.fromkeys(marks.values())]
+        comparison.notes += [note for note in notes if note not in comparison.notes]
 
 
 def is_measured_with(metric: dict, arguments: dict) -> bool:
-    defaults = {'test_y_channel': False, 'net': 'alex'}  # of BasicSR's PSNR and SSIM, and of our LPIPS
+    defaults = {'test_y_channel': False, 'net': 'alex', 'crop_border': 0}  # of BasicSR's PSNR and SSIM, of our LPIPS
     return all(metric.get(name, defaults[name]) == value for name, value in arguments.items())
 
 

@@ -131,7 +131,7 @@ def bars(comparison: Comparison) -> str:
         name: [
             (row, row.cells[key][metric])
             for row in comparison.rows
-            if metric in row.cells.get(key, {}) and (row.kind != 'published' or row.own)
+            if metric in row.cells.get(key, {}) and metric not in row.marks and (row.kind != 'published' or row.own)
         ]
         for key, name in comparison.sets.items()
     }

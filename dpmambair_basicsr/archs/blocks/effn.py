@@ -9,7 +9,7 @@ CHANNELS_MULTIPLE = 8
 
 
 class EFFN(nn.Module):
-    """Efficient feed-forward network of VmambaIR (Sec. 3.4), the gated GDFN of Restormer (Eq. 3 there).
+    """Efficient feed-forward network of VmambaIR (Sec. 4.2.2), the gated GDFN of Restormer (Eq. 2 there).
 
     project_in -> 3x3 depthwise convolution -> gelu(first half) * second half -> project_out; (b, c, h, w) -> same.
 
