@@ -235,7 +235,7 @@ def test_dpmambair_in_a_checkout(checkout):
     extractor = 'embed_dim=8'
     network = ['dim=16', 'num_blocks=[1,1,1,1]', 'num_refinement_blocks=1', 'd_inner=[8,8,8,8]', 'd_state=2', extractor]
     small = ['total_iter=1', 'scheduler:periods=[1]', 'lpips_opt=~']
-    loader = ['gt_size=16', 'batch_size_per_gpu=2', 'num_worker_per_gpu=0']
+    loader = ['gt_size=16', 'progressive=~', 'batch_size_per_gpu=2', 'num_worker_per_gpu=0']
     train = [f'train:{x}' for x in small] + [f'datasets:train:{x}' for x in loader] + ['val:val_freq=1']
     for script, options, reduced in (
         ('train', 'train_degradation_extractor', [*train, f'network_g:{extractor}']),

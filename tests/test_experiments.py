@@ -66,6 +66,9 @@ def reduced(name: str) -> list[str]:
         changes |= SHORT
         if 'gt_size' in opt['datasets']['train']:
             changes['datasets:train:gt_size'] = 64  # LPIPS with AlexNet needs 63
+        if 'progressive' in opt['datasets']['train']:
+            phases = {'gt_sizes': '[56, 64]', 'batch_sizes': '[2, 1]', 'iters': '[1, 1]'}
+            changes |= {f'datasets:train:progressive:{key}': value for key, value in phases.items()}
         if 'lpips_opt' in opt['train']:
             changes['train:lpips_opt:weights'] = 'alexnet.pth'
         if 'queue_size' in opt:
@@ -182,6 +185,17 @@ def test_option_file_runs(name, project):
     for metric in opt['val']['metrics']:
         assert re.search(rf'Validation {opt["datasets"]["val"]["name"]}\n(?:.*\n)*?.*# {metric}: \d', log)
     assert (folder / 'experiments' / opt['name'] / 'models' / 'net_g_2.pth').is_file()
+
+
+@pytest.mark.parametrize('name', [name for name in RUN_HERE if re.search('_dpmambair|_single_task', name)])
+def test_the_schedule_of_dpmambair_is_restormers_up_to_the_size_of_the_paper(name):
+    """Zamir et al. 2022, Sec. 4: per GPU 8 crops of 128, 5 of 160, 4 of 192, for 92k, 64k, 48k iterations."""
+    opt = read(name)
+    phases, total = opt['datasets']['train']['progressive'], opt['train']['total_iter']
+    assert (phases['gt_sizes'], phases['batch_sizes']) == ([128, 160, 192], [8, 5, 4])
+    assert sum(phases['iters']) == total == 300_000
+    for iters, restormer in zip(phases['iters'], (92, 64, 48), strict=True):
+        assert iters / total == pytest.approx(restormer / 204, abs=0.002)
 
 
 def test_the_page_names_every_option_file_and_no_other():

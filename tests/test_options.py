@@ -19,7 +19,7 @@ from dpmambair_basicsr.archs import DegradationAutoencoder, DPMambaIR
 from dpmambair_basicsr.files.option_files import OptionError
 from dpmambair_basicsr.files.option_row import Option
 from dpmambair_basicsr.option_checks.sections import check_options
-from dpmambair_basicsr.option_checks.structure import apply_forced, check_root, check_structure, refuse
+from dpmambair_basicsr.option_checks.structure import add_sections, apply_forced, check_root, check_structure, refuse
 from dpmambair_basicsr.registry import did_you_mean
 
 ROOT = Path(dpmambair_basicsr.__file__).parents[1]
@@ -331,6 +331,45 @@ def test_forced_options():
     assert opt == {'name': 'y', 'train': {'total_iter': 4, 'new': [1, 0.2]}}
     wrong = ['name', 'name=a=b', 'train.total_iter=4', 'name:part=3', 'tran:x=1', 'x"]=1', 'name=[1']
     assert len(apply_forced(opt, wrong)) == len(wrong)
+
+
+def test_forced_options_add_sections_that_a_file_may_have():
+    opt = {'train': {'total_iter': 1, 'fft_opt': None}, 'val': {}, 'datasets': {'train': {}}}
+    forced = ['train:fft_opt:type=FFTLoss', 'val:metrics:psnr:type=calculate_psnr', 'val:metrics:psnr:crop_border=0']
+    forced += [
+        'datasets:train:progressive:gt_sizes=[8, 16]',
+        'datasets:val_2:io_backend:type=disk',
+        'logger:wandb:project=x',
+    ]
+    forced += ['datasets:train:datasets:rain:degradations:rain:density=1', 'datasets:train:filename_tmpl={}']
+    entries = add_sections(opt, forced)
+    assert [entry for entry in entries if entry in forced] == forced, 'and in this order'
+    assert apply_forced(opt, entries) == []
+    train = {'progressive': {'gt_sizes': [8, 16]}, 'datasets': {'rain': {'degradations': {'rain': {'density': 1}}}}}
+    assert opt == {
+        'train': {'total_iter': 1, 'fft_opt': {'type': 'FFTLoss'}},
+        'val': {'metrics': {'psnr': {'type': 'calculate_psnr', 'crop_border': 0}}},
+        'datasets': {'train': train | {'filename_tmpl': '{}'}, 'val_2': {'io_backend': {'type': 'disk'}}},
+        'logger': {'wandb': {'project': 'x'}},
+    }
+    assert add_sections(opt, forced) == forced, 'nothing is missing now'
+
+
+@pytest.mark.parametrize(
+    ('entry', 'message'),
+    {
+        'trian:total_iter=3': 'there is no section trian, did you mean train?',
+        'datasets:trian:gt_size=3': 'there is no section datasets.trian, did you mean train?',
+        'datasets:val:progresive:x=1': 'there is no section datasets.val.progresive, did you mean progressive?',
+        'train:total_iter:x=1': 'there is no section train.total_iter; choices: ',
+        'network_g:parts:x=1': 'there is no section network_g.parts',
+    }.items(),
+)
+def test_a_section_that_no_file_has_is_refused_with_the_nearest_name(entry, message):
+    opt = {'train': {'total_iter': 1}, 'datasets': {'val': {}}, 'network_g': {}}
+    assert add_sections(opt, [entry]) == [entry]
+    (problem,) = apply_forced(opt, [entry])
+    assert problem.startswith(f'--force_yml {entry}: {message}')
 
 
 FORCED_AWAY = {'train=~ train:total_iter=1': 'section', 'name=[1]': 'name', 'path:pretrain_network_g=5': 'pretrain'}

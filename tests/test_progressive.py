@@ -206,6 +206,15 @@ def test_one_crop_size_per_batch_and_a_position_per_image(options, tmp_path):
     assert len({tuple(crop.flatten().tolist()) for crop in batch['gt']}) == 4
 
 
+def test_a_schedule_is_added_to_a_file_that_has_none(options, tmp_path):
+    del options['datasets']['train']['progressive']
+    added = [f'datasets:train:progressive:{key}={values}' for key, values in PHASES.items()]
+    trace, log = train(options, tmp_path, '--force_yml', *added)
+    assert trace == schedule(1, 14)
+    command = (tmp_path / 'experiments/progressive/progressive.yml').read_text().splitlines()[2]
+    assert command.endswith(' '.join(added)), 'as it was typed'
+
+
 def test_mixed_sets_are_progressive_as_a_whole(options, tmp_path):
     train_set = options['datasets']['train']
     parts = {key: train_set.pop(key) for key in ('dataroot_gt', 'dataroot_lq')}

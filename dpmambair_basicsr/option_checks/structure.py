@@ -2,6 +2,8 @@
 
 import re
 import sys
+from copy import deepcopy
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import yaml
@@ -11,8 +13,8 @@ from dpmambair_basicsr.files.names import name_problem
 from dpmambair_basicsr.files.option_files import OptionError, key_lines
 from dpmambair_basicsr.files.option_row import TEST, TRAIN
 from dpmambair_basicsr.option_checks.schema import OPTIONS
-from dpmambair_basicsr.option_checks.values import check_value, will_resume
-from dpmambair_basicsr.registry import describe
+from dpmambair_basicsr.option_checks.values import alternatives, check_value, will_resume
+from dpmambair_basicsr.registry import describe, did_you_mean, registered
 
 READ_BY_BASICSR = [row for row in OPTIONS if row.section == '' and row.name not in ('network_g', 'scale')]
 
@@ -50,6 +52,46 @@ def with_line(problem: str, lines: dict[str, int], forced: set[str]) -> str:
     return f'{problem} (line {lines[key]})' if key else problem
 
 
+def add_sections(opt, forced: list[str]) -> list[str]:
+    """The `--force_yml` entries, and before them what adds the known sections that they need and the file lacks."""
+    opt, entries = deepcopy(opt), []
+    for entry in forced:
+        *sections, _ = entry.partition('=')[0].strip().split(':')
+        paths = [sections[: depth + 1] for depth in range(len(sections))]
+        added = [
+            f'{":".join(path)}=!!map {{}}' for path in paths if section_at(opt, path) is None and may_be_section(path)
+        ]
+        apply_forced(opt, [*added, entry])
+        entries += [*added, entry]
+    return entries
+
+
+def section_at(opt, path: list[str]):
+    for name in path:
+        opt = opt.get(name) if isinstance(opt, dict) else None
+    return opt
+
+
+def may_be_section(path: list[str]) -> bool:
+    return all(any(fnmatchcase(name, known) for known in sections_in(path[:depth])) for depth, name in enumerate(path))
+
+
+def sections_in(parent: list[str]) -> list[str]:
+    """The names that sections in this one may have in an option file; with *, as in `Option`, and for any name."""
+    match parent:
+        case ['datasets']:
+            return ['train', 'val', 'val_*', 'test', 'test_*']
+        case ['val', 'metrics'] | ['datasets', _, *_, 'datasets' | 'degradations']:
+            return ['*']
+        case ['datasets', _] | ['datasets', _, 'datasets', _]:
+            section = 'datasets'
+        case _:
+            section = '.'.join(parent)
+    classes = (base for kind in ('MODEL', 'DATASET') for target in registered(kind).values() for base in target.__mro__)
+    rows = (*OPTIONS, *(row for base in classes for row in vars(base).get('option_keys', ())))
+    return [*dict.fromkeys(row.name for row in rows if row.section == section and dict in alternatives(row.kind))]
+
+
 def apply_forced(opt, forced: list[str]) -> list[str]:
     """Carries out `--force_yml section:key=value` on the file's options as BasicSR will, and returns its problems.
 
@@ -67,13 +109,22 @@ def apply_forced(opt, forced: list[str]) -> list[str]:
         for name in sections:
             section = section.get(name) if isinstance(section, dict) else None
         if not isinstance(section, dict):
-            problems.append(f'{where}: the file has no such section')
+            problems.append(f'{where}: {unknown_section(opt, sections)}')
             continue
         try:
             section[key] = basicsr_options._postprocess_yml_value(text.strip())
         except (ValueError, yaml.YAMLError) as error:
             problems.append(describe(where, error))
     return problems
+
+
+def unknown_section(opt: dict, path: list[str]) -> str:
+    """Of a path that leads to no section."""
+    depth = next(depth for depth in range(len(path)) if not isinstance(section_at(opt, path[: depth + 1]), dict))
+    parent = section_at(opt, path[:depth])
+    choices = {name for name, value in parent.items() if isinstance(value, dict)}
+    choices |= {name for name in sections_in(path[:depth]) if '*' not in name}
+    return f'there is no section {".".join(path[: depth + 1])}{did_you_mean(path[depth], choices) if choices else ""}'
 
 
 def check_structure(opt, is_train: bool) -> list[str]:

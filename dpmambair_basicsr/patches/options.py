@@ -4,6 +4,7 @@ import os
 import re
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -39,16 +40,24 @@ def checked_options(original, caller: dict):
             return original(root_path, is_train)
         from dpmambair_basicsr.ops.selective_scan.backend import set_default_backend
         from dpmambair_basicsr.option_checks.sections import check_options
-        from dpmambair_basicsr.option_checks.structure import apply_forced, check_root, check_structure, refuse
+        from dpmambair_basicsr.option_checks.structure import (
+            add_sections,
+            apply_forced,
+            check_root,
+            check_structure,
+            refuse,
+        )
 
         with exit_on_error():
             raw = read_options(file)
-            refuse(file, apply_forced(raw, forced) or check_structure(raw, is_train), forced)
+            entries = add_sections(raw, forced)
+            refuse(file, apply_forced(raw, entries) or check_structure(raw, is_train), forced)
             obey_timeout(raw)
             expand_lists_too()
             if 'max_pixels' in raw:
                 os.environ[MAX_PIXELS_VARIABLE] = str(raw['max_pixels'])  # for the loader's workers too
-            opt, args = original(root_path, is_train)
+            with more_arguments(*(('--force_yml', *entries) if entries != forced else ())):
+                opt, args = original(root_path, is_train)
             opt['path'].pop('results_root' if is_train else 'experiments_root', None)  # BasicSR would make this folder
             problems = []
             if not args.debug:  # whose runs must not take the place of the real ones: they have a folder of their own
@@ -65,6 +74,17 @@ def checked_options(original, caller: dict):
         return opt, args
 
     return parse_options
+
+
+@contextmanager
+def more_arguments(*arguments: str):
+    """At the end of the command line, where they replace those of the same option."""
+    saved = sys.argv
+    sys.argv = [*saved, *arguments]
+    try:
+        yield
+    finally:
+        sys.argv = saved
 
 
 def accept_local_rank() -> None:
@@ -179,7 +199,7 @@ def whole_copy(original):
 def forced_value(original):
     """Reads a value of `--force_yml` as an option file would: lists as YAML, '-1' and '1e-4' as numbers.
 
-    'none', in quotes, is the word. The limits are those of a file.
+    'none', in quotes, is the word; `!!map {}` is an empty section, `{}` a template of names. The limits are a file's.
 
     Fixes: `_postprocess_yml_value` evaluates lists as Python, and leaves '-1' and '1e-4' as text.
     Remove once: BasicSR parses these values.
@@ -197,7 +217,7 @@ def forced_value(original):
 
         if text.startswith(("'", '"')):
             return parse_value(text)
-        value = convert(parse_value(text) if text.startswith('[') else original(text))
+        value = convert(parse_value(text) if text.startswith(('[', '!!map ')) else original(text))
         return parse_value(str(value)) if type(value) is int else value  # which has limits
 
     return postprocess_yml_value
