@@ -1,6 +1,7 @@
 """Mamba-based image restoration (VmambaIR, DPMambaIR) for BasicSR.
 
-Importing this package is all it takes: as soon as BasicSR has been imported, before or after, `register` runs.
+Importing this package is all it takes: as soon as BasicSR has been imported, before or after, `register` runs. (BasicSR
+1.4.2 has to come after: without `patches.imports` it cannot be imported beside today's torchvision.)
 Neither torch nor basicsr is imported from here, so `dpmambair_basicsr.ops` can be used without BasicSR.
 """
 

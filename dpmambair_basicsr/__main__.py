@@ -11,6 +11,7 @@ COMMANDS = {
     'test': "test with BasicSR's loop and arguments, and write a table of the results",
     'restore': 'restore image files of any size with a trained network',
     'degradation': 'name the degradations of image files, and map their embeddings',
+    'figures': 'draw spectra, step sizes, the extractor and the blocks of trained networks',
     'report': "set test results beside each other and beside the papers'",
     'convert': 'write a checkpoint as a safetensors file',
     'export': 'write a trained network as ONNX or as a program of torch.export',

@@ -18,7 +18,7 @@ from support.commands import PACKAGE_PARENT
 from support.metadata import name_of, pyproject
 from support.pipelines import write_pairs
 
-from dpmambair_basicsr.archs import DPMambaIR, VmambaIR
+from dpmambair_basicsr.archs import DegradationAutoencoder, DPMambaIR, VmambaIR
 
 PAGES = [PACKAGE_PARENT / 'README.md', *sorted((PACKAGE_PARENT / 'docs').glob('*.md'))]
 SMALL = {'dim': 16, 'num_blocks': [1, 1, 1, 1], 'num_refinement_blocks': 1, 'd_state': 2}
@@ -164,6 +164,23 @@ def test_what_the_extractor_sees(project):
     (command,) = (words for words in commands(PACKAGE_PARENT / 'docs/degradation.md') if words[0] == 'python')
     run(command)
     assert cv2.imread('map.png') is not None
+
+
+def test_figures(project):
+    pytest.importorskip('matplotlib')
+    for kind in ('rain', 'noise'):
+        write_pairs(project / 'datasets/all_in_one/test' / kind, [(24, 32)] * 2)
+        parent = project / 'datasets/all_in_one/test' / kind
+        assert {file.name for file in parent.iterdir()} == {'LQ', 'GT'}
+    shutil.copy('net_g_latest.pth', 'without_heb.pth')
+    stage_1 = {'embed_dim': 8, 'extractor_channels': [4, 4], 'channels': 4}
+    net = {'type': 'DegradationAutoencoder', **stage_1}
+    torch.save({'network_g': net, 'params': DegradationAutoencoder(**stage_1).state_dict()}, 'stage1.pth')
+    for command in commands(PACKAGE_PARENT / 'docs/figures.md'):
+        if command[0] == 'python':
+            run(command)
+            drawing = project / command[command.index('-o') + 1]
+            assert cv2.imread(str(drawing)) is not None and drawing.with_suffix('.csv').stat().st_size > 100
 
 
 def test_python_of_the_readme(project):

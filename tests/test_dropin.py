@@ -217,6 +217,25 @@ def test_the_literal_commands(checkout, tmp_path):
     assert not any('dpmambair' in name or name.startswith('basicsr/__pycache__/basicsr.') for name in left)
 
 
+def test_a_copy_of_an_arch_file_is_what_a_checkout_builds(checkout):
+    for name in ('vmambair_arch.py', 'dpmambair_arch.py'):
+        shutil.copy(PACKAGE_PARENT / 'dpmambair_basicsr/archs' / name, checkout / 'basicsr/archs')
+    small = {'dim': 16, 'num_blocks': [1] * 4, 'num_refinement_blocks': 1}
+    script = f"""
+import dpmambair_basicsr
+from basicsr.archs import build_network
+for name, more in {{'VmambaIR': {{}}, 'DPMambaIR': {{'d_inner': [8] * 4}}}}.items():
+    for alias in (name, f'dpmambair_{{name}}'):
+        print(type(build_network({{'type': alias, **{small}, **more}})).__module__)
+"""
+    result = python('-c', script, cwd=checkout)
+    assert result.returncode == 0, result.stdout
+    built = [line for line in result.stdout.splitlines() if line.endswith('_arch')]
+    names = ('vmambair_arch', 'dpmambair_arch')
+    assert built[::2] == [f'basicsr.archs.{name}' for name in names], 'the plain name is the copy'
+    assert len(built) == 4
+
+
 def test_dpmambair_in_a_checkout(checkout):
     """The two commands of the README, and stage 1 before them, on the shipped option files made small."""
     before = tree(checkout)

@@ -65,13 +65,17 @@ class Classes:
         return torch.softmax(-distances.square() - 2 * self.spread.log(), dim=1)
 
     def accuracy(self) -> float:
-        """Share of the reference pictures whose own class has the best score, its mean being taken without them."""
+        """Share of the reference pictures that are recognised."""
+        return self.recognised().float().mean().item()
+
+    def recognised(self) -> Tensor:
+        """(N,) bool: reference pictures whose own class has the best score, its mean being taken without them."""
         distances = self.distances(self.embeddings)
         members = self.labels.bincount()[self.labels]
         own = self.labels[:, None]
         # Without x, the mean of n is farther from x by n / (n - 1).
         distances.scatter_(1, own, distances.gather(1, own) * (members / (members - 1))[:, None])
-        return (self.scores(distances).argmax(dim=1) == self.labels).float().mean().item()
+        return self.scores(distances).argmax(dim=1) == self.labels
 
     def summary(self) -> str:
         classes, pictures = len(self.names), len(self.labels)

@@ -61,9 +61,23 @@ def load(
             name a network that is not ours, or stand for more than the file holds. A BackendError if there is no such
             backend, or it cannot run there.
     """
-    weights = str(weights)
     device = choose_device(device)
     check_backend(scan_backend, 'scan_backend', device)
+    net = load_network(weights, network)
+    try:
+        return Restorer(net, device, half, scan_backend)
+    except (AttributeError, TypeError, ValueError, RuntimeError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        reason = ' '.join(str(error).split())
+        raise ValueError(
+            f'{weights}: network_g.type: {type(net).__name__} does not turn one RGB image into another ({reason})'
+        ) from error
+
+
+def load_network(weights: str | Path, network: dict | None = None) -> nn.Module:
+    """The network of a checkpoint, on the CPU; arguments and errors as `load` has them."""
+    weights = str(weights)
     checkpoint = read_checkpoint(weights)
     state_dict = own_names(select_weights(weights, checkpoint, *WRAPPINGS))
     options = checkpoint.get('network_g') if network is None else network
@@ -80,16 +94,7 @@ def load(
             f'{weights}: network_g.type: {options["type"]} is not a network of dpmambair_basicsr, and a checkpoint may '
             'choose among these alone; give its options yourself, as --opt or load(..., network=...)'
         )
-    net = build(known, arguments_of(options), state_dict, weights)
-    try:
-        return Restorer(net, device, half, scan_backend)
-    except (AttributeError, TypeError, ValueError, RuntimeError) as error:
-        if isinstance(error, torch.OutOfMemoryError):
-            raise
-        reason = ' '.join(str(error).split())
-        raise ValueError(
-            f'{weights}: network_g.type: {options["type"]} does not turn one RGB image into another ({reason})'
-        ) from error
+    return build(known, arguments_of(options), state_dict, weights)
 
 
 def recognised(weights: str, state_dict: dict[str, Tensor]) -> dict | None:

@@ -1,0 +1,68 @@
+"""Step sizes of the scans of DPMambaIR, image by image: what P_delta changes (v3, Fig. 5)."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dpmambair_basicsr.archs.dpmambair_arch import DPSSModule
+
+
+def step_size(module: DPSSModule, features: Tensor, embedding: Tensor | None) -> Tensor:
+    """Delta_dp of Eq. 8, mean over pixels, channels and directions: what `DPSSModule.scan` scans `features` with.
+
+    Args:
+        features: (B, D, H, W), the input of the scan.
+        embedding: (B, E), or None for a network without.
+
+    Returns:
+        (B,)
+    """
+    rank = module.dt_projs_weight.shape[2]
+    low = torch.einsum('krd,bdhw->bkrhw', module.x_proj_weight[:, :rank], features)
+    scale = None
+    if module.modulation is not None:
+        prompts = module.modulation(embedding)
+        factors, scale = prompts if isinstance(prompts, tuple) else (prompts, None)
+        low = low * factors[:, None, :rank, None, None]
+    delta = torch.einsum('kdr,bkrhw->bkdhw', module.dt_projs_weight, low)
+    mean = F.softplus(delta + module.dt_projs_bias[..., None, None]).mean(dim=(1, 2, 3, 4))
+    return mean if scale is None else mean * scale
+
+
+@contextmanager
+def recorded_step_sizes(net: nn.Module) -> Iterator[dict[str, list[Tensor]]]:
+    """Name of each DPSS module -> `step_size` of each call, filled in while the network runs, whole images only."""
+    found, hooks = {}, []
+    for name, module in net.named_modules():
+        if isinstance(module, DPSSModule):
+            found[name] = []
+            hooks += record(module, found[name])
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def record(module: DPSSModule, sizes: list[Tensor]) -> list:
+    """Hooks that append; the input of the scan is seen on its way, the embedding comes with the call."""
+    seen = {}
+
+    def before(_, arguments) -> None:
+        seen['embedding'] = arguments[1] if len(arguments) > 1 else None
+
+    def after_convolution(_, __, output: Tensor) -> None:
+        seen['features'] = F.silu(output)
+
+    def after_insertion(_, __, output: Tensor) -> None:
+        seen['features'] = output
+
+    def after(*_) -> None:
+        sizes.append(step_size(module, seen.pop('features'), seen.pop('embedding')))
+
+    hooks = [module.register_forward_pre_hook(before), module.conv2d.register_forward_hook(after_convolution)]
+    hooks += [] if module.insertion is None else [module.insertion.register_forward_hook(after_insertion)]
+    return [*hooks, module.register_forward_hook(after)]
