@@ -58,8 +58,8 @@ class CosineAnnealingRestartCyclicLR(LRScheduler):
 def undo_warm_up(schedulers: Sequence[LRScheduler]) -> None:
     """Give each parameter group the rate of its scheduler again, in whose place a warm-up may have put another.
 
-    Schedulers such as MultiStepLR continue from the rate they find: that of the warm-up would stay, and the full one would
-    never be reached.
+    Schedulers such as MultiStepLR continue from the rate they find: that of the warm-up would stay, and the full one
+    would never be reached.
     """
     for scheduler in schedulers:
         for group, rate in zip(scheduler.optimizer.param_groups, scheduler.get_last_lr(), strict=True):
