@@ -124,6 +124,12 @@ def arguments_of(section: dict) -> dict:
     return {key: value for key, value in section.items() if key != 'type'}
 
 
+def told_by_weights(target: type, section: dict, state_dict: dict[str, torch.Tensor]) -> dict:
+    """Options that a section leaves out and weights of the network tell, where those of earlier versions differ."""
+    tell = getattr(target, 'options_of_weights', lambda state_dict: {})
+    return {key: value for key, value in tell(state_dict).items() if key not in section}
+
+
 def our_type(kind: str, section):
     """The class of ours that a section with a `type` names, otherwise None."""
     target = look_up(registered(kind), '', section.get('type'))[0] if isinstance(section, dict) else None

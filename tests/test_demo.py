@@ -27,7 +27,7 @@ def test_option_files_agree():
     assert [part['degradations'] for part in parts.values()] == [{kind: 'demo'} for kind in demo_strengths()]
     assert list(parts) == list(demo_strengths()) == list(network['datasets']['train']['sampling'])
     assert network['network_g'] == test['network_g']
-    for key in ('embed_dim', 'extractor_channels'):
+    for key in ('embed_dim', 'extractor_channels', 'extractor_hidden'):
         assert extractor['network_g'][key] == network['network_g'][key]
     assert [data['degradation'] for data in test['datasets'].values()] == list(DEGRADATIONS)
 

@@ -4,8 +4,12 @@ data/run_of_692b954.tar.xz holds for RestorationModel and RestorationGANModel an
 iteration 4, and the one of iteration 8 that version 692b954 continued to. Other processors round differently, so
 numbers of that file are compared with a tolerance; where git has the version, it trains here and
 all bits are compared.
+
+data/networks_of_692b954.tar.xz holds small DPMambaIRs of that version, with weights away from the initial ones: their
+checkpoints, an image, and what that version made of it. Their options lack what did not exist then.
 """
 
+import copy
 import shutil
 import subprocess
 import tarfile
@@ -20,8 +24,16 @@ from support.forked import changed, train
 from test_exact_resume import GAN, assert_equal, resumed_at
 from torch.utils._pytree import tree_flatten
 
+import dpmambair_basicsr
+from dpmambair_basicsr import archs
+from dpmambair_basicsr.training.earlier_options import complete_networks
+
 VERSION = '692b954'
-ARCHIVE = Path(__file__).parent / 'data' / f'run_of_{VERSION}.tar.xz'
+DATA = Path(__file__).parent / 'data'
+ARCHIVE, NETWORKS = DATA / f'run_of_{VERSION}.tar.xz', DATA / f'networks_of_{VERSION}.tar.xz'
+TRIAL = Path(__file__).parents[2] / 'shared' / 'weights' / 'dpmambair_small_trial.pth'
+# What the defaults were.
+EARLIER = {'delta_prompt': 'low_rank', 'extractor_channels': [64, 64, 64, 64, 64, 128], 'extractor_hidden': 512}
 FILES = {'restoration': ['net_g'], 'gan': ['net_g', 'net_d']}
 
 
@@ -67,6 +79,7 @@ def earlier_version(tmp_path_factory):
     return folder.parent
 
 
+DPMAMBAIR = {'type': 'DPMambaIR', 'dim': 4, 'num_blocks': [1, 1, 1, 1], 'num_refinement_blocks': 1, 'd_inner': [4] * 4}
 KINDS = {
     'RestorationModel': {
         'network_g': {'type': 'VmambaIR', 'dim': 4, 'num_blocks': [1, 1, 1, 1], 'num_refinement_blocks': 1},
@@ -75,13 +88,24 @@ KINDS = {
         'train.warmup_iter': -1,
     },
     'RestorationGANModel': GAN | {'train.warmup_iter': -1},
+    'DPMambaIR': {'network_g': {**DPMAMBAIR, 'embed_dim': 8}, 'path.pretrain_network_e': 'stage_1.pth'},
+    'DegradationAutoencoder': {
+        'model_type': 'DegradationExtractorModel',
+        'network_g': {'type': 'DegradationAutoencoder', 'embed_dim': 8, 'channels': 4},
+    },
 }
+# Of which network the options say nothing of what has changed; it is added to the checkpoints.
+ADDED = {'DPMambaIR': EARLIER, 'DegradationAutoencoder': {k: v for k, v in EARLIER.items() if k != 'delta_prompt'}}
 
 
 @pytest.mark.parametrize('kind', KINDS)
 def test_a_run_continues_bit_exactly(kind, earlier_version, tmp_path):
     opt = changed(forked.options(forked.write_images(tmp_path / 'images')), KINDS[kind])
     opt = changed(opt, {'train.total_iter': 6, 'logger.save_checkpoint_freq': 3})
+    if kind == 'DPMambaIR':
+        stage_1 = archs.DegradationAutoencoder(**ADDED['DegradationAutoencoder'], embed_dim=8, channels=4)
+        torch.save({'params': stage_1.state_dict()}, tmp_path / 'stage_1.pth')
+        opt['path']['pretrain_network_e'] = str(tmp_path / 'stage_1.pth')
     (tmp_path / 'options.yml').write_text(yaml.safe_dump(opt))
     script = (
         'import dpmambair_basicsr, forked_runs, sys; print(dpmambair_basicsr.__file__); '
@@ -95,4 +119,77 @@ def test_a_run_continues_bit_exactly(kind, earlier_version, tmp_path):
     target = resumed_at(3, straight, tmp_path / 'resumed')
     train(opt, target, '--auto_resume')
     for name in ('training_states/6.state', 'models/net_g_latest.pth', 'models/net_g_best.pth'):
-        assert_equal(forked.load(target, name), forked.load(straight, name))
+        expected = forked.load(straight, name)
+        if 'network_g' in expected:
+            expected['network_g'] |= ADDED.get(kind, {})
+        assert_equal(forked.load(target, name), expected)
+
+
+@pytest.fixture(scope='module')
+def networks(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('networks')
+    with tarfile.open(NETWORKS) as archive:
+        archive.extractall(folder, filter='data')
+    return folder
+
+
+@pytest.mark.parametrize('kind', ['modulate', 'directions'])
+@pytest.mark.parametrize('network', ['its own options', 'of an option file'])
+def test_a_network_gives_the_same_picture(kind, network, networks):
+    file = networks / f'{kind}.pth'
+    saved = torch.load(file, weights_only=True)
+    if network == 'its own options':
+        restorer = dpmambair_basicsr.load(file)
+    else:
+        torch.save({'params': saved['params']}, networks / f'{kind}_bare.pth')
+        restorer = dpmambair_basicsr.load(networks / f'{kind}_bare.pth', network=saved['network_g'])
+    output = restorer.net(saved['image'].float())
+    assert (output - saved['output']).abs().max() <= 1e-6
+    assert restorer.net.encoder_level1[0].attn.modulation.layers['delta'].out_features == 1  # R
+
+
+def test_spandrel_takes_a_network_of_then(networks):
+    spandrel = pytest.importorskip('spandrel', reason='spandrel is not installed: pip install spandrel')
+    from dpmambair_basicsr.integrations.spandrel import install
+
+    install()
+    saved = torch.load(networks / 'modulate.pth', weights_only=True)
+    with torch.no_grad():
+        output = spandrel.ModelLoader().load_from_file(networks / 'modulate.pth')(saved['image'].float())
+    assert (output - saved['output'].clamp(0, 1)).abs().max() <= 1e-6
+
+
+@pytest.mark.parametrize('kind', ['network_g', 'network_e'])
+def test_an_option_file_of_then_is_completed_by_its_checkpoint(kind, networks, tmp_path, caplog):
+    """Also of stage 1, which knows nothing of prompts; what the file does say, it keeps."""
+    network = torch.load(networks / 'modulate.pth', weights_only=True)['network_g']
+    del network['extractor_channels']
+    if kind == 'network_g':
+        file, expected = networks / 'modulate.pth', {'extractor_channels': [4, 6, 5], 'extractor_hidden': 20}
+        expected |= {'delta_prompt': 'low_rank'}
+    else:
+        file, expected = tmp_path / 'stage_1.pth', {'extractor_channels': [4, 2], 'extractor_hidden': 6}
+        stage_1 = archs.DegradationAutoencoder(**expected, embed_dim=16, channels=4)
+        torch.save({'params': stage_1.state_dict()}, file)
+    opt = {'network_g': copy.deepcopy(network), 'path': {f'pretrain_{kind}': str(file)}, 'is_train': True}
+    with caplog.at_level('INFO', 'basicsr'):
+        complete_networks(opt)
+    assert opt['network_g'] == network | expected
+    assert all(f'{key}: {value}' in caplog.text for key, value in expected.items()) and str(file) in caplog.text
+    opt['network_g'] = network | {'delta_prompt': 'scale', 'extractor_hidden': 7}
+    complete_networks(opt)
+    assert opt['network_g']['delta_prompt'] == 'scale' and opt['network_g']['extractor_hidden'] == 7
+
+
+def test_a_place_of_the_prompt_that_is_not_the_checkpoints_is_an_error(networks):
+    file = networks / 'modulate.pth'
+    network = torch.load(file, weights_only=True)['network_g'] | {'delta_prompt': 'scale'}
+    with pytest.raises(ValueError, match=f'{file}: does not fit DPMambaIR'):
+        dpmambair_basicsr.load(file, network=network)
+
+
+@pytest.mark.skipif(not TRIAL.exists(), reason='no ../shared/weights: a network that version 692b954 trained')
+def test_the_trained_network_has_kept_its_place_of_the_prompt():
+    net = dpmambair_basicsr.load(TRIAL).net
+    assert net.encoder_level1[0].attn.modulation.layers.keys() == {'delta', 'B', 'C'}
+    assert net.extractor.head[0].out_features == 384

@@ -112,7 +112,7 @@ ROWS = tables()
 LINES = range(len(ROWS))
 IDS = [f'{line} {ROWS[line][1]["row"]}' for line in LINES]
 PARTS = {
-    **{f'P_{name}': f'.modulation.layers.{part}.' for name, part in (('Δ', 'delta'), ('B', 'B'), ('C', 'C'))},
+    **{f'P_{name}': f'.modulation.layers.{part}.' for name, part in (('Δ', 'delta_scale'), ('B', 'B'), ('C', 'C'))},
     'HEB': '.high_frequency.alpha',
 }
 BLOCKS = {commands[0][2][0] if commands[0][2] else 'the file itself': commands for commands in blocks()}

@@ -4,9 +4,11 @@ Shapes: B batch, H W height width, E = embed_dim.
 From the paper: three central-difference convolutions of different scale beside one vanilla convolution, six layers,
 average pooling, re-parameterisation into one kernel per layer; an embedding of 512; reconstruction of the degraded
 image from the clean one and the embedding. Our inference (the paper gives no widths): channels, strides, padding, head,
-and all of the reconstruction unit; chosen so that extractor and network together have the paper's 29.35 M and 153.33 G.
+and all of the reconstruction unit; chosen so that extractor and network together have the paper's 29.35 M and 153.33 G,
+and the 28.71, 29.03 and 30.62 M of other lengths of the embedding (v3, Table VII).
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 from copy import deepcopy
@@ -19,6 +21,8 @@ from dpmambair_basicsr.registry import ARCH_REGISTRY
 
 CDC_SIZES = (3, 5, 7)
 KERNEL = max(CDC_SIZES)
+CHANNELS = (64, 72, 64, 64, 64, 88)
+HIDDEN = 1024
 BLOCK = 1024  # pixels; without gradients, larger images are embedded in blocks, for the sake of memory
 
 
@@ -90,11 +94,17 @@ class DegradationExtractor(nn.Module):
     Args:
         embed_dim: E.
         channels: widths of the layers (six in the paper). The second and the third layer halve the resolution.
+        hidden: width of the head, whose two linear layers follow the mean over the image.
         merged: build the re-parameterised form, one 7x7 convolution per layer, which is what DPMambaIR deploys.
     """
 
     def __init__(
-        self, *, embed_dim: int = 512, channels: Sequence[int] = (64, 64, 64, 64, 64, 128), merged: bool = False
+        self,
+        *,
+        embed_dim: int = 512,
+        channels: Sequence[int] = CHANNELS,
+        hidden: int = HIDDEN,
+        merged: bool = False,
     ):
         super().__init__()
         layer = plain_layer if merged else CDCLayer
@@ -104,8 +114,16 @@ class DegradationExtractor(nn.Module):
         self.stride = math.prod(strides)  # of the features
         reach = sum(KERNEL // 2 * math.prod(strides[:i]) for i in range(len(channels)))
         self.reach = -(-reach // self.stride) * self.stride  # pixels around a feature's own that it depends on
-        hidden = 4 * widths[-1]  # 512; it does not follow embed_dim, or Table VII's parameter counts would not fit
         self.head = nn.Sequential(nn.Linear(widths[-1], hidden), nn.ReLU(), nn.Linear(hidden, embed_dim))
+
+    @staticmethod
+    def options_of_weights(state_dict: dict[str, Tensor]) -> dict:
+        """What weights, merged or not, tell of the options whose defaults were others in the first versions."""
+        if 'head.0.bias' not in state_dict:
+            return {}
+        biases = itertools.takewhile(state_dict.__contains__, (f'layers.{i}.bias' for i in itertools.count()))
+        channels = [state_dict[name].numel() for name in biases]
+        return {'channels': channels, 'hidden': state_dict['head.0.bias'].numel()}
 
     def forward(self, image: Tensor) -> Tensor:
         """(B, 3, H, W) in [0, 1], any size -> (B, E)."""
@@ -173,7 +191,7 @@ class DegradationAutoencoder(nn.Module):
 
     Args:
         embed_dim: E.
-        extractor_channels: see `DegradationExtractor`.
+        extractor_channels, extractor_hidden: see `DegradationExtractor`.
         channels: width of the reconstruction unit.
         num_fusion_blocks, num_refine_blocks: its depth.
     """
@@ -184,17 +202,25 @@ class DegradationAutoencoder(nn.Module):
         self,
         *,
         embed_dim: int = 512,
-        extractor_channels: Sequence[int] = (64, 64, 64, 64, 64, 128),
+        extractor_channels: Sequence[int] = CHANNELS,
+        extractor_hidden: int = HIDDEN,
         channels: int = 64,
         num_fusion_blocks: int = 4,
         num_refine_blocks: int = 8,
     ):
         super().__init__()
-        self.extractor = DegradationExtractor(embed_dim=embed_dim, channels=extractor_channels)
+        self.extractor = DegradationExtractor(embed_dim=embed_dim, channels=extractor_channels, hidden=extractor_hidden)
         self.stem = nn.Conv2d(3, channels, 3, padding=1)
         self.fusion = nn.ModuleList(FusionBlock(channels, embed_dim) for _ in range(num_fusion_blocks))
         self.refine = nn.Sequential(*(RefineBlock(channels) for _ in range(num_refine_blocks)))
         self.output = nn.Conv2d(channels, 3, 3, padding=1)
+
+    @staticmethod
+    def options_of_weights(state_dict: dict[str, Tensor]) -> dict:
+        """What weights tell of the options whose defaults were others in the first versions."""
+        prefix = 'extractor.'
+        own = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
+        return {f'extractor_{key}': value for key, value in DegradationExtractor.options_of_weights(own).items()}
 
     def embed(self, clean: Tensor, degraded: Tensor) -> Tensor:
         """Embedding of the degradation, (B, E)."""

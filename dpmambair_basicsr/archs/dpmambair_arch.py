@@ -13,11 +13,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dpmambair_basicsr.archs.blocks import EFFN, ImageMean, LayerNorm, PlanarScan, UNet, convolve_halves, one_of
-from dpmambair_basicsr.archs.degradation_extractor_arch import DegradationExtractor
+from dpmambair_basicsr.archs.degradation_extractor_arch import (
+    CHANNELS,
+    HIDDEN,
+    DegradationAutoencoder,
+    DegradationExtractor,
+)
 from dpmambair_basicsr.ops import pad_to_multiple
 from dpmambair_basicsr.registry import ARCH_REGISTRY
 
 PROMPTS = ('delta', 'B', 'C')
+DELTA_PROMPTS = ('scale', 'low_rank')
 INSERTIONS = ('modulate', 'concat', 'attention', 'none')
 SCANS = {1: (0,), 2: (0, 2), 4: (0, 1, 2, 3)}  # number of directions -> scan orders of `cross_scan`
 
@@ -25,31 +31,37 @@ SCANS = {1: (0,), 2: (0, 2), 4: (0, 1, 2, 3)}  # number of directions -> scan or
 class Modulation(nn.Module):
     """Degradation-aware prompts P_delta, P_B, P_C (Eq. 8, 9): one linear layer of the embedding for each.
 
-    They multiply the low-rank delta, B and C of every position alike (the place of P_delta, before dt_proj, and one
-    layer per prompt are our inference: they fit the paper's Table VII). Initially all factors are exactly 1.
+    Each multiplies delta, B or C of every position alike. From the paper: alpha_delta multiplies delta itself, which is
+    after softplus (Eq. 8). Our inference: one layer per prompt and block, alpha_delta one number, alpha_B and alpha_C N
+    each, which with a head of width 1024 has the slope of Table VII (v3), 2477 parameters per embedding dimension.
+    Initially all factors are exactly 1. A negative alpha_delta counts as 0 (our inference): the state, which shrinks by
+    exp(alpha_delta delta A), would grow without bound; at 0 the scan is switched off, and y = D u.
 
     Args:
         prompts: subset of ('delta', 'B', 'C'); the others stay 1.
+        delta_prompt: 'scale', the above; 'low_rank', as in the first versions: R factors, of any sign, on the low-rank
+            delta, before dt_proj, bias and softplus, which change contrasts of delta but hardly its level.
         embed_dim, dt_rank, d_state: E, R, N.
     """
 
-    def __init__(self, prompts: Sequence[str], embed_dim: int, dt_rank: int, d_state: int):
+    def __init__(self, prompts: Sequence[str], delta_prompt: str, embed_dim: int, dt_rank: int, d_state: int):
         super().__init__()
-        self.sizes = dict(zip(PROMPTS, (dt_rank, d_state, d_state), strict=True))
-        self.layers = nn.ModuleDict({name: nn.Linear(embed_dim, self.sizes[name]) for name in prompts})
+        self.sizes = {'delta': dt_rank, 'B': d_state, 'C': d_state}
+        sizes = self.sizes if delta_prompt == 'low_rank' else self.sizes | {'delta_scale': 1}
+        names = ['delta_scale' if name == 'delta' and delta_prompt == 'scale' else name for name in prompts]
+        self.layers = nn.ModuleDict({name: nn.Linear(embed_dim, sizes[name]) for name in names})
         for layer in self.layers.values():
             nn.init.zeros_(layer.weight)
             nn.init.ones_(layer.bias)
 
-    def forward(self, embedding: Tensor) -> Tensor:
-        """(B, E) -> (B, R + 2N)."""
-        return torch.cat(
-            [
-                self.layers[name](embedding) if name in self.layers else embedding.new_ones(len(embedding), size)
-                for name, size in self.sizes.items()
-            ],
-            dim=1,
-        )
+    def forward(self, embedding: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(B, E) -> (B, R + 2N), factors of the low-rank delta, B and C; (B,), that of delta, if there is one."""
+        factors = [
+            self.layers[name](embedding) if name in self.layers else embedding.new_ones(len(embedding), size)
+            for name, size in self.sizes.items()
+        ]
+        scale = self.layers['delta_scale'](embedding).squeeze(1).clamp(min=0) if 'delta_scale' in self.layers else None
+        return torch.cat(factors, dim=1), scale
 
 
 class ConcatInsertion(nn.Module):
@@ -112,7 +124,7 @@ class DPSSModule(PlanarScan):
         d_inner: D.
         d_state: N.
         embed_dim: E.
-        prompt, insertion, high_frequency, directions: see `DPMambaIR`.
+        prompt, delta_prompt, insertion, high_frequency, directions: see `DPMambaIR`.
     """
 
     def __init__(
@@ -122,6 +134,7 @@ class DPSSModule(PlanarScan):
         d_state: int,
         embed_dim: int,
         prompt: Sequence[str],
+        delta_prompt: str,
         insertion: str,
         high_frequency: bool,
         directions: int,
@@ -133,7 +146,9 @@ class DPSSModule(PlanarScan):
         self.Ds.no_weight_decay = True
         self.in_conv = nn.Conv2d(channels, 2 * d_inner, 1, bias=False)
         self.conv2d = nn.Conv2d(d_inner, d_inner, 3, padding=1, groups=d_inner)
-        self.modulation = Modulation(prompt, embed_dim, dt_rank, d_state) if insertion == 'modulate' else None
+        self.modulation = None
+        if insertion == 'modulate':
+            self.modulation = Modulation(prompt, delta_prompt, embed_dim, dt_rank, d_state)
         insertions = {'concat': ConcatInsertion, 'attention': AttentionInsertion}
         self.insertion = insertions[insertion](d_inner, embed_dim) if insertion in insertions else None
         self.out_norm = LayerNorm(d_inner)
@@ -146,8 +161,8 @@ class DPSSModule(PlanarScan):
         features = F.silu(self.conv2d(features))
         if self.insertion is not None:
             features = self.insertion(features, embedding)
-        prompt = None if self.modulation is None else self.modulation(embedding)  # (B, R + 2N)
-        y = self.scan(features, prompt)
+        prompts = () if self.modulation is None else self.modulation(embedding)
+        y = self.scan(features, *prompts)
         y = self.out_norm(y) * F.silu(gate)
         return self.out_conv(self.high_frequency(y))
 
@@ -185,13 +200,14 @@ class DPMambaIR(UNet):
         d_state: N.
         embed_dim: E (Table VII of the paper's v3: 256, 384, 512, 1024).
         prompt: which of 'delta', 'B', 'C' are modulated (Table 3); only for insertion 'modulate'.
+        delta_prompt: what P_delta multiplies: 'scale', delta itself (Eq. 8), or 'low_rank', see `Modulation`.
         insertion: 'modulate' (the paper's), 'concat', 'attention' (Table 4) or 'none', a network without any embedding.
         high_frequency: HEB on or off (Table 3).
         directions: 1 (the paper's) scan by rows; 2 adds the reverse; 4 adds columns and their reverse (Table 5, where
             P_C is removed: prompt ['delta', 'B']).
         degradation: 'extractor', or 'class' for an embedding of the true label (Table 4, "Classes").
         num_degradations: labels for 'class'.
-        extractor_channels: see `DegradationExtractor`.
+        extractor_channels, extractor_hidden: see `DegradationExtractor`.
         checkpoint_levels: resolutions whose blocks are computed once more in the backward pass, see `UNet`; e.g. [0].
 
     Raises:
@@ -211,14 +227,17 @@ class DPMambaIR(UNet):
         d_state: int = 16,
         embed_dim: int = 512,
         prompt: Sequence[str] = PROMPTS,
+        delta_prompt: str = 'scale',
         insertion: str = 'modulate',
         high_frequency: bool = True,
         directions: int = 1,
         degradation: str = 'extractor',
         num_degradations: int = 7,
-        extractor_channels: Sequence[int] = (64, 64, 64, 64, 64, 128),
+        extractor_channels: Sequence[int] = CHANNELS,
+        extractor_hidden: int = HIDDEN,
         checkpoint_levels: Sequence[int] = (),
     ):
+        one_of('delta_prompt', delta_prompt, DELTA_PROMPTS)
         one_of('insertion', insertion, INSERTIONS)
         one_of('directions', directions, tuple(SCANS))
         one_of('degradation', degradation, ('extractor', 'class'))
@@ -232,7 +251,8 @@ class DPMambaIR(UNet):
 
         def make_block(level: int) -> DPSSBlock:
             width = dim * 2**level
-            attn = DPSSModule(width, d_inner[level], d_state, embed_dim, prompt, insertion, high_frequency, directions)
+            options = prompt, delta_prompt, insertion, high_frequency, directions
+            attn = DPSSModule(width, d_inner[level], d_state, embed_dim, *options)
             return DPSSBlock(width, ffn_expansion_factor, attn)
 
         super().__init__(inp_channels, dim, num_blocks, num_refinement_blocks, False, make_block, checkpoint_levels)
@@ -243,7 +263,9 @@ class DPMambaIR(UNet):
         self.extractor = None
         self.classes = None
         if insertion != 'none' and degradation == 'extractor':
-            self.extractor = DegradationExtractor(embed_dim=embed_dim, channels=extractor_channels, merged=True)
+            self.extractor = DegradationExtractor(
+                embed_dim=embed_dim, channels=extractor_channels, hidden=extractor_hidden, merged=True
+            )
             self.extractor.requires_grad_(False).eval()
         elif insertion != 'none':
             self.classes = nn.Embedding(num_degradations, embed_dim)
@@ -258,6 +280,16 @@ class DPMambaIR(UNet):
         """Whether `load_extractor`, or a checkpoint of the whole network, has to come before training."""
         return self.extractor is not None
 
+    @staticmethod
+    def options_of_weights(state_dict: dict[str, Tensor]) -> dict:
+        """What weights tell of the options whose defaults were others in the first versions."""
+        found = DegradationAutoencoder.options_of_weights(state_dict)
+        places = {'delta': 'low_rank', 'delta_scale': 'scale'}
+        for name, place in places.items():
+            if any(key.endswith(f'.modulation.layers.{name}.bias') for key in state_dict):
+                found['delta_prompt'] = place
+        return found
+
     def load_extractor(self, state_dict: dict[str, Tensor]) -> None:
         """Take over the extractor that stage 1 trained, merged.
 
@@ -270,6 +302,7 @@ class DPMambaIR(UNet):
         trained = DegradationExtractor(
             embed_dim=self.extractor.head[-1].out_features,
             channels=[layer.out_channels for layer in self.extractor.layers],
+            hidden=self.extractor.head[0].out_features,
         )
         prefix = 'extractor.'
         trained.load_state_dict({k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(prefix)})

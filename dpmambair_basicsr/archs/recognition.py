@@ -7,6 +7,8 @@ and spandrel ask the same functions. What cannot be seen is VmambaIR's channel_f
 
 from torch import Tensor
 
+from dpmambair_basicsr.archs.dpmambair_arch import DPMambaIR
+
 StateDict = dict[str, Tensor]
 
 FIRST = 'encoder_level1.0.'
@@ -98,16 +100,18 @@ def dpmambair_options(state_dict: StateDict) -> dict:
     options = {
         **shared_options(state_dict),
         'd_inner': [state_dict[f'{level}.0.attn.conv2d.weight'].shape[0] for level in LEVELS],
-        'prompt': [name for name in ('delta', 'B', 'C') if f'{attn}modulation.layers.{name}.weight' in state_dict],
+        'prompt': [
+            name
+            for name in ('delta', 'B', 'C')
+            if any(f'{attn}modulation.layers.{layer}.weight' in state_dict for layer in (name, f'{name}_scale'))
+        ],
         'insertion': present[0] if present else 'none',
         'high_frequency': f'{attn}high_frequency.alpha' in state_dict,
         'directions': state_dict[f'{attn}x_proj_weight'].shape[0],
     }
     if present:
-        layers = number_of(state_dict, 'extractor.layers')
         options['embed_dim'] = state_dict['extractor.head.2.weight'].shape[0]
-        options['extractor_channels'] = [state_dict[f'extractor.layers.{i}.weight'].shape[0] for i in range(layers)]
-    return options
+    return options | DPMambaIR.options_of_weights(state_dict)
 
 
 def number_of(state_dict: StateDict, sequence: str) -> int:

@@ -36,14 +36,10 @@ def load_extractor(weights: str) -> DegradationExtractor:
     state_dict = select_weights(weights, read_checkpoint(weights), *WRAPPINGS)
     prefix = 'extractor.' if any(name.startswith('extractor.') for name in state_dict) else ''
     own = {name.removeprefix(prefix): value for name, value in state_dict.items() if name.startswith(prefix)}
-    if not {'layers.0.bias', 'head.2.bias'} <= own.keys():
+    if not {'layers.0.bias', 'head.0.bias', 'head.2.bias'} <= own.keys():
         raise ValueError(f'{weights}: holds no degradation extractor; checkpoints of stage 1 and of most DPMambaIRs do')
-    channels = []
-    while (bias := own.get(f'layers.{len(channels)}.bias')) is not None:
-        channels.append(len(bias))
-    extractor = DegradationExtractor(
-        embed_dim=len(own['head.2.bias']), channels=channels, merged='layers.0.weight' in own
-    )
+    widths = DegradationExtractor.options_of_weights(own)
+    extractor = DegradationExtractor(embed_dim=len(own['head.2.bias']), merged='layers.0.weight' in own, **widths)
     if report := differences(extractor, own):
         raise ValueError(f'{weights}: {report}')
     extractor.load_state_dict(own)

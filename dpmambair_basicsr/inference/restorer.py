@@ -20,7 +20,15 @@ from dpmambair_basicsr.inference.memory import PeakMemory, free_memory, is_out_o
 from dpmambair_basicsr.inference.tiled_network import OVERLAP, TiledNetwork
 from dpmambair_basicsr.ops import use_backend
 from dpmambair_basicsr.ops.selective_scan.backend import check_backend
-from dpmambair_basicsr.registry import arguments_of, describe, is_ours, look_up, make_without_storage, registered
+from dpmambair_basicsr.registry import (
+    arguments_of,
+    describe,
+    is_ours,
+    look_up,
+    make_without_storage,
+    registered,
+    told_by_weights,
+)
 
 LOGGER = logging.getLogger('dpmambair_basicsr')
 SMALL = 256  # pixels: smaller images are not cut into tiles unless asked for
@@ -94,7 +102,8 @@ def load_network(weights: str | Path, network: dict | None = None) -> nn.Module:
             f'{weights}: network_g.type: {options["type"]} is not a network of dpmambair_basicsr, and a checkpoint may '
             'choose among these alone; give its options yourself, as --opt or load(..., network=...)'
         )
-    return build(known, arguments_of(options), state_dict, weights)
+    arguments = arguments_of(options) | told_by_weights(known, options, state_dict)
+    return build(known, arguments, state_dict, weights)
 
 
 def recognised(weights: str, state_dict: dict[str, Tensor]) -> dict | None:

@@ -31,6 +31,7 @@ from dpmambair_basicsr.models.validation_monitor import ValidationMonitor
 from dpmambair_basicsr.ops.selective_scan.backend import set_default_backend
 from dpmambair_basicsr.results.run import mean
 from dpmambair_basicsr.training import lr_schedulers
+from dpmambair_basicsr.training.earlier_options import complete_networks
 from dpmambair_basicsr.training.extractor import load_extractor
 from dpmambair_basicsr.training.parameters import freeze, log_frozen, parameter_groups
 
@@ -60,6 +61,7 @@ class RestorationMixin(SRModel):
         self.monitor = ValidationMonitor(opt)
         self.evaluation = Evaluation(opt)
         self.best_checkpoint = BestCheckpoint(opt)
+        complete_networks(opt)
         set_default_backend(opt.get('scan_backend'))  # a program's own loop has not parsed an option file
         super().__init__(opt)
 

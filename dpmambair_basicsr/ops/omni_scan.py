@@ -34,7 +34,7 @@ def omni_scan(
         x_proj_weight: (k, r + 2n, d), or (b, k, r + 2n, d) for each sample its own; to low-rank delta, B and C.
         dt_proj_weight: (k, d, r), from low-rank delta to delta.
         dt_proj_bias: (k, d), added to delta before softplus.
-        A: (k * d, n), negative.
+        A: (k * d, n), negative, or (b, k * d, n) for each sample its own.
         D: (k * d,).
         directions: k scan orders, see `cross_scan`.
         backend: as in `selective_scan`. Those that can do it fused do, 'triton' and, where all is fp32, 'numba'; with
@@ -74,7 +74,7 @@ def scan_by_sequences(
 ) -> Tensor:
     """`omni_scan` by its parts: read the image in each direction, project, scan, merge."""
     xs = cross_scan(x, directions)  # (b, k, d, l)
-    rank, n = dt_proj_weight.shape[2], A.shape[1]
+    rank, n = dt_proj_weight.shape[2], A.shape[-1]
     delta, B, C = torch.matmul(x_proj_weight, xs).split([rank, n, n], dim=2)  # (b, k, r | n | n, l)
     delta = torch.matmul(dt_proj_weight, delta)  # (b, k, d, l)
     ys = selective_scan(
@@ -104,7 +104,7 @@ def _check(x, x_proj_weight, dt_proj_weight, dt_proj_bias, A, D, directions):
         'x_proj_weight': (x_proj_weight, (b, *weight) if x_proj_weight.dim() == 4 else weight),
         'dt_proj_weight': (dt_proj_weight, (k, d, rank)),
         'dt_proj_bias': (dt_proj_bias, (k, d)),
-        'A': (A, (k * d, n)),
+        'A': (A, (b, k * d, n) if A.dim() == 3 else (k * d, n)),
         'D': (D, (k * d,)),
     }
     for name, (parameter, shape) in expected.items():

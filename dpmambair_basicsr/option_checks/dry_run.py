@@ -1,5 +1,6 @@
 """The checks of an option file that make or read what it names: networks, datasets, optimizers, checkpoints."""
 
+import contextlib
 import inspect
 import math
 import re
@@ -24,6 +25,7 @@ from dpmambair_basicsr.registry import (
     our_type,
     registered,
 )
+from dpmambair_basicsr.training.earlier_options import complete_networks
 from dpmambair_basicsr.training.extractor import read_extractor, stage_1_checkpoint
 from dpmambair_basicsr.training.lr_schedulers import schedulers
 from dpmambair_basicsr.training.parameters import freeze
@@ -57,6 +59,9 @@ def check_by_dry_run(opt: dict, model: type | None, reported: list[str]) -> list
     is_checked = hasattr(model, 'option_keys')
     if opt['is_train'] and hasattr(model, 'check_training') and not reported:
         attempt('model_type', model.check_training, opt)
+    if is_checked and not will_resume(opt):
+        with contextlib.suppress(OSError, ValueError):  # of a file that cannot be read; reported below
+            complete_networks(opt)
     networks = {}
     for key, section in opt.items():
         target = our_type('ARCH', section) if str(key).startswith('network_') else None

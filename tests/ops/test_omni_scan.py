@@ -10,11 +10,13 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from operator_checks import assert_compiles_without_a_graph_break, assert_exports_as_one_node, scans_run_by
+from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
 
 from dpmambair_basicsr.archs.blocks import directional_scan
-from dpmambair_basicsr.ops import omni_scan, use_backend
+from dpmambair_basicsr.ops import omni_scan, selective_scan, use_backend
+from dpmambair_basicsr.ops.cross_scan import cross_merge, cross_scan
 from dpmambair_basicsr.ops.selective_scan import available_backends
 from dpmambair_basicsr.ops.selective_scan.numba import omni as numba_omni
 
@@ -26,15 +28,15 @@ needs_numba = pytest.mark.skipif('numba' not in available_backends(), reason='th
 TOLERANCE = 5e-6  # measured up to 2e-6
 
 
-def omni_inputs(b=2, d=20, size=(5, 7), n=4, directions=(0, 1, 2, 3), rank=3, per_sample=False, dtype=FP32, seed=0):
-    """What `omni_scan` takes, with Mamba's statistics."""
+def omni_inputs(b=2, d=20, size=(5, 7), n=4, directions=(0, 1, 2, 3), rank=3, per_sample=(), dtype=FP32, seed=0):
+    """What `omni_scan` takes, with Mamba's statistics; `per_sample` names what each sample has its own of."""
     rng, k = torch.Generator().manual_seed(seed), len(directions)
 
     def randn(*shape):
         return torch.randn(shape, generator=rng, dtype=torch.float64)
 
     x_proj_weight = randn(k, rank + 2 * n, d) * d**-0.5
-    if per_sample:
+    if 'x_proj_weight' in per_sample:
         x_proj_weight = x_proj_weight * (1 + 0.3 * randn(b, 1, rank + 2 * n, 1))
     inputs = {
         'x': randn(b, d, *size),
@@ -44,6 +46,8 @@ def omni_inputs(b=2, d=20, size=(5, 7), n=4, directions=(0, 1, 2, 3), rank=3, pe
         'A': -torch.arange(1.0, n + 1, dtype=torch.float64) * torch.exp(0.1 * randn(k * d, n)),
         'D': randn(k * d),
     }
+    if 'A' in per_sample:
+        inputs['A'] = inputs['A'] * torch.exp(0.3 * randn(b, 1, 1))
     return {name: x.to(dtype) for name, x in inputs.items()} | {'directions': directions}
 
 
@@ -113,11 +117,84 @@ def test_agrees_with_the_parts_however_the_work_is_divided(monkeypatch, units):
 
 @needs_numba
 def test_each_sample_may_have_its_own_projection():
-    inputs = omni_inputs(b=3, per_sample=True)
+    inputs = omni_inputs(b=3, per_sample=('x_proj_weight',))
     assert_agrees(inputs)
     y = omni_scan(**inputs)
     alone = inputs | {'x': inputs['x'][1:2], 'x_proj_weight': inputs['x_proj_weight'][1]}
     torch.testing.assert_close(omni_scan(**alone), y[1:2])
+
+
+@pytest.mark.parametrize('units', [1, 100])
+@pytest.mark.parametrize(
+    ('b', 'd', 'size', 'n', 'directions'),
+    [
+        (1, 1, (1, 1), 1, (0,)),
+        (2, 4, (5, 3), 4, (3, 1)),
+        (3, 17, (1, 7), 16, (0, 1, 2, 3)),
+        (2, 40, (13, 11), 5, (0,)),
+        (9, 16, (3, 3), 2, (1, 2)),
+    ],
+    ids=str,
+)
+@needs_numba
+def test_each_sample_may_have_its_own_A(b, d, size, n, directions, units, monkeypatch):
+    """As each sample alone, which shares its A with nobody, by the definition; gradients too."""
+    monkeypatch.setattr(numba_omni, '_UNITS', units)
+    inputs = omni_inputs(b=b, d=d, size=size, n=n, directions=directions, per_sample=('x_proj_weight', 'A'))
+    own = ('x', 'x_proj_weight', 'A')
+
+    def scan_alone(directions, **tensors):
+        samples = [tensors | {name: tensors[name][i] for name in own} for i in range(b)]
+        ys = [omni_scan(**x | {'x': x['x'][None]}, directions=directions, backend='reference') for x in samples]
+        return torch.cat(ys)
+
+    results = run_with_grads(inputs)
+    assert_close(results, run_with_grads(in_double(inputs), function=scan_alone))
+    assert scans_run_by(lambda: run_with_grads(inputs)) == ['omni_scan_numba', 'omni_scan_numba_backward']
+
+
+@needs_numba
+def test_an_A_of_each_sample_changes_no_bit_where_all_are_the_same():
+    inputs = omni_inputs(b=3, d=20, size=(9, 15), n=16)
+    own = inputs | {'A': inputs['A'].repeat(3, 1, 1)}
+    results, others = run_with_grads(own), run_with_grads(inputs)
+    total = results.pop('dA').sum(0)
+    torch.testing.assert_close(total, others.pop('dA'))
+    assert_same(results, others)
+
+
+@pytest.mark.parametrize(
+    'backend', available_backends(dtype=torch.float64) + ['numba'] * ('numba' in available_backends())
+)
+@pytest.mark.parametrize('directions', [(0,), (0, 1, 2, 3)], ids=str)
+def test_delta_scale_multiplies_delta_after_softplus(backend, directions):
+    """DPMambaIR, Eq. 8, written down: softplus of the projected step sizes, times the factor, scanned. 0 is allowed."""
+    inputs = omni_inputs(b=3, d=5, size=(3, 4), n=3, rank=2, directions=directions)
+    rng = torch.Generator().manual_seed(2)
+    prompt = 1 + 0.3 * torch.randn(3, 2 + 2 * 3, generator=rng)
+    scaled = network_form(inputs) | {'prompt': prompt, 'delta_scale': torch.tensor([0.0, 0.7, 2.5])}
+
+    def by_equation(x, directions, x_proj_weight, dt_projs_weight, dt_projs_bias, A_logs, Ds, prompt, delta_scale):
+        xs, rank, n = cross_scan(x, directions), dt_projs_weight.shape[2], A_logs.shape[1]
+        low, B, C = ((x_proj_weight @ xs) * prompt[:, None, :, None]).split([rank, n, n], dim=2)
+        delta = F.softplus(dt_projs_weight @ low + dt_projs_bias[..., None]) * delta_scale[:, None, None, None]
+        ys = selective_scan(xs.flatten(1, 2), delta.flatten(1, 2), -A_logs.exp(), B, C, Ds, backend='reference')
+        return cross_merge(ys.view_as(xs), x.shape[2:], directions)
+
+    if backend != 'numba':
+        scaled = in_double(scaled)
+    with use_backend(backend):
+        results = run_with_grads(scaled, function=directional_scan)
+    assert results['ddelta_scale'].abs().min() > 0
+    assert_close(results, run_with_grads(in_double(scaled), function=by_equation))
+
+
+def network_form(inputs):
+    """The parameters as the networks' function takes them and checkpoints hold them."""
+    names = {'x_proj_weight': 'x_proj_weight', 'dt_proj_weight': 'dt_projs_weight', 'dt_proj_bias': 'dt_projs_bias'}
+    parameters = {new: inputs[old] for old, new in names.items()}
+    parameters |= {'A_logs': (-inputs['A']).log(), 'Ds': inputs['D']}
+    return parameters | {'x': inputs['x'], 'directions': inputs['directions']}
 
 
 @needs_numba
@@ -125,10 +202,7 @@ def test_prompts_and_logs_have_their_gradients():
     """Through the networks' function: the parameters as checkpoints hold them, and DPMambaIR's prompt."""
     inputs = omni_inputs(n=3)
     prompt = 1 + 0.3 * torch.randn(2, 9, generator=torch.Generator().manual_seed(2))
-    names = {'x_proj_weight': 'x_proj_weight', 'dt_proj_weight': 'dt_projs_weight', 'dt_proj_bias': 'dt_projs_bias'}
-    parameters = {new: inputs[old] for old, new in names.items()}
-    parameters |= {'A_logs': (-inputs['A']).log(), 'Ds': inputs['D'], 'prompt': prompt}
-    parameters |= {'x': inputs['x'], 'directions': inputs['directions']}
+    parameters = network_form(inputs) | {'prompt': prompt}
     results = run_with_grads(parameters, function=directional_scan)
     assert_close(results, run_with_grads(in_double(parameters), function=directional_scan))
 
@@ -261,6 +335,7 @@ def test_projects_once():
         ('dt_proj_weight', torch.ones(4, 19, 3), 'dt_proj_weight must be'),
         ('dt_proj_bias', torch.ones(80), 'dt_proj_bias must be'),
         ('A', torch.ones(20, 4), 'A must be'),
+        ('A', torch.ones(3, 80, 4), r'A must be \(2, 80, 4\), got \(3, 80, 4\)'),
         ('D', torch.ones(4, 20), 'D must be'),
     ],
 )
@@ -333,10 +408,12 @@ def test_is_a_well_formed_operator():
     x = inputs['x'].flatten(2).mT
     projected = x @ inputs['x_proj_weight'].flatten(0, 1).mT
     tensors = [x, projected, *(inputs[name] for name in ('dt_proj_weight', 'dt_proj_bias', 'A', 'D'))]
-    leaves = [tensor.detach().requires_grad_() for tensor in tensors]
-    torch.library.opcheck(numba_omni._forward, (*leaves, [0, 1, 2, 3], 5, 14, True), rtol=1e-4, atol=1e-5)
-    y, states = numba_omni._forward(*tensors, [0, 1, 2, 3], 5, 14, True)
-    torch.library.opcheck(numba_omni._backward, (*tensors, states, y, [0, 1, 2, 3], 5, 14))
+    for A in (inputs['A'], inputs['A'].repeat(2, 1, 1)):
+        tensors[4] = A
+        leaves = [tensor.detach().requires_grad_() for tensor in tensors]
+        torch.library.opcheck(numba_omni._forward, (*leaves, [0, 1, 2, 3], 5, 14, True), rtol=1e-4, atol=1e-5)
+        y, states = numba_omni._forward(*tensors, [0, 1, 2, 3], 5, 14, True)
+        torch.library.opcheck(numba_omni._backward, (*tensors, states, y, [0, 1, 2, 3], 5, 14))
 
 
 class Omni(torch.nn.Module):

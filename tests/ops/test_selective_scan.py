@@ -157,6 +157,38 @@ def test_agrees_with_the_definition_without_options(backend, device, without, de
     assert_agrees(backend, {name: x for name, x in inputs.items() if name not in without}, delta_softplus)
 
 
+@pytest.mark.parametrize(('b', 'd', 'g'), [(1, 1, 1), (2, 6, 1), (3, 20, 2), (3, 17, 17)])
+@every_backend
+def test_each_sample_may_have_its_own_A(backend, device, b, d, g):
+    """As each sample alone, which shares its A with nobody: y, last state, every gradient; gated, on strided inputs."""
+    inputs = scan_inputs(b=b, d=d, g=g, dtype=torch.float32, device=device)
+    inputs |= {'A': inputs['A'] * torch.linspace(0.3, 2, b, device=device)[:, None, None], 'z': inputs['u'].flip(1)}
+    inputs['u'] = inputs['u'].mT.contiguous().mT
+
+    def together(**leaves):
+        return selective_scan(**leaves, delta_softplus=True, backend=backend, return_last_state=True)
+
+    def alone(**leaves):
+        own = ('u', 'delta', 'A', 'B', 'C', 'z')
+        samples = [leaves | {name: leaves[name][i : i + 1] for name in own} for i in range(b)]
+        parts = [
+            selective_scan(**x | {'A': x['A'][0]}, delta_softplus=True, backend='reference', return_last_state=True)
+            for x in samples
+        ]
+        return (torch.cat(part) for part in zip(*parts, strict=True))
+
+    def results(function, dtype):
+        leaves = {name: x.to(dtype).detach().requires_grad_() for name, x in inputs.items()}
+        y, state = function(**leaves)
+        (y * weights(y)).sum().add((state * weights(state)).sum()).backward()
+        return {'y': y.detach(), 'state': state.detach(), **{f'd{name}': x.grad for name, x in leaves.items()}}
+
+    exact = results(alone, torch.float64)
+    for name, x in results(together, torch.float32).items():
+        error, largest = (x.double() - exact[name]).abs().max(), exact[name].abs().max()
+        assert error <= TOLERANCE[torch.float32] * largest, f'{name}: {error:.1e} of {largest:.1e}'
+
+
 @every_backend
 def test_agrees_with_the_definition_without_a_group_axis(backend, device):
     inputs = scan_inputs(dtype=torch.float32, device=device)
@@ -316,6 +348,7 @@ def test_missing_backend_is_refused(backend):
         ('u', torch.ones(2, 6, 65, dtype=torch.int64)),
         ('delta', torch.ones(2, 6, 64)),
         ('A', torch.ones(5, 6)),
+        ('A', torch.ones(3, 6, 5)),
         ('B', torch.ones(2, 1, 4, 65)),
         ('C', torch.ones(2, 2, 5, 65)),
         ('D', torch.ones(1)),

@@ -93,9 +93,17 @@ def test_agrees_with_the_parts(size, d, n, directions):
 
 
 @runs
-@pytest.mark.parametrize(('rank', 'per_sample'), [(1, True), (6, False)])
+@pytest.mark.parametrize(('rank', 'per_sample'), [(1, ('x_proj_weight',)), (6, ())])
 def test_agrees_with_the_parts_in_a_batch(rank, per_sample):
     assert_agrees(small_inputs(b=2, d=5, n=2, rank=rank, per_sample=per_sample, directions=(1, 2)))
+
+
+@runs
+@pytest.mark.parametrize(('d', 'directions'), [(1, (3,)), (5, (0, 1))])
+def test_each_sample_may_have_its_own_A(d, directions):
+    inputs = small_inputs(b=3, d=d, n=2, per_sample=('x_proj_weight', 'A'), directions=directions)
+    assert_agrees(inputs)
+    assert scans_run_by(lambda: omni_scan(**inputs)) == ['omni_scan_triton']
 
 
 @runs

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from dpmambair_basicsr.ops import omni_scan
 
@@ -38,12 +39,13 @@ class PlanarScan(nn.Module):
         self.A_logs = nn.Parameter(torch.arange(1.0, d_state + 1).log().repeat(k * channels, 1))
         self.Ds = nn.Parameter(torch.ones(k * channels))
 
-    def scan(self, x: Tensor, prompt: Tensor | None = None) -> Tensor:
+    def scan(self, x: Tensor, prompt: Tensor | None = None, delta_scale: Tensor | None = None) -> Tensor:
         """Sum of the K scans of x.
 
         Args:
             x: (B, D, H, W).
-            prompt: (B, R + 2N), factors on the low-rank delta, B and C of each sample (DPMambaIR, Eq. 8); None for 1.
+            prompt: (B, R + 2N), factors of the low-rank delta, B and C of each sample; None for 1.
+            delta_scale: (B,), not negative, factor of delta, after softplus, of each sample; None for 1.
 
         Returns:
             (B, D, H, W).
@@ -57,6 +59,7 @@ class PlanarScan(nn.Module):
             self.A_logs,
             self.Ds,
             prompt,
+            delta_scale,
         )
 
 
@@ -69,14 +72,17 @@ def directional_scan(
     A_logs: Tensor,
     Ds: Tensor,
     prompt: Tensor | None = None,
+    delta_scale: Tensor | None = None,
 ) -> Tensor:
     """Project each pixel to delta, B and C, scan along each direction, sum the results.
+
+    No scan has to know of delta_scale: s delta A = delta (s A) and s delta B u = delta (s B) u.
 
     Args:
         x: (B, D, H, W).
         directions: K scan orders, see `cross_scan`.
         x_proj_weight, dt_projs_weight, dt_projs_bias, A_logs, Ds: see `PlanarScan`.
-        prompt: (B, R + 2N) or None.
+        prompt, delta_scale: see `PlanarScan.scan`.
 
     Returns:
         (B, D, H, W); fp32 under autocast, since exp amplifies the rounding of step sizes.
@@ -85,10 +91,16 @@ def directional_scan(
     if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):  # asked of others, the second fails
         parameters = x_proj_weight, dt_projs_weight, dt_projs_bias, A_logs, Ds
         with torch.autocast(kind, enabled=False):
-            return directional_scan(x.float(), directions, *parameters, prompt)
+            return directional_scan(x.float(), directions, *parameters, prompt, delta_scale)
+    A = -torch.exp(A_logs)
+    if delta_scale is not None:
+        rank, n = dt_projs_weight.shape[2], A.shape[1]
+        of_B = F.pad(delta_scale[:, None].expand(-1, n), (rank, n), value=1.0)  # (B, R + 2N)
+        prompt = of_B if prompt is None else prompt * of_B
+        A = A * delta_scale[:, None, None]  # (B, K * D, N)
     if prompt is not None:  # scaling an output is scaling its row of weights: nothing of size L is touched
         x_proj_weight = x_proj_weight * prompt[:, None, :, None]  # (B, K, R + 2N, D)
-    return omni_scan(x, x_proj_weight, dt_projs_weight, dt_projs_bias, -torch.exp(A_logs), Ds, directions)
+    return omni_scan(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, Ds, directions)
 
 
 def log_uniform_delta_bias(*shape: int, low: float = 1e-3, high: float = 1e-1) -> Tensor:

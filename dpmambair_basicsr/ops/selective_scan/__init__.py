@@ -16,7 +16,7 @@ from dpmambair_basicsr.ops.selective_scan.backend import (
     chosen,
     use_backend,
 )
-from dpmambair_basicsr.ops.selective_scan.forms import common_form, with_states_at_the_end
+from dpmambair_basicsr.ops.selective_scan.forms import common_form, samples_as_groups, with_states_at_the_end
 
 __all__ = ['BACKENDS', 'Backend', 'BackendError', 'available_backends', 'selective_scan', 'use_backend']
 
@@ -41,7 +41,7 @@ def selective_scan(
         u: input, (b, d, l), none of them 0.
         delta: step sizes, (b, d, l), or (b, m, l), each for d / m consecutive channels; positive after delta_bias and
             delta_softplus.
-        A: (d, n), negative.
+        A: (d, n), negative, or (b, d, n) for each sample its own.
         B, C: (b, g, n, l), each shared by the d / g consecutive channels of a group; (b, n, l) means g = 1; (d, n) is
             the same at every position of every sample (this costs as much memory as g = d).
         D: (d,).
@@ -69,6 +69,8 @@ def selective_scan(
     delta, B, C, delta_bias = common_form(u, delta, B, C, delta_bias)
     tensors = {'u': u, 'delta': delta, 'A': A, 'B': B, 'C': C, 'D': D, 'delta_bias': delta_bias}
     _check(**tensors, z=z)
+    if A.dim() == 3:
+        tensors = samples_as_groups(**tensors)
     dtype = torch.promote_types(u.dtype, torch.float32)
     running = chosen[choose(backend, u.device, dtype)]
     kept = (torch.bfloat16, torch.float16) if running.reads_half else ()
@@ -76,6 +78,7 @@ def selective_scan(
     if return_last_state:
         inputs = with_states_at_the_end(*inputs, delta_softplus)
     y = running.scan(*inputs, delta_softplus)
+    y = y.reshape(*u.shape[:2], -1)
     y, state = y[..., :length], y[..., length:]
     if z is not None:
         y = y * F.silu(z.to(dtype))
@@ -86,13 +89,15 @@ def selective_scan(
 def _check(u, delta, A, B, C, D, delta_bias, z):
     """Raise a one-line ValueError that names the first argument that does not fit."""
     b, d, length = u.shape
-    if A.dim() != 2 or A.shape[0] != d:
-        raise ValueError(f'selective_scan: A must be (d, n) with d = {d} as in u, got {tuple(A.shape)}')
-    groups = B.shape[1] if B.dim() == 4 else 1
+    if A.shape[:-1] not in ((d,), (b, d)):
+        raise ValueError(
+            f'selective_scan: A must be (d, n) or (b, d, n) with b, d = {b}, {d} as in u, got {tuple(A.shape)}'
+        )
+    n, groups = A.shape[-1], B.shape[1] if B.dim() == 4 else 1
     expected = {
         'delta': (delta, (b, d, length)),
-        'B': (B, (b, groups, A.shape[1], length)),
-        'C': (C, (b, groups, A.shape[1], length)),
+        'B': (B, (b, groups, n, length)),
+        'C': (C, (b, groups, n, length)),
         'D': (D, (d,)),
         'delta_bias': (delta_bias, (d,)),
         'z': (z, (b, d, length)),

@@ -38,6 +38,14 @@ def _in_groups(x, b, length):
     return x.unsqueeze(1) if x.dim() == 3 else x
 
 
+def samples_as_groups(u, delta, A, B, C, D, delta_bias) -> dict[str, Tensor | None]:
+    """A (b, d, n), each sample's own: the same scans as b * d channels in b * g groups of one sample."""
+    b = len(u)
+    D, delta_bias = (None if x is None else x.repeat(b) for x in (D, delta_bias))
+    u, delta, B, C = (x.flatten(0, 1).unsqueeze(0) for x in (u, delta, B, C))
+    return {'u': u, 'delta': delta, 'A': A.flatten(0, 1), 'B': B, 'C': C, 'D': D, 'delta_bias': delta_bias}
+
+
 def with_states_at_the_end(u, delta, A, B, C, D, delta_bias, delta_softplus: bool):
     """The same tensors with n more positions, whose outputs are the n states after the last position.
 

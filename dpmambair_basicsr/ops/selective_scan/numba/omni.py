@@ -44,7 +44,7 @@ def omni_scan(
     Args:
         x: (b, h * w, d), fp32 on the CPU.
         projected: (b, h * w, k * (r + 2n)), per direction low-rank step sizes, B and C; rounded under autocast.
-        dt_weight, dt_bias, A, D: see `omni_scan`.
+        dt_weight, dt_bias, A, D: see `omni_scan`; A may be each sample's own.
         directions: k of them.
         size: (h, w).
 
@@ -58,7 +58,7 @@ def omni_scan(
 def _layout(x, dt_weight, A):
     """k, d, n, r, and the number of blocks."""
     k, d, rank = dt_weight.shape
-    return k, d, A.shape[1], rank, -(-d // LANES)
+    return k, d, A.shape[-1], rank, -(-d // LANES)
 
 
 def _results(x, dt_weight, A, keep):
@@ -69,8 +69,15 @@ def _results(x, dt_weight, A, keep):
 
 
 def _pack(dt_weight, dt_bias, A, D):
-    columns = A * LOG2_E, D.unsqueeze(1), dt_bias.reshape(-1, 1), dt_weight.flatten(0, 1)
-    return pack(torch.cat(columns, dim=1), len(dt_weight))
+    """All parameters for the kernels, (samples, k * blocks, n + 2 + r, 16); one sample if A is shared."""
+    A = LOG2_E * (A if A.dim() == 3 else A.unsqueeze(0))
+    shared = D.unsqueeze(1), dt_bias.reshape(-1, 1), dt_weight.flatten(0, 1)
+    columns = torch.cat([A, *(x.expand(len(A), -1, -1) for x in shared)], dim=2)
+    return pack(columns.flatten(0, 1), len(A) * len(dt_weight)).unflatten(0, (len(A), -1))
+
+
+def _bytes_per_sample(parameters):
+    return 0 if len(parameters) == 1 else 4 * parameters.stride(0)
 
 
 @torch.library.custom_op('dpmambair_basicsr::omni_scan_numba', mutates_args=(), device_types='cpu')
@@ -96,7 +103,7 @@ def _forward(
     ys = y.new_empty(teams, *y.shape) if teams > 1 else y
     arguments = (
         *((b, k, d, n, rank, height, width), orders.data_ptr(), x.data_ptr(), projected.data_ptr()),
-        *(parameters.data_ptr(), ys.data_ptr(), states.data_ptr() if keep else 0, teams),
+        *(parameters.data_ptr(), _bytes_per_sample(parameters), ys.data_ptr(), states.data_ptr() if keep else 0, teams),
     )
     scratch = kernels.forward_scratch(n, rank, blocks)
     run(kernels.forward, arguments, b * teams * blocks, k * x.numel() * n, scratch)
@@ -131,7 +138,7 @@ def _backward(
     (b, length, d), (k, _, n, rank, blocks) = x.shape, _layout(x, dt_weight, A)
     columns = rank + 2 * n
     dx, dprojected = torch.empty_like(x), torch.empty_like(projected)
-    dparameters = parameters.new_zeros(b, *parameters.shape)
+    dparameters = parameters.new_zeros(b, *parameters.shape[1:])
     parts = min(blocks, -(-_UNITS // b))
     sums = x.new_empty(parts, b * length, columns) if parts > 1 else None
     for order, direction in enumerate(directions):
@@ -139,16 +146,18 @@ def _backward(
         part = target.unsqueeze(0) if parts == 1 else sums
         arguments = (
             *((b, k, d, n, rank, height, width), order, direction, x.data_ptr(), projected.data_ptr()),
-            *(parameters.data_ptr(), dy.data_ptr(), states.data_ptr(), dx.data_ptr(), *view(part)[:3]),
-            *(dparameters.data_ptr(), parts),
+            *(parameters.data_ptr(), _bytes_per_sample(parameters), dy.data_ptr(), states.data_ptr(), dx.data_ptr()),
+            *(*view(part)[:3], dparameters.data_ptr(), parts),
         )
         # a step back is worth two forward
         run(kernels.backward, arguments, b * parts, 2 * x.numel() * n, kernels.backward_scratch(n, rank, blocks))
         if parts > 1:
             add_parts(sums, target)
-    total = torch.empty_like(parameters)
+    total = torch.empty_like(dparameters[0])
     add_parts(dparameters.flatten(2), total.flatten(1))
     dA, dD, dbias, dweight = unpack(total, k, d, (n, 1, 1, rank))
+    if A.dim() == 3:
+        dA = unpack(dparameters.flatten(0, 1), b * k, d, (n, 2 + rank))[0].view(A.shape)
     return dx, dprojected, dweight.view(k, d, rank), dbias.view(k, d), dA, dD.view(-1)
 
 

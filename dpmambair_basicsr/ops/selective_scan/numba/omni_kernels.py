@@ -5,7 +5,8 @@ into tiles, and results go back to the same pixels. So no direction needs a copy
 tiles only.
 
 Images are (b, h * w, d) in memory, their projections (b, h * w, k, r + 2n): low-rank step sizes, B and C.
-The parameters of a block are (n + 2 + r, 16): A * log2(e), D, delta_bias, and the projection to step sizes.
+The parameters of a block are (n + 2 + r, 16): A * log2(e), D, delta_bias, and the projection to step sizes. From one
+sample's to the next are so many bytes, 0 if all samples share them.
 """
 
 from numba import types
@@ -159,13 +160,14 @@ def forward_scratch(n, rank, blocks):
 _sizes = types.UniTuple(Integer, 7)  # b, k, d, n, r, h, w
 
 
-@kernel(_sizes, Address, Address, Address, Address, Address, Address, Integer, Integer, Integer, Address)
-def forward(sizes, directions, x, projected, parameters, y, states, teams, first, last, scratch):
+@kernel(_sizes, Address, Address, Address, Address, Integer, Address, Address, Integer, Integer, Integer, Address)
+def forward(sizes, directions, x, projected, parameters, per_sample, y, states, teams, first, last, scratch):
     """Outputs of the blocks [first, last), counted over (b, teams, blocks of an image).
 
     Args:
         directions: (k,) integers. They are dealt to `teams`, each of which sums its directions' outputs.
-        parameters: (k * blocks, n + 2 + r, 16).
+        parameters: (samples, k * blocks, n + 2 + r, 16).
+        per_sample: bytes between samples' parameters.
         y: (teams, b, h * w, d).
         states: (b, k, blocks, chunks, n, 16), receives the state that each chunk starts from; or address 0.
     """
@@ -198,7 +200,8 @@ def forward(sizes, directions, x, projected, parameters, y, states, teams, first
                 gather(tile_B, ROW, projections + rank * FLOAT_BYTES, FLOAT_BYTES, pitch, 2 * n, steps, 0)
                 for block in range(first_block, last_block):
                     start, lanes = block * VECTOR_BYTES, min(LANES, channels - block * LANES)
-                    block_parameters = parameters + (order * blocks + block) * (n + 2 + rank) * VECTOR_BYTES
+                    block_parameters = parameters + sample * per_sample
+                    block_parameters += (order * blocks + block) * (n + 2 + rank) * VECTOR_BYTES
                     weights = block_parameters + (n + 2) * VECTOR_BYTES
                     h_block = h + (block - first_block) * n * VECTOR_BYTES
                     if states:
@@ -224,7 +227,7 @@ def backward_scratch(n, rank, blocks):
 
 
 @kernel(
-    *(_sizes, Integer, Integer, Address, Address, Address, Address, Address),
+    *(_sizes, Integer, Integer, Address, Address, Address, Integer, Address, Address),
     *(Address, Address, Integer, Integer, Address, Integer, Integer, Integer, Address),
 )
 def backward(
@@ -234,6 +237,7 @@ def backward(
     x,
     projected,
     parameters,
+    per_sample,
     dy,
     states,
     dx,
@@ -251,7 +255,7 @@ def backward(
     The blocks of an image are dealt to `parts`; [first, last) are parts, counted over (b, parts).
 
     Args:
-        parameters, states: as in `forward`, states filled.
+        parameters, per_sample, states: as in `forward`, states filled.
         dx: (b, h * w, d); written if order is 0, otherwise added to.
         dprojected: (parts, b * h * w, r + 2n), strides of both in bytes; receives each part's sums.
         dparameters: (b, k * blocks, n + 2 + r, 16), zeros at first; the gradients are added.
@@ -285,7 +289,8 @@ def backward(
             clear(tile_dprojected, columns * ROW)
             for block in range(first_block, last_block):
                 start, lanes = sample * image + block * VECTOR_BYTES, min(LANES, channels - block * LANES)
-                block_parameters = parameters + (order * blocks + block) * (n + 2 + rank) * VECTOR_BYTES
+                block_parameters = parameters + sample * per_sample
+                block_parameters += (order * blocks + block) * (n + 2 + rank) * VECTOR_BYTES
                 weights = block_parameters + (n + 2) * VECTOR_BYTES
                 block_number = (sample * orders + order) * blocks + block
                 h = states + (block_number * chunks + chunk) * n * VECTOR_BYTES

@@ -20,6 +20,8 @@ A tile's tuple ends with `fold` and a stride: where fold is not None, position t
 t // fold on one more, with this stride. So an image is read along its columns. Along what is reversed strides are
 negative, and the pointer is at the last element.
 
+A comes as a tuple too, (pointer, stride per sample): (d, n) contiguous with stride 0, or each sample's own.
+
 Step sizes come as they are, (b, d, l), or, with `dt` (d, r) contiguous, as (b, 1, r, l), whose product with dt
 they are.
 """
@@ -209,7 +211,7 @@ def chunk_ends(
     tl.store(sums + (b * chunks + chunk) * d + first + rows, tl.sum(step, 1), mask=has_row)
     end = ends + (b * chunks + chunk) * n * d + first
     for state in range(n):
-        rate = _load_rows(A, first * n + state, n, has_row, ROWS) * LOG2_E
+        rate = _load_rows(A[0], b * A[1] + first * n + state, n, has_row, ROWS) * LOG2_E
         end_state = tl.exp2(span * rate) * drive * _load_positions(weight, b, group, state, start, has_position, T)
         tl.store(end + state * d + rows, tl.sum(end_state, 1), mask=has_row)
 
@@ -223,9 +225,9 @@ def chain(ends, sums, A, starts, d, n, chunks, ADJOINT: tl.constexpr, ROWS: tl.c
     """
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     has_row = row < n * d
-    channel = row % d
-    rate = tl.load(A + channel * n + row // d, mask=has_row, other=0.0).to(tl.float32) * LOG2_E
-    before = tl.program_id(0).to(tl.int64) * chunks  # chunks of other samples
+    channel, b = row % d, tl.program_id(0).to(tl.int64)
+    rate = tl.load(A[0] + b * A[1] + channel * n + row // d, mask=has_row, other=0.0).to(tl.float32) * LOG2_E
+    before = b * chunks  # chunks of other samples
     first = before + (chunks - 1 if ADJOINT else 0)
     tl.store(starts + first * n * d + row, tl.zeros_like(rate), mask=has_row)
     state = tl.zeros_like(rate)
@@ -284,7 +286,7 @@ def outputs(
     d = groups * width
     of_chunk = (b * chunks + chunk) * n * d + first
     for state in range(n):
-        rate = _load_rows(A, first * n + state, n, has_row, ROWS) * LOG2_E
+        rate = _load_rows(A[0], b * A[1] + first * n + state, n, has_row, ROWS) * LOG2_E
         B_row = _load_positions(B, b, group, state, start, has_position, T)
         C_row = _load_positions(C, b, group, state, start, has_position, T)
         h_start = _load_rows(starts, of_chunk + state * d, 1, has_row, ROWS)
@@ -358,7 +360,7 @@ def gradients(
     positions, rows = tl.arange(0, T), tl.arange(0, ROWS)
     of_state = dparameters + (b * chunks + chunk) * d + first
     for state in range(n):
-        A_column = _load_rows(A, first * n + state, n, has_row, ROWS)
+        A_column = _load_rows(A[0], b * A[1] + first * n + state, n, has_row, ROWS)
         rate = A_column * LOG2_E
         B_row = _load_positions(B, b, group, state, start, has_position, T)
         B_before = _load_positions(B, b, group, state, start - 1, has_position & (tl.arange(0, T) > 0), T)

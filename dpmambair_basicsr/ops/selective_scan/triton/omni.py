@@ -23,6 +23,7 @@ from dpmambair_basicsr.ops.selective_scan.triton.selective import (
     contiguous,
     load_kernels,
     power_of_2,
+    sample_view,
     tile_view,
     view,
 )
@@ -46,7 +47,7 @@ def omni_scan(
     Args:
         x: (b, h * w, d).
         projected: (b, h * w, k * (r + 2n)), per direction low-rank step sizes, B and C.
-        dt_weight, dt_bias, A, D: see `omni_scan`.
+        dt_weight, dt_bias, A, D: see `omni_scan`; A may be each sample's own.
         directions: k of them.
         size: (h, w).
 
@@ -74,9 +75,10 @@ class _Scans:
     def __init__(self, x, projected, dt_weight, dt_bias, A, D, directions, height, width):
         self.x, self.projected, self.directions, self.size = x, projected, directions, (height, width)
         self.k, self.d, self.rank = dt_weight.shape
-        self.n = A.shape[1]
+        self.n = A.shape[-1]
         self.columns = self.rank + 2 * self.n
-        self.parameters = list(zip(A.chunk(self.k), D.chunk(self.k), dt_weight, dt_bias, strict=True))
+        rates = [sample_view(part) for part in A.chunk(self.k, dim=-2)]
+        self.parameters = list(zip(rates, D.chunk(self.k), dt_weight, dt_bias, strict=True))
         self.lines = x.new_empty(len(x), 1, self.columns, x.shape[1], dtype=projected.dtype)
         self.plan = Plan(x.mT, self.lines[:, :, : self.n], self.rank)
 
@@ -103,7 +105,7 @@ class _Scans:
 
 def _states(x, dt_weight, A):
     """The shape of one state per direction and chunk."""
-    return len(dt_weight), *Plan(x.mT, x.new_empty(len(x), 1, A.shape[1], 1)).states
+    return len(dt_weight), *Plan(x.mT, x.new_empty(len(x), 1, A.shape[-1], 1)).states
 
 
 @torch.library.custom_op('dpmambair_basicsr::omni_scan_triton', mutates_args=())
@@ -165,21 +167,26 @@ def _backward(
     dlow, dB, dC = dlines.split([rank, n, n], dim=1)
     sums = dx.new_empty(n + 2 + rank, plan.b * plan.chunks, plan.d)
     dparameters = dx.new_empty(scans.k, n + 2 + rank, plan.d)
+    own = A.dim() == 3  # each sample its own
+    dA_of_samples = dx.new_empty(scans.k, n, plan.b, plan.d) if own else None
     adjoints = torch.empty_like(states[0])
     with torch.cuda.device_of(x):
-        for order, (A, D, dt, bias) in enumerate(scans.parameters):
+        for order, (rates, D, dt, bias) in enumerate(scans.parameters):
             delta, B, C = scans.project(order)
             pixels, g_y = scans.pixels(x, order), scans.pixels(dy, order)
-            plan.find_starts(adjoints, g_y, delta, C, A, dt, bias, True, adjoint=True)
-            inputs = pixels, delta, A, B, C, D, dt, bias, states[order], g_y, adjoints
+            plan.find_starts(adjoints, g_y, delta, C, rates, dt, bias, True, adjoint=True)
+            inputs = pixels, delta, rates, B, C, D, dt, bias, states[order], g_y, adjoints
             results = scans.pixels(dx, order), tile_view(dlow), dB, dC, sums
             plan.run(load_kernels().gradients, *inputs, *results, SOFTPLUS=True, ACCUMULATE=order > 0)
             start = order * scans.columns
             target = scans.pixels(dprojected[..., start : start + scans.columns], order)
             scans.add_parts(tile_view(dlines), target, plan.blocks)
             torch.sum(sums, 1, out=dparameters[order])
+            if own:
+                torch.sum(sums[:n].unflatten(1, (plan.b, plan.chunks)), 2, out=dA_of_samples[order])
     dA, dD, dbias, dweight = dparameters.split([n, 1, 1, rank], dim=1)
-    results = dweight.mT, dbias[:, 0], dA.mT.flatten(0, 1), dD.flatten()
+    dA = dA_of_samples.permute(2, 0, 3, 1).flatten(1, 2) if own else dA.mT.flatten(0, 1)
+    results = dweight.mT, dbias[:, 0], dA, dD.flatten()
     results = (result.to(dtype, copy=True).contiguous() for result, dtype in zip(results, types, strict=True))
     return dx.to(x.dtype), dprojected, *results
 

@@ -126,6 +126,11 @@ def tile_view(x):
     return *view(x), None, 0
 
 
+def sample_view(A):
+    """A (d, n), or (b, d, n) for each sample its own, as a tuple."""
+    return A, A.stride(0) if A.dim() == 3 else 0
+
+
 def contiguous(*parameters):
     return (None if x is None else x.contiguous() for x in parameters)
 
@@ -146,7 +151,7 @@ def _forward(
     A, D, delta_bias = contiguous(A, D, delta_bias)
     plan, y = Plan(u, B), torch.empty_like(u)
     starts = u.new_empty(plan.states, dtype=torch.float32)
-    x, steps = tile_view(u), tile_view(delta)
+    x, steps, A = tile_view(u), tile_view(delta), sample_view(A)
     with torch.cuda.device_of(u):
         plan.find_starts(starts, x, steps, view(B), A, None, delta_bias, delta_softplus, adjoint=False)
         inputs = x, steps, A, view(B), view(C), D, None, delta_bias, starts
@@ -180,7 +185,7 @@ def _backward(
     du, ddelta = torch.empty_like(u), torch.empty_like(delta)
     dB, dC = u.new_empty(2, plan.blocks, *B.shape, dtype=torch.float32)
     dparameters = u.new_empty(plan.n + 2, plan.b * plan.chunks, plan.d, dtype=torch.float32)
-    adjoints, steps, g_y = torch.empty_like(starts), tile_view(delta), tile_view(dy)
+    adjoints, steps, g_y, A = torch.empty_like(starts), tile_view(delta), tile_view(dy), sample_view(A)
     with torch.cuda.device_of(u):
         plan.find_starts(adjoints, g_y, steps, view(C), A, None, delta_bias, delta_softplus, adjoint=True)
         inputs = tile_view(u), steps, A, view(B), view(C), D, None, delta_bias, starts, g_y, adjoints
