@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from dpmambair_basicsr.archs import DPMambaIR, VmambaIR
+import dpmambair_basicsr
+from dpmambair_basicsr.archs import DPMambaIR, HighFrequencyEnhancementBlock, VmambaIR
 from dpmambair_basicsr.archs.blocks import EFFN, convolve_halves
-from dpmambair_basicsr.archs.dpmambair_arch import HighFrequencyEnhancement
 
 TINY = {'dim': 8, 'num_blocks': [1, 1, 1, 1], 'num_refinement_blocks': 1, 'd_state': 4}
 TINY_DPMAMBAIR = {**TINY, 'd_inner': [8, 16, 32, 64], 'embed_dim': 12, 'extractor_channels': [4, 4]}
@@ -48,10 +48,28 @@ def test_effn(hidden, bias):
 @pytest.mark.parametrize('alpha', [-1.5, 0.0, 0.3])
 def test_high_frequency_enhancement(alpha):
     """Eq. 10 of DPMambaIR."""
-    net = HighFrequencyEnhancement().double()
+    net = HighFrequencyEnhancementBlock().double()
     net.alpha.data.fill_(alpha)
     definition = lambda x: x + net.alpha * (x - x.mean(dim=(2, 3), keepdim=True))  # noqa: E731
     assert_equal(net, definition, torch.randn(2, 3, 5, 4))
+
+
+@pytest.mark.parametrize('name', ['HighFrequencyEnhancementBlock', 'dpmambair_HighFrequencyEnhancementBlock'])
+def test_high_frequency_enhancement_is_built_by_its_name(name):
+    """BasicSR's way; in a network of somebody else it starts as the identity and learns."""
+    dpmambair_basicsr.register()
+    from basicsr.archs import build_network
+
+    torch.manual_seed(0)
+    block = build_network({'type': name})
+    assert isinstance(block, HighFrequencyEnhancementBlock)
+    net, x = (
+        torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3, padding=1), block, torch.nn.Conv2d(4, 3, 1)),
+        torch.rand(2, 3, 5, 7),
+    )
+    torch.testing.assert_close(net(x), net[2](net[0](x)))
+    net(x).square().mean().backward()
+    assert block.alpha.grad.abs() > 0
 
 
 @pytest.mark.parametrize('bias', [False, True])

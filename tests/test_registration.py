@@ -32,7 +32,7 @@ EVERYTHING_IS_REGISTERED = """
 import basicsr.test, basicsr.train
 from basicsr.utils import options, registry
 expected = {
-    'ARCH': 'DPMambaIR DegradationAutoencoder DegradationExtractor VmambaIR',
+    'ARCH': 'DPMambaIR DegradationAutoencoder DegradationExtractor HighFrequencyEnhancementBlock VmambaIR',
     'DATASET': 'MixedDegradationDataset PairedDegradationDataset SyntheticDegradationDataset',
     'LOSS': 'FFTLoss LPIPSLoss',
     'METRIC': 'calculate_lpips',

@@ -69,6 +69,21 @@ def vector(net):
     return parameters_to_vector(net.parameters()).detach().clone()
 
 
+# Log
+
+
+def test_the_range_of_hebs_alphas_is_logged():
+    model = build()
+    model.optimize_parameters(1)
+    alphas = [value.item() for name, value in model.net_g.named_parameters() if name.endswith('high_frequency.alpha')]
+    log = model.get_current_log()
+    assert len(alphas) > 1 and min(alphas) < max(alphas), 'one step has moved them'
+    assert (log['heb_alpha_min'], log['heb_alpha_max']) == (min(alphas), max(alphas))
+    without = build({'type': 'DPMambaIR', **NETWORK, 'insertion': 'none', 'high_frequency': False})
+    without.optimize_parameters(1)
+    assert set(log) - set(without.get_current_log()) == {'heb_alpha_min', 'heb_alpha_max'}
+
+
 # Losses
 
 

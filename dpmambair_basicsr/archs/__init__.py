@@ -1,7 +1,7 @@
 """Networks. They need PyTorch alone."""
 
 from dpmambair_basicsr.archs.degradation_extractor_arch import DegradationAutoencoder, DegradationExtractor
-from dpmambair_basicsr.archs.dpmambair_arch import DPMambaIR
+from dpmambair_basicsr.archs.dpmambair_arch import DPMambaIR, HighFrequencyEnhancementBlock
 from dpmambair_basicsr.archs.vmambair_arch import VmambaIR
 
-__all__ = ['DPMambaIR', 'DegradationAutoencoder', 'DegradationExtractor', 'VmambaIR']
+__all__ = ['DPMambaIR', 'DegradationAutoencoder', 'DegradationExtractor', 'HighFrequencyEnhancementBlock', 'VmambaIR']

@@ -103,8 +103,13 @@ class AttentionInsertion(nn.Module):
         return x + self.project(attended.reshape(x.shape))
 
 
-class HighFrequencyEnhancement(nn.Module):
-    """HEB (Eq. 10): F + alpha * (F - GAP(F)), alpha one learnable scalar; 0 at first, the identity (our inference)."""
+@ARCH_REGISTRY.register()
+class HighFrequencyEnhancementBlock(nn.Module):
+    """HEB (Eq. 10, Fig. 4b): F + alpha * (F - GAP(F)), for features F of any network.
+
+    GAP is the mean over height and width, alpha one learnable scalar (v3), 0 at first, the identity (our inference).
+    Nothing bounds it: 1 + alpha is the gain of all but the mean, and at -1 the mean alone passes.
+    """
 
     def __init__(self):
         super().__init__()
@@ -112,7 +117,7 @@ class HighFrequencyEnhancement(nn.Module):
         self.mean = ImageMean()
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, D, H, W) -> same."""
+        """(B, C, H, W), any size and range -> same."""
         return torch.lerp(self.mean(x), x, 1 + self.alpha)  # in one pass over x
 
 
@@ -152,7 +157,7 @@ class DPSSModule(PlanarScan):
         insertions = {'concat': ConcatInsertion, 'attention': AttentionInsertion}
         self.insertion = insertions[insertion](d_inner, embed_dim) if insertion in insertions else None
         self.out_norm = LayerNorm(d_inner)
-        self.high_frequency = HighFrequencyEnhancement() if high_frequency else nn.Identity()
+        self.high_frequency = HighFrequencyEnhancementBlock() if high_frequency else nn.Identity()
         self.out_conv = nn.Conv2d(d_inner, channels, 1, bias=False)
 
     def forward(self, x: Tensor, embedding: Tensor | None = None) -> Tensor:
@@ -279,6 +284,12 @@ class DPMambaIR(UNet):
     def needs_extractor(self) -> bool:
         """Whether `load_extractor`, or a checkpoint of the whole network, has to come before training."""
         return self.extractor is not None
+
+    def values_to_log(self) -> dict[str, float]:
+        """The least and the greatest alpha of the HEBs, for the log of a training; nothing without HEB."""
+        blocks = (block for block in self.modules() if isinstance(block, HighFrequencyEnhancementBlock))
+        alphas = [block.alpha.item() for block in blocks]
+        return {'heb_alpha_min': min(alphas), 'heb_alpha_max': max(alphas)} if alphas else {}
 
     @staticmethod
     def options_of_weights(state_dict: dict[str, Tensor]) -> dict:

@@ -184,9 +184,10 @@ class RestorationMixin(SRModel):
                 parameter.data.copy_(own[name].data)
 
     def get_current_log(self) -> dict:
-        """BasicSR asks for it every `logger.print_freq` iterations."""
+        """BasicSR asks for it every `logger.print_freq` iterations; a network adds what its `values_to_log` gives."""
         self.monitor.log_drawn()
-        return self.step_guard.add_to_log(super().get_current_log())
+        values = getattr(self.get_bare_model(self.net_g), 'values_to_log', dict)()
+        return self.step_guard.add_to_log({**super().get_current_log(), **values})
 
     def show_progress(self, current_iter: int) -> None:
         """Advance the bar of `train.pbar`."""
