@@ -166,6 +166,32 @@ def test_p_delta_multiplies_delta():
     assert median_delta(0.0, delta_prompt='low_rank') == pytest.approx(once, rel=0.05)
 
 
+def test_p_b_and_p_c_are_one_prompt():
+    """Only alpha_B alpha_C counts, and equal layers get equal gradients: A is diagonal, alpha everywhere alike."""
+    torch.manual_seed(0)
+    module = PlanarScan(6, 4, 2, (0, 3)).double()
+    x = torch.randn(3, 6, 5, 7).double()
+    alpha_delta, alpha_B, alpha_C = 1 + 0.3 * torch.randn(3, 3, 4).double()
+
+    def scan(alpha_B, alpha_C):
+        return module.scan(x, torch.cat([torch.ones(3, 2).double(), alpha_B, alpha_C], dim=1), alpha_delta[:, 0].abs())
+
+    y = scan(alpha_B, alpha_C)
+    for other in (scan(alpha_C, alpha_B), scan(alpha_B * alpha_C, torch.ones_like(alpha_C))):
+        torch.testing.assert_close(other, y, rtol=0, atol=1e-13)
+    assert (scan(alpha_B, alpha_B) - y).abs().max() > 1e-3
+
+    block = DPSSModule(8, 6, 4, 5, ['delta', 'B', 'C'], 'scale', 'modulate', high_frequency=True, directions=1).double()
+    layers = block.modulation.layers
+    layers['B'].weight.data.normal_()
+    layers['C'].load_state_dict(layers['B'].state_dict())
+    block(torch.randn(2, 8, 4, 3).double(), torch.randn(2, 5).double()).square().sum().backward()
+    for name, parameter in layers['B'].named_parameters():
+        gradient = layers['C'].get_parameter(name).grad
+        assert gradient.abs().max() > 0
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-10, atol=1e-12)
+
+
 def test_without_delta_the_scan_is_switched_off():
     """y = D u, whatever came before: no state, however long the image."""
     module = PlanarScan(8, 4, 2, (0, 2))

@@ -37,6 +37,9 @@ class Modulation(nn.Module):
     Initially all factors are exactly 1. A negative alpha_delta counts as 0 (our inference): the state, which shrinks by
     exp(alpha_delta delta A), would grow without bound; at 0 the scan is switched off, and y = D u.
 
+    P_B and P_C are one prompt: A is diagonal and prompts do not depend on the position, so that only alpha_B alpha_C
+    counts in each state, and layers that are equal, as they are at first, get equal gradients and stay so.
+
     Args:
         prompts: subset of ('delta', 'B', 'C'); the others stay 1.
         delta_prompt: 'scale', the above; 'low_rank', as in the first versions: R factors, of any sign, on the low-rank
