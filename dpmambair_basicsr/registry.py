@@ -124,10 +124,17 @@ def arguments_of(section: dict) -> dict:
     return {key: value for key, value in section.items() if key != 'type'}
 
 
-def told_by_weights(target: type, section: dict, state_dict: dict[str, torch.Tensor]) -> dict:
-    """Options that a section leaves out and weights of the network tell, where those of earlier versions differ."""
+def told_by_weights(target: type, section: dict, state_dict: dict[str, torch.Tensor], file: str) -> dict:
+    """Options that a section leaves out and weights of the network tell, where those of earlier versions differ.
+
+    Raises:
+        ValueError: naming the file, if the network of an earlier version is no longer there.
+    """
     tell = getattr(target, 'options_of_weights', lambda state_dict: {})
-    return {key: value for key, value in tell(state_dict).items() if key not in section}
+    try:
+        return {key: value for key, value in tell(state_dict).items() if key not in section}
+    except ValueError as error:
+        raise ValueError(f'{file}: {error}') from None
 
 
 def our_type(kind: str, section):

@@ -16,6 +16,7 @@ import yaml
 from basicsr.archs import build_network
 from basicsr.metrics import calculate_psnr, calculate_ssim
 from basicsr.utils import img2tensor
+from torch.nn import functional as F
 from tqdm import tqdm
 
 from dpmambair_basicsr.data.degradations import degrade, demo_strengths
@@ -99,7 +100,7 @@ def extractor_accuracy() -> tuple[float, int]:
                     rng = np.random.default_rng([len(labels), version])
                     image = img2tensor(degrade(clean, kind, rng, **strength), bgr2rgb=False)
                     with torch.no_grad():
-                        embeddings.append(extractor(image[None])[0])
+                        embeddings.append(F.normalize(extractor(image[None])[0], dim=0))
                     labels.append(label)
         return torch.stack(embeddings), torch.tensor(labels)
 

@@ -59,6 +59,18 @@ def test_parameters_are_the_papers(embed_dim, expected):
     assert misses == (embed_dim != 512)
 
 
+@pytest.mark.parametrize('insertion', ['concat', 'attention'])
+def test_other_insertions_have_about_as_many_parameters(insertion):
+    assert millions(build(insertion=insertion)) == pytest.approx(29.35, rel=0.1)
+
+
+def test_embeddings_have_unit_length_wherever_they_come_from():
+    image, label = torch.rand(3, 3, 16, 16), torch.tensor([1, 0, 6])
+    for net in (tiny(), tiny(degradation='class')):
+        torch.testing.assert_close(net.embed(image, label).norm(dim=1), torch.ones(3))
+    assert tiny(degradation='class', unit_classes=False).embed(image, label).norm(dim=1).min() > 1.5
+
+
 def test_parameters_of_the_scan_in_four_directions_are_nearly_the_papers():
     """Table 5: 31.43 M."""
     assert millions(build(directions=4, prompt=['delta', 'B'])) == pytest.approx(31.43, abs=0.05)
@@ -82,6 +94,7 @@ SWITCHES = [
     for prompt in (['delta'], ['B'], ['C'], ['delta', 'B'], ['delta', 'C'], ['B', 'C'], ['delta', 'B', 'C'])
 ] + [
     {'delta_prompt': 'low_rank'},
+    {'degradation': 'class', 'unit_classes': False},
     {'high_frequency': False},
     {'degradation': 'class'},
     {'insertion': 'concat'},
@@ -112,7 +125,7 @@ def test_every_trainable_parameter_receives_a_gradient(options):
     for name, parameter in net.named_parameters():
         if name.startswith('extractor.'):
             assert not parameter.requires_grad and parameter.grad is None, name
-        elif not (options.get('degradation') == 'class' and name == 'classes.weight'):
+        elif not name.startswith('classes.'):
             assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
         else:
             assert parameter.grad[[0, 3]].abs().max() > 0
@@ -205,6 +218,7 @@ def test_without_delta_the_scan_is_switched_off():
     [
         ({'insertion': 'mix'}, 'insertion'),
         ({'delta_prompt': 'after'}, 'delta_prompt'),
+        ({'insertion': 'attention', 'embed_dim': 12}, 'embed_dim'),
         ({'directions': 3}, 'directions'),
         ({'degradation': 'clip'}, 'degradation'),
         ({'prompt': ['A']}, 'prompt'),
@@ -251,6 +265,18 @@ def test_load_extractor_takes_the_merged_weights():
     expected = torch.nn.functional.normalize(autoencoder.extractor(image), dim=1)
     torch.testing.assert_close(net.embed(image), expected, rtol=1e-5, atol=1e-6)
     assert not net.train().extractor.training
+
+
+def test_stage_1_reads_the_direction_of_the_embedding_alone():
+    """As stage 2 does; a longer embedding changes nothing. In the first versions it did."""
+    clean, degraded = torch.rand(2, 3, 13, 7), torch.rand(2, 3, 13, 7)
+    for unit in (True, False):
+        net = DegradationAutoencoder(embed_dim=24, extractor_channels=[8, 8], channels=8, unit_embedding=unit)
+        before = net(clean, degraded)
+        with torch.no_grad():
+            for parameter in net.extractor.head[-1].parameters():
+                parameter.mul_(3)
+        assert torch.allclose(net(clean, degraded), before, atol=1e-6) == unit
 
 
 def test_autoencoder_reconstructs_from_both_images():

@@ -26,6 +26,7 @@ from torch.utils._pytree import tree_flatten
 
 import dpmambair_basicsr
 from dpmambair_basicsr import archs
+from dpmambair_basicsr.registry import arguments_of
 from dpmambair_basicsr.training.earlier_options import complete_networks
 
 VERSION = '692b954'
@@ -96,6 +97,7 @@ KINDS = {
 }
 # Of which network the options say nothing of what has changed; it is added to the checkpoints.
 ADDED = {'DPMambaIR': EARLIER, 'DegradationAutoencoder': {k: v for k, v in EARLIER.items() if k != 'delta_prompt'}}
+ADDED['DegradationAutoencoder']['unit_embedding'] = False
 
 
 @pytest.mark.parametrize('kind', KINDS)
@@ -146,6 +148,31 @@ def test_a_network_gives_the_same_picture(kind, network, networks):
     output = restorer.net(saved['image'].float())
     assert (output - saved['output']).abs().max() <= 1e-6
     assert restorer.net.encoder_level1[0].attn.modulation.layers['delta'].out_features == 1  # R
+
+
+def test_a_network_of_classes_gives_the_same_picture(networks):
+    saved = torch.load(networks / 'class.pth', weights_only=True)
+    opt = {
+        'network_g': saved['network_g'],
+        'path': {'pretrain_network_g': str(networks / 'class.pth')},
+        'is_train': False,
+    }
+    complete_networks(opt)
+    net = archs.DPMambaIR(**arguments_of(opt['network_g'])).eval()
+    net.load_state_dict(saved['params'])
+    with torch.no_grad():
+        output = net(saved['image'].float(), torch.tensor([3]))
+    assert (output - saved['output']).abs().max() <= 1e-6
+
+
+@pytest.mark.parametrize('kind', ['attention', 'concat'])
+def test_insertions_that_are_no_longer_there_are_an_error_that_says_so(kind, networks):
+    file = networks / f'{kind}.pth'
+    with pytest.raises(ValueError, match=f'{file}: weights of an insertion of version 0.1.0'):
+        dpmambair_basicsr.load(file)
+    network = torch.load(file, weights_only=True)['network_g']
+    with pytest.raises(ValueError, match=f'{file}: weights of an insertion of version 0.1.0'):
+        complete_networks({'network_g': network, 'path': {'pretrain_network_g': str(file)}, 'is_train': True})
 
 
 def test_spandrel_takes_a_network_of_then(networks):

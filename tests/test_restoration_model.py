@@ -257,9 +257,9 @@ def test_the_label_reaches_the_network():
         for name, parameter in model.net_g.named_parameters():
             if '.modulation.' in name or name == 'output.weight':
                 parameter.add_(torch.randn_like(parameter), alpha=0.1)  # at the start, labels change nothing
-    before = model.net_g.classes.weight.detach().clone()
+    before = model.net_g.classes.directions.detach().clone()
     model.optimize_parameters(1)
-    moved = (model.net_g.classes.weight - before).abs().amax(dim=1) > 0
+    moved = (model.net_g.classes.directions - before).abs().amax(dim=1) > 0
     assert moved.nonzero().flatten().tolist() == [2, 5]
 
     model.test()

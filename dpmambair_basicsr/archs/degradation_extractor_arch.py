@@ -158,6 +158,13 @@ class DegradationExtractor(nn.Module):
         return self
 
 
+def options_of_extractor(state_dict: dict[str, Tensor]) -> dict:
+    """`DegradationExtractor.options_of_weights` of a network that has one, whose options are extractor_<name>."""
+    prefix = 'extractor.'
+    own = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
+    return {f'extractor_{key}': value for key, value in DegradationExtractor.options_of_weights(own).items()}
+
+
 class FusionBlock(nn.Module):
     """x + conv(relu(modulated conv(x))), the modulation x * (1 + gamma) + beta being read from the embedding."""
 
@@ -194,6 +201,8 @@ class DegradationAutoencoder(nn.Module):
         extractor_channels, extractor_hidden: see `DegradationExtractor`.
         channels: width of the reconstruction unit.
         num_fusion_blocks, num_refine_blocks: its depth.
+        unit_embedding: whether it reads the embedding at unit length, times a learned scale (our inference), because
+            DPMambaIR reads its direction alone, which has then to tell the severity too. False: as the first versions.
     """
 
     stride = 1  # any size
@@ -207,9 +216,14 @@ class DegradationAutoencoder(nn.Module):
         channels: int = 64,
         num_fusion_blocks: int = 4,
         num_refine_blocks: int = 8,
+        unit_embedding: bool = True,
     ):
         super().__init__()
         self.extractor = DegradationExtractor(embed_dim=embed_dim, channels=extractor_channels, hidden=extractor_hidden)
+        self.embedding_scale = None
+        if unit_embedding:
+            self.embedding_scale = nn.Parameter(torch.tensor(embed_dim**0.5))  # entries are about 1
+            self.embedding_scale.no_weight_decay = True
         self.stem = nn.Conv2d(3, channels, 3, padding=1)
         self.fusion = nn.ModuleList(FusionBlock(channels, embed_dim) for _ in range(num_fusion_blocks))
         self.refine = nn.Sequential(*(RefineBlock(channels) for _ in range(num_refine_blocks)))
@@ -218,13 +232,15 @@ class DegradationAutoencoder(nn.Module):
     @staticmethod
     def options_of_weights(state_dict: dict[str, Tensor]) -> dict:
         """What weights tell of the options whose defaults were others in the first versions."""
-        prefix = 'extractor.'
-        own = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
-        return {f'extractor_{key}': value for key, value in DegradationExtractor.options_of_weights(own).items()}
+        found = options_of_extractor(state_dict)
+        if 'stem.weight' in state_dict:
+            found['unit_embedding'] = 'embedding_scale' in state_dict
+        return found
 
     def embed(self, clean: Tensor, degraded: Tensor) -> Tensor:
-        """Embedding of the degradation, (B, E)."""
-        return self.extractor(degraded)
+        """Embedding of the degradation, (B, E), as the reconstruction unit reads it."""
+        embedding = self.extractor(degraded)
+        return embedding if self.embedding_scale is None else self.embedding_scale * F.normalize(embedding, dim=1)
 
     def forward(self, clean: Tensor, degraded: Tensor | None = None, embedding: Tensor | None = None) -> Tensor:
         """Reconstruct what is degraded.

@@ -16,8 +16,8 @@ from dpmambair_basicsr.archs.blocks import EFFN, ImageMean, LayerNorm, PlanarSca
 from dpmambair_basicsr.archs.degradation_extractor_arch import (
     CHANNELS,
     HIDDEN,
-    DegradationAutoencoder,
     DegradationExtractor,
+    options_of_extractor,
 )
 from dpmambair_basicsr.ops import pad_to_multiple
 from dpmambair_basicsr.registry import ARCH_REGISTRY
@@ -68,42 +68,61 @@ class Modulation(nn.Module):
 
 
 class ConcatInsertion(nn.Module):
-    """Ablation "Concat" (Table 4): the embedding is concatenated to the features and reduced by a 1x1 convolution.
+    """Ablation "Concat" (Table 4): the embedding is concatenated to the features and reduced by 1x1 convolutions.
 
-    Initially the identity. The paper gives no details: our inference.
+    Initially the identity. The paper gives no details: our inference, narrow enough for a network of about its size.
     """
 
-    def __init__(self, channels: int, embed_dim: int):
+    def __init__(self, channels: int, embed_dim: int, width: int = 64):
         super().__init__()
-        self.embed = nn.Linear(embed_dim, channels)
-        self.reduce = nn.Conv2d(2 * channels, channels, 1, bias=False)
-        nn.init.zeros_(self.reduce.weight)
+        self.embed = nn.Linear(embed_dim, width)
+        self.reduce = nn.Conv2d(channels + width, width, 1, bias=False)
+        self.expand = nn.Conv2d(width, channels, 1, bias=False)
+        nn.init.zeros_(self.expand.weight)
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         """(B, D, H, W), (B, E) -> (B, D, H, W)."""
-        return x + self.reduce(torch.cat([x, self.embed(embedding)[:, :, None, None].expand_as(x)], dim=1))
+        embedding = self.embed(embedding)[:, :, None, None].expand(-1, -1, *x.shape[2:])
+        return x + self.expand(self.reduce(torch.cat([x, embedding], dim=1)))
 
 
 class AttentionInsertion(nn.Module):
-    """Ablation "Attention" (Table 4): pixels attend to eight tokens made of the embedding, as in OneRestore.
+    """Ablation "Attention" (Table 4): pixels attend to the embedding, cut into eight tokens, as in OneRestore.
 
-    Initially the identity. The paper gives no details: our inference.
+    Initially the identity. The paper gives no details: our inference, narrow enough for a network of about its size.
+
+    Raises:
+        ValueError: the embedding cannot be cut so.
     """
 
     def __init__(self, channels: int, embed_dim: int, num_tokens: int = 8):
         super().__init__()
-        self.num_tokens = num_tokens
-        self.query = nn.Conv2d(channels, channels, 1, bias=False)
-        self.tokens = nn.Linear(embed_dim, num_tokens * 2 * channels)
-        self.project = nn.Conv2d(channels, channels, 1, bias=False)
+        if embed_dim % num_tokens:
+            raise ValueError(f'embed_dim: {embed_dim}, for attention it has to be a multiple of {num_tokens}')
+        self.num_tokens, width = num_tokens, embed_dim // num_tokens
+        self.query = nn.Conv2d(channels, width, 1, bias=False)
+        self.key = nn.Linear(width, width, bias=False)
+        self.value = nn.Linear(width, width, bias=False)
+        self.project = nn.Conv2d(width, channels, 1, bias=False)
         nn.init.zeros_(self.project.weight)
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         """(B, D, H, W), (B, E) -> (B, D, H, W)."""
-        query = self.query(x).flatten(2).transpose(1, 2)  # (B, L, D)
-        key, value = self.tokens(embedding).unflatten(1, (self.num_tokens, -1)).chunk(2, dim=2)  # (B, tokens, D)
-        attended = F.scaled_dot_product_attention(query, key, value).transpose(1, 2)  # (B, D, L)
-        return x + self.project(attended.reshape(x.shape))
+        query = self.query(x)  # (B, E / tokens, H, W)
+        tokens = embedding.unflatten(1, (self.num_tokens, -1))  # (B, tokens, E / tokens)
+        attended = F.scaled_dot_product_attention(query.flatten(2).mT, self.key(tokens), self.value(tokens))
+        return x + self.project(attended.mT.reshape(query.shape))
+
+
+class ClassEmbedding(nn.Module):
+    """Label (B,) int64 -> its embedding (B, E), learned, of unit length as the extractor's."""
+
+    def __init__(self, num_classes: int, embed_dim: int):
+        super().__init__()
+        self.directions = nn.Parameter(torch.randn(num_classes, embed_dim))
+
+    def forward(self, label: Tensor) -> Tensor:
+        return F.normalize(self.directions[label], dim=1)
 
 
 @ARCH_REGISTRY.register()
@@ -215,6 +234,7 @@ class DPMambaIR(UNet):
             P_C is removed: prompt ['delta', 'B']).
         degradation: 'extractor', or 'class' for an embedding of the true label (Table 4, "Classes").
         num_degradations: labels for 'class'.
+        unit_classes: whether their embeddings have unit length, as the extractor's; false: as in the first versions.
         extractor_channels, extractor_hidden: see `DegradationExtractor`.
         checkpoint_levels: resolutions whose blocks are computed once more in the backward pass, see `UNet`; e.g. [0].
 
@@ -241,6 +261,7 @@ class DPMambaIR(UNet):
         directions: int = 1,
         degradation: str = 'extractor',
         num_degradations: int = 7,
+        unit_classes: bool = True,
         extractor_channels: Sequence[int] = CHANNELS,
         extractor_hidden: int = HIDDEN,
         checkpoint_levels: Sequence[int] = (),
@@ -276,7 +297,7 @@ class DPMambaIR(UNet):
             )
             self.extractor.requires_grad_(False).eval()
         elif insertion != 'none':
-            self.classes = nn.Embedding(num_degradations, embed_dim)
+            self.classes = (ClassEmbedding if unit_classes else nn.Embedding)(num_degradations, embed_dim)
 
     @property
     def needs_label(self) -> bool:
@@ -296,12 +317,24 @@ class DPMambaIR(UNet):
 
     @staticmethod
     def options_of_weights(state_dict: dict[str, Tensor]) -> dict:
-        """What weights tell of the options whose defaults were others in the first versions."""
-        found = DegradationAutoencoder.options_of_weights(state_dict)
-        places = {'delta': 'low_rank', 'delta_scale': 'scale'}
-        for name, place in places.items():
-            if any(key.endswith(f'.modulation.layers.{name}.bias') for key in state_dict):
+        """What weights tell of the options whose defaults were others in the first versions.
+
+        Raises:
+            ValueError: they are of an insertion of the first versions.
+        """
+        layers = {key.partition('.attn.')[2] for key in state_dict}
+        is_concat = 'insertion.reduce.weight' in layers and 'insertion.expand.weight' not in layers
+        if is_concat or 'insertion.tokens.weight' in layers:
+            raise ValueError(
+                'weights of an insertion of version 0.1.0, which had 40 M (concat) or 117 M (attention) parameters '
+                'and is no longer there: use them with that version, or train again'
+            )
+        found = options_of_extractor(state_dict)
+        for name, place in {'delta': 'low_rank', 'delta_scale': 'scale'}.items():
+            if f'modulation.layers.{name}.bias' in layers:
                 found['delta_prompt'] = place
+        if any(key.startswith('classes.') for key in state_dict):
+            found['unit_classes'] = 'classes.directions' in state_dict
         return found
 
     def load_extractor(self, state_dict: dict[str, Tensor]) -> None:
@@ -325,8 +358,8 @@ class DPMambaIR(UNet):
     def embed(self, lq: Tensor, label: Tensor | None = None) -> Tensor | None:
         """Embedding of the degradation, (B, E): of the image or of `label` (B,) int64; None if there is none.
 
-        The extractor's has unit length (our inference): stage 1 does not fix its scale, which multiplies the steps that
-        training makes in the prompts. Lengths of 10 and more, as found, upset it.
+        It has unit length (our inference): its scale would multiply the steps that training makes in the prompts.
+        Stage 1 reads it so too, see `DegradationAutoencoder`.
         """
         if self.extractor is not None:
             with torch.no_grad():

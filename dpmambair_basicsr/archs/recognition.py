@@ -51,7 +51,11 @@ def is_vmambair(state_dict: StateDict) -> bool:
 
 
 def is_dpmambair(state_dict: StateDict) -> bool:
-    return has_all(state_dict, *SHARED) and IN_CONV_BIAS not in state_dict and 'classes.weight' not in state_dict
+    return has_all(state_dict, *SHARED) and IN_CONV_BIAS not in state_dict and not has_classes(state_dict)
+
+
+def has_classes(state_dict: StateDict) -> bool:
+    return any(name.startswith('classes.') for name in state_dict)
 
 
 def has_all(state_dict: StateDict, *names: str) -> bool:

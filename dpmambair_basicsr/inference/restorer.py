@@ -102,7 +102,7 @@ def load_network(weights: str | Path, network: dict | None = None) -> nn.Module:
             f'{weights}: network_g.type: {options["type"]} is not a network of dpmambair_basicsr, and a checkpoint may '
             'choose among these alone; give its options yourself, as --opt or load(..., network=...)'
         )
-    arguments = arguments_of(options) | told_by_weights(known, options, state_dict)
+    arguments = arguments_of(options) | told_by_weights(known, options, state_dict, weights)
     return build(known, arguments, state_dict, weights)
 
 

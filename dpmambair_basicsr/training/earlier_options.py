@@ -24,7 +24,7 @@ def complete_networks(opt: dict) -> None:
             keys = 'params_ema', 'params', None
         else:
             continue
-        told = told_by_weights(target, section, read_weights(file, *keys))
+        told = told_by_weights(target, section, read_weights(file, *keys), file)
         if told:
             section |= told
             found = ', '.join(f'{key}: {value}' for key, value in told.items())
