@@ -1,6 +1,7 @@
 """Every command and every piece of code in README.md and docs/ does what it is there for, on small images."""
 
 import glob
+import inspect
 import re
 import runpy
 import shlex
@@ -18,7 +19,7 @@ from support.commands import PACKAGE_PARENT
 from support.metadata import name_of, pyproject
 from support.pipelines import write_pairs
 
-from dpmambair_basicsr.archs import DegradationAutoencoder, DPMambaIR, VmambaIR
+from dpmambair_basicsr.archs import DegradationAutoencoder, DegradationExtractor, DPMambaIR, VmambaIR
 
 PAGES = [PACKAGE_PARENT / 'README.md', *sorted((PACKAGE_PARENT / 'docs').glob('*.md'))]
 SMALL = {'dim': 16, 'num_blocks': [1, 1, 1, 1], 'num_refinement_blocks': 1, 'd_state': 2}
@@ -181,6 +182,17 @@ def test_figures(project):
             run(command)
             drawing = project / command[command.index('-o') + 1]
             assert cv2.imread(str(drawing)) is not None and drawing.with_suffix('.csv').stat().st_size > 100
+
+
+def test_the_page_about_dpmambair_gives_the_defaults():
+    page = (PACKAGE_PARENT / 'docs/dpmambair.md').read_text(encoding='utf-8')
+    network, extractor = (inspect.signature(kind).parameters for kind in (DPMambaIR, DegradationExtractor))
+    for name, text in {'d_inner': 'd_inner {}, ', 'dim': 'dim {}, ', 'd_state': ', {} states'}.items():
+        default = network[name].default
+        assert text.format(', '.join(map(str, default if name == 'd_inner' else [default]))) in page
+    widths = ', '.join(map(str, extractor['channels'].default))
+    assert f'| {widths}; layers two and three halve; mean; linear to {extractor["hidden"].default}, ReLU' in page
+    assert f'(`delta_prompt: {network["delta_prompt"].default}`)' in page
 
 
 def test_python_of_the_readme(project):

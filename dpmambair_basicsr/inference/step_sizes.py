@@ -24,8 +24,7 @@ def step_size(module: DPSSModule, features: Tensor, embedding: Tensor | None) ->
     low = torch.einsum('krd,bdhw->bkrhw', module.x_proj_weight[:, :rank], features)
     scale = None
     if module.modulation is not None:
-        prompts = module.modulation(embedding)
-        factors, scale = prompts if isinstance(prompts, tuple) else (prompts, None)
+        factors, scale = module.modulation(embedding)
         low = low * factors[:, None, :rank, None, None]
     delta = torch.einsum('kdr,bkrhw->bkdhw', module.dt_projs_weight, low)
     mean = F.softplus(delta + module.dt_projs_bias[..., None, None]).mean(dim=(1, 2, 3, 4))
