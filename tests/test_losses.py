@@ -190,10 +190,12 @@ def test_missing_weights_name_the_place(tmp_path, monkeypatch):
         raise AssertionError('tried to download')
 
     monkeypatch.setattr('urllib.request.urlopen', no_download)
-    message = rf'{tmp_path}/hub/checkpoints/alexnet-owt-\w+\.pth: download https://download.pytorch.org/models/alexnet'
+    message = rf'{tmp_path}/hub/checkpoints/alexnet-owt-\w+\.pth: `dpmambair fetch alex` downloads https://\S+/alexnet'
     with pytest.raises(FileNotFoundError, match=message):
         LPIPSLoss()
-    with pytest.raises(FileNotFoundError, match=r"backbone 'vgg' in \S*/nowhere.pth: download \S*vgg16"):
+    with pytest.raises(
+        FileNotFoundError, match=r"backbone 'vgg' in \S*/nowhere.pth: `dpmambair fetch vgg` downloads \S*vgg16"
+    ):
         LPIPSLoss(net='vgg', weights=str(tmp_path / 'nowhere.pth'))
 
 

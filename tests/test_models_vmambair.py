@@ -524,7 +524,8 @@ def test_absent_weights_say_where_to_put_them(tmp_path, monkeypatch):
     monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'torch'))
     place = r'experiments/pretrained_models/vgg19-dcbb9e9d\.pth'
     with pytest.raises(
-        FileNotFoundError, match=rf'vgg19; there is no {place} and no .*torch/hub.*Download http.* to {place}'
+        FileNotFoundError,
+        match=rf'vgg19; there is no {place} and no .*torch/hub.*`dpmambair fetch vgg19` downloads http',
     ):
         build_loss({'type': 'VGGPerceptualLoss', 'layer_weights': LAYERS})
     with pytest.raises(FileNotFoundError, match=r'there is no nowhere\.pth\. '):

@@ -38,7 +38,8 @@ def build_lpips(net: str = 'alex', weights: str | None = None) -> lpips.LPIPS:
     if not osp.isfile(path):
         raise FileNotFoundError(
             f'LPIPS needs the ImageNet weights of its backbone {net!r} in {path}: '
-            f'download {BACKBONES[net].url} to that place, or name another file in the option weights'
+            f"`dpmambair fetch {net}` downloads {BACKBONES[net].url} to torch's cache; "
+            'or name a file in the option weights'
         )
     state = torch.load(path, map_location='cpu', weights_only=True)
 

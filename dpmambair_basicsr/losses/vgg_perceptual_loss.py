@@ -66,5 +66,5 @@ def find_vgg_weights(vgg_type: str, weights: str | None) -> str:
             return path
     raise FileNotFoundError(
         f'The perceptual loss needs the ImageNet weights of {vgg_type}; there is no {" and no ".join(candidates)}. '
-        f'Download {url} to {candidates[0]}, or name the file in the option weights'
+        f"`dpmambair fetch {vgg_type}` downloads {url} to torch's cache; or name the file in the option weights"
     )

@@ -110,7 +110,9 @@ def check_weights(path: str, target, arguments: dict) -> list[str]:
             return [f'{path}.net: must be one of {", ".join(BACKBONES)}, got {net!r}']
         file = Path(arguments.get('weights') or backbone_path(net)).expanduser()
         if not file.is_file():
-            return [f'{path}: needs the ImageNet weights {BACKBONES[net].url}; download them, {file} does not exist']
+            return [
+                f'{path}: needs the ImageNet weights {BACKBONES[net].url}; {file} does not exist: dpmambair fetch {net}'
+            ]
     return []
 
 

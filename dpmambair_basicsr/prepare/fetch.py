@@ -1,0 +1,68 @@
+"""Downloads the ImageNet weights that LPIPS and the perceptual loss need: `dpmambair fetch alex`.
+
+Nothing else here downloads anything. The file is torchvision's, its SHA-256 is checked against the digits in its name,
+and it is put where torchvision keeps it, torch's hub cache, in which both losses look.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+import torchvision
+
+from dpmambair_basicsr.files.atomic import sha256
+from dpmambair_basicsr.files.errors import InputError, exit_on_error
+from dpmambair_basicsr.losses.lpips_network import BACKBONES
+
+PERCEPTUAL = torchvision.models.list_models(torchvision.models, include='vgg*')
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog='dpmambair fetch', description=__doc__.partition('\n\n')[2])
+    parser.add_argument(
+        'names',
+        nargs='+',
+        metavar='NAME',
+        choices=[*BACKBONES, *PERCEPTUAL],
+        help=f"LPIPS's networks, as its option net has them: {', '.join(BACKBONES)}; "
+        f"VGGPerceptualLoss's, as its option vgg_type has them: {', '.join(PERCEPTUAL)}",
+    )
+    names = parser.parse_args().names
+    with exit_on_error('dpmambair fetch', OSError):
+        for name in names:
+            print(fetch(url_of(name)))
+
+
+def url_of(name: str) -> str:
+    weights = BACKBONES[name] if name in BACKBONES else torchvision.models.get_model_weights(name).IMAGENET1K_V1
+    return weights.url
+
+
+def fetch(url: str) -> Path:
+    """The file in torch's hub cache, downloaded if it is not there; as a whole or not at all.
+
+    Args:
+        url: of a file whose name ends in the first digits of its SHA-256, as in alexnet-owt-7be5be79.pth.
+
+    Raises:
+        InputError: what is there, or was downloaded, has another SHA-256.
+        OSError: it cannot be downloaded or written.
+    """
+    file = Path(torch.hub.get_dir(), 'checkpoints', url.rpartition('/')[2])
+    digits = file.stem.rpartition('-')[2]
+    if file.exists():
+        if not sha256(file).startswith(digits):
+            raise InputError(f'{file}: not the file of {url}, its SHA-256 does not begin with {digits}; delete it')
+        return file
+    file.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        torch.hub.download_url_to_file(url, str(file), digits)
+    except RuntimeError as error:
+        raise InputError(f'{url}: {error}; nothing is kept, try again') from error
+    except OSError as error:
+        raise OSError(f'{url} cannot be downloaded to {file}: {error}') from error
+    return file
+
+
+if __name__ == '__main__':
+    main()
