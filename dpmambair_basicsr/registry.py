@@ -176,6 +176,20 @@ def optimizers() -> dict[str, type]:
     return subclasses(torch.optim.Optimizer, torch.optim)
 
 
+def find_optimizer(path: str, name) -> tuple[type | None, list[str]]:
+    """`look_up` of an optimizer of torch.optim, or of another package by a dotted name, as prodigyopt.Prodigy."""
+    if not isinstance(name, str) or '.' not in name:
+        return look_up(optimizers(), path, name)
+    module_name = name.rpartition('.')[0]
+    try:
+        found = subclasses(torch.optim.Optimizer, importlib.import_module(module_name))
+    except Exception as error:  # importing runs whatever is in it
+        return None, [describe(f'{path}: {name}: {module_name} cannot be imported', error)]
+    if not found:
+        return None, [f'{path}: {name}: {module_name} has no optimizers']
+    return look_up({f'{module_name}.{plain}': target for plain, target in found.items()}, path, name)
+
+
 def subclasses(base: type, *modules) -> dict[str, type]:
     public = {name: value for module in modules for name, value in vars(module).items() if not name.startswith('_')}
     return {name: value for name, value in public.items() if inspect.isclass(value) and base in value.__mro__[1:]}

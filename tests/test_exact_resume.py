@@ -2,6 +2,7 @@
 
 import random
 import shutil
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -14,6 +15,8 @@ from support import forked
 from support.forked import changed, train
 
 import dpmambair_basicsr
+from dpmambair_basicsr.files.checkpoints import read_checkpoint, write_safetensors
+from dpmambair_basicsr.training.state import network_file
 
 dpmambair_basicsr.register()
 
@@ -39,6 +42,9 @@ KINDS = {
         'datasets.train.progressive': {'gt_sizes': [8, 8], 'batch_sizes': [2, 1], 'iters': [4, 4]},
     },
     'GAN': GAN,
+    'optimizer of a package': {'train.optim_g': {'type': 'prodigyopt.Prodigy', 'lr': 1.0, 'weight_decay': 0.01}},
+    'safetensors': {'logger.save_format': 'safetensors'},
+    'GAN, safetensors': GAN | {'logger.save_format': 'safetensors'},
     'of BasicSR': {
         'model_type': 'SRModel',
         'datasets.train.type': 'PairedImageDataset',
@@ -57,9 +63,13 @@ def contents(folder):
     """What a finished run is compared by."""
     names = ['models/net_g_latest.pth', f'training_states/{TOTAL}.state']
     for optional in ('net_d_latest', 'net_g_best'):
-        if (folder / f'experiments/run/models/{optional}.pth').exists():
+        if network_file(folder / 'experiments/run/models', optional).exists():
             names.append(f'models/{optional}.pth')
-    return {name: forked.load(folder, name) for name in names}
+    files = {name: Path(folder, 'experiments/run', name) for name in names}
+    return {
+        name: read_checkpoint(str(network_file(file.parent, file.stem) if file.suffix == '.pth' else file))
+        for name, file in files.items()
+    }
 
 
 def assert_equal(value, other, path=''):
@@ -99,6 +109,8 @@ def check(opt, folder, iterations=(2, 3, 4), train=train):
 
 @pytest.mark.parametrize('kind', KINDS)
 def test_a_resumed_training_ends_as_an_uninterrupted_one(kind, images, tmp_path):
+    if kind == 'optimizer of a package':
+        pytest.importorskip('prodigyopt')
     opt = changed(forked.options(images), {'train.total_iter': TOTAL, 'logger.save_checkpoint_freq': 1})
     opt = changed(opt, KINDS[kind])
     expected = check(opt, tmp_path)
@@ -108,6 +120,38 @@ def test_a_resumed_training_ends_as_an_uninterrupted_one(kind, images, tmp_path)
     assert best['val'] > 0 and best['iter'] % 2 == 0
     first = forked.load(tmp_path / 'straight', 'training_states/2.state')['exact']['best']
     assert first['val set']['psnr']['iter'] == 2, 'the state has the validation of its own iteration'
+    suffixes = {file.suffix for file in (tmp_path / 'straight/experiments/run/models').iterdir()}
+    assert suffixes == {'.safetensors' if 'safetensors' in kind else '.pth'}
+
+
+@pytest.mark.parametrize('formats', [('pth', 'safetensors'), ('safetensors', 'pth')])
+def test_a_resume_may_change_the_format_of_the_networks(formats, images, tmp_path):
+    opt = changed(forked.options(images), {'train.total_iter': TOTAL, 'logger.save_checkpoint_freq': 1})
+    before, after = (changed(opt, {'logger.save_format': save_format}) for save_format in formats)
+    train(before, tmp_path / 'straight')
+    target = resumed_at(3, tmp_path / 'straight', tmp_path / 'resumed')
+    train(after, target, '--auto_resume')
+    assert_equal(contents(target), contents(tmp_path / 'straight'))
+    written = target / f'experiments/run/models/net_g_{TOTAL}.{formats[1]}'
+    assert written.exists() and network_file(written.parent, written.stem) == written, (
+        'what is read is what was written'
+    )
+
+
+def test_a_network_that_was_converted_beside_its_checkpoint_is_not_resumed_from_nor_removed(images, tmp_path):
+    """net_g_3.safetensors, of the average alone, is the user's."""
+    opt = changed(forked.options(images), {'train.total_iter': TOTAL, 'logger.save_checkpoint_freq': 1})
+    train(opt, tmp_path / 'straight')
+    target = resumed_at(3, tmp_path / 'straight', tmp_path / 'resumed')
+    models = target / 'experiments/run/models'
+    for iteration in (1, 3):
+        write_safetensors(
+            str(models / f'net_g_{iteration}.safetensors'), forked.load(target, 'models/net_g_3.pth')['params_ema']
+        )
+    train(changed(opt, {'logger.keep_last': 2}), target, '--auto_resume')
+    assert_equal(contents(target), contents(tmp_path / 'straight'))
+    assert {file.name for file in models.glob('*.safetensors')} == {'net_g_1.safetensors', 'net_g_3.safetensors'}
+    assert not (models / 'net_g_3.pth').exists()
 
 
 def test_mixtures_and_synthetic_degradations(images, tmp_path):

@@ -137,6 +137,33 @@ MISTAKES = {
     'dataset key': ('datasets.train.gt_sise', 3, 'unknown key, did you mean gt_size?'),
     'batch size missing': ('datasets.train.batch_size_per_gpu', None, 'missing'),
     'optimizer type': ('train.optim_g.type', 'AdmW', 'unknown type AdmW, did you mean AdamW?'),
+    'optimizer of a package': (
+        'train.optim_g.type',
+        'torch.optim.AdmW',
+        'unknown type torch.optim.AdmW, did you mean torch.optim.AdamW?',
+    ),
+    'optimizer of no package': (
+        'train.optim_g.type',
+        'nowhere.AdamW',
+        "nowhere.AdamW: nowhere cannot be imported: ModuleNotFoundError: No module named 'nowhere'",
+    ),
+    'package without optimizers': ('train.optim_g.type', 'json.AdamW', 'json.AdamW: json has no optimizers'),
+    'key of an optimizer of a package': (
+        'train.optim_g',
+        {'type': 'torch.optim.AdamW', 'lr': 1e-3, 'weight_decy': 0.1},
+        'unknown key, did you mean weight_decay?',
+        'train.optim_g.weight_decy',
+    ),
+    'optimizer that takes a closure': (
+        'train.optim_g',
+        {'type': 'support.optimizers.NeedsClosure', 'lr': 1e-3},
+        "TypeError: NeedsClosure.step() missing 1 required positional argument: 'closure'",
+    ),
+    'optimizer that cannot be resumed': (
+        'train.optim_g',
+        {'type': 'support.optimizers.ForeignState', 'lr': 1e-3},
+        'support.optimizers.ForeignState: torch.load(weights_only=True) does not read its state',
+    ),
     'optimizer key': ('train.optim_g.weight_decy', 0.1, 'unknown key, did you mean weight_decay?'),
     'learning rate missing': ('train.optim_g.lr', None, 'missing'),
     'scheduler type': ('train.scheduler.type', 'MultistepLR', 'unknown type MultistepLR, did you mean MultiStepLR?'),

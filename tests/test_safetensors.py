@@ -15,7 +15,7 @@ from support.forked import Training, changed, train
 import dpmambair_basicsr
 from dpmambair_basicsr import convert, load
 from dpmambair_basicsr.archs import VmambaIR
-from dpmambair_basicsr.files.checkpoints import read_checkpoint, write_safetensors
+from dpmambair_basicsr.files.checkpoints import encode_safetensors, read_checkpoint, write_safetensors
 
 dpmambair_basicsr.register()
 NETWORK = {'type': 'VmambaIR', 'dim': 4, 'num_blocks': [1, 1, 1, 1], 'num_refinement_blocks': 1, 'd_state': 2}
@@ -65,6 +65,42 @@ def test_spandrel_recognises_it(converted):
     model = spandrel.ModelLoader(registry=registry).load_from_file(converted / 'net.safetensors')
     assert model.architecture.id == 'VmambaIR'
     assert all(torch.equal(model.model.state_dict()[name], value) for name, value in network(1).items())
+
+
+def test_what_a_training_writes_is_read_like_its_checkpoint(converted, tmp_path):
+    """logger.save_format: network and average in one file, with the options and what the best is best in."""
+    content = torch.load(converted / 'net.pth') | {
+        'best': {'metric': 'psnr', 'value': 0.1 + 0.2, 'iter': 8, 'sets': ['a']}
+    }
+    file = tmp_path / 'net_g_8.safetensors'
+    file.write_bytes(encode_safetensors(str(file), content))
+    read = read_checkpoint(file)
+    assert read.keys() == content.keys()
+    for key in ('params', 'params_ema'):
+        assert read[key].keys() == content[key].keys()
+        assert all(torch.equal(read[key][name], value) for name, value in content[key].items())
+    assert (read['network_g'], read['best']) == (NETWORK, content['best'])
+
+    image = np.random.default_rng(0).integers(0, 256, (17, 20, 3), dtype=np.uint8)
+    assert np.array_equal(load(file).restore(image), load(converted / 'net.pth').restore(image))
+    write(file, tmp_path / 'average.safetensors')
+    assert load_file(tmp_path / 'average.safetensors').keys() == content['params_ema'].keys()
+
+
+def test_spandrel_takes_the_average_of_what_a_training_writes(converted, tmp_path):
+    spandrel = pytest.importorskip('spandrel')
+    registry = spandrel.ArchRegistry()
+    pytest.importorskip('dpmambair_basicsr.integrations.spandrel').install(registry)
+    content = encode_safetensors('net_g_8.safetensors', torch.load(converted / 'net.pth'))
+    (tmp_path / 'net_g_8.safetensors').write_bytes(content)
+    model = spandrel.ModelLoader(registry=registry).load_from_file(tmp_path / 'net_g_8.safetensors')
+    assert all(torch.equal(model.model.state_dict()[name], value) for name, value in network(1).items())
+
+
+def test_what_is_not_a_tensor_is_refused():
+    content = {'params': {'weight': torch.zeros(1), '_extra_state': {'a': 1}}}
+    with pytest.raises(ValueError, match=r'net\.safetensors: params, _extra_state is not a tensor'):
+        encode_safetensors('net.safetensors', content)
 
 
 def test_training_starts_from_it(converted, tmp_path):

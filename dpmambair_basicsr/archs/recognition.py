@@ -39,7 +39,11 @@ def network_options(state_dict: StateDict) -> dict | None:
 
 
 def own_names(state_dict: StateDict) -> StateDict:
-    """Without the prefix that a wrapper has given to all names of one of our networks, such as Lightning's `model.`."""
+    """Without the prefix that a wrapper has given to all names of one of our networks, such as Lightning's `model.`.
+
+    Of a training's .safetensors file, whose average is there under `params_ema.`, that.
+    """
+    state_dict = {name: value for name, value in state_dict.items() if name.startswith('params_ema.')} or state_dict
     prefix = next((name.removesuffix(SHARED[0]) for name in state_dict if name.endswith(SHARED[0])), '')
     if not all(name.startswith(prefix) for name in state_dict):
         return state_dict

@@ -3,7 +3,9 @@
 Ours also hold the options of their network, {'network_g': {'type': ..., ...}}: plain Python values, which
 torch.load(weights_only=True) reads and which programs that ask for 'params' never see.
 
-A `.safetensors` file holds one state dict, which is read as 'params', and text: `network_g` is there as JSON.
+A `.safetensors` file holds one state dict, which is read as 'params', and text: `network_g` is there as JSON. One that a
+training writes holds the average too: all names begin with the key of their state dict, `params.` or `params_ema.`, and
+the text `state_dicts` has these keys.
 """
 
 import json
@@ -67,14 +69,22 @@ def check_file(path: str | Path) -> None:
 
 
 def read_safetensors(path: str) -> dict:
-    """{'params': state dict}, and 'network_g' if it is there. Raises as `read_checkpoint` does."""
+    """{'params': state dict}, and what else `encode_safetensors` was given. Raises as `read_checkpoint` does."""
     package = import_safetensors(path)
     check_file(path)
     try:
         with package.safe_open(path, framework='pt') as file:
-            content = {'params': {name: file.get_tensor(name) for name in file.keys()}}  # noqa: SIM118
-            network = (file.metadata() or {}).get('network_g')
-        return content if network is None else content | {'network_g': json.loads(network)}
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            text = file.metadata() or {}
+        content = {key: json.loads(value) for key, value in text.items() if is_text(key)}
+        if 'state_dicts' not in text:
+            return {'params': weights} | content
+        for key in json.loads(text['state_dicts']):
+            prefix = f'{key}.'
+            content[key] = {
+                name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)
+            }
+        return content
     except Exception as error:  # the package has a kind of its own
         raise CheckpointError(f'{path}: cannot be read by safetensors ({type(error).__name__}: {error})') from error
 
@@ -86,11 +96,39 @@ def write_safetensors(path: str, weights: dict[str, Tensor], network: dict | Non
         CheckpointError: if the package is not installed.
         OSError: if it cannot be written.
     """
-    package = import_safetensors(path)
-    weights = {name: value.contiguous().clone() for name, value in weights.items()}  # it refuses shared storage
-    content = package.torch.save(weights, {'format': 'pt'} | ({'network_g': json.dumps(network)} if network else {}))
+    content = encode_safetensors(path, {'params': weights} | ({'network_g': network} if network else {}))
     with replacing(path) as part:
         part.write_bytes(content)
+
+
+def encode_safetensors(path: str, content: dict) -> bytes:
+    """What a file holds, from which `read_safetensors` makes the same: state dicts, and plain values of `is_text` keys.
+
+    Raises:
+        CheckpointError: if the package is not installed, or a state dict holds something else than tensors.
+    """
+    package = import_safetensors(path)
+    text = {key: json.dumps(value) for key, value in content.items() if is_text(key)}
+    state_dicts = {key: value for key, value in content.items() if not is_text(key)}
+    for key, weights in state_dicts.items():
+        if not is_state_dict(weights):
+            name = next(name for name, value in weights.items() if not isinstance(value, Tensor))
+            raise CheckpointError(
+                f'{path}: {key}, {name} is not a tensor, and safetensors holds nothing else; use .pth'
+            )
+    if len(state_dicts) > 1:
+        text['state_dicts'] = json.dumps([*state_dicts])
+        tensors = {f'{key}.{name}': part for key, weights in state_dicts.items() for name, part in weights.items()}
+    else:
+        (tensors,) = state_dicts.values()
+    # It refuses shared storage.
+    tensors = {name: value.contiguous().clone() for name, value in tensors.items()}
+    return package.torch.save(tensors, {'format': 'pt'} | text)
+
+
+def is_text(key: str) -> bool:
+    """Whether a .safetensors file has it as JSON: options of a network, or what `models.best_checkpoint` notes."""
+    return key.startswith('network_') or key == 'best'
 
 
 def import_safetensors(path: str):
@@ -128,8 +166,8 @@ def wanted_keys(options: dict, network: str, is_train: bool) -> tuple[str | None
 
 
 def found_key(path: str, checkpoint: dict, *keys: str | None) -> str | None:
-    """The first of the keys that is in the file, or the first of all; a .safetensors file holds one state dict only."""
-    if str(path).endswith(SAFETENSORS):
+    """The first of the keys that is in the file, or the first of all; of a .safetensors file the only one it has."""
+    if str(path).endswith(SAFETENSORS) and sum(not is_text(key) for key in checkpoint) == 1:
         return 'params'
     return next((key for key in keys if key is None or key in checkpoint), keys[0])
 

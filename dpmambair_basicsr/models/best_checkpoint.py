@@ -6,7 +6,7 @@ from pathlib import Path
 from basicsr.utils import get_root_logger
 
 from dpmambair_basicsr.files.checkpoints import plain, read_checkpoint
-from dpmambair_basicsr.training.state import read_nets, write
+from dpmambair_basicsr.training.state import network_file, read_nets, write_alone
 
 
 def validated_sets(opt: dict) -> list[str]:
@@ -20,15 +20,16 @@ class BestCheckpoint:
 
     Args:
         opt: of the training.
+        suffix: .pth or .safetensors.
     """
 
-    def __init__(self, opt: dict):
-        self.opt = opt
+    def __init__(self, opt: dict, suffix: str = '.pth'):
+        self.opt, self.suffix = opt, suffix
         self.best: dict | None = None
 
     @property
     def file(self) -> Path:
-        return Path(self.opt['path']['models']) / 'net_g_best.pth'
+        return Path(self.opt['path']['models']) / f'net_g_best{self.suffix}'
 
     def measure(self) -> dict:
         """What the best network is best in: values of another measure cannot be compared with it."""
@@ -56,23 +57,24 @@ class BestCheckpoint:
         best = measure | {'value': value, 'iter': min(current_iter, int(self.opt['train']['total_iter']))}
         nets = {'params': model.net_g, 'params_ema': getattr(model, 'net_g_ema', None)}
         content = read_nets(model, {key: net for key, net in nets.items() if net is not None}, self.file.name)
-        write(content | {'network_g': plain(self.opt['network_g']), 'best': best}, self.file)
+        write_alone(content | {'network_g': plain(self.opt['network_g']), 'best': best}, self.file)
         self.best = best
         get_root_logger().info(f'Best {best["metric"]} so far, {value:.4f}: saved as {self.file.name}.')
 
     def resume(self) -> None:
         """Continue from the best that the interrupted training has saved."""
-        if not (self.opt.get('val') or {}).get('metrics') or not self.file.is_file():
+        file = network_file(self.file.parent, self.file.stem)
+        if not (self.opt.get('val') or {}).get('metrics') or not file.is_file():
             return
         try:
-            best = read_checkpoint(str(self.file)).get('best') or {}
+            best = read_checkpoint(str(file)).get('best') or {}
         except ValueError as error:
             get_root_logger().warning(f'{error}. The best network is searched for again.')
             return
         measure = self.measure()
         if {key: best.get(key) for key in measure} != measure:
             get_root_logger().warning(
-                f'{self.file}: is the best by another measure, and is replaced by the best from now on.'
+                f'{file}: is the best by another measure, and is replaced by the best from now on.'
             )
             return
         self.best = best

@@ -5,6 +5,7 @@ What takes more than a few lines is in parts that the model owns: `StepGuard`, `
 """
 
 from collections import OrderedDict
+from typing import Literal
 
 from basicsr.models.sr_model import SRModel
 from basicsr.utils import get_root_logger
@@ -17,6 +18,7 @@ from dpmambair_basicsr.files.checkpoints import (
     PlainValue,
     differences,
     found_key,
+    import_safetensors,
     read_checkpoint,
     select_weights,
     wanted_keys,
@@ -34,6 +36,7 @@ from dpmambair_basicsr.training import lr_schedulers
 from dpmambair_basicsr.training.earlier_options import complete_networks
 from dpmambair_basicsr.training.extractor import load_extractor
 from dpmambair_basicsr.training.parameters import freeze, log_frozen, parameter_groups
+from dpmambair_basicsr.training.state import find_networks
 
 
 class RestorationMixin(SRModel):
@@ -41,6 +44,7 @@ class RestorationMixin(SRModel):
 
     option_keys = (
         Option('logger', 'keep_last', int | None, 'checkpoints that are kept; ~: all', low=1),
+        Option('logger', 'save_format', Literal['pth', 'safetensors'], 'of the networks that are saved; default pth'),
         Option('path', 'pretrain_network_e', str | None, 'checkpoint of stage 1, for DPMambaIR'),
         Option('train', 'grad_clip_norm', float | None, "limit of the gradient's norm; ~: none", low=0),
         Option('train', 'pbar', bool | None, 'a progress bar'),
@@ -60,7 +64,10 @@ class RestorationMixin(SRModel):
         self.step_guard = StepGuard(opt)
         self.monitor = ValidationMonitor(opt)
         self.evaluation = Evaluation(opt)
-        self.best_checkpoint = BestCheckpoint(opt)
+        self.network_suffix = f'.{(opt.get("logger") or {}).get("save_format", "pth")}'
+        self.best_checkpoint = BestCheckpoint(opt, self.network_suffix)
+        if opt['path'].get('resume_state'):
+            find_networks(opt)
         complete_networks(opt)
         set_default_backend(opt.get('scan_backend'))  # a program's own loop has not parsed an option file
         super().__init__(opt)
@@ -72,6 +79,8 @@ class RestorationMixin(SRModel):
         The option checker calls it before anything is created; a model made without it calls it itself.
         """
         Precision.check_options(opt, cls.__name__, cls.scales_loss)
+        if (opt.get('logger') or {}).get('save_format') == 'safetensors':
+            import_safetensors('logger.save_format')
         lr_schedulers.check_periods(opt)
 
     def init_training_settings(self) -> None:

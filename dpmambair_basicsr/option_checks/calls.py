@@ -13,6 +13,7 @@ from dpmambair_basicsr.registry import (
     arguments_of,
     describe,
     did_you_mean,
+    find_optimizer,
     is_ours,
     look_up,
     optimizers,
@@ -61,7 +62,10 @@ def check_call(path: str, opt, call: Call) -> list[str]:
     """Unknown type, unknown or missing arguments, those of the wrong kind, weights that are not there."""
     if not isinstance(opt, dict):
         return [f'{path}: expected a section with a type, got {opt!r}']
-    target, problems = find(call.known(), f'{path}.type', opt.get('type'))
+    if call is CALLS['optimizer']:
+        target, problems = find_optimizer(f'{path}.type', opt.get('type'))
+    else:
+        target, problems = find(call.known(), f'{path}.type', opt.get('type'))
     if target is None:
         return problems
     named, takes_any = parameters_of(target, call)

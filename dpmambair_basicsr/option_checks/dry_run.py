@@ -2,10 +2,12 @@
 
 import contextlib
 import inspect
+import io
 import math
 import re
 import warnings
 from copy import deepcopy
+from pickle import UnpicklingError
 
 import torch
 
@@ -19,9 +21,9 @@ from dpmambair_basicsr.option_checks.values import will_resume
 from dpmambair_basicsr.registry import (
     arguments_of,
     describe,
+    find_optimizer,
     look_up,
     make_without_storage,
-    optimizers,
     our_type,
     registered,
 )
@@ -92,7 +94,7 @@ def check_by_dry_run(opt: dict, model: type | None, reported: list[str]) -> list
     if is_checked:
         for key, section in (opt.get('train') or {}).items():
             if key.startswith('optim_'):
-                attempt(f'train.{key}', make_optimizer, section)
+                attempt(f'train.{key}', check_optimizer, section)
             elif key.startswith('scheduler') and section is not None:
                 attempt(f'train.{key}', make_scheduler, section)
     if not will_resume(opt):
@@ -138,8 +140,22 @@ def check_channels(section: dict, datasets: dict) -> None:
             raise ValueError(f'{name} is {value}, but the images of the datasets have {of_datasets.pop()} channels')
 
 
-def make_optimizer(section: dict) -> torch.optim.Optimizer:
-    return optimizers()[section['type']]([torch.nn.Parameter(torch.zeros(1))], **arguments_of(section))
+def check_optimizer(section: dict) -> None:
+    """Raises what an optimizer raises when it is made or steps, or ValueError if its state cannot be resumed."""
+    target, _ = find_optimizer('', section['type'])
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    optimizer = target([parameter], **arguments_of(section))
+    if target.__module__.startswith('torch.optim'):
+        return
+    parameter.grad = torch.ones(1)
+    optimizer.step()
+    state = io.BytesIO()
+    torch.save(optimizer.state_dict(), state)
+    state.seek(0)
+    try:
+        torch.load(state, weights_only=True)
+    except UnpicklingError as error:
+        raise ValueError(f'{section["type"]}: torch.load(weights_only=True) does not read its state') from error
 
 
 def make_scheduler(section: dict) -> torch.optim.lr_scheduler.LRScheduler:

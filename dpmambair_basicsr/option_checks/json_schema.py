@@ -108,7 +108,10 @@ def of_call(call: Call) -> dict:
         {'if': {'properties': {'type': {'const': name}}}, 'then': arguments(name, target, call)}
         for name, target in known.items()
     ]
-    kind = {'type': ['object', 'null'], 'properties': {'type': {'enum': [*known]}}}
+    names = {'enum': [*known]}
+    if call is CALLS['optimizer']:  # by a dotted name, one of another package
+        names = {'anyOf': [names, {'pattern': r'^\w+(\.\w+)+$'}]}
+    kind = {'type': ['object', 'null'], 'properties': {'type': names}}
     return kind | {'required': ['type', *call.required], 'allOf': choices}
 
 

@@ -11,7 +11,7 @@ from dpmambair_basicsr.training import signals as interruption
 
 @replaces('basicsr.models.base_model:BaseModel', 'get_optimizer')
 def any_optimizer(original):
-    """Makes any optimizer of torch.optim.
+    """Makes any optimizer of torch.optim, and those of other packages by their dotted names.
 
     Fixes: `BaseModel.get_optimizer` of 1.4.2 knows Adam only, master a few more.
     Remove once: BasicSR looks in torch.optim.
@@ -21,13 +21,12 @@ def any_optimizer(original):
         try:
             return original(self, optim_type, params, lr, **kwargs)
         except NotImplementedError:
-            from dpmambair_basicsr.registry import did_you_mean, optimizers
+            from dpmambair_basicsr.registry import find_optimizer
 
-            known = optimizers()
-            if optim_type not in known:
-                hint = did_you_mean(optim_type, known)
-                raise NotImplementedError(f'optimizer {optim_type}: not in torch.optim{hint}') from None
-            return known[optim_type](params, lr=lr, **kwargs)
+            target, problems = find_optimizer('optimizer', optim_type)
+            if target is None:
+                raise NotImplementedError(problems[0]) from None
+            return target(params, lr=lr, **kwargs)
 
     return get_optimizer
 

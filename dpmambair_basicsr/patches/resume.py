@@ -13,11 +13,11 @@ from pathlib import Path
 
 from basicsr.utils import get_root_logger
 
-from dpmambair_basicsr.files.checkpoints import read_on_cpu
+from dpmambair_basicsr.files.checkpoints import SAFETENSORS, read_checkpoint, read_on_cpu
 from dpmambair_basicsr.files.errors import CheckpointError, exit_on_error
 from dpmambair_basicsr.patches.registry import replaces
 from dpmambair_basicsr.training import run as training_run
-from dpmambair_basicsr.training.state import check_optimizers, keep_schedule, restore
+from dpmambair_basicsr.training.state import NETWORK_SUFFIXES, check_optimizers, keep_schedule, network_file, restore
 
 
 def load_resume_state(opt: dict) -> dict | None:
@@ -74,7 +74,8 @@ def newest_usable_state(opt: dict) -> Path | None:
             print(f'Cannot resume from {error}. Trying the one before.', flush=True)
     if files:
         raise CheckpointError(f'{folder}: none of its {len(files)} training states can be resumed from')
-    networks = {file.stem.rpartition('_')[2] for file in Path(opt['path']['models']).glob('net_g_*.pth')} - {'best'}
+    files = [file for suffix in NETWORK_SUFFIXES for file in Path(opt['path']['models']).glob(f'net_g_*{suffix}')]
+    networks = {file.stem.rpartition('_')[2] for file in files} - {'best'}
     if 'latest' in networks or len(networks) > 1:  # one number may be of a checkpoint that is not complete
         raise CheckpointError(
             f'{opt["path"]["models"]} holds networks, but {folder} no training state: without --auto_resume training '
@@ -98,9 +99,9 @@ def read_state(opt: dict, file) -> dict:
         raise CheckpointError(f'{file}: not a training state')
     ignored = opt['path'].get('ignore_resume_networks') or ()
     for network in (key for key in opt if key.startswith('network_') and key not in ignored):
-        checkpoint = Path(opt['path']['models']) / f'net_{network.removeprefix("network_")}_{state["iter"]}.pth'
+        checkpoint = network_file(opt['path']['models'], f'net_{network.removeprefix("network_")}_{state["iter"]}')
         try:
-            read_on_cpu(checkpoint)
+            (read_checkpoint if checkpoint.suffix == SAFETENSORS else read_on_cpu)(checkpoint)
         except CheckpointError as error:
             raise CheckpointError(f'{file}: {error}') from None
     return state

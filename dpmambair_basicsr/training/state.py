@@ -25,27 +25,32 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from dpmambair_basicsr.files import lock
 from dpmambair_basicsr.files.atomic import replacing
-from dpmambair_basicsr.files.checkpoints import read_checkpoint
+from dpmambair_basicsr.files.checkpoints import SAFETENSORS, encode_safetensors, read_checkpoint
 from dpmambair_basicsr.training import run as training_run
 
 ATTEMPTS = 3  # as in BasicSR
+NETWORK_SUFFIXES = '.pth', SAFETENSORS
 POOL = ('queue_lr', 'queue_gt', 'queue_ptr')
 # Options of the schedulers, and what these make of them
 SCHEDULE = 'periods', 'restart_weights', 'eta_min', 'eta_mins', 'cumulative_period', 'milestones', 'gamma', 'restarts'
 
 
 def write(content: dict, file: Path) -> None:
-    """Atomic torch.save: nothing is visible before it is complete.
+    """torch.save, or safetensors by the file's name; nothing can be seen of it before it is complete.
 
     Raises:
         OSError: naming the file, if it cannot be written, also not in the third attempt.
         LockedFolderError: if the folder of the run is another process's by now, see `files/lock`.
     """
     lock.check()
+    encoded = encode_safetensors(str(file), content) if file.suffix == SAFETENSORS else None
     for remaining in reversed(range(ATTEMPTS)):
         try:
             with replacing(file) as part, open(part, 'wb') as stream:
-                torch.save(content, stream)
+                if encoded is None:
+                    torch.save(content, stream)
+                else:
+                    stream.write(encoded)
             return
         except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
             reason = root_cause(error)
@@ -82,16 +87,44 @@ def read_nets(model, nets: dict[str, nn.Module], file_name: str) -> dict[str, di
 def write_network(model, nets: list[nn.Module], label: str, iteration: int, keys: list[str]) -> None:
     """Write `<label>_<iteration>.pth`, {key: state dict}; -1 is the latest.
 
+    With a model of ours and `logger.save_format: safetensors` it has that ending.
+
     Raises:
         FloatingPointError: see `read_nets`.
         OSError: see `write`.
     """
-    name = f'{label}_{"latest" if iteration == -1 else iteration}.pth'
+    name = f'{label}_{"latest" if iteration == -1 else iteration}{suffix_of(model)}'
     content = read_nets(model, dict(zip(keys, nets, strict=True)), name)
     if iteration != -1 and 'training_states' in model.opt['path']:
         # There is one if training was resumed from an earlier iteration, and it is not of these networks.
         state_file(model.opt, iteration).unlink(missing_ok=True)
-    write(content, Path(model.opt['path']['models'], name))
+    write_alone(content, Path(model.opt['path']['models'], name))
+
+
+def suffix_of(model) -> str:
+    """Of the networks that it saves; BasicSR's models know .pth alone."""
+    return getattr(model, 'network_suffix', '.pth')
+
+
+def write_alone(content: dict, file: Path) -> None:
+    """`write`, and the .pth file, in place of which a .safetensors file is, goes: it would be read first."""
+    write(content, file)
+    if file.suffix != '.pth':
+        file.with_suffix('.pth').unlink(missing_ok=True)
+
+
+def network_file(folder: str | Path, label: str) -> Path:
+    """`<label>.safetensors` if it is there and no `<label>.pth` is; otherwise that."""
+    files = [Path(folder, label + suffix) for suffix in NETWORK_SUFFIXES]
+    return next((file for file in files if file.exists()), files[0])
+
+
+def find_networks(opt: dict) -> None:
+    """BasicSR's check_resume names net_g_8.pth to resume from; puts net_g_8.safetensors there if that was written."""
+    for key in (key for key in opt if key.startswith('network_')):
+        file = Path(opt['path'].get(f'pretrain_{key}') or '')
+        if file.parent == Path(opt['path']['models']):
+            opt['path'][f'pretrain_{key}'] = str(network_file(file.parent, file.stem))
 
 
 def state_file(opt: dict, iteration: int) -> Path:
@@ -143,7 +176,7 @@ def write_main_state(model, epoch: int, iteration: int, pool: dict) -> None:
     write(state, state_file(model.opt, iteration))
     keep = model.opt.get('logger', {}).get('keep_last')
     if keep is not None:
-        remove_older(model.opt, iteration, keep)
+        remove_older(model.opt, iteration, keep, suffix_of(model))
 
 
 def plain(best: dict) -> dict:
@@ -157,7 +190,7 @@ def plain(best: dict) -> dict:
     }
 
 
-def remove_older(opt: dict, iteration: int, keep: int) -> None:
+def remove_older(opt: dict, iteration: int, keep: int, suffix: str = '.pth') -> None:
     """Remove the checkpoints with a training state before the last `keep` up to this iteration, states first."""
     folder = Path(opt['path']['training_states'])
     iterations = sorted(int(file.stem) for file in folder.glob('*.state') if file.stem.isdecimal())
@@ -165,7 +198,8 @@ def remove_older(opt: dict, iteration: int, keep: int) -> None:
     for old in [number for number in iterations if number <= iteration][:-keep]:
         state_file(opt, old).unlink()
         for network in networks:
-            Path(opt['path']['models'], f'net_{network}_{old}.pth').unlink(missing_ok=True)
+            for ending in {'.pth', suffix}:
+                Path(opt['path']['models'], f'net_{network}_{old}{ending}').unlink(missing_ok=True)
         for pool in folder.glob(pool_file(opt, old, '*').name):
             pool.unlink()
 
