@@ -17,7 +17,7 @@ COMMANDS = {
     'export': 'write a trained network as ONNX or as a program of torch.export',
     'prepare_data': 'arrange a public dataset, as downloaded, as the option files expect it',
     'run': 'run a script of another project where mamba_ssm or causal_conv1d is missing',
-    'fetch': 'download the ImageNet weights that LPIPS and the perceptual loss need',
+    'fetch': 'download the weights that LPIPS, DISTS and the perceptual loss need',
     'dropin': 'make the option files work in a BasicSR checkout, or undo that',
     'init': 'copy the option files, to be edited, into a folder',
     'install_basicsr': 'install BasicSR 1.4.2 on any Python, without a second PyTorch',

@@ -91,6 +91,7 @@ def test_the_files_are_torchvisions(name, file):
 
 
 def test_every_name_has_a_file_whose_name_ends_in_its_checksum():
+    assert fetch.url_of('dists').endswith('/dists_weights.pt'), 'the one without'
     for name in (*BACKBONES, *fetch.PERCEPTUAL):
         digits = fetch.url_of(name).removesuffix('.pth').rpartition('-')[2]
         assert len(digits) == 8 and int(digits, 16)

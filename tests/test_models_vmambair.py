@@ -375,8 +375,12 @@ def test_gradient_of_the_generator_is_clipped():
         (None, 'network_d', None, '^network_d: missing'),
         ('train', 'optim_d', None, r'^train\.optim_d: missing'),
         ('train', 'gan_opt', None, r'^train\.gan_opt: missing'),
-        ('train', 'fft_opt', {'type': 'FFTLoss'}, r'^train\.fft_opt: .* pixel_opt, perceptual_opt, gan_opt only'),
-        ('train', 'ldl_opt', {'type': 'L1Loss'}, r'^train\.ldl_opt: .* only'),
+        (
+            'train',
+            'fft_opt',
+            {'type': 'FFTLoss'},
+            r'^train\.fft_opt: .* pixel_opt, perceptual_opt, gan_opt, ldl_opt only',
+        ),
     ],
 )
 def test_incomplete_gan_options_name_the_key(section, key, value, message):
@@ -465,6 +469,60 @@ def test_artefact_loss_of_the_real_world_model():
     for _ in degraded_batches(model, 1):
         model.optimize_parameters(1)
     assert model.log_dict['l_g_ldl'] >= 0
+
+
+def artefact_map(truth, output, average):
+    """Liang et al. 2022, Eq. 2 to 5, pixel by pixel."""
+    residual, of_average = ((truth - image).abs().sum(1) for image in (output, average))  # (b, h, w)
+    height, width = residual.shape[-2:]
+    result = torch.zeros_like(residual)
+    for index, image in enumerate(residual):
+        of_patch = image.flatten().var() ** 0.2
+        for y in range(height):
+            for x in range(width):
+                rows = [mirrored(y + step, height) for step in range(-3, 4)]
+                columns = [mirrored(x + step, width) for step in range(-3, 4)]
+                if image[y, x] >= of_average[index, y, x]:
+                    result[index, y, x] = of_patch * image[rows][:, columns].flatten().var()
+    return result[:, None]
+
+
+def mirrored(place, size):
+    return abs(place) if place < size else 2 * (size - 1) - place
+
+
+def test_ldl_is_the_weighted_distance_of_its_paper_and_the_rest_is_as_without_it():
+    without, model = (
+        sisr_gan_model(perceptual_opt=None),
+        sisr_gan_model(perceptual_opt=None, ldl_opt={'type': 'L1Loss', 'loss_weight': 0.5}),
+    )
+    for other in (without, model):
+        for parameter in other.net_g_ema.parameters():
+            parameter.data.mul_(0.9)  # otherwise the average is the network, and there are no artefacts
+    with torch.no_grad():
+        output, average = model.net_g(model.lq), model.net_g_ema(model.lq)
+    weight = artefact_map(model.gt, output, average)
+    assert 0 < (weight > 0).float().mean() < 1
+    expected = 0.5 * (weight * (output - model.gt)).abs().mean()
+    before = copy.deepcopy(model.net_g.state_dict())
+    for other in (without, model):
+        other.optimize_parameters(1)
+    assert model.log_dict['l_g_ldl'] == pytest.approx(expected.item(), rel=1e-4)
+    for name in ('l_g_pix', 'l_g_gan', 'l_d_real', 'out_d_real'):
+        assert model.log_dict[name] == without.log_dict[name], name
+    moved = [
+        name
+        for name, value in model.net_g.state_dict().items()
+        if not torch.equal(value, without.net_g.state_dict()[name])
+    ]
+    assert moved and all(not torch.equal(before[name], model.net_g.state_dict()[name]) for name in moved)
+
+
+def test_ldl_without_a_discriminator_is_refused():
+    opt = reduced(options('train', 'sisr_x4'))
+    opt['train']['ldl_opt'] = {'type': 'L1Loss'}
+    with pytest.raises(ValueError, match=r'^train\.ldl_opt: LDL is of the GAN models'):
+        build_model(opt)
 
 
 def test_pool_mixes_batches_and_keeps_pairs_together():

@@ -3,7 +3,7 @@
 Ours also hold the options of their network, {'network_g': {'type': ..., ...}}: plain Python values, which
 torch.load(weights_only=True) reads and which programs that ask for 'params' never see.
 
-A `.safetensors` file holds one state dict, which is read as 'params', and text: `network_g` is there as JSON. One that a
+A `.safetensors` file holds one state dict, read as 'params', and text: `network_g` is there as JSON. One that a
 training writes holds the average too: all names begin with the key of their state dict, `params.` or `params_ema.`, and
 the text `state_dicts` has these keys.
 """

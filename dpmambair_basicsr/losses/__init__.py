@@ -3,8 +3,11 @@
 from dpmambair_basicsr.registry import lazy_attributes
 
 MODULES = {
+    'DISTSLoss': 'dists_loss',
     'FFTLoss': 'fft_loss',
+    'FocalFrequencyLoss': 'focal_frequency_loss',
     'LPIPSLoss': 'lpips_loss',
+    'MSSSIMLoss': 'ms_ssim_loss',
     'PSNRLoss': 'psnr_loss',
     'VGGPerceptualLoss': 'vgg_perceptual_loss',
 }  # name -> module; each is imported by itself, because not every BasicSR has what all of them need

@@ -10,6 +10,8 @@ class RestorationGANModel(RestorationMixin, SRGANModel):
     """SRGANModel (pixel, perceptual and adversarial loss, EMA) with inference at any size: VmambaIR's single-image SR.
 
     Options beside SRGANModel's:
+        train.ldl_opt: a pixel loss of output and truth, each times BasicSR's map of artefacts (LDL, Liang et al., CVPR
+            2022, arXiv 2203.09195), for which `ema_decay` is needed. VmambaIR has none.
         train.scheduler_d: the discriminator's scheduler; default: the generator's, `scheduler`.
         train.grad_clip_norm: limit of the norm of the generator's gradient; default: none.
         train.pbar: show a progress bar.
@@ -28,7 +30,7 @@ class RestorationGANModel(RestorationMixin, SRGANModel):
         Option('train', 'net_d_iters', float, 'network_g is trained once every net_d_iters iterations', low=1),
         Option('train', 'net_d_init_iters', float, 'iterations before network_g is trained', low=0),
     )
-    loss_keys = ('pixel_opt', 'perceptual_opt', 'gan_opt')  # what optimize_parameters of the base class reads
+    loss_keys = ('pixel_opt', 'perceptual_opt', 'gan_opt', 'ldl_opt')  # what optimize_micro_batch reads
 
     @classmethod
     def check_training(cls, opt: dict) -> None:
@@ -41,6 +43,8 @@ class RestorationGANModel(RestorationMixin, SRGANModel):
         for name, loss in train_opt.items():
             if name.endswith('_opt') and loss is not None and name not in cls.loss_keys:
                 raise ValueError(f'train.{name}: {cls.__name__} has {", ".join(cls.loss_keys)} only')
+        if train_opt.get('ldl_opt') and not train_opt.get('ema_decay'):
+            raise ValueError('train.ema_decay: missing, train.ldl_opt needs it')
 
     def init_training_settings(self) -> None:
         net = self.get_bare_model(self.net_g)
@@ -49,6 +53,22 @@ class RestorationGANModel(RestorationMixin, SRGANModel):
                 f'network_g: {type(net).__name__} needs labels, which {type(self).__name__} does not give it'
             )
         super().init_training_settings()
+        if self.opt['train'].get('ldl_opt'):
+            if not getattr(self, 'cri_ldl', None):
+                raise ValueError('train.ldl_opt: this BasicSR has no LDL, 1.4.2 has')
+            self.net_g_ema.requires_grad_(False)  # its output is only compared with
+
+    def optimize_micro_batch(self, current_iter: int) -> None:
+        """SRGANModel's iteration; with LDL RealESRGANModel's, which is that and LDL. Nothing is sharpened."""
+        if not self.opt['train'].get('ldl_opt'):
+            super().optimize_micro_batch(current_iter)
+            return
+        from basicsr.models.realesrgan_model import RealESRGANModel
+
+        self.gt_usm = self.gt
+        for key in ('l1_gt_usm', 'percep_gt_usm', 'gan_gt_usm'):
+            self.opt.setdefault(key, False)
+        RealESRGANModel.optimize_parameters(self, current_iter)
 
     def setup_optimizers(self) -> None:
         super().setup_optimizers()

@@ -34,6 +34,8 @@ class RestorationModel(RestorationMixin):
         super().check_training(opt)
         if not any(key.endswith('_opt') and value is not None for key, value in opt['train'].items()):
             raise ValueError('train: names no loss; give at least one, e.g. pixel_opt: {type: L1Loss}')
+        if opt['train'].get('ldl_opt') is not None:
+            raise ValueError('train.ldl_opt: LDL is of the GAN models; for a loss of another kind take another name')
 
     def init_training_settings(self) -> None:
         self.check_training(self.opt)

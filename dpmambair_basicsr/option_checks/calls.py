@@ -6,7 +6,10 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from dpmambair_basicsr.files.errors import MissingLibraryError
+from dpmambair_basicsr.losses import dists_loss
 from dpmambair_basicsr.losses.lpips_network import BACKBONES, backbone_path
+from dpmambair_basicsr.losses.piq_library import import_piq
 from dpmambair_basicsr.option_checks.migration import advice, find
 from dpmambair_basicsr.option_checks.values import is_kind, is_number_as_text, kind_in_words
 from dpmambair_basicsr.registry import (
@@ -117,7 +120,20 @@ def check_weights(path: str, target, arguments: dict) -> list[str]:
             return [
                 f'{path}: needs the ImageNet weights {BACKBONES[net].url}; {file} does not exist: dpmambair fetch {net}'
             ]
+    elif getattr(target, '__name__', '') in ('DISTSLoss', 'MSSSIMLoss') and is_ours(target):
+        return check_piq(path, target.__name__, arguments)
     return []
+
+
+def check_piq(path: str, loss: str, arguments: dict) -> list[str]:
+    """Losses of another package: whether it is installed, and has the files it would download."""
+    try:
+        import_piq(loss)
+        if loss == 'DISTSLoss':
+            dists_loss.find_files(arguments.get('weights'), arguments.get('heads'))
+        return []
+    except (MissingLibraryError, FileNotFoundError) as error:
+        return [f'{path}: {error}']
 
 
 def check_vgg(path: str, vgg_type: str, weights: str | None) -> list[str]:

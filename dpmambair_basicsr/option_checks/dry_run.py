@@ -91,6 +91,11 @@ def check_by_dry_run(opt: dict, model: type | None, reported: list[str]) -> list
             attempt('datasets.train.gt_size', check_crop_size, opt, networks['network_g'])
         if opt['is_train'] and is_checked and isinstance(patterns := opt['train'].get('freeze'), list):
             attempt('network_g', freeze, networks['network_g'], patterns)
+    if opt['is_train'] and is_checked:
+        for key, section in opt['train'].items():
+            loss = our_type('LOSS', section) if key.endswith('_opt') else None
+            if hasattr(loss, 'least_size'):
+                attempt(f'train.{key}', check_least_size, opt, section['type'], loss.least_size(section))
     if is_checked:
         for key, section in (opt.get('train') or {}).items():
             if key.startswith('optim_'):
@@ -194,14 +199,26 @@ def check_crop(dataset) -> None:
 
 def check_crop_size(opt: dict, net: torch.nn.Module) -> None:
     """Raises ValueError if the network would pad the crops: it would learn from pixels that no image has."""
-    train, scale = opt['datasets']['train'], opt.get('scale', 1)
-    # Real-ESRGAN's dataset has crops that the model cuts once more, to the gt_size at the top of the file.
-    sizes = [opt.get('gt_size', train.get('gt_size')), *(train.get('progressive') or {}).get('gt_sizes', ())]
+    scale = opt.get('scale', 1)
     unit = scale * getattr(net, 'stride', 1)
-    if wrong := [size for size in sizes if isinstance(size, int) and size % unit]:
+    if wrong := [size for size in crop_sizes(opt) if size % unit]:
         raise ValueError(
             f'{wrong[0]} is not a multiple of {unit}: {type(net).__name__} would pad each crop at scale {scale}'
         )
+
+
+def crop_sizes(opt: dict) -> list[int]:
+    """Sides of the crops of clean images that the model is trained with."""
+    train = opt['datasets']['train']
+    # Real-ESRGAN's dataset has crops that the model cuts once more, to the gt_size at the top of the file.
+    sizes = [opt.get('gt_size', train.get('gt_size')), *(train.get('progressive') or {}).get('gt_sizes', ())]
+    return [size for size in sizes if isinstance(size, int)]
+
+
+def check_least_size(opt: dict, loss: str, least: int) -> None:
+    """Raises ValueError if the crops are smaller than a loss takes."""
+    if small := [size for size in crop_sizes(opt) if size < least]:
+        raise ValueError(f'{loss} takes no crops smaller than {least}, and datasets.train has {small[0]}')
 
 
 def check_tile(opt: dict, net: torch.nn.Module) -> None:

@@ -1,7 +1,8 @@
-"""Downloads the ImageNet weights that LPIPS and the perceptual loss need: `dpmambair fetch alex`.
+"""Downloads the weights that LPIPS, DISTS and the perceptual loss need: `dpmambair fetch alex`.
 
-Nothing else here downloads anything. The file is torchvision's, its SHA-256 is checked against the digits in its name,
-and it is put where torchvision keeps it, torch's hub cache, in which both losses look.
+The file is put where torchvision keeps it, torch's hub cache, in which these losses look. The SHA-256 of torchvision's
+is checked against the digits in their name; that of DISTS's own weights is not published, and DISTSLoss checks what it
+reads.
 """
 
 import argparse
@@ -12,6 +13,7 @@ import torchvision
 
 from dpmambair_basicsr.files.atomic import sha256
 from dpmambair_basicsr.files.errors import InputError, exit_on_error
+from dpmambair_basicsr.losses.dists_loss import HEADS_URL
 from dpmambair_basicsr.losses.lpips_network import BACKBONES
 
 PERCEPTUAL = torchvision.models.list_models(torchvision.models, include='vgg*')
@@ -23,8 +25,8 @@ def main() -> None:
         'names',
         nargs='+',
         metavar='NAME',
-        choices=[*BACKBONES, *PERCEPTUAL],
-        help=f"LPIPS's networks, as its option net has them: {', '.join(BACKBONES)}; "
+        choices=[*BACKBONES, 'dists', *PERCEPTUAL],
+        help=f"LPIPS's networks, as its option net has them: {', '.join(BACKBONES)}; DISTS's: vgg and dists; "
         f"VGGPerceptualLoss's, as its option vgg_type has them: {', '.join(PERCEPTUAL)}",
     )
     names = parser.parse_args().names
@@ -34,6 +36,8 @@ def main() -> None:
 
 
 def url_of(name: str) -> str:
+    if name == 'dists':
+        return HEADS_URL
     weights = BACKBONES[name] if name in BACKBONES else torchvision.models.get_model_weights(name).IMAGENET1K_V1
     return weights.url
 
@@ -42,14 +46,15 @@ def fetch(url: str) -> Path:
     """The file in torch's hub cache, downloaded if it is not there; as a whole or not at all.
 
     Args:
-        url: of a file whose name ends in the first digits of its SHA-256, as in alexnet-owt-7be5be79.pth.
+        url: of a file whose name ends in the first digits of its SHA-256, as in alexnet-owt-7be5be79.pth, after a
+            dash; without one nothing is checked.
 
     Raises:
         InputError: what is there, or was downloaded, has another SHA-256.
         OSError: it cannot be downloaded or written.
     """
     file = Path(torch.hub.get_dir(), 'checkpoints', url.rpartition('/')[2])
-    digits = file.stem.rpartition('-')[2]
+    digits = file.stem.rpartition('-')[2] if '-' in file.stem else ''
     if file.exists():
         if not sha256(file).startswith(digits):
             raise InputError(f'{file}: not the file of {url}, its SHA-256 does not begin with {digits}; delete it')

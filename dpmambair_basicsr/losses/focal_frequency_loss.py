@@ -1,0 +1,52 @@
+import torch
+from torch import Tensor, nn
+
+from dpmambair_basicsr.registry import LOSS_REGISTRY
+
+
+def focal_frequency(pred: Tensor, target: Tensor, alpha: float = 1.0, patch_factor: int = 1) -> Tensor:
+    """Mean over the spectrum of w |F(pred) - F(target)|^2 (Jiang et al., ICCV 2021, arXiv 2012.12821, Eq. 5 to 8).
+
+    F is the orthonormal 2-D DFT, as in the authors' code. The weights w = |F(pred) - F(target)|^alpha, divided by their
+    largest value in each channel, have no gradient: what is far off counts most. Halves are computed in fp32.
+
+    Args:
+        pred, target: (b, c, H, W), real.
+        alpha: the larger it is, the more the weights focus.
+        patch_factor: H and W are cut into so many parts, each with a spectrum of its own.
+
+    Raises:
+        ValueError: H or W is not a multiple of `patch_factor`.
+    """
+    if pred.shape[-2] % patch_factor or pred.shape[-1] % patch_factor:
+        raise ValueError(f'patch_factor: {patch_factor} does not divide the sides of {tuple(pred.shape)}')
+    work = torch.promote_types(pred.dtype, torch.float32)
+    difference = pred.to(work) - target.to(work)  # F is linear, so one transform is enough
+    height, width = (side // patch_factor for side in difference.shape[-2:])
+    patches = difference.unfold(-2, height, height).unfold(-2, width, width)  # (b, c, p, p, H / p, W / p)
+    spectrum = torch.view_as_real(torch.fft.fft2(patches, norm='ortho'))
+    distance = spectrum.square().sum(-1)
+    weight = distance.detach().sqrt() ** alpha
+    largest = weight.amax((-2, -1), keepdim=True)
+    weight = torch.where(largest > 0, weight / largest, 0.0)  # equal images: 0 / 0
+    return (weight * distance).mean()
+
+
+@LOSS_REGISTRY.register()
+class FocalFrequencyLoss(nn.Module):
+    """`loss_weight` x the focal frequency loss (Jiang et al. 2021), which counts the frequencies that are far off.
+
+    Not a part of VmambaIR or DPMambaIR. Without the options for ablations of the authors' code.
+
+    Args:
+        loss_weight: weight of the loss.
+        alpha: the larger it is, the more the loss focuses on the worst frequencies.
+        patch_factor: height and width of the crops are cut into so many parts, each with a spectrum of its own.
+    """
+
+    def __init__(self, loss_weight: float = 1.0, alpha: float = 1.0, patch_factor: int = 1):
+        super().__init__()
+        self.loss_weight, self.alpha, self.patch_factor = loss_weight, alpha, patch_factor
+
+    def forward(self, pred: Tensor, target: Tensor) -> Tensor:
+        return self.loss_weight * focal_frequency(pred, target, self.alpha, self.patch_factor)
