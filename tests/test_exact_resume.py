@@ -42,6 +42,7 @@ KINDS = {
         'datasets.train.progressive': {'gt_sizes': [8, 8], 'batch_sizes': [2, 1], 'iters': [4, 4]},
     },
     'GAN': GAN,
+    'batch augmentation': {'train.batch_augment': {'mixup': {'alpha': 0.4, 'prob': 0.5}, 'cutmix': {'prob': 0.5}}},
     'GAN with LDL': GAN | {'train.ldl_opt': {'type': 'L1Loss', 'loss_weight': 1.0}},
     'optimizer of a package': {'train.optim_g': {'type': 'prodigyopt.Prodigy', 'lr': 1.0, 'weight_decay': 0.01}},
     'safetensors': {'logger.save_format': 'safetensors'},

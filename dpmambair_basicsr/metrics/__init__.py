@@ -6,6 +6,7 @@ PSNR and SSIM are BasicSR's; `patches/ssim` makes the latter faster.
 from dpmambair_basicsr.registry import lazy_attributes
 
 MODULES = {
+    'calculate_iqa': 'iqa',
     'calculate_lpips': 'lpips',
 }  # name -> module; each is imported by itself, because not every BasicSR has what all of them need
 

@@ -4,6 +4,7 @@ import numpy as np
 import torch
 
 from dpmambair_basicsr.losses.lpips_network import build_lpips
+from dpmambair_basicsr.metrics.tensors import to_tensor
 from dpmambair_basicsr.registry import METRIC_REGISTRY
 
 
@@ -39,12 +40,5 @@ def calculate_lpips(
         raise ValueError(f"calculate_lpips: better must be 'lower', got {better!r}")
     device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
     with torch.no_grad():
-        pair = (_to_tensor(image, crop_border).to(device) for image in (img, img2))
+        pair = (to_tensor(image, crop_border).to(device) for image in (img, img2))
         return _network(net, weights, device)(*pair, normalize=True).item()
-
-
-def _to_tensor(image: np.ndarray, crop_border: int) -> torch.Tensor:
-    """[0, 255] (H, W, 3) BGR or (H, W) to [0, 1] (1, 3, h, w) RGB."""
-    image = np.stack([image] * 3, axis=2) if image.ndim == 2 else image[..., ::-1]
-    image = image[crop_border : image.shape[0] - crop_border, crop_border : image.shape[1] - crop_border]
-    return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1), dtype=np.float32) / 255)[None]

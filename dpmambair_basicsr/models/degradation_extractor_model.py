@@ -12,6 +12,7 @@ class DegradationExtractorModel(RestorationModel):
     RestorationModel's.
     """
 
+    learns_degradations = True
     batch_names = (*RestorationModel.batch_names, 'clean')
 
     def feed_data(self, data: dict) -> None:

@@ -1,7 +1,7 @@
 """What our models change in BasicSR's: inference at any size, labels, readable checkpoint errors, optimizer groups.
 
 What takes more than a few lines is in parts that the model owns: `StepGuard`, `Precision`, `Evaluation`,
-`GradientAccumulation`, `ValidationMonitor`, `BestCheckpoint`.
+`BatchAugment`, `GradientAccumulation`, `ValidationMonitor`, `BestCheckpoint`.
 """
 
 from collections import OrderedDict
@@ -24,6 +24,7 @@ from dpmambair_basicsr.files.checkpoints import (
     wanted_keys,
 )
 from dpmambair_basicsr.files.option_row import Option
+from dpmambair_basicsr.models.batch_augment import BatchAugment
 from dpmambair_basicsr.models.best_checkpoint import BestCheckpoint
 from dpmambair_basicsr.models.evaluation import Evaluation
 from dpmambair_basicsr.models.gradient_accumulation import GradientAccumulation
@@ -31,12 +32,19 @@ from dpmambair_basicsr.models.precision import Precision
 from dpmambair_basicsr.models.step_guard import StepGuard
 from dpmambair_basicsr.models.validation_monitor import ValidationMonitor
 from dpmambair_basicsr.ops.selective_scan.backend import set_default_backend
+from dpmambair_basicsr.registry import arguments_of, make_without_storage, our_type
 from dpmambair_basicsr.results.run import mean
 from dpmambair_basicsr.training import lr_schedulers
 from dpmambair_basicsr.training.earlier_options import complete_networks
 from dpmambair_basicsr.training.extractor import load_extractor
 from dpmambair_basicsr.training.parameters import freeze, log_frozen, parameter_groups
 from dpmambair_basicsr.training.state import find_networks
+
+
+def needs_label(network: dict) -> bool:
+    """Whether a network of ours, of these options, is called with the kind of degradation."""
+    target = our_type('ARCH', network)
+    return target is not None and getattr(make_without_storage(target, arguments_of(network)), 'needs_label', False)
 
 
 class RestorationMixin(SRModel):
@@ -51,15 +59,18 @@ class RestorationMixin(SRModel):
         Option(
             'train', 'freeze', list[str] | None, 'names of parameters of network_g that are not trained, as encoder.*'
         ),
+        *BatchAugment.option_keys,
         *GradientAccumulation.option_keys,
         *StepGuard.option_keys,
         *Precision.option_keys,
         *Evaluation.option_keys,
     )
     scales_loss = False  # whether optimize_parameters is made of Precision's `backward` and `step`, as fp16 needs it
+    learns_degradations = False  # whether the kind of an image's degradation is what is learnt
     batch_names: tuple[str, ...] = ('lq', 'gt', 'label')  # attributes that feed_data makes of a batch
 
     def __init__(self, opt: dict):
+        self.batch_augment = BatchAugment(opt)
         self.accumulation = GradientAccumulation(opt)
         self.step_guard = StepGuard(opt)
         self.monitor = ValidationMonitor(opt)
@@ -79,6 +90,8 @@ class RestorationMixin(SRModel):
         The option checker calls it before anything is created; a model made without it calls it itself.
         """
         Precision.check_options(opt, cls.__name__, cls.scales_loss)
+        if opt['train'].get('batch_augment'):
+            BatchAugment.check_options(opt, cls.learns_degradations or needs_label(opt['network_g']))
         if (opt.get('logger') or {}).get('save_format') == 'safetensors':
             import_safetensors('logger.save_format')
         lr_schedulers.check_periods(opt)
@@ -170,6 +183,7 @@ class RestorationMixin(SRModel):
 
     def optimize_parameters(self, current_iter: int) -> None:
         """One step of each optimizer; the log has the mean over the micro-batches."""
+        self.mix_batch()
         logs = []
         for _ in self.accumulation.micro_batches(self, self.get_nets()):
             self.step_guard.begin_micro_batch(self.accumulation.is_first)
@@ -177,6 +191,12 @@ class RestorationMixin(SRModel):
             logs.append(self.log_dict)
         self.log_dict = mean(logs)
         self.show_progress(current_iter)
+
+    def mix_batch(self) -> None:
+        """What `train.batch_augment` makes of the images."""
+        batch = {name: getattr(self, name, None) for name in self.batch_names}
+        images = {name: value for name, value in batch.items() if isinstance(value, Tensor) and value.dim() == 4}
+        vars(self).update(self.batch_augment.apply(images))
 
     def optimize_micro_batch(self, current_iter: int) -> None:
         """BasicSR's iteration. What steps in between, and is not an optimizer, asks `accumulation.is_last`."""

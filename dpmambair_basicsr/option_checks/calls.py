@@ -6,10 +6,13 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from dpmambair_basicsr.files.errors import MissingLibraryError
+import torch
+
+from dpmambair_basicsr.files.errors import MissingLibraryError, OptionError
 from dpmambair_basicsr.losses import dists_loss
 from dpmambair_basicsr.losses.lpips_network import BACKBONES, backbone_path
 from dpmambair_basicsr.losses.piq_library import import_piq
+from dpmambair_basicsr.metrics import iqa
 from dpmambair_basicsr.option_checks.migration import advice, find
 from dpmambair_basicsr.option_checks.values import is_kind, is_number_as_text, kind_in_words
 from dpmambair_basicsr.registry import (
@@ -95,12 +98,45 @@ def check_metric(path: str, opt) -> list[str]:
     problems = check_call(path, opt, call)
     if problems:
         return problems
-    better = inspect.signature(look_up(call.known(), path, opt['type'])[0]).parameters.get('better')
+    target = look_up(call.known(), path, opt['type'])[0]
+    if is_iqa(target):
+        return check_iqa(path, arguments_of(opt))
+    better = inspect.signature(target).parameters.get('better')
     if better is not None and 'better' not in opt:
         problems = [f'{path}.better: missing; without better: {better.default} BasicSR takes the worst for the best']
     elif opt.get('better', 'higher') not in ('higher', 'lower'):
         problems = [f'{path}.better: must be one of higher, lower, got {opt["better"]!r}']
     return problems
+
+
+def is_iqa(target) -> bool:
+    return is_ours(target) and target.__name__ == 'calculate_iqa'
+
+
+def check_iqa(path: str, arguments: dict) -> list[str]:
+    """Whether pyiqa is installed, has this metric, and can make it; which may download what it needs."""
+    try:
+        iqa.check_iqa(arguments['metric'], arguments.get('better', 'higher'))
+        with torch.random.fork_rng(devices=[]):
+            iqa.network(arguments['metric'], iqa.device())
+        return []
+    except OptionError as error:
+        return [f'{path}.{error}']
+    except MissingLibraryError as error:
+        return [f'{path}: {error}']
+    except Exception as error:  # whatever comes of a network and its download
+        return [describe(path, error)]
+
+
+def compares(metric: dict) -> bool:
+    """Whether a metric of an option file, of known type, compares with clean images."""
+    target = look_up(CALLS['METRIC'].known(), '', metric['type'])[0]
+    if is_iqa(target):
+        try:
+            return iqa.compares(metric.get('metric'))
+        except (KeyError, MissingLibraryError):  # reported by `check_iqa`
+            return False
+    return 'img2' in inspect.signature(target).parameters
 
 
 def check_weights(path: str, target, arguments: dict) -> list[str]:

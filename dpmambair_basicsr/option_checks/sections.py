@@ -6,7 +6,6 @@ checks that no working file fails; the others need to know which keys are read: 
 that our classes declare, as rows of the same shape, in `option_keys`.
 """
 
-import inspect
 import re
 from collections.abc import Iterable
 from copy import deepcopy
@@ -16,7 +15,7 @@ from pathlib import Path
 from basicsr.models.sr_model import SRModel
 
 from dpmambair_basicsr.files.option_row import TEST, TRAIN, Option, names
-from dpmambair_basicsr.option_checks.calls import CALLS, check_call, check_metric, unknown_keys
+from dpmambair_basicsr.option_checks.calls import CALLS, check_call, check_metric, compares, unknown_keys
 from dpmambair_basicsr.option_checks.dry_run import check_by_dry_run
 from dpmambair_basicsr.option_checks.host import check_overwritten, check_start, check_unique_names
 from dpmambair_basicsr.option_checks.migration import find
@@ -120,8 +119,7 @@ def check_truth(opt: dict) -> list[str]:
     compared = [
         name
         for name, metric in (metrics if isinstance(metrics, dict) else {}).items()
-        if isinstance(metric, dict) and metric.get('type') in known
-        if 'img2' in inspect.signature(known[metric['type']]).parameters
+        if isinstance(metric, dict) and metric.get('type') in known and compares(metric)
     ]
     return [
         f'val.metrics.{name}: compares with clean images, and datasets.{phase} (SingleImageDataset) has none'

@@ -1,0 +1,64 @@
+"""`calculate_iqa`: pyiqa's metrics in validation, refused before a training where they cannot be computed."""
+
+import sys
+
+import numpy as np
+import pytest
+from basicsr.metrics import calculate_metric
+
+import dpmambair_basicsr
+from dpmambair_basicsr.option_checks.calls import check_metric, compares
+
+dpmambair_basicsr.register()
+
+
+def photo(seed, shape=(40, 44, 3)):
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def iqa(metric, **options):
+    return {'type': 'calculate_iqa', 'metric': metric, **options}
+
+
+@pytest.fixture
+def pyiqa():
+    return pytest.importorskip('pyiqa')
+
+
+@pytest.mark.parametrize(('name', 'options'), [('psnr', {}), ('psnry', {'test_y_channel': True})])
+def test_it_is_the_metric_of_rgb_images_in_unit_range(pyiqa, name, options):
+    """pyiqa's PSNR is BasicSR's; that of luminance would notice BGR taken for RGB."""
+    pair = {'img': photo(0), 'img2': photo(1)}
+    for border in (0, 3):
+        expected = calculate_metric(pair, {'type': 'calculate_psnr', 'crop_border': border, **options})
+        value = calculate_metric(pair, iqa(name, crop_border=border))
+        assert type(value) is float and value == pytest.approx(expected, abs=0.05)
+
+
+def test_what_pyiqa_does_not_compute_so_is_refused_before_a_training(pyiqa):
+    assert check_metric('val.metrics.m', iqa('psnr')) == []
+    for metric, options, problem in (
+        ('nique', {}, 'val.metrics.m.metric: nique must be one of pyiqa, of single images, did you mean niqe?'),
+        ('niqe', {}, 'val.metrics.m.better: must be lower for niqe, as BasicSR takes the best by it; default higher'),
+        ('psnr', {'better': 'lower'}, 'val.metrics.m.better: must be higher for psnr'),
+        ('fid', {'better': 'lower'}, 'val.metrics.m.metric: fid must be one of pyiqa, of single images'),
+        ('psnr', {'crop_bordr': 1}, 'val.metrics.m.crop_bordr: unknown key, did you mean crop_border?'),
+    ):
+        (found,) = check_metric('val.metrics.m', iqa(metric, **options))
+        assert found.startswith(problem)
+
+
+def test_only_metrics_with_a_reference_need_clean_images(pyiqa):
+    assert compares(iqa('psnr')) and not compares(iqa('niqe', better='lower'))
+    with pytest.raises(ValueError, match='psnr compares with a clean image, and there is none'):
+        calculate_metric({'img': photo(0)}, iqa('psnr'))
+    with pytest.raises(ValueError, match=r'one size, got \(40, 44, 3\) and \(44, 40, 3\)'):
+        calculate_metric({'img': photo(0), 'img2': photo(0, (44, 40, 3))}, iqa('psnr'))
+
+
+def test_without_pyiqa_the_line_to_type_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, 'pyiqa', None)  # as if it were not installed
+    monkeypatch.setitem(sys.modules, 'pyiqa.default_model_configs', None)
+    (problem,) = check_metric('val.metrics.niqe', iqa('niqe', better='lower'))
+    assert problem.startswith('val.metrics.niqe: ') and problem.endswith('pip install pyiqa')
+    assert not compares(iqa('niqe')), 'one problem is enough'
