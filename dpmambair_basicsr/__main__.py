@@ -16,6 +16,7 @@ COMMANDS = {
     'convert': 'write a checkpoint as a safetensors file',
     'export': 'write a trained network as ONNX or as a program of torch.export',
     'prepare_data': 'arrange a public dataset, as downloaded, as the option files expect it',
+    'push': 'upload a trained network to the Hugging Face hub',
     'run': 'run a script of another project where mamba_ssm or causal_conv1d is missing',
     'fetch': 'download the weights that LPIPS, DISTS and the perceptual loss need',
     'dropin': 'make the option files work in a BasicSR checkout, or undo that',

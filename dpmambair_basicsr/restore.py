@@ -73,7 +73,13 @@ def parse_arguments() -> argparse.Namespace:
         help='picture, folder (pictures directly in it) or pattern such as "*.png"',
     )
     add('-i', '--input', nargs='+', default=[], metavar='INPUT', help='the same')
-    add('-w', '--weights', required=True, metavar='FILE', help='checkpoint, net_g_*.pth or *.safetensors')
+    add(
+        '-w',
+        '--weights',
+        required=True,
+        metavar='FILE',
+        help='checkpoint, net_g_*.pth or *.safetensors, or hf:user/name of the Hugging Face hub',
+    )
     add('-o', '--output', required=True, type=Path, metavar='FOLDER', help='for the results; made if it is missing')
     add('--opt', metavar='FILE', help='option file with network_g, for a checkpoint that does not hold its own')
     add('--tile', type=int, metavar='N', help='size of tiles; 0: none; default: none, or as large as memory allows')

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from dpmambair_basicsr.archs.blocks import MeansOverTiles
 from dpmambair_basicsr.archs.recognition import network_options, own_names
+from dpmambair_basicsr.files import hub
 from dpmambair_basicsr.files.checkpoints import WRAPPINGS, differences, read_checkpoint, select_weights
 from dpmambair_basicsr.files.images import to_float, to_tensor
 from dpmambair_basicsr.inference.memory import PeakMemory, free_memory, is_out_of_memory, out_of_memory, smaller_tile
@@ -49,7 +50,8 @@ def load(
     """A network with trained weights; see `Restorer.restore`.
 
     Args:
-        weights: a checkpoint, net_g_*.pth or a .safetensors file. The average of the network, `params_ema`, is used if
+        weights: a checkpoint, net_g_*.pth or a .safetensors file, or `hf:user/name`, which is downloaded from the Hugging
+            Face hub, see `files.hub`. The average of the network, `params_ema`, is used if
             there is one, otherwise `params`, otherwise what other programs have under the other keys of `WRAPPINGS`,
             otherwise the file itself as a state dict.
         network: `network_g` of the option file, which takes the place of the file's own. Without either, a VmambaIR or
@@ -69,6 +71,7 @@ def load(
             name a network that is not ours, or stand for more than the file holds. A BackendError if there is no such
             backend, or it cannot run there.
     """
+    weights = hub.local_file(str(weights))
     device = choose_device(device)
     check_backend(scan_backend, 'scan_backend', device)
     net = load_network(weights, network)

@@ -1,0 +1,39 @@
+"""Networks on the Hugging Face hub: a repository with model.safetensors, which holds the options of its network."""
+
+from types import ModuleType
+
+from dpmambair_basicsr.files.errors import CheckpointError, MissingLibraryError
+
+SCHEME = 'hf:'
+FILE = 'model.safetensors'
+
+
+def import_hub() -> ModuleType:
+    """The package huggingface_hub. Raises MissingLibraryError with the line to type."""
+    try:
+        import huggingface_hub
+    except ImportError as error:
+        raise MissingLibraryError(
+            f"the hub needs huggingface_hub ({error}): pip install 'dpmambair_basicsr[hub]'"
+        ) from error
+    return huggingface_hub
+
+
+def local_file(weights: str) -> str:
+    """The path of the weights: `hf:user/name`, or `hf:user/name@revision`, is downloaded first; all else is a path.
+
+    The hub's own cache keeps the file; HF_ENDPOINT, HF_HOME, HF_HUB_OFFLINE and HF_TOKEN count as the hub has them.
+
+    Raises:
+        CheckpointError: naming what was asked for, if it cannot be had.
+        MissingLibraryError: huggingface_hub is not installed.
+    """
+    if not weights.startswith(SCHEME):
+        return weights
+    hub = import_hub()
+    repository, _, revision = weights.removeprefix(SCHEME).partition('@')
+    try:
+        return hub.hf_hub_download(repository, FILE, revision=revision or None)
+    except Exception as error:  # the hub, and what it is reached by, have many kinds
+        reason = ' '.join(str(error).split())[:300]
+        raise CheckpointError(f'{weights}: {FILE} cannot be downloaded ({type(error).__name__}: {reason})') from error
