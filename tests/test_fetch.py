@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import http.server
+import re
 import threading
 from types import SimpleNamespace
 
@@ -87,11 +88,16 @@ def test_a_server_without_the_file_is_named(server, cache, monkeypatch):
     ('name', 'file'), [('alex', 'alexnet-owt-7be5be79'), ('vgg', 'vgg16-397923af'), ('vgg19', 'vgg19-dcbb9e9d')]
 )
 def test_the_files_are_torchvisions(name, file):
-    assert fetch.url_of(name) == f'https://download.pytorch.org/models/{file}.pth'
+    assert fetch.urls()[name] == f'https://download.pytorch.org/models/{file}.pth'
 
 
-def test_every_name_has_a_file_whose_name_ends_in_its_checksum():
-    assert fetch.url_of('dists').endswith('/dists_weights.pt'), 'the one without'
-    for name in (*BACKBONES, *fetch.PERCEPTUAL):
-        digits = fetch.url_of(name).removesuffix('.pth').rpartition('-')[2]
-        assert len(digits) == 8 and int(digits, 16)
+def test_every_name_but_one_has_a_file_whose_name_ends_in_its_checksum():
+    urls = fetch.urls()
+    assert urls.keys() > {*BACKBONES, 'vgg11', 'vgg19_bn'}
+    without = [name for name, url in urls.items() if not re.search(r'-[0-9a-f]{8}\.pth$', url)]
+    assert without == ['dists']
+
+
+def test_a_misspelt_name_is_refused(monkeypatch):
+    with pytest.raises(SystemExit, match='dpmambair fetch: alexx: unknown name, did you mean alex?'):
+        run(monkeypatch, 'alexx')

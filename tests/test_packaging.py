@@ -39,7 +39,7 @@ def test_anything_but_a_command_is_refused_with_the_choices(arguments, tmp_path)
     assert result.returncode == 2 and 'COMMAND' in result.stdout
 
 
-@pytest.mark.parametrize('command', ['', 'convert', 'dropin', 'init', 'install_basicsr', 'report', 'run'])
+@pytest.mark.parametrize('command', ['', 'convert', 'dropin', 'init', 'install_basicsr', 'push', 'report', 'run'])
 def test_help_imports_neither_pytorch_nor_basicsr(command, tmp_path):
     code = f"""
 import sys

@@ -50,15 +50,12 @@ def load(
     """A network with trained weights; see `Restorer.restore`.
 
     Args:
-        weights: a checkpoint, net_g_*.pth or a .safetensors file, or `hf:user/name`, which is downloaded from the Hugging
-            Face hub, see `files.hub`. The average of the network, `params_ema`, is used if
-            there is one, otherwise `params`, otherwise what other programs have under the other keys of `WRAPPINGS`,
-            otherwise the file itself as a state dict.
+        weights: a checkpoint, net_g_*.pth or a .safetensors file, or `hf:user/name`, which is downloaded from the
+            Hugging Face hub, see `files.hub`. The average of the network, `params_ema`, is used if there is one,
+            otherwise `params`, otherwise what other programs have under the other keys of `WRAPPINGS`, otherwise the
+            file itself as a state dict.
         network: `network_g` of the option file, which takes the place of the file's own. Without either, a VmambaIR or
             DPMambaIR is recognised by names and shapes, see `archs.recognition`; the log says so.
-        device: 'auto' (a GPU if PyTorch finds one), 'cpu', 'cuda' or 'cuda:<n>'.
-            there is one, otherwise `params`, otherwise the file itself as a state dict.
-        network: `network_g` of the option file, for a checkpoint that does not hold it; takes the place of its own.
         device: 'auto' (what PyTorch finds: CUDA, Apple's MPS, otherwise the CPU), 'cpu', 'mps', 'cuda' or 'cuda:<n>'.
         half: compute in half precision, float16 on a GPU, bfloat16 on a CPU: half the memory, about two digits.
         scan_backend: what scans are computed by, a name in `dpmambair_basicsr.ops.selective_scan.BACKENDS`; None: see

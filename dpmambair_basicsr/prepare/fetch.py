@@ -8,15 +8,9 @@ reads.
 import argparse
 from pathlib import Path
 
-import torch
-import torchvision
-
 from dpmambair_basicsr.files.atomic import sha256
-from dpmambair_basicsr.files.errors import InputError, exit_on_error
-from dpmambair_basicsr.losses.dists_loss import HEADS_URL
-from dpmambair_basicsr.losses.lpips_network import BACKBONES
-
-PERCEPTUAL = torchvision.models.list_models(torchvision.models, include='vgg*')
+from dpmambair_basicsr.files.errors import InputError, MissingLibraryError, exit_on_error
+from dpmambair_basicsr.registry import did_you_mean
 
 
 def main() -> None:
@@ -25,21 +19,35 @@ def main() -> None:
         'names',
         nargs='+',
         metavar='NAME',
-        choices=[*BACKBONES, 'dists', *PERCEPTUAL],
-        help=f"LPIPS's networks, as its option net has them: {', '.join(BACKBONES)}; DISTS's: vgg and dists; "
-        f"VGGPerceptualLoss's, as its option vgg_type has them: {', '.join(PERCEPTUAL)}",
+        help="LPIPS's networks, as its option net has them: alex, vgg, squeeze; DISTS's: vgg and dists; "
+        "VGGPerceptualLoss's, as its option vgg_type has them: vgg11, ..., vgg19, each also with _bn",
     )
     names = parser.parse_args().names
     with exit_on_error('dpmambair fetch', OSError):
+        known = urls()
         for name in names:
-            print(fetch(url_of(name)))
+            if name not in known:
+                raise InputError(f'{name}: unknown name{did_you_mean(name, known)}')
+            print(fetch(known[name]))
 
 
-def url_of(name: str) -> str:
-    if name == 'dists':
-        return HEADS_URL
-    weights = BACKBONES[name] if name in BACKBONES else torchvision.models.get_model_weights(name).IMAGENET1K_V1
-    return weights.url
+def urls() -> dict[str, str]:
+    """Where each file comes from, by its name here.
+
+    Raises:
+        MissingLibraryError: one of the libraries that need these files, and know where they are, is not installed.
+    """
+    try:
+        from torchvision import models
+
+        from dpmambair_basicsr.losses.dists_loss import HEADS_URL
+        from dpmambair_basicsr.losses.lpips_network import BACKBONES
+    except ImportError as error:
+        raise MissingLibraryError(
+            f"needs what training does ({error}): pip install 'dpmambair_basicsr[train]'"
+        ) from error
+    perceptual = {name: models.get_model_weights(name).IMAGENET1K_V1 for name in models.list_models(include='vgg*')}
+    return {name: weights.url for name, weights in (BACKBONES | perceptual).items()} | {'dists': HEADS_URL}
 
 
 def fetch(url: str) -> Path:
@@ -53,6 +61,8 @@ def fetch(url: str) -> Path:
         InputError: what is there, or was downloaded, has another SHA-256.
         OSError: it cannot be downloaded or written.
     """
+    import torch
+
     file = Path(torch.hub.get_dir(), 'checkpoints', url.rpartition('/')[2])
     digits = file.stem.rpartition('-')[2] if '-' in file.stem else ''
     if file.exists():
