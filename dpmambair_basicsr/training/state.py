@@ -123,7 +123,7 @@ def find_networks(opt: dict) -> None:
     """BasicSR's check_resume names net_g_8.pth to resume from; puts net_g_8.safetensors there if that was written."""
     for key in (key for key in opt if key.startswith('network_')):
         file = Path(opt['path'].get(f'pretrain_{key}') or '')
-        if file.parent == Path(opt['path']['models']):
+        if file.parent == Path(opt['path'].get('models', '')):
             opt['path'][f'pretrain_{key}'] = str(network_file(file.parent, file.stem))
 
 
