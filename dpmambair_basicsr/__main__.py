@@ -25,8 +25,10 @@ COMMANDS = {
 }
 MODULES = {  # the others have their own names
     'fetch': 'prepare.fetch',
+    'figures': 'inference.figures',
     'init': 'prepare.init',
     'install_basicsr': 'prepare.install_basicsr',
+    'push': 'integrations.push',
 }
 
 

@@ -1,4 +1,4 @@
-"""`python -m dpmambair_basicsr.figures`, with tiny networks: the numbers of each figure, and that it is drawn."""
+"""`python -m dpmambair_basicsr figures`, with tiny networks: the numbers of each figure, and that it is drawn."""
 
 import csv
 import sys
@@ -11,9 +11,9 @@ from support import commands, pipelines
 from torch.nn import functional as F
 
 import dpmambair_basicsr
-from dpmambair_basicsr import figures
 from dpmambair_basicsr.archs import DegradationAutoencoder, DPMambaIR
 from dpmambair_basicsr.archs.blocks import planar_scan
+from dpmambair_basicsr.inference import figures
 from dpmambair_basicsr.inference.frequency_gap import RINGS, amplitudes, frequency_gap
 from dpmambair_basicsr.inference.step_sizes import recorded_step_sizes
 from dpmambair_basicsr.results.run import read_run
@@ -190,7 +190,8 @@ def test_alpha(folder):
     """By the command that users type."""
     command = (
         '-m',
-        'dpmambair_basicsr.figures',
+        'dpmambair_basicsr',
+        'figures',
         'alpha',
         '-w',
         'one=with.pth',

@@ -1,4 +1,4 @@
-"""Figures of DPMambaIR: `python -m dpmambair_basicsr.figures frequency -w net_g_latest.pth -d test/ -o gap.png`.
+"""Figures of DPMambaIR: `python -m dpmambair_basicsr figures frequency -w net_g_latest.pth -d test/ -o gap.png`.
 
 frequency  where in the spectrum restored images differ from the clean ones (v1, Fig. 5)
 delta      step sizes of the scans, block by block, for each degradation (v3, Fig. 5)
@@ -48,7 +48,7 @@ def main() -> None:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog='python -m dpmambair_basicsr.figures',
+        prog='python -m dpmambair_basicsr figures',
         description=__doc__.partition('\n\n')[2],
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
