@@ -27,7 +27,11 @@ IN_CONV_BIAS = f'{FIRST}attn.in_conv.bias'
 
 
 def network_options(state_dict: StateDict) -> dict | None:
-    """`network_g` of the option file, {'type': ..., ...}; None: not a VmambaIR, nor a DPMambaIR that needs no label."""
+    """`network_g` of the option file, {'type': ..., ...}; None: not a VmambaIR, nor a DPMambaIR that needs no label.
+
+    Raises:
+        ValueError: a DPMambaIR of an earlier version that is no longer there, see `DPMambaIR.options_of_weights`.
+    """
     try:
         if is_vmambair(state_dict):
             return {'type': 'VmambaIR', **vmambair_options(state_dict)}

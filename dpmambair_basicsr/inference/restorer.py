@@ -108,7 +108,10 @@ def load_network(weights: str | Path, network: dict | None = None) -> nn.Module:
 
 def recognised(weights: str, state_dict: dict[str, Tensor]) -> dict | None:
     """`network_options`; the log has what they are, since not all of it can be seen."""
-    options = network_options(state_dict)
+    try:
+        options = network_options(state_dict)
+    except ValueError as error:
+        raise ValueError(f'{weights}: {error}') from None
     if options is not None:
         seen = ', '.join(f'{name} {value}' for name, value in options.items() if name in ('dim', 'scale'))
         guess = f'; channel_fusion {options["channel_fusion"]!r} is assumed' if 'channel_fusion' in options else ''
