@@ -5,6 +5,7 @@ A safetensors file holds tensors and text and can run no code, so it may be pass
 """
 
 import argparse
+from pathlib import Path
 
 from dpmambair_basicsr.files.errors import exit_on_error
 
@@ -35,6 +36,7 @@ def main() -> None:
         checkpoint = read_checkpoint(arguments.checkpoint)
         weights = select_weights(arguments.checkpoint, checkpoint, *([arguments.key] if arguments.key else WRAPPINGS))
         weights = own_names(weights)
+        Path(arguments.output).parent.mkdir(parents=True, exist_ok=True)
         write_safetensors(arguments.output, weights, checkpoint.get('network_g') or network_options(weights))
     print(f'{arguments.output}: {len(weights)} tensors')
 

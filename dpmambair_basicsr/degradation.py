@@ -14,8 +14,8 @@ import cv2
 import torch
 from torch import Tensor
 
-from dpmambair_basicsr.files.errors import InputError, exit_on_error
-from dpmambair_basicsr.files.pictures import list_pictures
+from dpmambair_basicsr.files.errors import InputError, exit_on_error, print_any_name
+from dpmambair_basicsr.files.picture_jobs import list_pictures
 from dpmambair_basicsr.inference.degradation_classes import Classes, most_likely
 from dpmambair_basicsr.inference.embedder import Embedder, load_extractor, sub_folders
 from dpmambair_basicsr.inference.embedding_map import check_map, draw_map
@@ -25,6 +25,15 @@ from dpmambair_basicsr.inference.restorer import choose_device
 def main() -> int:
     """Returns the exit status: 0, or 1 if a picture failed. Wrong arguments end with a message and 1 or 2."""
     arguments = parse_arguments()
+    print_any_name()
+    try:
+        return run(arguments)
+    except KeyboardInterrupt:
+        print('stopped by Ctrl-C', file=sys.stderr)
+        return 130
+
+
+def run(arguments: argparse.Namespace) -> int:
     cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # its warnings name no file
     with exit_on_error('', ValueError, OSError):
         if arguments.output is not None:

@@ -123,6 +123,11 @@ def test_training_starts_from_it(converted, tmp_path):
     assert re.search(r'path\.pretrain_network_g: \S*net\.safetensors: .*does not fit VmambaIR', run.log())
 
 
+def test_the_folder_of_the_output_is_made(converted, tmp_path):
+    write(converted / 'net.pth', tmp_path / 'new' / 'folder' / 'net.safetensors')
+    assert read_checkpoint(str(tmp_path / 'new/folder/net.safetensors'))['network_g'] == NETWORK
+
+
 def test_what_cannot_be_converted_is_named(converted, tmp_path, capsys):
     with pytest.raises(SystemExit, match="net.pth: holds no key 'mean'; keys of the file: params, params_ema"):
         write(converted / 'net.pth', tmp_path / 'net.safetensors', '--key', 'mean')

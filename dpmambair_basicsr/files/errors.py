@@ -4,6 +4,7 @@ Their messages name the file, key or value, and the way out. The library raises 
 `main`, and for the two patches that BasicSR's own train.py and test.py call, where no `main` of ours is around them.
 """
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -37,3 +38,10 @@ def exit_on_error(command: str = '', *others: type[Exception]) -> Iterator[None]
         yield
     except (UserError, *others) as error:
         raise SystemExit(f'{command}: {error}' if command else str(error)) from None
+
+
+def print_any_name() -> None:
+    """Lets stdout and stderr write names of files in escapes where their encoding has no such characters."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, 'reconfigure'):
+            stream.reconfigure(errors='backslashreplace')

@@ -1,29 +1,93 @@
 """Picture files, read and written again with everything that is not the network's business.
 
-One library does it all: OpenCV 4.13 and newer hands out EXIF, XMP and the ICC profile with the pixels and takes them
-back, and keeps 16 bit. (Pillow has no 16-bit RGB; both together would have to agree on orientation and alpha.)
-What it cannot do: of TIFF, the profile is lost and alpha refused; of a file with several pictures, the first is read;
-grey with alpha becomes RGBA.
+OpenCV 4.13 and newer hands out EXIF, XMP and the ICC profile with the pixels and takes them back, and keeps 16 bit, for
+which Pillow has no RGB. What OpenCV leaves out is in `containers` and `tiff`; animations are Pillow's.
 """
 
-import glob
+import io
 import struct
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import cv2
 import numpy as np
 
-from dpmambair_basicsr.files.codec import decode, write_bytes
-from dpmambair_basicsr.files.image_folders import EXTENSIONS
+from dpmambair_basicsr.files import animations, tiff
+from dpmambair_basicsr.files.animations import Animation, Timing
+from dpmambair_basicsr.files.codec import check_size, decode, max_pixels, write_bytes
+from dpmambair_basicsr.files.containers import (
+    PROFILE_TAG,
+    TIFF,
+    X_RESOLUTION,
+    XMP_TAG,
+    Extras,
+    add_extras,
+    exif_of_tags,
+    read_extras,
+    resized_tags,
+    tiff_extras,
+    tiff_tags,
+    upright_xmp,
+)
+from dpmambair_basicsr.files.exif import Exif
+from dpmambair_basicsr.files.ifd import Ifd, read_ifds
 from dpmambair_basicsr.files.regular import open_regular
 
-JPEG = [cv2.IMWRITE_JPEG_QUALITY, 98, cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444]
-QUALITY = {'.jpg': JPEG, '.jpeg': JPEG, '.webp': [cv2.IMWRITE_WEBP_QUALITY, 101]}  # more than 100: lossless
-HOLDS_ALPHA = ('.png', '.webp')  # of 8-bit TIFF, OpenCV multiplies alpha into the colours
-HOLDS_16_BIT = ('.png', '.tif', '.tiff')
-ORIENTATION = 0x0112  # EXIF tag
-# Value of the tag -> how to turn the pixels upright: (transpose first, then flip rows, then flip columns).
+EXIF, XMP, PROFILE = cv2.IMAGE_METADATA_EXIF, cv2.IMAGE_METADATA_XMP, cv2.IMAGE_METADATA_ICCP
+KINDS = {EXIF: 'EXIF data', XMP: 'XMP', PROFILE: 'colour profile'}
+ALL = ('EXIF data', 'XMP', 'colour profile', 'resolution')
+
+
+@dataclass(frozen=True)
+class Format:
+    """How files of an extension are written: JPEG at quality 98 without chroma subsampling, all others without loss.
+
+    Attributes:
+        encoder: OpenCV's, an extension.
+        parameters: OpenCV's.
+        alpha, deep: whether it holds alpha, 16 bit.
+        holds: what else, of `ALL`.
+    """
+
+    encoder: str
+    parameters: tuple[int, ...] = ()
+    alpha: bool = False
+    deep: bool = False
+    holds: tuple[str, ...] = ()
+
+
+PNG = Format('.png', (), True, True, ALL)
+JPEG = Format(
+    '.jpg',
+    (cv2.IMWRITE_JPEG_QUALITY, 98, cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444),
+    holds=ALL,
+)
+TIF = Format('.tiff', (), True, True, ALL)
+FORMATS = {
+    '.png': PNG,
+    '.apng': PNG,
+    '.jpg': JPEG,
+    '.jpeg': JPEG,
+    '.jpe': JPEG,
+    '.jfif': JPEG,
+    '.tif': TIF,
+    '.tiff': TIF,
+    '.bmp': Format('.bmp', holds=('resolution',)),
+    '.dib': Format('.bmp', holds=('resolution',)),
+    '.webp': Format('.webp', (cv2.IMWRITE_WEBP_QUALITY, 101), True, holds=ALL[:3]),  # more than 100: lossless
+    '.avif': Format('.avif', (cv2.IMWRITE_AVIF_QUALITY, 100), True, holds=ALL[:3]),
+    '.jp2': Format('.jp2', (cv2.IMWRITE_JPEG2000_COMPRESSION_X1000, 1000), True, True),
+    '.sr': Format('.sr'),
+    '.ras': Format('.sr'),
+    '.ppm': Format('.pnm', deep=True),
+    '.pgm': Format('.pnm', deep=True),
+    '.pnm': Format('.pnm', deep=True),
+}
+EXTENSIONS = (*FORMATS, '.gif', '.pbm')  # of what is read
+# What a file is by its first bytes, where that is not what its name says.
+SIGNATURES = {b'\x89PNG\r\n\x1a\n': '.png', b'\xff\xd8\xff': '.jpg', b'BM': '.bmp', **dict.fromkeys(TIFF, '.tif')}
+# Value of EXIF's orientation -> how to turn the pixels: (transpose first, then flip rows, then flip columns).
 UPRIGHT = {
     2: (False, False, True),
     3: (False, True, True),
@@ -33,6 +97,7 @@ UPRIGHT = {
     7: (True, True, True),
     8: (True, True, False),
 }
+REDUCED = 1  # bit of TIFF's NewSubfileType: a smaller version of another page
 
 
 @dataclass(frozen=True)
@@ -44,116 +109,266 @@ class Picture:
         grey: whether the file has one channel; the three of `image` are then equal.
         alpha: (H, W) of the same type, or None.
         metadata: (kind, bytes) as OpenCV has them: EXIF, whose orientation is 1, XMP, ICC profile.
+        extras: what else the file says.
     """
 
     image: np.ndarray
     grey: bool
     alpha: np.ndarray | None
     metadata: list[tuple[int, np.ndarray]]
+    extras: Extras = field(default_factory=Extras)
+
+    def data(self, kind: int) -> bytes | None:
+        return next((data.tobytes() for own, data in self.metadata if own == kind), None)
+
+    def visible_image(self) -> np.ndarray:
+        """`image` with the colours of the nearest visible pixels in place of those that alpha hides altogether.
+
+        Otherwise a network spreads them across the edges of what is seen.
+        """
+        if self.alpha is None or self.alpha.all() or not self.alpha.any():
+            return self.image
+        hidden = (self.alpha == 0).astype(np.uint8)
+        _, labels = cv2.distanceTransformWithLabels(hidden, cv2.DIST_L2, 5, labelType=cv2.DIST_LABEL_PIXEL)
+        colours = np.zeros((labels.max() + 1, 3), self.image.dtype)
+        colours[labels[hidden == 0]] = self.image[hidden == 0]
+        return np.where(hidden[..., None] == 0, self.image, colours[labels])
 
 
 def read_picture(path: Path) -> Picture:
-    """A picture of any format that OpenCV reads. CMYK becomes RGB, without its profile.
+    """The picture in a file of any format that OpenCV reads. CMYK becomes RGB, without its profile.
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: it is not a picture, is truncated, has other than 8 or 16 bit integers, or too many pixels, see
-            `check_size`; without the path.
+        ValueError: it is not a picture, is truncated, has other than 8 or 16 bit integers, too many pixels, see
+            `check_size`, or several pictures; without the path.
     """
+    pictures, _ = read_pictures(path)
+    if len(pictures) > 1:
+        raise ValueError(f'has {len(pictures)} frames or pages, not one')
+    return pictures[0]
+
+
+def read_pictures(path: Path) -> tuple[list[Picture], Timing | None]:
+    """The pages of a file, or the frames of an animation and their timing. Raises as `read_picture`."""
     with open_regular(path) as stream:
-        decoded = decode(stream.read(), cv2.IMREAD_UNCHANGED, cv2.imdecodeWithMetadata)
-    pixels, kinds, data = decoded or (None, (), ())
-    if pixels is None:
+        content = stream.read()
+    size = check_size(content)
+    if content.startswith(TIFF):
+        return read_pages(content), None
+    if content and size is None:
         raise ValueError('not a picture, or truncated')
+    animation = animations.read_animation(content)
+    if animation is None:
+        return [read_one(content)], None
+    return frames_of(animation, content), animation.timing
+
+
+def read_one(content: bytes) -> Picture:
+    pixels, kinds, data = decode(content, cv2.IMREAD_UNCHANGED, cv2.imdecodeWithMetadata) or (None, (), ())
+    check_pixels(pixels, content)
+    metadata = {kind: np.asarray(part).reshape(-1) for kind, part in zip(kinds, data, strict=True)}
+    if content[4:12] == b'ftypavif':
+        metadata |= by_pillow(content)
+    return upright(pixels, metadata, read_extras(content))
+
+
+def by_pillow(content: bytes) -> dict[int, np.ndarray]:
+    """XMP and profile of an AVIF file, of which OpenCV reads EXIF data only."""
+    from PIL import Image
+
+    with suppress(OSError, SyntaxError), Image.open(io.BytesIO(content)) as image:
+        found = {XMP: image.info.get('xmp'), PROFILE: image.info.get('icc_profile')}
+        return {kind: np.frombuffer(data, np.uint8) for kind, data in found.items() if data}
+    return {}
+
+
+def check_pixels(pixels: np.ndarray | None, content: bytes) -> None:
+    if pixels is None:
+        raise ValueError('not a picture, or truncated' if content else 'is empty')
     if pixels.dtype not in (np.uint8, np.uint16):
         raise ValueError(f'has {pixels.dtype} values; 8 or 16 bit integers can be restored')
-    metadata = dict(zip(kinds, data, strict=True))
-    exif = metadata.get(cv2.IMAGE_METADATA_EXIF)
-    if exif is not None:
-        orientation, metadata[cv2.IMAGE_METADATA_EXIF] = reset_orientation(exif)
-        pixels = turn_upright(pixels, orientation)
+
+
+def upright(pixels: np.ndarray, metadata: dict[int, np.ndarray], extras: Extras) -> Picture:
+    """A picture of OpenCV's pixels, turned as their EXIF data says."""
+    metadata = dict(metadata)
+    if EXIF in metadata:
+        exif = Exif(metadata[EXIF].tobytes())
+        turned = turn_upright(pixels, exif.upright())
+        metadata[EXIF] = np.frombuffer(bytes(exif.data), np.uint8)
+        if turned.shape != pixels.shape:
+            metadata[EXIF] = resized_exif(metadata[EXIF], *turned.shape[:2])
+        pixels = turned
+    if XMP in metadata:
+        metadata[XMP] = np.frombuffer(upright_xmp(metadata[XMP].tobytes()), np.uint8)
     grey = pixels.ndim == 2
-    profile = metadata.get(cv2.IMAGE_METADATA_ICCP)
-    if profile is not None and profile.tobytes()[16:20] != (b'GRAY' if grey else b'RGB '):
-        del metadata[cv2.IMAGE_METADATA_ICCP]  # describes the CMYK that was
+    if PROFILE in metadata and metadata[PROFILE].tobytes()[16:20] != (b'GRAY' if grey else b'RGB '):
+        del metadata[PROFILE]  # describes the CMYK, or the palette of greys, that was
+        extras = replace(extras, left_out=(*extras.left_out, 'colour profile of other channels'))
     alpha = np.ascontiguousarray(pixels[..., 3]) if not grey and pixels.shape[2] == 4 else None
     convert = cv2.COLOR_GRAY2RGB if grey else cv2.COLOR_BGRA2RGB if alpha is not None else cv2.COLOR_BGR2RGB
-    return Picture(cv2.cvtColor(pixels, convert), grey, alpha, list(metadata.items()))
+    return Picture(cv2.cvtColor(pixels, convert), grey, alpha, list(metadata.items()), extras)
 
 
-def write_picture(path: Path, picture: Picture) -> None:
+def read_pages(content: bytes) -> list[Picture]:
+    """Of a TIFF file, without smaller versions of its pages."""
+    ifds = read_ifds(content)
+    numbers = [number for number, ifd in enumerate(ifds) if number == 0 or not tiff.first(ifd, 254, 0) & REDUCED]
+    if not ifds:
+        raise ValueError('not a picture, or truncated')
+    pixels = sum(tiff.first(ifds[number], 256, 0) * tiff.first(ifds[number], 257, 0) for number in numbers)
+    if len(numbers) > 1 and pixels > max_pixels():
+        raise ValueError(f'has {len(numbers)} pages of {pixels} pixels, together more than max_pixels, {max_pixels()}')
+    pictures = [read_page(content, number, ifds[number]) for number in numbers]
+    if len(numbers) < len(ifds):
+        extras = pictures[0].extras
+        left_out = (*extras.left_out, 'smaller versions')
+        pictures[0] = replace(pictures[0], extras=replace(extras, left_out=left_out))
+    return pictures
+
+
+def read_page(content: bytes, number: int, ifd: Ifd) -> Picture:
+    cmyk = False
+    if tiff.needs_pillow(ifd):
+        pixels, cmyk = tiff.decode_by_pillow(content, number)
+    else:
+        pixels = decode(content, cv2.IMREAD_UNCHANGED, lambda part, flags: tiff.decode_page(part, number, flags))
+        check_pixels(pixels, content)
+        pixels = tiff.straight(pixels, ifd)
+    extras, exif = tiff_extras(ifd), exif_of_tags(tiff_extras(ifd).tags)
+    found = {XMP: ifd.get(XMP_TAG), PROFILE: ifd.get(PROFILE_TAG)}
+    metadata = {kind: np.frombuffer(tag.data, np.uint8) for kind, tag in found.items() if tag is not None}
+    if exif is not None:
+        metadata[EXIF] = np.frombuffer(exif, np.uint8)
+    if cmyk:
+        metadata.pop(PROFILE, None)
+        extras = replace(extras, left_out=(*extras.left_out, 'CMYK and its colour profile'))
+    return upright(pixels, metadata, extras)
+
+
+def frames_of(animation: Animation, content: bytes) -> list[Picture]:
+    found = {EXIF: animation.exif, XMP: animation.xmp, PROFILE: animation.profile}
+    if found[EXIF] is not None:
+        found[EXIF] = found[EXIF].removeprefix(b'Exif\0\0')
+    metadata = {kind: np.frombuffer(data, np.uint8) for kind, data in found.items() if data}
+    convert = {3: cv2.COLOR_RGB2BGR, 4: cv2.COLOR_RGBA2BGRA}
+    extras = read_extras(content)
+    frames = [upright(cv2.cvtColor(frame, convert[frame.shape[2]]), metadata, extras) for frame in animation.frames]
+    return [replace(frame, grey=True) for frame in frames] if animation.grey else frames
+
+
+def write_picture(path: Path, picture: Picture, kind: str | None = None) -> list[str]:
     """Writes all of it in the format of the path's extension: beside it, then renamed, so that no half file is left.
 
-    JPEG has quality 98 without chroma subsampling, the others are lossless.
+    Args:
+        kind: extension of another format, for a path whose extension does not say it.
+
+    Returns:
+        What the format cannot hold, which is left out.
 
     Raises:
         OSError: the file cannot be written.
         ValueError: the format cannot hold the picture: alpha, 16 bit, or its number of pixels; without the path.
     """
-    check_format(path, picture)
-    extension = path.suffix.lower()
-    pixels = cv2.cvtColor(picture.image, cv2.COLOR_RGB2GRAY if picture.grey else cv2.COLOR_RGB2BGR)
-    if picture.alpha is not None:
-        pixels = np.dstack([pixels, picture.alpha])
-    kinds, data = [kind for kind, _ in picture.metadata], [data for _, data in picture.metadata]
+    return write_pictures(path, [picture], None, kind)
+
+
+def write_pictures(path: Path, pictures: list[Picture], timing: Timing | None, kind: str | None = None) -> list[str]:
+    """Writes pages, or the frames of an animation; see `write_picture`."""
+    extension = (kind or path.suffix).lower()
+    check_format(path, pictures, timing, kind)
+    form, first = FORMATS[extension], pictures[0]
+    height, width = first.image.shape[:2]
     try:
-        written, content = cv2.imencodeWithMetadata(extension, pixels, kinds, data, QUALITY.get(extension, []))
-    except cv2.error as error:
-        written, reason = False, error.err
-    else:
-        reason = 'the encoder refuses it'
-    if not written:
-        height, width = pixels.shape[:2]
-        raise ValueError(
-            f'cannot be written as {extension or "a file without extension"}, {width} x {height}: {reason}'
-        )
+        if timing is not None:
+            content = animated(extension, pictures, timing)
+        elif form is TIF:
+            content = tiff.encode([(pixels_of(picture), tags_of(picture)) for picture in pictures])
+        else:
+            content = still(form, first)
+    except (cv2.error, ValueError, OSError, struct.error) as error:
+        reason = error.err if isinstance(error, cv2.error) else error
+        raise ValueError(f'cannot be written as {extension}, {width} x {height}: {reason}') from None
     write_bytes(path, content, shared=True)
+    return lost(form, first)
 
 
-def check_format(path: Path, picture: Picture) -> None:
-    """Raises ValueError if the format of the path's extension cannot hold the picture, whatever its size."""
-    extension = path.suffix.lower()
-    if not extension or not cv2.haveImageWriter(f'picture{extension}'):
-        raise ValueError(f'{path.name}: not a format that OpenCV writes')
-    if picture.alpha is not None and extension not in HOLDS_ALPHA:
-        raise ValueError(f'{extension} cannot hold its alpha channel')
-    if picture.image.dtype == np.uint16 and extension not in HOLDS_16_BIT:
-        raise ValueError(f'{extension} cannot hold its 16 bit')
+def still(form: Format, picture: Picture) -> bytes:
+    if form.encoder == '.webp' and picture.alpha is not None:  # OpenCV sets hidden colours to black
+        return animated('.webp', [picture], Timing((0,), 0))
+    kinds, data = [], []
+    for kind, part in picture.metadata:
+        if KINDS.get(kind) in form.holds:
+            kinds.append(kind)
+            data.append(part)
+    written, content = cv2.imencodeWithMetadata(form.encoder, pixels_of(picture), kinds, data, [*form.parameters])
+    if not written:
+        raise ValueError('the encoder refuses it')
+    return add_extras(content.tobytes(), picture.extras)
 
 
-def restored_picture(picture: Picture, image: np.ndarray) -> Picture:
-    """The picture with the pixels of `image`, (H', W', 3); alpha is enlarged to its size."""
-    alpha = picture.alpha
-    if alpha is not None and alpha.shape != image.shape[:2]:
-        alpha = cv2.resize(alpha, image.shape[1::-1], interpolation=cv2.INTER_LINEAR)
-    return replace(picture, image=image, alpha=alpha)
+def animated(extension: str, pictures: list[Picture], timing: Timing) -> bytes:
+    frames = [pixels_of(picture) for picture in pictures]
+    convert = {3: cv2.COLOR_BGR2RGB, 4: cv2.COLOR_BGRA2RGBA}
+    frames = [frame if frame.ndim == 2 else cv2.cvtColor(frame, convert[frame.shape[2]]) for frame in frames]
+    metadata = [pictures[0].data(kind) for kind in (EXIF, XMP, PROFILE)]
+    content = animations.encode_animation(extension, Animation(frames, pictures[0].grey, timing, *metadata))
+    return add_extras(content, pictures[0].extras)
 
 
-def side_by_side(left: Picture, right: Picture) -> Picture:
-    """Both pictures in one, the left with its pixels enlarged to the right one's size."""
-    enlarged = cv2.resize(left.image, right.image.shape[1::-1], interpolation=cv2.INTER_NEAREST)
-    alpha = None if right.alpha is None else np.hstack([right.alpha, right.alpha])
-    return replace(right, image=np.hstack([enlarged, right.image]), alpha=alpha)
+def pixels_of(picture: Picture) -> np.ndarray:
+    """As OpenCV has them: (H, W) grey, (H, W, 3) BGR or (H, W, 4) BGRA."""
+    pixels = cv2.cvtColor(picture.image, cv2.COLOR_RGB2GRAY if picture.grey else cv2.COLOR_RGB2BGR)
+    return pixels if picture.alpha is None else np.dstack([pixels, picture.alpha])
 
 
-def reset_orientation(exif: np.ndarray) -> tuple[int, np.ndarray]:
-    """The orientation that EXIF data asks for, 1 if none, and the data with 1 in its place, otherwise unchanged.
+def tags_of(picture: Picture) -> Ifd:
+    return tiff_tags(picture.extras, *(picture.data(kind) for kind in (EXIF, XMP, PROFILE)))
 
-    Damaged data has none.
-    """
-    data = bytearray(exif.tobytes())
-    order = {b'II': '<', b'MM': '>'}.get(bytes(data[:2]))
-    try:
-        (first,) = struct.unpack_from(f'{order}I', data, 4)
-        (entries,) = struct.unpack_from(f'{order}H', data, first)
-        for entry in range(first + 2, first + 2 + 12 * entries, 12):
-            tag, kind, number, value = struct.unpack_from(f'{order}HHIH', data, entry)
-            if (tag, kind, number) == (ORIENTATION, 3, 1):
-                struct.pack_into(f'{order}H', data, entry + 8, 1)
-                return value, np.frombuffer(data, np.uint8)
-    except struct.error:
-        pass
-    return 1, exif
+
+def lost(form: Format, picture: Picture) -> list[str]:
+    """What of a picture a format cannot hold."""
+    extras = picture.extras
+    own = [KINDS[kind] for kind, _ in picture.metadata if kind in KINDS]
+    if extras.resolution is not None and not states_resolution(picture.data(EXIF)):
+        own.append('resolution')
+    found = [name for name in own if name not in form.holds]
+    found += ['text and colour chunks'] * bool(extras.chunks and form is not PNG)
+    found += ['comments and captions'] * bool(extras.segments and form is not JPEG)
+    return found + [*extras.left_out]
+
+
+def states_resolution(exif: bytes | None) -> bool:
+    return exif is not None and any(X_RESOLUTION in ifd for ifd in read_ifds(exif)[:1])
+
+
+def check_format(path: Path, pictures: list[Picture], timing: Timing | None = None, kind: str | None = None) -> None:
+    """Raises ValueError if the format of the path's extension cannot hold the pictures, whatever their size."""
+    extension = (kind or path.suffix).lower()
+    form = FORMATS.get(extension)
+    if form is None:
+        raise ValueError(f'{extension or "a file without extension"} cannot be written; --ext png can')
+    if timing is not None:
+        if extension not in animations.WRITERS:
+            raise ValueError(f'{extension} cannot hold its {len(pictures)} frames without loss; --ext png can')
+    elif len(pictures) > 1 and form is not TIF:
+        raise ValueError(f'{extension} cannot hold its {len(pictures)} pages; --ext tif can')
+    if any(picture.alpha is not None for picture in pictures) and not form.alpha:
+        raise ValueError(f'{extension} cannot hold its alpha channel; --ext png can')
+    if any(picture.image.dtype == np.uint16 for picture in pictures) and not form.deep:
+        raise ValueError(f'{extension} cannot hold its 16 bit; --ext png can')
+
+
+def format_of(path: Path) -> str:
+    """The extension of what a file is by its first bytes, where its name says otherwise; the name's for all others."""
+    with open_regular(path) as stream:
+        start = stream.read(12)
+    if start[:4] == b'RIFF' and start[8:] == b'WEBP':
+        return '.webp'
+    found = next((extension for signature, extension in SIGNATURES.items() if start.startswith(signature)), None)
+    same = found is None or FORMATS.get(path.suffix.lower()) is FORMATS[found]
+    return path.suffix.lower() if same else found
 
 
 def turn_upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
@@ -163,12 +378,33 @@ def turn_upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
     return np.ascontiguousarray(pixels[:: -1 if rows else 1, :: -1 if columns else 1])
 
 
-def list_pictures(argument: str) -> list[Path]:
-    """The file, the pictures directly in the folder (by extension, hidden files left out), or the matches."""
-    path = Path(argument)
-    if path.is_dir():
-        found = (part for part in path.iterdir() if part.suffix.lower() in EXTENSIONS and part.name[0] != '.')
-        return sorted(part for part in found if part.is_file())
-    if path.exists():
-        return [path]
-    return [part for match in sorted(glob.glob(argument, recursive=True)) for part in list_pictures(match)]
+def restored_picture(picture: Picture, image: np.ndarray) -> Picture:
+    """The picture with the pixels of `image`, (H', W', 3); alpha is enlarged to its size.
+
+    At the same size, pixels that alpha hides altogether keep their colours.
+    """
+    alpha = picture.alpha
+    if alpha is not None and alpha.shape != image.shape[:2]:
+        alpha = cv2.resize(alpha, image.shape[1::-1], interpolation=cv2.INTER_LINEAR)
+    elif alpha is not None:
+        image = np.where(alpha[..., None] == 0, picture.image, image)
+    if image.shape == picture.image.shape:
+        return replace(picture, image=image, alpha=alpha)
+    size, metadata = image.shape[:2], dict(picture.metadata)
+    if EXIF in metadata:
+        metadata[EXIF] = resized_exif(metadata[EXIF], *size)
+    extras = replace(picture.extras, tags=resized_tags(picture.extras.tags, *size))
+    return replace(picture, image=image, alpha=alpha, metadata=[*metadata.items()], extras=extras)
+
+
+def resized_exif(data: np.ndarray, height: int, width: int) -> np.ndarray:
+    exif = Exif(data.tobytes())
+    exif.resize(height, width)
+    return np.frombuffer(bytes(exif.data), np.uint8)
+
+
+def side_by_side(left: Picture, right: Picture) -> Picture:
+    """Both pictures in one, the left with its pixels enlarged to the right one's size."""
+    enlarged = cv2.resize(left.image, right.image.shape[1::-1], interpolation=cv2.INTER_NEAREST)
+    alpha = None if right.alpha is None else np.hstack([right.alpha, right.alpha])
+    return replace(right, image=np.hstack([enlarged, right.image]), alpha=alpha)

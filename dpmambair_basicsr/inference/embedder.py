@@ -14,7 +14,8 @@ from dpmambair_basicsr.archs import DegradationExtractor
 from dpmambair_basicsr.data.degradations import degrade, synthetic
 from dpmambair_basicsr.files.checkpoints import WRAPPINGS, differences, read_checkpoint, select_weights
 from dpmambair_basicsr.files.images import to_float, to_tensor
-from dpmambair_basicsr.files.pictures import list_pictures, read_picture
+from dpmambair_basicsr.files.picture_jobs import list_pictures
+from dpmambair_basicsr.files.pictures import read_picture
 from dpmambair_basicsr.inference.degradation_classes import Classes
 
 

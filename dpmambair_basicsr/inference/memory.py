@@ -16,6 +16,8 @@ try:
 except ImportError:  # Windows
     resource = None
 
+CGROUP = Path('/sys/fs/cgroup')
+
 
 class OutOfMemory(UserError, MemoryError):
     """An image is too large for the memory. The message says which, and what needs less."""
@@ -51,9 +53,10 @@ def free_memory(device: torch.device) -> int:
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached
     free = [psutil.virtual_memory().available]
-    limit, used = (read(Path('/sys/fs/cgroup') / name).strip() for name in ('memory.max', 'memory.current'))
+    limit, used, kinds = (read(CGROUP / f'memory.{name}').strip() for name in ('max', 'current', 'stat'))
     if limit.isdecimal() and used.isdecimal():
-        free.append(int(limit) - int(used))
+        cached = kinds.partition('inactive_file ')[2].split()  # files that were read; given back when it is needed
+        free.append(int(limit) - int(used) + int(cached[0] if cached else 0))
     if resource is not None:
         limit, _ = resource.getrlimit(resource.RLIMIT_AS)
         if limit != resource.RLIM_INFINITY:

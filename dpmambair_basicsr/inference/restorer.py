@@ -17,7 +17,7 @@ from dpmambair_basicsr.archs.recognition import network_options, own_names
 from dpmambair_basicsr.files import hub
 from dpmambair_basicsr.files.checkpoints import WRAPPINGS, differences, read_checkpoint, select_weights
 from dpmambair_basicsr.files.images import to_float, to_tensor
-from dpmambair_basicsr.inference.memory import PeakMemory, free_memory, is_out_of_memory, out_of_memory, smaller_tile
+from dpmambair_basicsr.inference.memory import PeakMemory, free_memory, is_out_of_memory, out_of_memory
 from dpmambair_basicsr.inference.tiled_network import OVERLAP, TiledNetwork
 from dpmambair_basicsr.ops import use_backend
 from dpmambair_basicsr.ops.selective_scan.backend import check_backend
@@ -36,7 +36,8 @@ SMALL = 256  # pixels: smaller images are not cut into tiles unless asked for
 PROBE = 64  # pixels: size of the image whose memory is measured
 REPEATED = 4  # how many times tensors of a file may share its bytes
 PARTS_PER_TENSOR = 4  # modules and parameters; ours have 2
-SHARE = 0.5  # of the free memory, for a network; measured need and kernels' own memory together stay below
+BUDGET = 2**32  # bytes of a network's tensors in one tile; with kernels' own, up to 1.5 times as much
+STEP = 64  # pixels
 
 
 def load(
@@ -212,7 +213,7 @@ class Restorer(TiledNetwork):
         Args:
             image: (H, W, 3) RGB uint8 or uint16 array, or (3, H, W) or (B, 3, H, W) float tensor in [0, 1].
             tile: size of the tiles in pixels of the image, rounded down to a multiple of the network's stride. 0: the
-                whole image at once. None: so too if half of the free memory is enough, otherwise as large as it allows.
+                whole image at once. None: by the size of the image, see `fitting_tile`.
             overlap: pixels that neighbouring tiles share at least, up to half a tile; they are blended across it.
             self_ensemble: average of the results for the eight flips and rotations, in eight times the time.
             one_pass: tiles in half the time, each with means of its own.
@@ -224,7 +225,7 @@ class Restorer(TiledNetwork):
         Raises:
             ValueError: an image of another shape or type, or an empty one; a tile smaller than the network's stride;
                 an output that is not finite.
-            OutOfMemory: naming the image's size, with the tile that was asked for, or even with the smallest.
+            OutOfMemory: naming the image's size, its tile, and a smaller one.
         """
         check_image(image)
         if isinstance(image, Tensor) and image.dim() == 4:
@@ -232,29 +233,25 @@ class Restorer(TiledNetwork):
             return torch.stack([self.restore(part, **options, progress=progress) for part in image])
         is_array = isinstance(image, np.ndarray)
         source = to_tensor(to_float(image)) if is_array else image.float().cpu()
-        size = self.fitting_tile(*source.shape[1:]) if tile is None else tile
-        while True:
-            try:
-                bands = self.bands(
-                    source[None],
-                    tile=size,
-                    overlap=overlap,
-                    self_ensemble=self_ensemble,
-                    one_pass=one_pass,
-                    progress=progress,
-                )
-                bands = (self.finished(band) for band in bands)
-                return collect_array(bands, image, self.scale) if is_array else torch.cat(list(bands), dim=1).to(image)
-            except Exception as error:
-                if not is_out_of_memory(error):
-                    raise
-            # Kernels' own memory is not foreseen by fitting_tile. Not inside the except clause: the frames of the error
-            # hold what they have computed.
-            h, w = source.shape[1:]
-            if tile is not None or 0 < size <= PROBE:
-                raise out_of_memory(h, w, size, 'tile={0} (--tile {0})')
-            size = max(smaller_tile(size, h, w), PROBE)
-            torch.cuda.empty_cache()
+        h, w = source.shape[1:]
+        size = self.fitting_tile(h, w) if tile is None else tile
+        if tile is None and self.needed(size**2 or h * w) > free_memory(self.device):
+            raise out_of_memory(h, w, size, 'tile={0} (--tile {0})')
+        try:
+            bands = self.bands(
+                source[None],
+                tile=size,
+                overlap=overlap,
+                self_ensemble=self_ensemble,
+                one_pass=one_pass,
+                progress=progress,
+            )
+            bands = (self.finished(band) for band in bands)
+            return collect_array(bands, image, self.scale) if is_array else torch.cat(list(bands), dim=1).to(image)
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise out_of_memory(h, w, size, 'tile={0} (--tile {0})') from None
+            raise
 
     def finished(self, band: Tensor) -> Tensor:
         """(1, 3, rows, W) -> (3, rows, W) in [0, 1]. Raises ValueError if it is not finite."""
@@ -267,20 +264,26 @@ class Restorer(TiledNetwork):
             return super().call(image, embedding, means)
 
     def fitting_tile(self, height: int, width: int) -> int:
-        """The tile for which `SHARE` of the free memory is enough, `PROBE` or more; 0 if the whole image fits."""
-        if height * width <= SMALL**2:
-            return 0
-        pixels = free_memory(self.device) * SHARE / self.bytes_per_pixel
-        return 0 if height * width <= pixels else max(math.isqrt(int(pixels)), PROBE)
+        """The tile where none is asked for; 0: the whole image. The same on every machine.
+
+        The largest multiple of `STEP` for which the network's tensors take `BUDGET` bytes.
+        """
+        pixels = BUDGET / self.bytes_per_pixel
+        return 0 if height * width <= max(pixels, SMALL**2) else max(int(pixels**0.5) // STEP * STEP, STEP)
+
+    def needed(self, pixels: int) -> float:
+        """Bytes for an image or tile of so many pixels; 0 for those that every machine has memory for."""
+        return self.bytes_per_pixel * pixels if pixels > SMALL**2 else 0
 
     @cached_property
     def bytes_per_pixel(self) -> float:
-        """What the network needs for each pixel of its input, measured on a small image."""
+        """What the network needs for each pixel of its input, on a small image, by a backend that every machine has."""
         side = math.ceil(PROBE / self.stride) * self.stride
         image = torch.zeros(1, 3, side, side)
-        embedding = self.embed(image)
-        with PeakMemory(self.net.state_dict().values()) as memory:
-            self.call(image, embedding)
+        with use_backend('torch'):
+            embedding = self.embed(image)
+            with PeakMemory(self.net.state_dict().values()) as memory:
+                super().call(image, embedding)
         return memory.peak / side**2
 
 

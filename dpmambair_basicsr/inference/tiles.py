@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator
 from itertools import pairwise
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -19,8 +20,11 @@ def tile_spans(length: int, tile: int, overlap: int, stride: int) -> list[Span]:
         overlap: rounded down to a multiple of stride and to half a tile at most.
 
     Raises:
-        ValueError: tile is smaller than stride, or overlap is negative.
+        ValueError: tile is smaller than stride, overlap is negative, or one of them is no int.
     """
+    for name, value in (('tile', tile), ('overlap', overlap)):
+        if not isinstance(value, Integral):
+            raise ValueError(f'{name}: expected int, got {value!r}')
     if tile < stride or overlap < 0:
         raise ValueError(
             f'tile: {tile} with overlap {overlap}; a tile has {stride} pixels or more, an overlap 0 or more'

@@ -1,0 +1,115 @@
+"""Animations, read and written by Pillow: OpenCV keeps neither profile nor EXIF data of them."""
+
+import io
+import struct
+from dataclasses import dataclass
+
+import numpy as np
+
+from dpmambair_basicsr.files.codec import max_pixels
+from dpmambair_basicsr.files.containers import PNG, png_chunk, png_chunks
+
+WRITERS = {'.png': 'PNG', '.apng': 'PNG', '.webp': 'WEBP'}  # without loss
+OPTIONS = {'PNG': {}, 'WEBP': {'lossless': True, 'exact': True}}
+GREY = ('1', 'L', 'LA')
+
+
+@dataclass(frozen=True)
+class Timing:
+    """
+    Attributes:
+        durations: of the frames, in milliseconds.
+        loop: how often they are shown; 0: without end.
+        default_image: the first frame is for programs that show no animations.
+    """
+
+    durations: tuple[float, ...]
+    loop: int
+    default_image: bool = False
+
+
+@dataclass(frozen=True)
+class Animation:
+    """
+    Attributes:
+        frames: (H, W, 3) RGB or (H, W, 4) RGBA, uint8, whole pictures.
+        grey: whether they are grey in the file.
+        exif, xmp, profile: as the file has them.
+    """
+
+    frames: list[np.ndarray]
+    grey: bool
+    timing: Timing
+    exif: bytes | None
+    xmp: bytes | None
+    profile: bytes | None
+
+
+def read_animation(content: bytes) -> Animation | None:
+    """None: it is not one of PNG, GIF, WebP or AVIF, or has one frame only.
+
+    Raises:
+        ValueError: it is truncated, has 16 bit, or all frames together have too many pixels, see `codec.max_pixels`.
+    """
+    if not may_be_animated(content):
+        return None
+    from PIL import Image
+
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            count = getattr(image, 'n_frames', 1)
+            if count == 1:
+                return None
+            check(content, count, *image.size)
+            mode = 'RGBA' if image.has_transparency_data else 'RGB'
+            grey, frames, durations = image.mode in GREY, [], []
+            for index in range(count):
+                image.seek(index)
+                image.load()
+                frames.append(np.asarray(image.convert(mode)))
+                durations.append(float(image.info.get('duration') or 0))
+            loop = image.info.get('loop', 0 if image.format != 'GIF' else 1)
+            timing = Timing(tuple(durations), loop, bool(image.info.get('default_image')))
+            exif, xmp, profile = (image.info.get(name) for name in ('exif', 'xmp', 'icc_profile'))
+    except (OSError, SyntaxError, EOFError, struct.error):
+        raise ValueError('is no whole animation') from None
+    return Animation(frames, grey, timing, exif, xmp, profile)
+
+
+def may_be_animated(content: bytes) -> bool:
+    if content.startswith(PNG):
+        return any(name == b'acTL' for name, _ in png_chunks(content))
+    return content.startswith(b'GIF8') or content[8:12] == b'WEBP' or content[4:12] == b'ftypavis'
+
+
+def check(content: bytes, count: int, width: int, height: int) -> None:
+    if count * width * height > max_pixels():
+        raise ValueError(f'has {count} frames of {width} x {height} pixels, together more than max_pixels')
+    if content.startswith(PNG) and content[24] == 16:
+        raise ValueError('is an animation of 16 bit; 8 can be read')
+
+
+def encode_animation(extension: str, animation: Animation) -> bytes:
+    """The file, each frame without loss.
+
+    Raises:
+        ValueError: the format cannot hold animations without loss.
+    """
+    from PIL import Image
+
+    kind = WRITERS.get(extension)
+    if kind is None:
+        raise ValueError(f'{extension} cannot hold an animation without loss; --ext png or --ext webp can')
+    first, *rest = (Image.fromarray(frame) for frame in animation.frames)
+    timing, stream = animation.timing, io.BytesIO()
+    options = OPTIONS[kind] | {'duration': list(timing.durations), 'loop': timing.loop}
+    if kind == 'PNG':
+        options['default_image'] = timing.default_image
+    kept = {'exif': animation.exif, 'icc_profile': animation.profile, 'xmp': animation.xmp if kind == 'WEBP' else None}
+    options |= {name: value for name, value in kept.items() if value is not None}
+    first.save(stream, kind, save_all=True, append_images=rest, **options)
+    content = stream.getvalue()
+    if kind == 'PNG' and animation.xmp is not None:
+        chunk = png_chunk(b'iTXt', b'XML:com.adobe.xmp\0\0\0\0\0' + animation.xmp)
+        content = content[:33] + chunk + content[33:]
+    return content

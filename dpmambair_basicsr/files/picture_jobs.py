@@ -1,0 +1,116 @@
+"""Which picture files a command is to read, and where its results go. Nothing is opened."""
+
+import glob
+import os
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from dpmambair_basicsr.files.errors import InputError
+from dpmambair_basicsr.files.pictures import EXTENSIONS, FORMATS
+
+
+@dataclass
+class Plan:
+    """
+    Attributes:
+        jobs: (picture, result) of each picture once.
+        folder: the results lie in or below it.
+        skipped: number of files by extension, in the folders that were searched, that are none of `EXTENSIONS`.
+    """
+
+    jobs: list[tuple[Path, Path]]
+    folder: Path
+    skipped: Counter = field(default_factory=Counter)
+
+    def skipped_summary(self) -> str:
+        counts = ', '.join(f'{count} {kind}' for kind, count in sorted(self.skipped.items()))
+        return f'skipped, not of a format that is read: {counts}'
+
+
+def plan(
+    inputs: list[str], output: Path, suffix: str = '', extension: str | None = None, recursive: bool = False
+) -> Plan:
+    """What to restore, in the order of the arguments.
+
+    Args:
+        inputs: files, folders, patterns. Below `recursive` folders and before `**`, results keep their folders.
+        output: a folder, or, for one picture, a file with the extension of a format.
+        suffix: added to the names of the results.
+        extension: of the results; None: that of their picture.
+
+    Raises:
+        InputError: no picture under an argument, two pictures with one result, a result in place of a picture, or
+            an output that cannot be what it has to be.
+    """
+    is_file = output.suffix.lower() in FORMATS and not output.is_dir()
+    result = Plan([], output.parent if is_file else output)
+    sources = {}  # result -> picture
+    for argument in inputs:
+        found = find(argument, recursive, result.skipped, output)
+        if not found:
+            skipped = f'; {result.skipped_summary()}' if result.skipped else ''
+            raise InputError(f'{argument}: no picture there{skipped}')
+        for source, below in found:
+            target = output if is_file else output / below / f'{source.stem}{suffix}{extension or source.suffix}'
+            other = sources.setdefault(target, source)
+            if not same_file(other, source):
+                reason = 'name a folder' if is_file else '-r keeps folders apart, --suffix adds to names'
+                raise InputError(f'{target}: would be the result of both {other} and {source}; {reason}')
+    pictures = {source.resolve() for source in sources.values()}
+    for target in sources:
+        if target.resolve() in pictures:
+            raise InputError(f'{target}: is a picture itself; choose another -o than its folder, or a --suffix')
+    if is_file and (extension or output.suffix).lower() != output.suffix.lower():
+        raise InputError(f'{output}: is not a file of --ext {extension}')
+    check_folder(result.folder)
+    result.jobs = [(source, target) for target, source in sources.items()]
+    return result
+
+
+def find(argument: str, recursive: bool, skipped: Counter, output: Path) -> list[tuple[Path, Path]]:
+    """(picture, folder of its result below the output) of a file, folder or pattern; in `output` none is looked for."""
+    path = Path(argument)
+    if path.is_dir():
+        return in_folder(path, recursive, skipped, output)
+    if path.exists():
+        return [(path, Path())]
+    found = []
+    start = Path(*Path(argument.partition('**')[0] + 'x').parts[:-1]) if '**' in argument else None
+    for match in map(Path, sorted(glob.glob(argument, recursive=True))):
+        files = [file for file, _ in in_folder(match, False, skipped, output)] if match.is_dir() else [match]
+        found += [(file, Path() if start is None else file.parent.relative_to(start)) for file in files]
+    return found
+
+
+def in_folder(folder: Path, recursive: bool, skipped: Counter, output: Path) -> list[tuple[Path, Path]]:
+    found, seen = [], set()
+    for name, folders, files in os.walk(folder, followlinks=True):
+        here = Path(name)
+        seen.add(here.resolve())
+        parts = sorted(here / part for part in folders if part[0] != '.') if recursive else []
+        folders[:] = [part.name for part in parts if part.resolve() not in seen | {output.resolve()}]
+        for file in sorted(here / part for part in files if part[0] != '.'):
+            if file.suffix.lower() in EXTENSIONS:  # a link to nowhere too: it will be reported
+                found.append((file, here.relative_to(folder)))
+            else:
+                skipped[file.suffix.lower() or 'without extension'] += 1
+    return found
+
+
+def list_pictures(argument: str) -> list[Path]:
+    """The file, the pictures directly in the folder (by extension, hidden files left out), or the matches."""
+    return [file for file, _ in find(argument, False, Counter(), Path())]
+
+
+def same_file(a: Path, b: Path) -> bool:
+    return a.resolve() == b.resolve()
+
+
+def check_folder(folder: Path) -> None:
+    """Raises InputError if it is no folder, or cannot be made or written to; before the work."""
+    there = next(part for part in (folder, *folder.absolute().parents) if os.path.lexists(part))
+    if not there.is_dir():
+        raise InputError(f'{folder}: {"it" if there == folder else there} is a file; -o names a folder, or one picture')
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise InputError(f'{folder}: {there} cannot be written to')

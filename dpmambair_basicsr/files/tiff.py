@@ -1,0 +1,106 @@
+"""TIFF files: pixels by OpenCV, or by Pillow where OpenCV loses or multiplies alpha; tags by `ifd`: OpenCV keeps none.
+
+(tifffile keeps them, but reads LZW, JPEG and the like only with another package of 20 MB.)
+"""
+
+import io
+import struct
+
+import cv2
+import numpy as np
+
+from dpmambair_basicsr.files.ifd import Ifd, Tag, read_ifds, write_ifd
+
+SAMPLES, BITS, PHOTOMETRIC, EXTRA_SAMPLES, STRIPS = 277, 258, 262, 338, 273
+CMYK, WHITE_IS_ZERO = 5, 0
+ASSOCIATED, UNASSOCIATED = 1, 2  # alpha: colours multiplied by it, or not
+LARGEST = 2**32
+BEYOND = 'TIFF holds no more than 4 GiB'
+
+
+def needs_pillow(ifd: Ifd) -> bool:
+    """Whether OpenCV does not hand out the colours as they are.
+
+    Raises:
+        ValueError: neither does Pillow.
+    """
+    samples, bits, photometric = (first(ifd, number, 1) for number in (SAMPLES, BITS, PHOTOMETRIC))
+    extra = first(ifd, EXTRA_SAMPLES, UNASSOCIATED)
+    if photometric == CMYK or samples == 2:
+        if bits != 8:
+            raise ValueError(f'is {"CMYK" if photometric == CMYK else "grey with alpha"} of {bits} bit; 8 can be read')
+        return True
+    if samples == 4 and extra not in (ASSOCIATED, UNASSOCIATED) or samples > 4:
+        raise ValueError(f'has {samples} channels; those beside red, green, blue and alpha have no place in a result')
+    return samples == 4 and bits == 8 and EXTRA_SAMPLES in ifd
+
+
+def first(ifd: Ifd, number: int, default: int) -> int:
+    return ifd[number].numbers()[0] if number in ifd and ifd[number].data else default
+
+
+def decode_page(content: np.ndarray, page: int, flags: int) -> np.ndarray | None:
+    """OpenCV's pixels of a page, upright."""
+    if page == 0:
+        return cv2.imdecode(content, flags)
+    read, pages = cv2.imdecodemulti(content, flags, range=(page, page + 1))
+    return pages[0] if read else None
+
+
+def straight(pixels: np.ndarray, ifd: Ifd) -> np.ndarray:
+    """OpenCV's pixels with black as 0 and colours not multiplied by alpha; it leaves 16 bit as they are stored."""
+    if pixels.dtype != np.uint16:
+        return pixels
+    if first(ifd, PHOTOMETRIC, 1) == WHITE_IS_ZERO:
+        return 65535 - pixels
+    if pixels.ndim == 3 and pixels.shape[2] == 4 and first(ifd, EXTRA_SAMPLES, UNASSOCIATED) == ASSOCIATED:
+        alpha = pixels[..., 3:].astype(np.float64)
+        colours = (pixels[..., :3] * (65535 / np.maximum(alpha, 1))).round().clip(0, 65535)
+        return np.dstack([colours.astype(np.uint16), pixels[..., 3:]])
+    return pixels
+
+
+def decode_by_pillow(content: bytes, page: int = 0) -> tuple[np.ndarray, bool]:
+    """BGR or BGRA, 8 bit, upright, and whether it is CMYK in the file.
+
+    Raises:
+        ValueError: it is truncated.
+    """
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            image.seek(page)
+            cmyk = image.mode == 'CMYK'
+            image = ImageOps.exif_transpose(image)
+            pixels = np.asarray(image.convert('RGB' if cmyk else 'RGBA'))
+    except (OSError, SyntaxError, struct.error, EOFError):
+        raise ValueError('not a picture, or truncated') from None
+    return cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR if cmyk else cv2.COLOR_RGBA2BGRA), cmyk
+
+
+def encode(pages: list[tuple[np.ndarray, Ifd]]) -> bytes:
+    """A TIFF file without loss of (H, W), (H, W, 3) BGR or (H, W, 4) BGRA, uint8 or uint16, each with tags.
+
+    OpenCV encodes each page; they go behind one another, each with a list that has its tags as well.
+
+    Raises:
+        ValueError: OpenCV refuses it, or it is too large.
+        cv2.error: the same.
+    """
+    content, link = bytearray(b'II*\0\0\0\0\0'), 4  # where the offset of the next list belongs
+    for pixels, tags in pages:
+        written, encoded = cv2.imencode('.tiff', pixels)
+        if not written or len(content) + 2 * len(encoded) > LARGEST:
+            raise ValueError(BEYOND if written else 'the encoder refuses it')
+        (ifd,) = read_ifds(encoded.tobytes())
+        strips = np.array(ifd[STRIPS].numbers()) + len(content)
+        ifd = tags | ifd | {STRIPS: Tag(4, strips.astype('<u4').tobytes())}
+        if pixels.ndim == 3 and pixels.shape[2] == 4:
+            ifd[EXTRA_SAMPLES] = Tag(3, struct.pack('<H', UNASSOCIATED))
+        content += encoded.tobytes()
+        content += bytes(len(content) % 2)
+        struct.pack_into('<I', content, link, len(content))
+        link = len(content) + 2 + 12 * len(ifd)
+        content += write_ifd(ifd, len(content))
+    return bytes(content)
