@@ -156,7 +156,8 @@ def restore_file(
     """
     begin = time.monotonic()
     pictures, timing = read_pictures(source)
-    kind = format_of(source) if target.suffix == source.suffix else target.suffix
+    keeps_format = arguments.ext is None and target.suffix == source.suffix
+    kind = format_of(source) if keeps_format else target.suffix.lower()
     check_format(target, pictures, timing, kind)  # before the work
     results = []
     for index, picture in enumerate(pictures):
