@@ -117,3 +117,72 @@ def test_own_networks_train_as_before_and_ours_in_the_same_loop(kind, scripts, o
     assert removed.returncode == 0, removed.stdout
     shutil.rmtree(project / 'experiments')
     assert tree(project) == before
+
+
+# As python -m dpmambair_basicsr.NAME ARGUMENTS.
+COMMAND = """
+import os, runpy, sys
+sys.path[0] = os.getcwd()
+sys.argv.pop(0)
+runpy.run_module(f'dpmambair_basicsr.{sys.argv[0]}', run_name='__main__', alter_sys=True)
+"""
+LOAD = """
+import os, sys
+sys.path[0] = os.getcwd()
+import torch
+from dpmambair_basicsr import load
+print('sizes', load(sys.argv[1]).restore(torch.zeros(7, 5, 3, dtype=torch.uint8).numpy()).shape)
+"""
+
+
+def old_fork_with_init(folder):
+    """As some forks of Restormer: still no registry."""
+    project = old_fork(folder)
+    (project / 'basicsr/__init__.py').touch()
+    return project
+
+
+@pytest.fixture
+def commands(scripts, tmp_path):
+    """Runs our commands, in a folder."""
+    (tmp_path / 'command.py').write_text(COMMAND)
+    (tmp_path / 'load.py').write_text(LOAD)
+
+    def run(name, *arguments, **options):
+        if name == 'load':
+            return scripts.run(tmp_path / 'load.py', *arguments, **options)
+        return scripts.run(tmp_path / 'command.py', name, *arguments, **options)
+
+    return run
+
+
+@pytest.mark.parametrize('make', [fork, old_fork, old_fork_with_init, package], ids=lambda make: make.__name__)
+def test_our_commands_work_in_the_folder_of_a_project_or_say_what_is_missing(make, commands, options, tmp_path):
+    project = make(tmp_path)
+    options |= {
+        'name': 'ours',
+        'model_type': 'RestorationModel',
+        'network_g': {'type': 'VmambaIR', 'scale': 4, **SMALL},
+    }
+    options['datasets']['train']['gt_size'] = 32
+    file = write_options(options, tmp_path / 'ours.yml')
+    weights = project / 'experiments/ours/models/net_g_4.pth'
+    test = {key: options[key] for key in ('name', 'model_type', 'scale', 'num_gpu', 'network_g')}
+    test |= {'datasets': {'test': options['datasets']['val']}, 'path': {'pretrain_network_g': str(weights)}}
+    test['val'] = {'save_img': False, 'metrics': options['val']['metrics']}
+    test_file = write_options(test, tmp_path / 'test.yml')
+    if make is old_fork_with_init:
+        for name, arguments in (('train', file), ('test', test_file)):
+            said = commands(name, '-opt', arguments, cwd=project, expected=1).splitlines()
+            assert said[-1].startswith(f'dpmambair_basicsr.{name}: needs BasicSR 1.3 or newer, and {project}'), said
+            assert 'Traceback' not in ''.join(said)
+        weights.parent.mkdir(parents=True)
+        net = VmambaIR(scale=4, **SMALL)
+        torch.save({'params': net.state_dict(), 'network_g': options['network_g']}, weights)
+    else:
+        log = commands('train', '-opt', file, cwd=project)
+        assert len(losses(log)) == 4 and '# psnr:' in log, log
+        assert '# psnr:' in commands('test', '-opt', test_file, cwd=project)
+    lq = options['datasets']['val']['dataroot_lq']
+    assert '4 restored, 0 failed' in commands('restore', '-w', weights, lq, '-o', 'restored', cwd=project)
+    assert 'sizes (28, 20, 3)' in commands('load', weights, cwd=project)

@@ -148,14 +148,14 @@ class Scripts:
         pipes = {'stdin': subprocess.PIPE, 'stdout': subprocess.PIPE, 'text': True}
         self.server = subprocess.Popen([sys.executable, '-c', SERVER], env=environment, **pipes)
 
-    def run(self, *argv, cwd: Path, first: str = '') -> str:
-        """What it writes; `first` is Python that is run before. Its exit status must be 0."""
+    def run(self, *argv, cwd: Path, first: str = '', expected: int = 0) -> str:
+        """What it writes; `first` is Python that is run before, `expected` what its exit status must be."""
         log = cwd.parent / f'{cwd.name}.log'
         call = {'argv': list(map(str, argv)), 'cwd': str(cwd), 'log': str(log), 'first': first}
         self.server.stdin.write(json.dumps(call) + '\n')
         self.server.stdin.flush()
         status, text = self.server.stdout.readline().strip(), log.read_text(errors='replace')
-        assert status == '0', f'{argv}: {status}\n{text}'
+        assert status == str(expected), f'{argv}: {status}\n{text}'
         return text
 
     def close(self) -> None:
