@@ -53,7 +53,7 @@ def options(tmp_path):
 
 
 def losses(log: str) -> list[str]:
-    return re.findall(r'l_pix: (\S+)', log)
+    return re.findall(r'l_(?:g_)?pix: (\S+)', log)
 
 
 def weights(project, name) -> dict:
@@ -117,6 +117,52 @@ def test_own_networks_train_as_before_and_ours_in_the_same_loop(kind, scripts, o
     assert removed.returncode == 0, removed.stdout
     shutil.rmtree(project / 'experiments')
     assert tree(project) == before
+
+
+# The kinds of BasicSR's own option files, small: what is changed in STOCK.
+OF_BASICSR = {
+    'EDSR': {
+        'network_g': {'type': 'EDSR', 'num_in_ch': 3, 'num_out_ch': 3, 'num_feat': 4, 'num_block': 1, 'upscale': 4},
+    },
+    'SwinIR': {
+        'model_type': 'SwinIRModel',
+        'network_g': {
+            'type': 'SwinIR', 'upscale': 4, 'in_chans': 3, 'img_size': 8, 'window_size': 4, 'depths': [1],
+            'embed_dim': 8, 'num_heads': [2], 'mlp_ratio': 2, 'upsampler': 'pixelshuffle', 'resi_connection': '1conv',
+        },
+    },
+    'ESRGAN': {
+        'model_type': 'ESRGANModel',
+        'network_g': {
+            'type': 'RRDBNet', 'num_in_ch': 3, 'num_out_ch': 3, 'num_feat': 4, 'num_block': 1, 'num_grow_ch': 4,
+        },
+        'network_d': {'type': 'UNetDiscriminatorSN', 'num_in_ch': 3, 'num_feat': 4},
+        'train': {
+            'optim_d': {'type': 'Adam', 'lr': 1e-3},
+            'gan_opt': {'type': 'GANLoss', 'gan_type': 'vanilla', 'loss_weight': 0.1},
+            'net_d_iters': 1,
+            'net_d_init_iters': 0,
+            'ema_decay': 0.9,
+        },
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize('name', OF_BASICSR)
+def test_trainings_of_basicsr_are_the_same_with_our_import(name, scripts, options, tmp_path):
+    checkout = basicsr_source(tmp_path)
+    changes = OF_BASICSR[name]
+    options |= changes | {'name': 'own', 'train': options['train'] | changes.get('train', {})}
+    options['train']['scheduler']['milestones'] = [2]
+    file = write_options(options, tmp_path / 'own.yml')
+    logs, saved = [], []
+    for first in (WHERE_IT_STARTS, 'import dpmambair_basicsr'):
+        logs.append(losses(scripts.run('basicsr/train.py', '-opt', file, cwd=checkout, first=first)))
+        saved.append(torch.load(checkout / 'experiments/own/models/net_g_4.pth', weights_only=True))
+        shutil.rmtree(checkout / 'experiments')
+    assert len(logs[0]) == 4 and logs[0] == logs[1]
+    for key, state in saved[0].items():
+        assert all(torch.equal(value, saved[1][key][part]) for part, value in state.items())
 
 
 # As python -m dpmambair_basicsr.NAME ARGUMENTS.
