@@ -278,6 +278,7 @@ def test_a_script_finds_them_by_the_usual_names(tmp_path):
     result = python('-m', 'dpmambair_basicsr.run', 'script.py', '--its', '-m', 'own', cwd=tmp_path)
     assert result.returncode == 0, result.stdout
     assert "['--its', '-m', 'own'] torch.Size([1, 5, 8])" in result.stdout
+    assert result.stdout.count('selective_scan: backend ') == 1, 'it is said once what runs'
     (tmp_path / 'package').mkdir()
     (tmp_path / 'package' / 'train.py').write_text(SCRIPT)
     result = python('-m', 'dpmambair_basicsr.run', '-m', 'package.train', 'x', cwd=tmp_path)

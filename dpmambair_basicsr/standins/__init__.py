@@ -10,6 +10,7 @@ any device PyTorch has. docs/mamba_ssm.md says what is covered. Nothing here imp
 
 import importlib.abc
 import importlib.util
+import logging
 import sys
 
 # Name of the module that others import -> module of ours that fills it.
@@ -74,6 +75,7 @@ def install(*, replace: bool = False) -> list[str]:
         ImportError: `replace`, and a real one has been imported already.
     """
     uninstall()
+    show_backend()
     real = [name for name in PACKAGES if is_real(name)]
     if replace:
         if imported := [name for name in real if name in sys.modules]:
@@ -83,6 +85,16 @@ def install(*, replace: bool = False) -> list[str]:
     missing = [name for name in PACKAGES if name not in real]
     sys.meta_path.append(StandInFinder(missing))
     return missing
+
+
+def show_backend() -> None:
+    """The backend of the scans is named on the terminal, where no log of BasicSR's names it. Idempotent."""
+    logger = logging.getLogger('basicsr.selective_scan')
+    if not logger.handlers:
+        handler = logging.StreamHandler()
+        handler.addFilter(lambda record: not logging.getLogger('basicsr').handlers)
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
 
 
 def uninstall() -> None:

@@ -189,4 +189,4 @@ def _check_name(backend, source):
 
 @functools.cache
 def _log_once(what, name, device_type):
-    logging.getLogger('basicsr').info('%s %r on %s', what, name, device_type)
+    logging.getLogger('basicsr.selective_scan').info('%s %r on %s', what, name, device_type)
