@@ -207,7 +207,7 @@ def test_debug_with_an_empty_section_val_is_refused(tmp_path, monkeypatch):
     file = tmp_path / 'options.yml'
     file.write_text(OPTIONS + 'val: ~\n')
     monkeypatch.setattr(sys, 'argv', ['train.py', '-opt', str(file), '--debug'])
-    with pytest.raises(SystemExit, match='val: empty, in which BasicSR sets val_freq'):
+    with pytest.raises(SystemExit, match='val: empty, where BasicSR sets val_freq'):
         options.parse_options('root', is_train=True)
 
 
