@@ -332,7 +332,11 @@ def test_auto_resume_never_starts_again_silently(run_folder, tmp_path, capsys):
 def test_a_state_that_cannot_be_resumed_from_is_named(run_folder, tmp_path):
     (tmp_path / 'text.state').write_text('nothing of torch')
     torch.save({'params': {}}, tmp_path / 'network.state')
-    for name, reason in (('text.state', 'UnpicklingError'), ('network.state', 'no training state'), ('none', 'none')):
+    for name, reason in (
+        ('text.state', 'UnpicklingError'),
+        ('network.state', 'not a training state'),
+        ('none', 'none'),
+    ):
         path = run_folder['path'] | {'resume_state': str(tmp_path / name)}
         with pytest.raises(SystemExit, match=f'^path.resume_state: cannot resume from {tmp_path}/{name}: .*{reason}'):
             resume.load_resume_state(run_folder | {'auto_resume': False, 'path': path})
