@@ -73,7 +73,7 @@ def test_the_viewer_knows_the_degradation(copy):
     weights = 'experiments/demo_degradation_extractor/models/net_g_latest.pth'
     clean = ('--clean', 'datasets/demo/test/haze/GT', '--device', 'cpu')
     printed = run(copy, '-m', 'dpmambair_basicsr.degradation', '-w', weights, 'datasets/demo/test/sepia/LQ', *clean)
-    assert '8 classes, 24 reference pictures' in printed and printed.count('sepia/LQ') == 3
+    assert '10 classes, 30 reference pictures' in printed and printed.count('sepia/LQ') == 3
 
 
 def test_option_files_can_name_everything_and_the_report_shows_it(copy):

@@ -346,6 +346,15 @@ def test_validation_shows_every_image_in_every_kind(tmp_path):
         dataset[len(dataset)]
 
 
+def test_training_scenes_can_be_darker_in_both_images(tmp_path):
+    options = synthetic(tmp_path, phase='train', gt_size=16, degradations=['clean'])
+    plain, darker = (seeded(build_dataset(options | more), 0) for more in ({}, {'gt_gamma': [2, 2]}))
+    assert torch.allclose(darker['gt'], plain['gt'] ** 2, atol=0.51 / 255)
+    assert torch.equal(darker['lq'], darker['gt'])
+    with pytest.raises(ValueError, match=r'^gt_gamma must be \[low, high\], within'):
+        build_dataset(options | {'gt_gamma': [2, 1]})
+
+
 def test_validation_is_the_same_in_every_run_and_process(tmp_path):
     options = synthetic(tmp_path, degradations=list(DEGRADATIONS))
     dataset = build_dataset(options)
@@ -624,7 +633,7 @@ def test_demo_data(tmp_path, monkeypatch, capsys):
     )
     assert sorted(path.name for path in demo.parent.iterdir()) == ['demo'], 'a temporary folder is left'
 
-    for kind in DEGRADATIONS:
+    for kind in demo_strengths():
         folder = demo / 'test' / kind
         roots = {'dataroot_lq': str(folder / 'LQ'), 'dataroot_gt': str(folder / 'GT')}
         dataset = build_dataset(

@@ -101,7 +101,7 @@ def test_pictures_are_ranked_by_the_folders_of_the_reference(folder, monkeypatch
 def test_synthetic_degradations_of_clean_pictures_are_the_classes(folder, monkeypatch, capsys):
     dark_picture = 'pictures/dark/10.png'
     status, output, _ = run(monkeypatch, capsys, folder, '-w', 'w.pth', dark_picture, '--clean', 'clean')
-    assert status == 0 and output.startswith('7 classes, 14 reference pictures')
+    assert status == 0 and output.startswith('9 classes, 18 reference pictures')
     assert rows(output)[dark_picture][0] == 'lowlight'
     shown = rows(output)[dark_picture][:6:2]
     assert len({*shown}) == 3 and {*shown} <= {*DEGRADATIONS}

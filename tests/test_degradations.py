@@ -35,7 +35,7 @@ def run(kind, seed=0, image=CLEAN, **parameters):
     return degrade(image, kind, np.random.default_rng(seed), **parameters)
 
 
-@pytest.mark.parametrize('kind', DEGRADATIONS)
+@pytest.mark.parametrize('kind', [kind for kind in DEGRADATIONS if kind != 'clean'])
 def test_contract(kind):
     before = CLEAN.copy()
     degraded = run(kind)
@@ -46,7 +46,7 @@ def test_contract(kind):
     assert np.array_equal(degraded, run(kind)), 'one seed gave two results'
 
 
-@pytest.mark.parametrize('kind', [kind for kind in DEGRADATIONS if kind != 'jpeg'])
+@pytest.mark.parametrize('kind', [kind for kind in DEGRADATIONS if kind not in ('jpeg', 'clean')])
 def test_seeds_differ(kind):
     assert not np.array_equal(run(kind, seed=1), run(kind, seed=2))
 
@@ -66,6 +66,7 @@ ZERO_STRENGTH = {
     'lowlight': {'illumination': 1, 'variation': 0, 'sigma': 0},  # alpha 1
     'blur': {'length': 1},  # a kernel of one pixel
     'noise': {'sigma': 0},
+    'clean': {},
 }
 
 
@@ -85,6 +86,8 @@ SEVERITY = [
     ('blur', 'length', [2, 5, 11, 25]),
     ('noise', 'sigma', [5, 15, 25, 50]),
     ('jpeg', 'quality', [95, 50, 20, 5]),
+    ('camera_noise', 'shot', [0.0001, 0.001, 0.01]),
+    ('camera_noise', 'quality', [98, 60, 10]),
 ]
 
 
@@ -219,13 +222,72 @@ def test_errors_name_the_image():
         run('noise', image=np.zeros((8, 8, 3), np.uint8))
 
 
+# --- a camera's noise, two at once
+
+FLAT = np.full((256, 256, 3), 0.5, np.float32)
+WHITE = {'grain': 0, 'quality': None}
+
+
+def linear_deviation(level, **parameters):
+    image = np.full_like(FLAT, level)
+    return np.std(run('camera_noise', image=image, **WHITE, **parameters) ** 2.2 - image**2.2)
+
+
+def test_camera_noise_has_the_variance_of_photons_and_of_the_sensor():
+    """Var = shot x + read^2 in linear light."""
+    for level in (0.4, 0.8):
+        expected = np.sqrt(0.001 * level**2.2 + 0.01**2)
+        assert linear_deviation(level, shot=0.001, read=0.01) == pytest.approx(expected, rel=0.1)
+
+
+def test_camera_noise_is_largest_in_the_shadows_of_a_file():
+    noise = [np.std(run('camera_noise', image=np.full_like(FLAT, x), shot=0.005, **WHITE)) for x in (0.2, 0.8)]
+    assert noise[0] > 1.2 * noise[1]
+
+
+def test_grain_correlates_neighbours_and_keeps_the_variance():
+    fields = [run('camera_noise', image=FLAT, shot=0.005, quality=None, grain=grain) - 0.5 for grain in (0, 1)]
+    neighbours = [np.corrcoef(field[:, 1:, 0].ravel(), field[:, :-1, 0].ravel())[0, 1] for field in fields]
+    assert abs(neighbours[0]) < 0.1 and neighbours[1] > 0.6
+    assert np.std(fields[1]) == pytest.approx(np.std(fields[0]), rel=0.1)
+
+
+def test_two_degradations_are_composed_in_the_order_of_equation_6():
+    of = {'jpeg': {'quality': 5}, 'haze': {'beta': 1}}
+    expected = run('jpeg', image=run('haze', beta=1), quality=5)
+    got = {run('composed', seed, of=of).tobytes() for seed in range(3)}
+    assert len(got) == 3, 'the seed draws the haze'
+    rng = np.random.default_rng(0)
+    rng.integers(1)  # which pair
+    hazy = degrade(CLEAN, 'haze', rng, beta=1)
+    assert np.array_equal(run('composed', of=of), run('jpeg', image=hazy, quality=5))
+    assert psnr(expected, run('composed', of=of)) > 15
+
+
+def test_two_of_one_term_are_never_composed():
+    """Of rain, snow and haze there are two pairs: haze comes first in both."""
+    of = {'rain': {'strength': 0}, 'snow': {'strength': 0}, 'haze': {'beta': 100, 'airlight': 0.8}}
+    for seed in range(8):
+        np.testing.assert_allclose(run('composed', seed, of=of), 0.8, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    'of', [{'haze': {}}, {'rain': {}, 'snow': {}}, {'haze': {}, 'clean': {}}, {'haze': {}, 'x': {}}]
+)
+def test_what_cannot_be_composed_is_named(of):
+    with pytest.raises(ValueError, match='of must name degradations of two or more terms'):
+        run('composed', of=of)
+
+
 # --- the registry
 
 
 def test_the_seven_have_the_labels_of_all_checkpoints():
     labels = {name: known.label for name, known in DEGRADATIONS.items()}
-    assert labels == {'haze': 0, 'rain': 1, 'snow': 2, 'lowlight': 3, 'blur': 4, 'noise': 5, 'jpeg': 6}
-    assert list(labels) == synthetic() == list(demo_strengths())
+    assert list(labels.values()) == list(range(10))
+    seven = {'haze': 0, 'rain': 1, 'snow': 2, 'lowlight': 3, 'blur': 4, 'noise': 5, 'jpeg': 6}
+    assert labels == seven | {'clean': 7, 'camera_noise': 8, 'composed': 9}
+    assert synthetic() == list(labels) and list(demo_strengths()) == list(seven)
 
 
 def test_every_kind_has_a_function_of_its_name():
@@ -249,32 +311,32 @@ def registry():
 
 
 def test_one_decorator_adds_a_degradation(registry):
-    @degradation(label=7, demo={'strength': 0.5})
+    @degradation(label=10, demo={'strength': 0.5})
     def fade(image, rng, strength=(0.2, 0.8)):
         return form_image(image, alpha=1 - strength)
 
-    assert registry['fade'].label == 7 and synthetic()[-1] == 'fade' and demo_strengths()['fade'] == {'strength': 0.5}
+    assert registry['fade'].label == 10 and synthetic()[-1] == 'fade' and demo_strengths()['fade'] == {'strength': 0.5}
     np.testing.assert_allclose(run('fade', strength=0.25), 0.75 * CLEAN, rtol=1e-6)
     with pytest.raises(ValueError, match="fade has no parameter 'sigma', choose from strength"):
         run('fade', sigma=1)
 
 
 def test_one_line_adds_a_degradation_of_stored_pairs(registry):
-    add_degradation('fog', label=7)
+    add_degradation('fog', label=10)
     assert list(registry)[-1] == 'fog' and 'fog' not in synthetic() and 'fog' not in demo_strengths()
-    with pytest.raises(ValueError, match='degradation fog has no function, choose from haze, rain, .*jpeg$'):
+    with pytest.raises(ValueError, match='degradation fog has no function, choose from haze, rain, .*composed$'):
         run('fog')
 
 
 @pytest.mark.parametrize(
     ('name', 'label', 'message'),
     [
-        ('haze', 7, 'degradation haze: there is one of this name'),
-        ('fog', 6, 'degradation fog: label must be 7, the next one, got 6'),
-        ('fog', 9, 'degradation fog: label must be 7, the next one, got 9'),
+        ('haze', 10, 'degradation haze: there is one of this name'),
+        ('fog', 6, 'degradation fog: label must be 10, the next one, got 6'),
+        ('fog', 11, 'degradation fog: label must be 10, the next one, got 11'),
     ],
 )
 def test_labels_are_never_given_twice_nor_left_out(name, label, message, registry):
     with pytest.raises(ValueError, match=message):
         add_degradation(name, label)
-    assert len(registry) == 7
+    assert len(registry) == 10

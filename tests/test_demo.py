@@ -9,7 +9,7 @@ import pytest
 import yaml
 from support.commands import PACKAGE_PARENT, python
 
-from dpmambair_basicsr.data.degradations import DEGRADATIONS, demo_strengths
+from dpmambair_basicsr.data.degradations import demo_strengths
 
 pytest.importorskip('skimage', reason='its photographs are the data of the demo')
 pytest.importorskip('sklearn', reason='its photographs are the data of the demo')
@@ -29,7 +29,7 @@ def test_option_files_agree():
     assert network['network_g'] == test['network_g']
     for key in ('embed_dim', 'extractor_channels', 'extractor_hidden'):
         assert extractor['network_g'][key] == network['network_g'][key]
-    assert [data['degradation'] for data in test['datasets'].values()] == list(DEGRADATIONS)
+    assert [data['degradation'] for data in test['datasets'].values()] == list(demo_strengths())
 
 
 def demo_commands() -> list[tuple[str, ...]]:
@@ -58,6 +58,6 @@ def test_demo(tmp_path):
         assert done.returncode == 0, done.stdout
     results = tmp_path / 'results' / 'demo'
     lines = (results / 'table.md').read_text(encoding='utf-8').splitlines()
-    assert [line.split('|')[1].strip() for line in lines[2:10]] == [*DEGRADATIONS, 'average']
+    assert [line.split('|')[1].strip() for line in lines[2:10]] == [*demo_strengths(), 'average']
     assert re.search(r'names the degradation of \d+% of 168 images', lines[-1])
     assert cv2.imread(str(results / 'comparison.png')).shape == (28 + 3 * 64, 28 + 7 * 64, 3)

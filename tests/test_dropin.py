@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from support.commands import PACKAGE_PARENT, basicsr_source, python, stock_options, write_images, write_options
 
-from dpmambair_basicsr.data.degradations import DEGRADATIONS
+from dpmambair_basicsr.data.degradations import demo_strengths
 
 SHIMS = ['basicsr/.dpmambair_dropin.json', 'basicsr/archs/dpmambair_arch.py', 'basicsr/basicsr.py']
 SCAN = """
@@ -243,7 +243,7 @@ def test_dpmambair_in_a_checkout(checkout):
     rng = np.random.default_rng(0)
     data = checkout / 'datasets' / 'all_in_one'
     folders = [
-        f'{phase}/{kind}/{side}' for phase in ('train', 'test') for kind in DEGRADATIONS for side in ('LQ', 'GT')
+        f'{phase}/{kind}/{side}' for phase in ('train', 'test') for kind in demo_strengths() for side in ('LQ', 'GT')
     ]
     for folder in (*folders, 'train/clean'):
         (data / folder).mkdir(parents=True)

@@ -1,4 +1,5 @@
-"""Degradations as pure functions of an image and a random generator; the seven of the all-in-one benchmark.
+"""Degradations as pure functions of an image and a random generator: the seven of the all-in-one benchmark, and three
+that networks for everyday photographs need beside them: nothing, a camera's noise, two at once.
 
 DPMambaIR (arXiv 2504.17732), Eq. (6), describes them all as I = Q((alpha J + beta gamma) * K): luminance alpha,
 artefacts beta gamma, blur kernel K, compression Q. `form_image` is that equation; the functions choose its terms.
@@ -33,37 +34,47 @@ class Degradation:
         label: class label, what `degradation: class` of DPMambaIR embeds.
         function: of an image and a random generator; None: only stored pairs have it.
         demo: the parameters of the function in the demo, strong enough to be seen at a glance; None: not in the demo.
+        term: of Eq. (6), one of `TERMS`, where it comes when two are composed; None: it is in no composition.
     """
 
     name: str
     label: int
     function: Callable[..., np.ndarray] | None = None
     demo: dict | None = None
+    term: str | None = None
 
 
+TERMS = ('luminance', 'artefact', 'kernel', 'compression')  # alpha, beta gamma, K, Q, in this order
 DEGRADATIONS: dict[str, Degradation] = {}  # by name, in the order of labels
 
 
 def add_degradation(
-    name: str, label: int, function: Callable[..., np.ndarray] | None = None, demo: dict | None = None
+    name: str,
+    label: int,
+    function: Callable[..., np.ndarray] | None = None,
+    demo: dict | None = None,
+    term: str | None = None,
 ) -> None:
     """Makes a degradation known; see `Degradation` for the arguments.
 
     Raises:
-        ValueError: the name is taken, or the label is not the next one: checkpoints and old pairs keep their labels.
+        ValueError: the name is taken, the label is not the next one (checkpoints and old pairs keep their labels), or
+            there is no such term.
     """
     if name in DEGRADATIONS:
         raise ValueError(f'degradation {name}: there is one of this name')
     if label != len(DEGRADATIONS):
         raise ValueError(f'degradation {name}: label must be {len(DEGRADATIONS)}, the next one, got {label}')
-    DEGRADATIONS[name] = Degradation(name, label, function, demo)
+    if term not in (*TERMS, None):
+        raise ValueError(f'degradation {name}: term must be one of {", ".join(TERMS)}, got {term!r}')
+    DEGRADATIONS[name] = Degradation(name, label, function, demo, term)
 
 
-def degradation(label: int, demo: dict | None = None) -> Callable:
+def degradation(label: int, demo: dict | None = None, term: str | None = None) -> Callable:
     """Decorator of a function (image, rng, parameters) -> image: makes the degradation of its name known."""
 
     def add(function):
-        add_degradation(function.__name__, label, function, demo)
+        add_degradation(function.__name__, label, function, demo, term)
         return function
 
     return add
@@ -124,7 +135,7 @@ def form_image(
     return image
 
 
-@degradation(label=0, demo={'beta': (1.0, 1.4), 'airlight': (0.85, 1.0)})
+@degradation(label=0, demo={'beta': (1.0, 1.4), 'airlight': (0.85, 1.0)}, term='luminance')
 def haze(
     image: np.ndarray, rng: np.random.Generator, beta: Range = (0.6, 1.8), airlight: Range = (0.7, 1.0)
 ) -> np.ndarray:
@@ -145,7 +156,7 @@ def haze(
     return form_image(image, alpha=transmission, artefact=airlight * (1 - transmission))
 
 
-@degradation(label=1, demo={'strength': (0.5, 0.8)})
+@degradation(label=1, demo={'strength': (0.5, 0.8)}, term='artefact')
 def rain(
     image: np.ndarray,
     rng: np.random.Generator,
@@ -179,7 +190,7 @@ def rain(
     return form_image(image, artefact=strength * np.minimum(streaks, 1)[..., None])
 
 
-@degradation(label=2, demo={'strength': (0.8, 1.0)})
+@degradation(label=2, demo={'strength': (0.8, 1.0)}, term='artefact')
 def snow(
     image: np.ndarray,
     rng: np.random.Generator,
@@ -209,7 +220,7 @@ def snow(
     return form_image(image, alpha=1 - mask, artefact=mask)
 
 
-@degradation(label=3, demo={'illumination': (0.1, 0.2), 'sigma': (1, 3)})
+@degradation(label=3, demo={'illumination': (0.1, 0.2), 'sigma': (1, 3)}, term='luminance')
 def lowlight(
     image: np.ndarray,
     rng: np.random.Generator,
@@ -232,7 +243,7 @@ def lowlight(
 
 
 @degradation(
-    label=4, demo={'length': (5, 7), 'angle': (-10, 10), 'curvature': 0}
+    label=4, demo={'length': (5, 7), 'angle': (-10, 10), 'curvature': 0}, term='kernel'
 )  # a pan: longer paths need hours of training
 def blur(
     image: np.ndarray,
@@ -261,7 +272,7 @@ def blur(
     return form_image(image, kernel=kernel / kernel.sum())
 
 
-@degradation(label=5, demo={'sigma': (40, 50)})
+@degradation(label=5, demo={'sigma': (40, 50)}, term='artefact')
 def noise(image: np.ndarray, rng: np.random.Generator, sigma: Range = 50) -> np.ndarray:
     """White Gaussian noise, independent in each channel: beta = sigma / 255, gamma ~ N(0, 1).
 
@@ -272,7 +283,7 @@ def noise(image: np.ndarray, rng: np.random.Generator, sigma: Range = 50) -> np.
     return form_image(image, artefact=sigma / 255 * _gaussian(rng, image.shape))
 
 
-@degradation(label=6, demo={'quality': (3, 6)})
+@degradation(label=6, demo={'quality': (3, 6)}, term='compression')
 def jpeg(image: np.ndarray, rng: np.random.Generator, quality: IntRange = (20, 30)) -> np.ndarray:
     """JPEG compression: Q. The result has 8-bit values.
 
@@ -280,6 +291,64 @@ def jpeg(image: np.ndarray, rng: np.random.Generator, quality: IntRange = (20, 3
         quality: whole number in [1, 100].
     """
     return form_image(image, quality=_draw_int(rng, 'quality', quality, 1, 100))
+
+
+@degradation(label=7)
+def clean(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Nothing: alpha 1, the rest 0. From such pairs a network learns what to leave alone."""
+    return form_image(image)
+
+
+@degradation(label=8, term='artefact')
+def camera_noise(
+    image: np.ndarray,
+    rng: np.random.Generator,
+    shot: Range = (0.0005, 0.01),
+    read: Range = (0, 0.01),
+    grain: Range = (0, 1),
+    quality: IntRange | None = (75, 98),
+) -> np.ndarray:
+    """Noise as a camera's file has it: Poissonian-Gaussian in linear light, smeared by demosaicing, then JPEG.
+
+    The variance is shot x + read^2 of linear intensity x (Foi et al., IEEE TIP 17(10), 2008); the display's gamma, 2.2
+    here, makes it largest in the shadows. A Gaussian over the noise field stands for demosaicing and the camera's own
+    smoothing, and keeps the variance.
+
+    Args:
+        shot: variance of photon noise at full intensity, >= 0.
+        read: standard deviation of the noise in the dark, in [0, 1] of full intensity, >= 0.
+        grain: standard deviation in pixels of the Gaussian, >= 0; 0: white noise.
+        quality: JPEG quality in [1, 100] of the file; None: no JPEG.
+    """
+    shot = _draw(rng, 'shot', shot, 0, math.inf)
+    read = _draw(rng, 'read', read, 0, math.inf)
+    grain = _draw(rng, 'grain', grain, 0, 64)
+    quality = None if quality is None else _draw_int(rng, 'quality', quality, 1, 100)
+    field = _gaussian(rng, image.shape)
+    if grain > 0.1:  # a narrower Gaussian is one pixel wide
+        field = cv2.GaussianBlur(field, (0, 0), grain)
+        field *= 1 / max(np.sqrt(np.mean(field**2)), np.finfo(np.float32).tiny)
+    linear = image**2.2
+    noisy = np.maximum(linear + np.sqrt(shot * linear + read**2) * field, 0) ** (1 / 2.2)
+    return form_image(image, artefact=noisy - image, quality=quality)
+
+
+@degradation(label=9)
+def composed(image: np.ndarray, rng: np.random.Generator, of: dict[str, dict] | None = None) -> np.ndarray:
+    """Two degradations at once, of two different terms of Eq. (6), in its order. Which two is drawn, all alike.
+
+    Args:
+        of: {name: parameters} of degradations that have a term; None: all of them, with their defaults.
+    """
+    of = {name: {} for name, known in DEGRADATIONS.items() if known.term} if of is None else of
+    terms = {name: TERMS.index(DEGRADATIONS[name].term) for name in of if getattr(DEGRADATIONS.get(name), 'term', None)}
+    if len(terms) < len(of) or len(set(terms.values())) < 2:
+        choices = ', '.join(name for name, known in DEGRADATIONS.items() if known.term)
+        raise ValueError(f'of must name degradations of two or more terms of Eq. (6) among {choices}, got {of!r}')
+    pairs = [(a, b) for a, first in terms.items() for b, second in terms.items() if first < second]
+    for kind in pairs[rng.integers(len(pairs))]:
+        image = degrade(image, kind, rng, **(of[kind] or {}))
+    return image
 
 
 def to_uint8(image: np.ndarray) -> np.ndarray:

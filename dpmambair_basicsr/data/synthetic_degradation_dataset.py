@@ -35,6 +35,8 @@ class SyntheticDegradationDataset(ProgressiveBatches, Dataset):
             PairedDegradationDataset's.
         degradations: list of names of degradations that have a function, or a mapping from name to parameters of that
             function. `demo` in place of the parameters: those of the demo; in place of all: all of the demo.
+        gt_gamma: (low, high): in training, the exponent that each clean image is raised to first, drawn so that its
+            logarithm is uniform: darker and lighter scenes, in `gt` too. Default: none.
         seed: whole number >= 0, default 0; not used in training.
 
     Raises:
@@ -45,6 +47,7 @@ class SyntheticDegradationDataset(ProgressiveBatches, Dataset):
         *CROPS,
         *CLEAN,
         Option('datasets', 'degradations', Literal['demo'] | list[str] | dict, 'names, or names with their parameters'),
+        Option('datasets', 'gt_gamma', list[float] | None, 'in training, exponents of the clean images, [low, high]'),
         SEED,
     )
 
@@ -57,6 +60,7 @@ class SyntheticDegradationDataset(ProgressiveBatches, Dataset):
         self.seed = opt.get('seed', 0)
         if not isinstance(self.seed, int) or self.seed < 0:
             raise ValueError(f'seed must be a whole number >= 0, got {self.seed!r}')
+        self.gamma = _parse_gamma(opt.get('gt_gamma'))
         folder = opt['dataroot_gt']
         if opt['io_backend']['type'] == 'lmdb':
             self.paths = list(list_keys(folder))
@@ -81,6 +85,8 @@ class SyntheticDegradationDataset(ProgressiveBatches, Dataset):
             path, kind = self.paths[image], self.kinds[kind]
             rng = np.random.default_rng([self.seed, zlib.crc32(Path(path).stem.encode()), DEGRADATIONS[kind].label])
         gt = self.images.read(path, 'gt', index)
+        if self.gamma is not None and self.opt['phase'] == 'train':
+            gt = to_uint8(to_float(gt) ** np.float32(np.exp(rng.uniform(*np.log(self.gamma)))))
         lq = to_uint8(degrade(to_float(gt), kind, rng, **self.parameters[kind]))
         if self.opt['phase'] == 'train':
             gt, lq = flip(self._random_crop([gt, lq], path, index), self.opt)
@@ -100,6 +106,15 @@ class SyntheticDegradationDataset(ProgressiveBatches, Dataset):
         images = [fit_crop(image, size, self.opt['pad_small'], path, index) for image in images]
         top, left = (random.randint(0, side - size) for side in images[0].shape[:2])
         return [image[top : top + size, left : left + size] for image in images]
+
+
+def _parse_gamma(value) -> tuple[float, float] | None:
+    if value is None:
+        return None
+    numbers = isinstance(value, list | tuple) and len(value) == 2 and all(isinstance(v, int | float) for v in value)
+    if not numbers or not 0.1 <= value[0] <= value[1] <= 10:
+        raise ValueError(f'gt_gamma must be [low, high], within [0.1, 10], got {value!r}')
+    return tuple(value)
 
 
 def _parse_degradations(choice: str | list | dict | None) -> dict[str, dict]:

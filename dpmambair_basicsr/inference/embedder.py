@@ -75,7 +75,7 @@ class Embedder:
         if not paths:
             raise ValueError(f'{folder}: no picture there')
         found = self.embed(paths, 'clean', degraded_versions)
-        return Classes.of({kind: [part[i : i + 1] for part in found.values()] for i, kind in enumerate(synthetic())})
+        return Classes.of({kind: [part[i : i + 1] for part in found.values()] for i, kind in enumerate(single_kinds())})
 
     def embed(
         self,
@@ -108,7 +108,12 @@ def middle(image: np.ndarray, size: int | None) -> np.ndarray:
     return image[top : top + size, left : left + size]
 
 
+def single_kinds() -> list[str]:
+    """The degradations that have a function, without the mixture of all."""
+    return [kind for kind in synthetic() if kind != 'composed']
+
+
 def degraded_versions(image: np.ndarray, seed: int) -> list[np.ndarray]:
-    """One for each degradation that has a function."""
+    """One for each of `single_kinds`."""
     rng = np.random.default_rng(seed)
-    return [degrade(image, kind, rng) for kind in synthetic()]
+    return [degrade(image, kind, rng) for kind in single_kinds()]
