@@ -15,7 +15,15 @@ def for_an_index(readme: str) -> str:
 setup(
     long_description=for_an_index(Path(__file__).with_name('README.md').read_text(encoding='utf-8')),
     long_description_content_type='text/markdown',
-    packages=[*find_packages(include=['dpmambair_basicsr', 'dpmambair_basicsr.*']), 'dpmambair_basicsr.option_files'],
+    packages=[
+        *find_packages(include=['dpmambair_basicsr', 'dpmambair_basicsr.*']),
+        'dpmambair_basicsr.option_files',
+        'dpmambair_basicsr.weights',
+    ],
     package_dir={'dpmambair_basicsr.option_files': 'options'},  # `files.option_files.packaged_folder` finds them there
-    package_data={'dpmambair_basicsr': ['py.typed'], 'dpmambair_basicsr.option_files': ['*.yml', '*.json']},
+    package_data={
+        'dpmambair_basicsr': ['py.typed'],
+        'dpmambair_basicsr.option_files': ['*.yml', '*.json'],
+        'dpmambair_basicsr.weights': ['*.safetensors', '*.md'],
+    },
 )

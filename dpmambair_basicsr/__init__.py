@@ -21,14 +21,15 @@ def register():
 
 
 def load(
-    weights,
+    weights=None,
     *,
     network: dict | None = None,
     device: str = 'auto',
     half: bool = False,
     scan_backend: str | None = None,
 ):
-    """A trained network: `load('net_g_latest.pth').restore(image)`. See `dpmambair_basicsr.inference.restorer`."""
+    """A trained network: `load('net_g_latest.pth').restore(image)`. Without a file, the one that comes with the
+    package. See `dpmambair_basicsr.inference.restorer`."""
     from dpmambair_basicsr.inference import restorer
 
     return restorer.load(weights, network=network, device=device, half=half, scan_backend=scan_backend)

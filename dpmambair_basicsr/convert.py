@@ -37,7 +37,8 @@ def main() -> None:
         weights = select_weights(arguments.checkpoint, checkpoint, *([arguments.key] if arguments.key else WRAPPINGS))
         weights = own_names(weights)
         Path(arguments.output).parent.mkdir(parents=True, exist_ok=True)
-        write_safetensors(arguments.output, weights, checkpoint.get('network_g') or network_options(weights))
+        network = checkpoint.get('network_g') or network_options(weights)
+        write_safetensors(arguments.output, weights, network, checkpoint.get('degradation_classifier'))
     print(f'{arguments.output}: {len(weights)} tensors')
 
 

@@ -1,4 +1,6 @@
-"""Restore pictures: `python -m dpmambair_basicsr.restore -w net_g_latest.pth pictures/ -o restored/`.
+"""Restore pictures: `python -m dpmambair_basicsr.restore pictures/ -o restored/`.
+
+Without -w, the small network that comes with the package restores them; its card says what it does well and badly.
 
 Each result has the name and the format of its picture, and its bit depth, colour profile, EXIF data and alpha channel.
 EXIF orientation is carried out: results are upright. JPEG stays JPEG, at quality 98. What cannot be read or written is
@@ -12,9 +14,12 @@ import time
 from pathlib import Path
 
 import cv2
+import numpy as np
+from torch import Tensor
 from tqdm import tqdm
 
-from dpmambair_basicsr.files.errors import exit_on_error, print_any_name
+from dpmambair_basicsr.files.codec import write_bytes
+from dpmambair_basicsr.files.errors import InputError, exit_on_error, print_any_name
 from dpmambair_basicsr.files.option_files import read_network
 from dpmambair_basicsr.files.picture_jobs import plan
 from dpmambair_basicsr.files.pictures import (
@@ -22,14 +27,18 @@ from dpmambair_basicsr.files.pictures import (
     Picture,
     check_format,
     format_of,
+    read_picture,
     read_pictures,
     restored_picture,
     side_by_side,
     write_pictures,
 )
+from dpmambair_basicsr.inference.degradation_classifier import Finding
 from dpmambair_basicsr.inference.memory import OutOfMemory, is_out_of_memory
-from dpmambair_basicsr.inference.restorer import OVERLAP, Restorer, load
+from dpmambair_basicsr.inference.restorer import OVERLAP, SHIPPED_WEIGHTS, Restorer, load
 from dpmambair_basicsr.ops.selective_scan import BACKENDS
+from dpmambair_basicsr.results import restored_images
+from dpmambair_basicsr.results.restored_images import LEFT, NOT_TRIED, RESTORED, RestoredImage
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # the next picture would meet them too
 
@@ -58,33 +67,43 @@ def run(arguments: argparse.Namespace) -> int:
         half=arguments.half,
         scan_backend=arguments.scan_backend,
     )
+    steering = steering_embedding(restorer, arguments)
+    if arguments.weights is None:
+        card = SHIPPED_WEIGHTS.with_name('README.md')
+        print(f'no -w: {SHIPPED_WEIGHTS.name}, a trial of six minutes of training; what it does badly: {card}')
     work.folder.mkdir(parents=True, exist_ok=True)
     if work.skipped:
         print(work.skipped_summary(), flush=True)
 
     left = [(source, target) for source, target in work.jobs if not (arguments.resume and target.exists())]
-    done = failed = 0
+    images = []
     bar = tqdm(left, unit='picture', disable=None)
     for source, target in bar:
         bar.set_description(source.name)
+        begin = time.monotonic()
         try:
-            report = restore_file(restorer, source, target, arguments, work.folder, bar)
+            image = restore_file(restorer, source, target, arguments, steering, work.folder, bar)
         except (OSError, ValueError, MemoryError, RuntimeError, cv2.error) as error:
-            failed += 1
             reason = ' '.join(str(error).split()) or type(error).__name__
             if is_out_of_memory(error) and not isinstance(error, OutOfMemory):
                 reason = f'out of memory before or after the network, where tiles do not help: {reason}'
             bar.write(f'{source}: {reason}', file=sys.stderr)
+            images.append(RestoredImage(str(source), None, f'failed: {reason}', time.monotonic() - begin))
             if isinstance(error, OSError) and error.errno in DISK_ERRORS:
                 break
         else:
-            done += 1
-            bar.write(f'{source}: {report}')
+            images.append(image)
+            bar.write(image.line())
             sys.stdout.flush()
-    there = f', {len(work.jobs) - len(left)} there already' if arguments.resume else ''
-    not_tried = len(left) - done - failed
+    failed = sum(image.result is None for image in images)
+    clean = sum(image.action == LEFT for image in images)
+    images += [RestoredImage(str(source), None, NOT_TRIED, 0) for source, _ in left[len(images) :]]
+    write_records(images, arguments)
+    there = f', {clean} left as they are' if clean else ''
+    there += f', {len(work.jobs) - len(left)} there already' if arguments.resume else ''
+    not_tried = sum(image.action == NOT_TRIED for image in images)
     there += f', {not_tried} not tried: free some space and use --resume' if not_tried else ''
-    print(f'{arguments.output}: {done} restored, {failed} failed{there}')
+    print(f'{arguments.output}: {len(left) - failed - clean - not_tried} restored, {failed} failed{there}')
     return 1 if failed else 0
 
 
@@ -103,9 +122,9 @@ def parse_arguments() -> argparse.Namespace:
     add(
         '-w',
         '--weights',
-        required=True,
         metavar='FILE',
-        help='checkpoint, net_g_*.pth or *.safetensors, or hf:user/name of the Hugging Face hub',
+        help='checkpoint, net_g_*.pth or *.safetensors, or hf:user/name of the Hugging Face hub; '
+        'default: those that come with the package',
     )
     add(
         '-o',
@@ -132,24 +151,72 @@ def parse_arguments() -> argparse.Namespace:
     add('--self-ensemble', action='store_true', help='mean over eight flips and rotations, in eight times the time')
     add('--suffix', default='', help='added to the names of the results')
     add('--resume', action='store_true', help='skip pictures whose result is there')
+    add(
+        '--strength',
+        type=float,
+        default=1,
+        metavar='S',
+        help='0 to 1: how much of the restored picture is blended in; default: 1',
+    )
+    add('--force', action='store_true', help='also restore what is found clean, which otherwise is copied')
+    steering = parser.add_mutually_exclusive_group()
+    steering.add_argument('--kind', metavar='NAME', help='undo this degradation, whatever is found: rain, haze, ...')
+    steering.add_argument('--like', type=Path, metavar='FILE', help='undo what this picture suffers from')
+    add('--table', type=Path, metavar='FILE', help='.csv or .json: what was found and done, a row for each picture')
+    add('--report', type=Path, metavar='FILE.html', help='a page with sliders, and why not to trust a result')
     add('--compare', action='store_true', help='also write picture and result side by side, in compare/')
     arguments = parser.parse_args()
     if arguments.ext is not None and arguments.ext not in FORMATS:
         parser.error(f'--ext: must be one of {", ".join(extension[1:] for extension in FORMATS)}')
     if not arguments.inputs and not arguments.input:
         parser.error('no INPUT')
+    if not 0 <= arguments.strength <= 1:
+        parser.error('--strength: from 0 to 1')
+    if arguments.table is not None and arguments.table.suffix not in ('.csv', '.json'):
+        parser.error('--table: a .csv or .json')
     if arguments.tile is not None and arguments.tile < 0 or arguments.overlap < 0:
         parser.error('--tile and --overlap: 0 or more')
     return arguments
 
 
-def restore_file(
-    restorer: Restorer, source: Path, target: Path, arguments: argparse.Namespace, folder: Path, bar: tqdm
-) -> str:
-    """Restores one picture, or all frames or pages of a file.
+def steering_embedding(restorer: Restorer, arguments: argparse.Namespace) -> Tensor | None:
+    """(1, E) in place of every picture's own: of --kind or --like.
 
-    Returns:
-        What was done, and what the result does not keep.
+    Raises:
+        InputError: the network has no such kind, or embeds nothing; the picture of --like cannot be restored.
+        OSError: it cannot be read.
+    """
+    if arguments.kind is not None:
+        if restorer.classifier is None:
+            raise InputError(f'--kind: {arguments.weights} holds no classes of degradations; --like takes a picture')
+        try:
+            return restorer.classifier.embedding_of(arguments.kind)
+        except ValueError as error:
+            raise InputError(f'--{error}') from None
+    if arguments.like is None:
+        return None
+    try:
+        embedding = restorer.embedding_of(read_picture(arguments.like).visible_image())
+    except ValueError as error:
+        raise InputError(f'--like: {arguments.like}: {error}') from None
+    if embedding is None:
+        raise InputError(f'--like: {type(restorer.net).__name__} is not told what to undo')
+    return embedding
+
+
+def restore_file(
+    restorer: Restorer,
+    source: Path,
+    target: Path,
+    arguments: argparse.Namespace,
+    steering: Tensor | None,
+    folder: Path,
+    bar: tqdm,
+) -> RestoredImage:
+    """Restores one picture, or all frames or pages of a file; one that is found clean, in all of them, is copied.
+
+    Args:
+        steering: see `steering_embedding`.
 
     Raises:
         OSError, ValueError, MemoryError, RuntimeError: it cannot be read, restored or written.
@@ -159,30 +226,93 @@ def restore_file(
     keeps_format = arguments.ext is None and target.suffix == source.suffix
     kind = format_of(source) if keeps_format else target.suffix.lower()
     check_format(target, pictures, timing, kind)  # before the work
-    results = []
+    findings = [restorer.find(picture.visible_image()) for picture in pictures]
+    clean = all(finding is not None and finding.is_clean for finding in findings)
+    clean = clean and steering is None and not arguments.force
+    results, spreads = pictures, []
+    if not clean:
+        results, spreads = restore_pictures(restorer, pictures, steering, arguments, bar)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if arguments.compare:  # first: where the result is, everything is
+        beside = folder / 'compare' / target.relative_to(folder)
+        beside.parent.mkdir(parents=True, exist_ok=True)
+        write_pictures(beside, [*map(side_by_side, pictures, results)], timing, kind)
+    lost = []
+    if clean and keeps_format:
+        write_bytes(target, source.read_bytes(), shared=True)
+    else:
+        lost = write_pictures(target, results, timing, kind)
+    seconds = time.monotonic() - begin
+    notes = [summary(restorer, pictures, arguments.tile, seconds)]
+    notes += [f'left out: {", ".join(lost)}'] * bool(lost)
+    notes += [f'a {kind[1:]} file by its content, and so is the result'] * (kind != target.suffix.lower())
+    looked_at = findings[0] if clean else look_again(restorer, results[0], arguments)
+    return RestoredImage(
+        str(source),
+        str(target),
+        LEFT if clean else RESTORED,
+        seconds,
+        '; '.join(notes),
+        **found(findings[0]),
+        found_after=None if looked_at is None else looked_at.kind,
+        probability_after=None if looked_at is None else looked_at.probability,
+        spread=float(np.mean([spread.mean() for spread in spreads])) if spreads else None,
+        spread_map=spreads[0] if spreads else None,
+    )
+
+
+def restore_pictures(
+    restorer: Restorer, pictures: list[Picture], embedding: Tensor | None, arguments: argparse.Namespace, bar: tqdm
+) -> tuple[list[Picture], list[np.ndarray]]:
+    """The restored frames or pages, and with --self-ensemble where the eight disagree."""
+    results, spreads = [], []
     for index, picture in enumerate(pictures):
         of_all = f'{index + 1}/{len(pictures)} ' if len(pictures) > 1 else ''
         image = restorer.restore(
             picture.visible_image(),
             tile=arguments.tile,
             overlap=arguments.overlap,
-            self_ensemble=arguments.self_ensemble,
+            strength=arguments.strength,
+            embedding=embedding,
+            return_spread=arguments.self_ensemble,
             one_pass=arguments.one_pass,
             progress=lambda done, total, of_all=of_all: bar.set_postfix_str(
                 of_all + ('' if total == 1 else f'tile {done}/{total}')
             ),
         )
+        if arguments.self_ensemble:
+            image, spread = image
+            spreads.append(spread)
         results.append(restored_picture(picture, image))
-    target.parent.mkdir(parents=True, exist_ok=True)
-    if arguments.compare:  # first: where the result is, everything is
-        beside = folder / 'compare' / target.relative_to(folder)
-        beside.parent.mkdir(parents=True, exist_ok=True)
-        write_pictures(beside, [*map(side_by_side, pictures, results)], timing, kind)
-    lost = write_pictures(target, results, timing, kind)
-    report = [summary(restorer, pictures, arguments.tile, time.monotonic() - begin)]
-    report += [f'left out: {", ".join(lost)}'] * bool(lost)
-    report += [f'a {kind[1:]} file by its content, and so is the result'] * (kind != target.suffix.lower())
-    return '; '.join(report)
+    return results, spreads
+
+
+def look_again(restorer: Restorer, result: Picture, arguments: argparse.Namespace) -> Finding | None:
+    """What is found in the result, if somebody will read it."""
+    return None if arguments.table is arguments.report is None else restorer.find(result.visible_image())
+
+
+def found(finding: Finding | None) -> dict:
+    if finding is None:
+        return {}
+    (kind, probability), (second, second_probability) = list(finding.probabilities.items())[:2]
+    return {
+        'found': kind,
+        'probability': probability,
+        'second': second,
+        'second_probability': second_probability,
+        'distance': finding.distance,
+        'familiar': finding.familiar,
+    }
+
+
+def write_records(images: list[RestoredImage], arguments: argparse.Namespace) -> None:
+    """The table and the report, if asked for."""
+    if arguments.table is not None:
+        restored_images.write_table(arguments.table, images)
+    if arguments.report is not None:
+        weights = arguments.weights or SHIPPED_WEIGHTS.name
+        restored_images.write_text(arguments.report, restored_images.page(images, weights))
 
 
 def summary(restorer: Restorer, pictures: list[Picture], tile: int | None, seconds: float) -> str:

@@ -85,8 +85,14 @@ def project(tmp_path, monkeypatch):
     return tmp_path
 
 
+def as_module(command: list[str]) -> list[str]:
+    """`dpmambair command` is short for `python -m dpmambair_basicsr.command`."""
+    return ['python', '-m', f'dpmambair_basicsr.{command[1]}', *command[2:]] if command[0] == 'dpmambair' else command
+
+
 def run(command: list[str]) -> None:
-    """`python -m module ...` in this process."""
+    """`python -m module ...`, or `dpmambair command ...`, in this process."""
+    command = as_module(command)
     words = [path for word in command for path in (sorted(glob.glob(word)) if '*' in word else [word])]
     assert words[:2] == ['python', '-m'], command
     saved = sys.argv
@@ -150,7 +156,7 @@ def test_restoring_and_reports_of_the_readme(project):
         opt['path']['pretrain_network_g'] = 'own.pth'
         (project / f'{name}.yml').write_text(yaml.safe_dump(opt))
         run(['python', '-m', 'dpmambair_basicsr.test', '-opt', f'{name}.yml'])
-    for command in readme:
+    for command in map(as_module, readme):
         if {'dpmambair_basicsr.restore', 'dpmambair_basicsr.report'} & {*command}:
             run(command)
     assert {file.name for file in (project / 'restored').iterdir()} == {'a.png', 'b.jpg'}

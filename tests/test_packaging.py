@@ -13,6 +13,7 @@ from support.metadata import name_of, pyproject
 
 import dpmambair_basicsr
 from dpmambair_basicsr.__main__ import COMMANDS, MODULES
+from dpmambair_basicsr.inference.restorer import SHIPPED_WEIGHTS
 
 
 def test_every_command_of_the_package_is_listed(tmp_path):
@@ -81,6 +82,8 @@ def test_the_wheel_holds_the_modules_the_option_files_and_the_command(distributi
     metadata = {name for name in names if '.dist-info/' in name}
     assert options and names - metadata == options | {name for name in files if (PACKAGE_PARENT / name).is_file()}
     assert f'-{dpmambair_basicsr.__version__}-' in wheel.name
+    weights = {f'dpmambair_basicsr/weights/{name}' for name in ('README.md', 'ATTRIBUTION.md', SHIPPED_WEIGHTS.name)}
+    assert weights <= names, 'the attribution has to travel with the weights'
 
 
 def test_a_wheel_can_be_built_of_the_source_distribution(distributions, tmp_path):
@@ -120,7 +123,7 @@ def test_what_the_pages_say_an_optional_feature_needs_is_one_of_our_extras():
     extras = pyproject()['project']['optional-dependencies']
     known = {frozenset(map(name_of, requirements)) for requirements in extras.values()}
     rows = re.findall(r'^\| `pip install ([^`]+)` \|', (PACKAGE_PARENT / 'docs/install.md').read_text('utf-8'), re.M)
-    assert len(rows) >= 4
+    assert len(rows) >= 5
     for row in rows:
         assert frozenset(row.split()) in known, row
 

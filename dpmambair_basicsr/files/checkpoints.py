@@ -89,14 +89,17 @@ def read_safetensors(path: str) -> dict:
         raise CheckpointError(f'{path}: cannot be read by safetensors ({type(error).__name__}: {error})') from error
 
 
-def write_safetensors(path: str, weights: dict[str, Tensor], network: dict | None = None) -> None:
-    """The state dict, and the options of its network, as a whole or not at all.
+def write_safetensors(
+    path: str, weights: dict[str, Tensor], network: dict | None = None, classifier: dict | None = None
+) -> None:
+    """The state dict, the options of its network and its classifier of degradations, as a whole or not at all.
 
     Raises:
         CheckpointError: if the package is not installed.
         OSError: if it cannot be written.
     """
-    content = encode_safetensors(path, {'params': weights} | ({'network_g': network} if network else {}))
+    others = {'network_g': network, 'degradation_classifier': classifier}
+    content = encode_safetensors(path, {'params': weights} | {key: value for key, value in others.items() if value})
     with replacing(path) as part:
         part.write_bytes(content)
 
@@ -127,8 +130,11 @@ def encode_safetensors(path: str, content: dict) -> bytes:
 
 
 def is_text(key: str) -> bool:
-    """Whether a .safetensors file has it as JSON: options of a network, or what `models.best_checkpoint` notes."""
-    return key.startswith('network_') or key == 'best'
+    """Whether a .safetensors file has it as JSON.
+
+    Options of a network, what `models.best_checkpoint` notes, an `inference.degradation_classifier`.
+    """
+    return key.startswith('network_') or key in ('best', 'degradation_classifier')
 
 
 def import_safetensors(path: str):

@@ -17,9 +17,10 @@ from dpmambair_basicsr.archs.recognition import network_options, own_names
 from dpmambair_basicsr.files import hub
 from dpmambair_basicsr.files.checkpoints import WRAPPINGS, differences, read_checkpoint, select_weights
 from dpmambair_basicsr.files.images import to_float, to_tensor
+from dpmambair_basicsr.inference.degradation_classifier import DegradationClassifier, Finding
 from dpmambair_basicsr.inference.memory import PeakMemory, free_memory, is_out_of_memory, out_of_memory
 from dpmambair_basicsr.inference.tiled_network import OVERLAP, TiledNetwork
-from dpmambair_basicsr.ops import use_backend
+from dpmambair_basicsr.ops import pad_to_multiple, use_backend
 from dpmambair_basicsr.ops.selective_scan.backend import check_backend
 from dpmambair_basicsr.registry import (
     arguments_of,
@@ -32,6 +33,8 @@ from dpmambair_basicsr.registry import (
 )
 
 LOGGER = logging.getLogger('dpmambair_basicsr')
+# What comes with the package; its card is the README.md beside it.
+SHIPPED_WEIGHTS = Path(__file__).parents[1] / 'weights' / 'dpmambair_small_trial.safetensors'
 SMALL = 256  # pixels: smaller images are not cut into tiles unless asked for
 PROBE = 64  # pixels: size of the image whose memory is measured
 REPEATED = 4  # how many times tensors of a file may share its bytes
@@ -41,7 +44,7 @@ STEP = 64  # pixels
 
 
 def load(
-    weights: str | Path,
+    weights: str | Path | None = None,
     *,
     network: dict | None = None,
     device: str = 'auto',
@@ -54,7 +57,7 @@ def load(
         weights: a checkpoint, net_g_*.pth or a .safetensors file, or `hf:user/name`, which is downloaded from the
             Hugging Face hub, see `files.hub`. The average of the network, `params_ema`, is used if there is one,
             otherwise `params`, otherwise what other programs have under the other keys of `WRAPPINGS`, otherwise the
-            file itself as a state dict.
+            file itself as a state dict. None: `SHIPPED_WEIGHTS`.
         network: `network_g` of the option file, which takes the place of the file's own. Without either, a VmambaIR or
             DPMambaIR is recognised by names and shapes, see `archs.recognition`; the log says so.
         device: 'auto' (what PyTorch finds: CUDA, Apple's MPS, otherwise the CPU), 'cpu', 'mps', 'cuda' or 'cuda:<n>'.
@@ -69,12 +72,14 @@ def load(
             name a network that is not ours, or stand for more than the file holds. A BackendError if there is no such
             backend, or it cannot run there.
     """
-    weights = hub.local_file(str(weights))
+    weights = hub.local_file(str(SHIPPED_WEIGHTS if weights is None else weights))
     device = choose_device(device)
     check_backend(scan_backend, 'scan_backend', device)
-    net = load_network(weights, network)
+    checkpoint = read_checkpoint(weights)
+    net = network_of(weights, checkpoint, network)
+    classifier = read_classifier(weights, checkpoint)
     try:
-        return Restorer(net, device, half, scan_backend)
+        return Restorer(net, device, half, scan_backend, classifier)
     except (AttributeError, TypeError, ValueError, RuntimeError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
@@ -86,8 +91,11 @@ def load(
 
 def load_network(weights: str | Path, network: dict | None = None) -> nn.Module:
     """The network of a checkpoint, on the CPU; arguments and errors as `load` has them."""
-    weights = str(weights)
-    checkpoint = read_checkpoint(weights)
+    return network_of(str(weights), read_checkpoint(str(weights)), network)
+
+
+def network_of(weights: str, checkpoint: dict, network: dict | None) -> nn.Module:
+    """`load_network` of a file that has been read."""
     state_dict = own_names(select_weights(weights, checkpoint, *WRAPPINGS))
     options = checkpoint.get('network_g') if network is None else network
     if options is None:
@@ -158,6 +166,14 @@ def build(target: type, arguments: dict, state_dict: dict[str, Tensor], weights:
     return net.float()
 
 
+def read_classifier(weights: str, checkpoint: dict) -> DegradationClassifier | None:
+    values = checkpoint.get('degradation_classifier')
+    try:
+        return None if values is None else DegradationClassifier.from_plain(values)
+    except ValueError as error:
+        raise ValueError(f"{weights}: its key 'degradation_classifier' {error}") from None
+
+
 def choose_device(name: str) -> torch.device:
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     if name == 'auto':
@@ -178,14 +194,23 @@ class Restorer(TiledNetwork):
         net: see `TiledNetwork`; it is moved to the device, and its parameters are frozen.
         device: where it runs.
         half, scan_backend: see `load`.
+        classifier: of images, None if the checkpoint has none.
 
     Attributes:
         scale: output pixels per input pixel.
     """
 
-    def __init__(self, net: nn.Module, device: torch.device, half: bool = False, scan_backend: str | None = None):
+    def __init__(
+        self,
+        net: nn.Module,
+        device: torch.device,
+        half: bool = False,
+        scan_backend: str | None = None,
+        classifier: DegradationClassifier | None = None,
+    ):
         super().__init__(net.to(device).eval().requires_grad_(False), device, scale=1, half=half)
         self.scan_backend = scan_backend
+        self.classifier = classifier
         side = math.ceil(16 / self.stride) * self.stride
         image = torch.zeros(1, 3, side, side)
         with torch.no_grad():
@@ -201,10 +226,13 @@ class Restorer(TiledNetwork):
         *,
         tile: int | None = None,
         overlap: int = OVERLAP,
+        strength: float = 1,
+        embedding: Tensor | None = None,
         self_ensemble: bool = False,
         one_pass: bool = False,
+        return_spread: bool = False,
         progress: Callable[[int, int], None] | None = None,
-    ) -> np.ndarray | Tensor:
+    ) -> np.ndarray | Tensor | tuple[np.ndarray, np.ndarray] | tuple[Tensor, Tensor]:
         """The restored image, `scale` times as large.
 
         Tiles bound the memory: beside the image in float32 and the result, it takes that of one row of results and what
@@ -215,8 +243,13 @@ class Restorer(TiledNetwork):
             tile: size of the tiles in pixels of the image, rounded down to a multiple of the network's stride. 0: the
                 whole image at once. None: by the size of the image, see `fitting_tile`.
             overlap: pixels that neighbouring tiles share at least, up to half a tile; they are blended across it.
+            strength: 1: the network's result; 0: the image; between them a blend. Only for networks of scale 1.
+            embedding: (1, E) that tells the network what to undo, in the place of the image's own: `embedding` of
+                another image, or `classifier.embedding_of` a kind.
             self_ensemble: average of the results for the eight flips and rotations, in eight times the time.
             one_pass: tiles in half the time, each with means of its own.
+            return_spread: self_ensemble, and how far the eight disagree: a pair of the image and ([B,] H, W) float32,
+                the standard deviation over the three colours, in [0, 1].
             progress: called with the number of tiles done and of all, those of both passes.
 
         Returns:
@@ -224,13 +257,18 @@ class Restorer(TiledNetwork):
 
         Raises:
             ValueError: an image of another shape or type, or an empty one; a tile smaller than the network's stride;
-                an output that is not finite.
+                a strength outside of [0, 1], or a blend of different sizes; an output that is not finite.
             OutOfMemory: naming the image's size, its tile, and a smaller one.
         """
         check_image(image)
         if isinstance(image, Tensor) and image.dim() == 4:
-            options = {'tile': tile, 'overlap': overlap, 'self_ensemble': self_ensemble, 'one_pass': one_pass}
-            return torch.stack([self.restore(part, **options, progress=progress) for part in image])
+            options = {'tile': tile, 'overlap': overlap, 'strength': strength, 'embedding': embedding}
+            options |= {'self_ensemble': self_ensemble, 'one_pass': one_pass, 'progress': progress}
+            parts = [self.restore(part, **options, return_spread=return_spread) for part in image]
+            return tuple(map(torch.stack, zip(*parts, strict=True))) if return_spread else torch.stack(parts)
+        if not 0 <= strength <= 1 or strength < 1 and self.scale > 1:
+            limits = '0 to 1' if self.scale == 1 else f'1, since results are {self.scale} times as large as images'
+            raise ValueError(f'strength: {strength}; expected {limits}')
         is_array = isinstance(image, np.ndarray)
         source = to_tensor(to_float(image)) if is_array else image.float().cpu()
         h, w = source.shape[1:]
@@ -242,22 +280,59 @@ class Restorer(TiledNetwork):
                 source[None],
                 tile=size,
                 overlap=overlap,
+                embedding=embedding,
                 self_ensemble=self_ensemble,
+                spread=return_spread,
                 one_pass=one_pass,
                 progress=progress,
             )
-            bands = (self.finished(band) for band in bands)
-            return collect_array(bands, image, self.scale) if is_array else torch.cat(list(bands), dim=1).to(image)
+            spreads = []
+            bands = self.finished(bands, source, strength, spreads)
+            result = collect_array(bands, image, self.scale) if is_array else torch.cat(list(bands), dim=1).to(image)
         except Exception as error:
             if is_out_of_memory(error):
                 raise out_of_memory(h, w, size, 'tile={0} (--tile {0})') from None
             raise
+        if not return_spread:
+            return result
+        spread = torch.cat(spreads)
+        return result, spread.numpy() if is_array else spread.to(image.device)
 
-    def finished(self, band: Tensor) -> Tensor:
-        """(1, 3, rows, W) -> (3, rows, W) in [0, 1]. Raises ValueError if it is not finite."""
-        if not band.isfinite().all():
-            raise ValueError(f'the output of the network is not finite{" in half precision" if self.half else ""}')
-        return band[0].clamp(0, 1)
+    def finished(
+        self, bands: Iterator[Tensor], source: Tensor, strength: float, spreads: list[Tensor]
+    ) -> Iterator[Tensor]:
+        """(1, 3 or 4, rows, W) each -> (3, rows, W) in [0, 1], blended with source; a fourth channel goes to `spreads`.
+
+        Raises:
+            ValueError: a band is not finite.
+        """
+        top = 0
+        for (band,) in bands:
+            if not band.isfinite().all():
+                raise ValueError(f'the output of the network is not finite{" in half precision" if self.half else ""}')
+            spreads.extend(strength * part for part in band[3:])
+            colours = band[:3].clamp(0, 1)
+            bottom = top + colours.shape[1]
+            yield colours if strength == 1 else torch.lerp(source[:, top:bottom], colours, strength)
+            top = bottom
+
+    def embedding_of(self, image: np.ndarray | Tensor) -> Tensor | None:
+        """What `restore` tells the network of the degradation of an image, (B, E); None if it embeds nothing.
+
+        Args:
+            image: as `restore` takes it.
+
+        Raises:
+            ValueError: an image of another shape or type.
+        """
+        check_image(image)
+        source = to_tensor(to_float(image)) if isinstance(image, np.ndarray) else image.float().cpu()
+        embedding = self.embed(pad_to_multiple(source.reshape(-1, *source.shape[-3:]), self.stride))
+        return None if embedding is None else embedding.cpu()
+
+    def find(self, image: np.ndarray) -> Finding | None:
+        """What is wrong with an (H, W, 3) uint8 or uint16 array; None without a classifier."""
+        return None if self.classifier is None else self.classifier.find(to_float(image))
 
     def call(self, image: Tensor, embedding: Tensor | None, means: MeansOverTiles | None = None) -> Tensor:
         with use_backend(self.scan_backend):

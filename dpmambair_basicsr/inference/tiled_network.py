@@ -42,7 +42,9 @@ class TiledNetwork:
         *context: Tensor,
         tile: int = 0,
         overlap: int = OVERLAP,
+        embedding: Tensor | None = None,
         self_ensemble: bool = False,
+        spread: bool = False,
         one_pass: bool = False,
         progress: Callable[[int, int], None] | None = None,
     ) -> Iterator[Tensor]:
@@ -52,12 +54,14 @@ class TiledNetwork:
             context: what the network's `embed` takes beside the image.
             tile: size of the tiles in pixels of the image, rounded down to a multiple of the stride. 0: the whole.
             overlap: pixels that neighbouring tiles share at least, up to half a tile; they are blended across it.
+            embedding: (b, E) in the place of the image's own.
             self_ensemble: average of the results for the eight flips and rotations.
+            spread: self_ensemble, and a fourth channel: the standard deviation of the eight, over the three colours.
             one_pass: each tile has means of its own.
             progress: called with the number of tiles done and of all, those of both passes.
 
         Yields:
-            (b, 3, any number of rows, scale * w), float32 on the CPU, not clamped.
+            (b, 3 or 4, any number of rows, scale * w), float32 on the CPU, not clamped.
 
         Raises:
             ValueError: a tile smaller than the stride, a negative overlap, context for a network that embeds nothing.
@@ -67,13 +71,17 @@ class TiledNetwork:
         rows, columns = (
             tile_spans(length, length if tile == 0 else tile, overlap, self.stride) for length in padded.shape[2:]
         )
-        embedding = self.embed(padded, *context)
+        embedding = self.embed(padded, *context) if embedding is None else embedding.to(self.device)
         tiles = len(rows) * len(columns)
         means = MeansOverTiles() if tiles > 1 and not one_pass and self.has_means else None
         done = count(1)
 
         def restore_tile(x: Tensor) -> Tensor:
-            output = self.call_eight_ways(x, embedding, means) if self_ensemble else self.call(x, embedding, means)
+            output = (
+                self.call_eight_ways(x, embedding, means, spread)
+                if self_ensemble or spread
+                else self.call(x, embedding, means)
+            )
             if progress is not None:
                 progress(next(done), tiles * (1 if means is None else 2))
             return output
@@ -103,14 +111,22 @@ class TiledNetwork:
         with torch.autocast(self.device.type, dtype, enabled=self.half), means or nullcontext():
             return self.net(image.to(self.device), **context).float().cpu()
 
-    def call_eight_ways(self, image: Tensor, embedding: Tensor | None, means: MeansOverTiles | None) -> Tensor:
-        """The mean of `call` for the eight flips and rotations, each turned back."""
-        total = 0
+    def call_eight_ways(
+        self, image: Tensor, embedding: Tensor | None, means: MeansOverTiles | None, spread: bool = False
+    ) -> Tensor:
+        """The mean of `call` for the eight flips and rotations, each turned back; see `bands` for the spread."""
+        total, squares = 0, 0
         for turns in range(4):
             for flipped in (False, True):
                 if means is not None:
                     means.variant = turns, flipped
                 turned = image.rot90(turns, (2, 3))
                 output = self.call(turned.flip(3) if flipped else turned, embedding, means)
-                total = total + (output.flip(3) if flipped else output).rot90(-turns, (2, 3))
-        return total / 8
+                output = (output.flip(3) if flipped else output).rot90(-turns, (2, 3))
+                total = total + output
+                squares = squares + output.square() if spread else 0
+        mean = total / 8
+        if not spread:
+            return mean
+        variance = (squares / 8 - mean.square()).clamp(min=0).mean(dim=1, keepdim=True)
+        return torch.cat([mean, variance.sqrt()], dim=1)

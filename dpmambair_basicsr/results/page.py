@@ -80,6 +80,17 @@ def page(
     )
     shrunk = f'Shrunk to {MAX_SIDE} pixels where they are larger, and then not lossless: to look at, not to measure.'
     pictures = f'<h2>Degraded and restored</h2><p>{shrunk}</p><div class="sliders">{"".join(figures)}</div>'
+    body = f"""<div class="scroll" tabindex="0" role="region" aria-label="table of results">{html_table(comparison)}</div>
+{''.join(f'<p>{escape(note)}</p>' for note in comparison.notes + notes)}
+{bars(comparison)}
+{pictures if figures else ''}
+<h2>What was tested</h2>
+{facts}"""
+    return document(title, body)
+
+
+def document(title: str, body: str) -> str:
+    """A whole page that fetches nothing, with the script of `slider`; the title is text, the body HTML."""
     policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
     return f"""<!doctype html>
 <html lang="en">
@@ -92,12 +103,7 @@ def page(
 </head>
 <body>
 <h1>{escape(title)}</h1>
-<div class="scroll" tabindex="0" role="region" aria-label="table of results">{html_table(comparison)}</div>
-{''.join(f'<p>{escape(note)}</p>' for note in comparison.notes + notes)}
-{bars(comparison)}
-{pictures if figures else ''}
-<h2>What was tested</h2>
-{facts}
+{body}
 <script>{SCRIPT}</script>
 </body>
 </html>

@@ -1,0 +1,114 @@
+"""Gives trained weights a classifier of degradations, made from photographs: what `dpmambair restore` says it finds.
+
+    python scripts/fit_classifier.py net_g_latest.pth PHOTOS -o net_g.safetensors [--check OTHER_PHOTOS]
+
+Each photograph is degraded in every way of `versions`. OTHER_PHOTOS, which it must not have seen, are degraded alike
+and classified, and the shares that are right are printed.
+"""
+
+import argparse
+import zlib
+from collections.abc import Iterator
+
+import cv2
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from dpmambair_basicsr import load
+from dpmambair_basicsr.data.degradations import degrade, to_uint8
+from dpmambair_basicsr.files.checkpoints import WRAPPINGS, read_checkpoint, select_weights, write_safetensors
+from dpmambair_basicsr.files.images import to_float
+from dpmambair_basicsr.files.pictures import list_pictures, read_picture
+from dpmambair_basicsr.inference.degradation_classifier import DegradationClassifier
+from dpmambair_basicsr.inference.image_statistics import image_statistics
+from dpmambair_basicsr.inference.restorer import Restorer
+
+LARGEST, EMBEDDED = 320, 192  # pixels: centre crops whose statistics, and whose embedding, are taken
+KINDS = {
+    'haze': {'beta': (0.4, 1.8), 'airlight': (0.7, 1.0)},
+    'rain': {'strength': (0.2, 0.8)},
+    'snow': {'strength': (0.4, 1.0)},
+    'lowlight': {'illumination': (0.08, 0.4), 'sigma': (0, 4)},
+    'blur': {'length': (4, 19)},
+    'noise': {'sigma': (8, 55)},
+    'jpeg': {'quality': (8, 45)},
+}
+SLIGHT_NOISE = {'shot': (0, 0.0008), 'read': (0, 0.002), 'grain': (0, 1.2), 'quality': (88, 98)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition('\n\n')[0])
+    parser.add_argument('weights', help='checkpoint of a DPMambaIR')
+    parser.add_argument('photos', help='folder of clean photographs')
+    parser.add_argument('-o', '--output', required=True, help='.safetensors: the weights with the classifier')
+    parser.add_argument('--check', metavar='FOLDER', help='other clean photographs')
+    arguments = parser.parse_args()
+    restorer = load(arguments.weights)
+    restorer.classifier = DegradationClassifier.fit(*measure(restorer, arguments.photos))
+    if arguments.check:
+        print(report(restorer.classifier, measure(restorer, arguments.check)[0]))
+    checkpoint = read_checkpoint(arguments.weights)
+    weights = select_weights(arguments.weights, checkpoint, *WRAPPINGS)
+    write_safetensors(arguments.output, weights, checkpoint['network_g'], restorer.classifier.to_plain())
+    print(f'{arguments.output}: {", ".join(restorer.classifier.names)}')
+
+
+def measure(restorer: Restorer, folder: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """{class: (N, S) statistics} and {class: (N, E) embeddings} of the photographs of a folder, degraded."""
+    statistics, embeddings = {}, {}
+    for path in tqdm(list_pictures(folder), desc=folder, unit='photograph', disable=None):
+        rng = np.random.default_rng([zlib.crc32(path.name.encode()), 0])
+        for kind, image in versions(some_size(to_float(read_picture(path).image), rng), rng):
+            image = to_uint8(image)
+            statistics.setdefault(kind, []).append(torch.from_numpy(image_statistics(to_float(middle(image, LARGEST)))))
+            embeddings.setdefault(kind, []).append(restorer.embedding_of(middle(image, EMBEDDED)))
+    stacked = {kind: torch.stack(parts) for kind, parts in statistics.items()}
+    return stacked, {kind: torch.cat(parts) for kind, parts in embeddings.items()}
+
+
+def versions(photo: np.ndarray, rng: np.random.Generator) -> Iterator[tuple[str, np.ndarray]]:
+    """(class, image): the photograph clean and nearly so, darker and lighter, and degraded in each of `KINDS`."""
+    yield 'clean', photo
+    yield 'clean', photo ** gamma(rng, 0.7, 2.2)
+    yield 'clean', degrade(photo ** gamma(rng, 0.7, 2.2), 'camera_noise', rng, **SLIGHT_NOISE)
+    yield 'clean', degrade(photo, 'jpeg', rng, quality=(85, 98))
+    for kind, parameters in KINDS.items():
+        exposure = 1 if kind in ('haze', 'lowlight') else gamma(rng, 0.8, 1.6)
+        yield kind, degrade(photo**exposure, kind, rng, **parameters)
+
+
+def gamma(rng: np.random.Generator, low: float, high: float) -> np.float32:
+    return np.float32(np.exp(rng.uniform(np.log(low), np.log(high))))
+
+
+def some_size(photo: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """As it is, or five eighths of it: sharper, with finer detail."""
+    if rng.random() < 0.5:
+        photo = cv2.resize(photo, None, fx=0.625, fy=0.625, interpolation=cv2.INTER_AREA)
+    return np.clip(photo, 0, 1)
+
+
+def middle(image: np.ndarray, size: int) -> np.ndarray:
+    """The centre crop, on the grid of JPEG's blocks."""
+    top, left = (max(length - size, 0) // 2 // 8 * 8 for length in image.shape[:2])
+    return np.ascontiguousarray(image[top : top + size, left : left + size])
+
+
+def report(classifier: DegradationClassifier, statistics: dict[str, Tensor]) -> str:
+    """Shares of right classes, and the mean probability of the first class, which should be as large."""
+    right, sure, lines = [], [], []
+    for kind, part in statistics.items():
+        scores = classifier.scores(part)
+        hits = scores.argmax(dim=1) == classifier.names.index(kind)
+        lines.append(f'{kind}: {hits.float().mean():.0%} of {len(part)}')
+        right.append(hits)
+        sure.append(scores.amax(dim=1))
+    far = torch.cat([classifier.distances(part) > classifier.farthest for part in statistics.values()])
+    total = f'all: {torch.cat(right).float().mean():.1%}, with probability {torch.cat(sure).mean():.1%} on average'
+    return '\n'.join([*lines, f'{total}; {far.float().mean():.1%} called unlike the training images'])
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,64 @@
+"""The weights that come with the package, and `restore` and `load` without a file."""
+
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from basicsr.metrics import calculate_psnr
+from skimage import data
+from support.commands import python
+
+from dpmambair_basicsr import load
+from dpmambair_basicsr.data.degradations import degrade, to_uint8
+from dpmambair_basicsr.files.checkpoints import read_checkpoint
+from dpmambair_basicsr.files.images import to_float
+from dpmambair_basicsr.inference.restorer import SHIPPED_WEIGHTS
+
+TRIAL = Path(__file__).resolve().parents[2] / 'shared/weights/dpmambair_small_trial.pth'
+
+
+@pytest.fixture(scope='module')
+def photograph() -> np.ndarray:
+    return np.ascontiguousarray(data.astronaut()[:128, 160:320])
+
+
+@pytest.fixture(scope='module')
+def net():
+    return load()
+
+
+def test_the_file_is_small_in_half_precision_and_knows_its_network():
+    checkpoint = read_checkpoint(str(SHIPPED_WEIGHTS))
+    assert SHIPPED_WEIGHTS.stat().st_size <= 12e6
+    assert {value.dtype for value in checkpoint['params'].values()} == {torch.float16}
+    assert sum(value.numel() for value in checkpoint['params'].values()) <= 6e6
+    assert checkpoint['network_g']['type'] == 'DPMambaIR'
+
+
+def test_they_are_the_trial_and_give_its_pictures_to_the_bit(net, photograph):
+    if not TRIAL.is_file():
+        pytest.skip(f'{TRIAL} is not there')
+    assert np.array_equal(net.restore(photograph), load(TRIAL).restore(photograph))
+
+
+@pytest.mark.parametrize('kind, gain', [('rain', 5), ('noise', 5), ('lowlight', 7)])
+def test_what_it_was_trained_on_gets_much_better(kind, gain, net, photograph):
+    """Any change of what the network computes, say of the place of a prompt, would lose this."""
+    degraded = to_uint8(degrade(to_float(photograph), kind, np.random.default_rng(0)))
+    before, after = (calculate_psnr(image, photograph, crop_border=0) for image in (degraded, net.restore(degraded)))
+    assert after > before + gain
+
+
+def test_the_command_needs_no_weights_and_says_once_which_it_takes(net, photograph, tmp_path):
+    pictures = tmp_path / 'pictures'
+    pictures.mkdir()
+    degraded = to_uint8(degrade(to_float(photograph), 'rain', np.random.default_rng(0)))
+    for name in ('a.png', 'b.png'):
+        cv2.imwrite(str(pictures / name), degraded[..., ::-1])
+    result = python('-m', 'dpmambair_basicsr.restore', 'pictures', '-o', 'out', cwd=tmp_path)
+    assert result.returncode == 0, result.stdout
+    assert result.stdout.count(SHIPPED_WEIGHTS.name) == 1 and 'trial' in result.stdout
+    restored = cv2.imread(str(tmp_path / 'out/a.png'))[..., ::-1]
+    assert np.abs(restored.astype(int) - net.restore(degraded)).max() <= 1  # another process, other threads
