@@ -10,6 +10,7 @@ COMMANDS = {
     'train': "train with BasicSR's loop and arguments",
     'test': "test with BasicSR's loop and arguments, and write a table of the results",
     'restore': 'restore image files of any size with a trained network',
+    'app': 'a page in your browser that restores the picture you drop on it',
     'degradation': 'name the degradations of image files, and map their embeddings',
     'figures': 'draw spectra, step sizes, the extractor and the blocks of trained networks',
     'report': "set test results beside each other and beside the papers'",
@@ -24,6 +25,7 @@ COMMANDS = {
     'install_basicsr': 'install BasicSR 1.4.2 on any Python, without a second PyTorch',
 }
 MODULES = {  # the others have their own names
+    'app': 'inference.app',
     'fetch': 'prepare.fetch',
     'figures': 'inference.figures',
     'init': 'prepare.init',

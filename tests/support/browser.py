@@ -55,6 +55,12 @@ class Browser:
         assert 'exceptionDetails' not in answer, answer
         return answer['result'].get('value')
 
+    def set_files(self, selector: str, *files) -> None:
+        """What a person chooses in a file dialogue."""
+        root = self.call('DOM.getDocument')['root']['nodeId']
+        node = self.call('DOM.querySelector', nodeId=root, selector=selector)['nodeId']
+        self.call('DOM.setFileInputFiles', nodeId=node, files=[str(file) for file in files])
+
     def press(self, key: str) -> None:
         code = {'Home': 36, 'End': 35, 'ArrowRight': 39}[key]
         for kind in ('rawKeyDown', 'keyUp'):
@@ -68,8 +74,8 @@ def above_nine(descriptor: int) -> int:
 
 
 @contextmanager
-def browser(folder):
-    """A browser that keeps its files in `folder`; skips the test where there is none."""
+def browser(folder, seconds: float = 60):
+    """A browser that keeps its files in `folder`, for so long; skips the test where there is none."""
     program = next(filter(None, map(shutil.which, PROGRAMS)), None)
     if program is None:
         pytest.skip(f'no browser: none of {", ".join(PROGRAMS)} is installed')
@@ -83,7 +89,7 @@ def browser(folder):
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    watchdog = threading.Timer(60, process.kill)  # reading from a browser that says nothing would take forever
+    watchdog = threading.Timer(seconds, process.kill)  # reading from a browser that says nothing would take forever
     watchdog.start()
     os.close(to_browser[0])
     os.close(from_browser[1])
