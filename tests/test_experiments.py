@@ -1,7 +1,7 @@
 """docs/experiments.md and the option files, with small networks and small images in the places that they name.
 
-The real commands run every file in options/: VmambaIR's in test_models_vmambair.py, the demo's in test_demo.py, all
-others here, in this process.
+The real commands run every file in options/: VmambaIR's in test_models_vmambair.py, the demo's in test_demo.py,
+those of the small weights in test_train_small.py, all others here, in this process.
 """
 
 import functools
@@ -27,7 +27,8 @@ from dpmambair_basicsr.results import published_tables as published
 
 PAGE = (pipelines.ROOT / 'docs' / 'experiments.md').read_text(encoding='utf-8')
 FILES = sorted(file.name for file in (pipelines.ROOT / 'options').glob('*.yml'))
-RUN_HERE = [name for name in FILES if not re.match(r'demo_|(train|test)_(vmambair_|your_own)', name)]
+RUN_HERE = [name for name in FILES if not re.match(r'demo_|(train|test)_(vmambair_|your_own|small)', name)]
+NOT_PAPER = '^demo_|_your_own|_small'  # of ours alone
 STAGES = ('train_degradation_extractor.yml', 'train_dpmambair.yml')
 SMALL = {
     'DPMambaIR': {'dim': 8, 'num_blocks': [1] * 4, 'num_refinement_blocks': 0, 'd_inner': [8] * 4},
@@ -199,7 +200,9 @@ def test_the_schedule_of_dpmambair_is_restormers_up_to_the_size_of_the_paper(nam
 
 
 def test_the_page_names_every_option_file_and_no_other():
-    assert set(re.findall(r'\w+\.yml', PAGE)) == {name for name in FILES if not re.search('^demo_|_your_own', name)}
+    assert set(re.findall(r'\w+\.yml', PAGE)) == {
+        name for name in FILES if not re.search('^demo_|_your_own|_small', name)
+    }
 
 
 # One degradation alone

@@ -1,0 +1,97 @@
+"""From a folder of photographs to weights for `dpmambair restore`: data, both stages, classifier, one file.
+
+    python scripts/train_small.py PHOTOS [--minutes 9]
+
+PHOTOS are clean and sharp, of any size from 256 pixels; two hundred are enough. Everything is written below the working
+folder: datasets/small, experiments/train_small_extractor, experiments/train_small, and there small.safetensors.
+With --minutes it ends in time, at a state from which the same command goes on, exit status 3; it is done at 0. Half an
+hour on one GPU; days on a CPU. Arguments after -- go to both trainings, e.g. -- --force_yml num_gpu=0.
+"""
+
+import argparse
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import cv2
+from tqdm import tqdm
+
+from dpmambair_basicsr.files.codec import write_image
+from dpmambair_basicsr.files.pictures import list_pictures, read_picture
+
+SCRIPTS = Path(__file__).resolve().parent
+DATA, EXPERIMENTS = Path('datasets/small'), Path('experiments')
+STAGES = ('train_small_extractor', 'train_small')
+OUTPUT = EXPERIMENTS / 'train_small' / 'small.safetensors'
+SIDE = 512  # pixels of the short side; larger photographs are shrunk to it, which also hides their noise and JPEG
+HELD_OUT = 20  # one photograph of so many is for validation
+NOT_DONE = 3  # exit status
+
+
+def main() -> int:
+    """Returns the exit status: 0, `NOT_DONE`, or a training's own."""
+    arguments, training = parse_arguments()
+    deadline = None if arguments.minutes is None else time.monotonic() + 60 * arguments.minutes
+    if not DATA.is_dir():
+        make_data(arguments.photos)
+    for stage in STAGES:
+        if not finished(stage):
+            status = train(stage, training, deadline)
+            if status:
+                return status
+    network = EXPERIMENTS / 'train_small' / 'models' / 'net_g_latest.pth'
+    fit = [str(SCRIPTS / 'fit_classifier.py'), str(network), str(DATA / 'train'), '-o', str(OUTPUT)]
+    return subprocess.run([sys.executable, *fit, '--check', str(DATA / 'val')]).returncode
+
+
+def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
+    """Ours, and what is for the trainings."""
+    split = sys.argv.index('--') if '--' in sys.argv else len(sys.argv)
+    parser = argparse.ArgumentParser(description=__doc__.partition('\n\n')[0])
+    parser.add_argument('photos', type=Path, help='folder of clean photographs')
+    parser.add_argument('--minutes', type=float, help='end after this long, to be gone on with')
+    return parser.parse_args(sys.argv[1:split]), sys.argv[split + 1 :]
+
+
+def make_data(photos: Path) -> None:
+    """Photographs as PNG in datasets/small/{train,val}, as a whole or not at all."""
+    paths = list_pictures(str(photos))
+    if len(paths) < 2:
+        raise SystemExit(f'{photos}: {len(paths)} photographs there; needed are two or more')
+    made = DATA.with_name('small.part')
+    shutil.rmtree(made, ignore_errors=True)
+    for number, path in enumerate(tqdm(paths, desc='data', unit='photograph', disable=None)):
+        image = read_picture(path).image
+        short = min(image.shape[:2])
+        if short < SIDE // 2:
+            raise SystemExit(f'{path}: {image.shape[1]} x {image.shape[0]} pixels; needed are {SIDE // 2} or more')
+        if short > SIDE:
+            image = cv2.resize(image, None, fx=SIDE / short, fy=SIDE / short, interpolation=cv2.INTER_AREA)
+        file = made / ('val' if number % HELD_OUT == 0 else 'train') / f'{number:05d}_{path.stem}.png'
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_image(file, cv2.cvtColor(image, cv2.COLOR_RGB2BGR))
+    made.rename(DATA)
+
+
+def finished(stage: str) -> bool:
+    return (EXPERIMENTS / stage / 'models' / 'net_g_latest.pth').is_file()
+
+
+def train(stage: str, arguments: list[str], deadline: float | None) -> int:
+    """Goes on with a stage until it or the time is over. Returns 0, `NOT_DONE`, or the training's exit status."""
+    file = SCRIPTS.parent / 'options' / f'{stage}.yml'
+    command = [sys.executable, '-m', 'dpmambair_basicsr.train', '-opt', str(file), '--auto_resume', *arguments]
+    process = subprocess.Popen(command)
+    try:
+        return process.wait(None if deadline is None else max(deadline - time.monotonic(), 1))
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGTERM)  # it saves and ends
+        process.wait()
+        return 0 if finished(stage) else NOT_DONE
+
+
+if __name__ == '__main__':
+    sys.exit(main())
