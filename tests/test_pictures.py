@@ -612,7 +612,13 @@ def test_every_picture_has_its_line_at_once(identity, tmp_path):
     arguments = [sys.executable, '-m', 'dpmambair_basicsr.restore', '-w', identity, '.', '-o', 'out']
     environment = os.environ | {'PYTHONPATH': str(PACKAGE_PARENT), 'OMP_NUM_THREADS': '1'}
     process = subprocess.Popen(
-        arguments, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        arguments,
+        cwd=tmp_path,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # as in the foreground of a terminal
     )
     first = process.stdout.readline()
     assert process.poll() is None and first.startswith('00.png: 64 x 64, '), 'before the others are done'
