@@ -434,7 +434,8 @@ def parsed(file: Path, monkeypatch) -> dict:
 @pytest.mark.parametrize('file', OPTION_FILES, ids=lambda file: file.name)
 def test_our_option_files_have_no_problems_but_absent_data(file, monkeypatch):
     opt = parsed(file, monkeypatch)
-    assert [problem for problem in check_options(opt) if not re.search('does not exist|there is no experiments/pretrained_models', problem)] == []
+    absent = 'does not exist|there is no experiments/pretrained_models'
+    assert [problem for problem in check_options(opt) if not re.search(absent, problem)] == []
 
 
 @pytest.mark.parametrize('file', OPTION_FILES, ids=lambda file: file.name)
