@@ -786,7 +786,7 @@ def test_super_resolution_with_compare_suffix_and_an_old_checkpoint(monkeypatch,
     weights = identity(tmp_path, 'sr.pth', network)
     torch.save({'params': torch.load(weights)['params']}, weights)
     (tmp_path / 'old.yml').write_text(yaml.safe_dump({'name': 'old', 'network_g': network}))
-    pixels = np.random.default_rng(0).integers(0, 256, (9, 13, 4), dtype=np.uint8)
+    pixels = np.random.default_rng(0).integers(1, 256, (9, 13, 4), dtype=np.uint8)  # no alpha is 0, which hides colours
     assert cv2.imwrite(str(tmp_path / 'a.png'), pixels)
     arguments = ('-w', weights, tmp_path / 'a.png', '-o', tmp_path / 'out', '--opt', tmp_path / 'old.yml')
     assert run_main(monkeypatch, *arguments, '--suffix', '_x4', '--compare', '--self-ensemble', '--half') == 0

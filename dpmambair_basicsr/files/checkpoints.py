@@ -248,6 +248,6 @@ def read_on_cpu(file):
         return torch.load(file, map_location='cpu', weights_only=True, mmap=MAPPED and zipfile.is_zipfile(file))
     except Exception as error:  # torch.load raises many kinds
         if str(error).startswith(f'{file}: '):
-            raise
+            raise CheckpointError(str(error)) from None
         reason = ' '.join(str(error).split()).partition('. ')[0]
         raise CheckpointError(f'{file}: {type(error).__name__}: {reason}') from None
