@@ -14,7 +14,7 @@ def list_images(folder: str) -> dict[str, str]:
 
     Raises:
         FileNotFoundError: no such folder.
-        ValueError: no image in it, two with one stem, or broken links.
+        ValueError: no image in it, two with one stem, something else than a file, or broken links.
     """
     if not Path(folder).is_dir():
         raise FileNotFoundError(f'image folder {folder} does not exist')
@@ -26,8 +26,10 @@ def list_images(folder: str) -> dict[str, str]:
             others['folders'] += 1
         elif path.suffix.lower() not in EXTENSIONS:
             others[path.suffix or 'without extension'] += 1
-        elif not path.is_file():
+        elif not path.exists():
             dead.append(path.name)
+        elif not path.is_file():
+            raise ValueError(f'{path}: not a regular file')
         elif path.stem in images:
             raise ValueError(f'{folder} holds two images of one name: {Path(images[path.stem]).name} and {path.name}')
         else:

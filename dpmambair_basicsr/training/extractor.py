@@ -1,6 +1,7 @@
 """The frozen degradation extractor of a network in training: which checkpoint it comes from."""
 
-from basicsr.utils import get_root_logger
+import logging
+
 from torch import nn
 
 from dpmambair_basicsr.files.checkpoints import read_weights, wanted_keys
@@ -23,7 +24,7 @@ def load_extractor(net: nn.Module, path: dict) -> None:
         raise OptionError(f'path.pretrain_network_e: {error}') from error
     if file is not None:
         read_extractor(net, file)
-        get_root_logger().info(f'Loading the degradation extractor from {file}; it stays frozen.')
+        logging.getLogger('basicsr').info(f'Loading the degradation extractor from {file}; it stays frozen.')
 
 
 def stage_1_checkpoint(net: nn.Module, path: dict) -> str | None:

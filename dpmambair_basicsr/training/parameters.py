@@ -1,9 +1,9 @@
 """Which parameters of a network are trained, and how an optimizer is given them."""
 
+import logging
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 
-from basicsr.utils import get_root_logger
 from torch import nn
 
 
@@ -33,7 +33,7 @@ def log_frozen(net: nn.Module) -> None:
     frozen = [parameter for parameter in net.parameters() if not parameter.requires_grad]
     count = sum(parameter.numel() for parameter in frozen)
     total = sum(parameter.numel() for parameter in net.parameters())
-    get_root_logger().info(
+    logging.getLogger('basicsr').info(
         f'{type(net).__name__}: {len(frozen)} of {len(list(net.parameters()))} parameters are frozen '
         f'({count:,d} of {total:,d} numbers).'
     )
