@@ -20,7 +20,8 @@ from dpmambair_basicsr import load
 from dpmambair_basicsr.data.degradations import degrade, to_uint8
 from dpmambair_basicsr.files.checkpoints import WRAPPINGS, read_checkpoint, select_weights, write_safetensors
 from dpmambair_basicsr.files.images import to_float
-from dpmambair_basicsr.files.pictures import list_pictures, read_picture
+from dpmambair_basicsr.files.picture_jobs import list_pictures
+from dpmambair_basicsr.files.pictures import read_picture
 from dpmambair_basicsr.inference.degradation_classifier import DegradationClassifier
 from dpmambair_basicsr.inference.image_statistics import image_statistics
 from dpmambair_basicsr.inference.restorer import Restorer

@@ -20,7 +20,8 @@ import cv2
 from tqdm import tqdm
 
 from dpmambair_basicsr.files.codec import write_image
-from dpmambair_basicsr.files.pictures import list_pictures, read_picture
+from dpmambair_basicsr.files.picture_jobs import list_pictures
+from dpmambair_basicsr.files.pictures import read_picture
 
 SCRIPTS = Path(__file__).resolve().parent
 DATA, EXPERIMENTS = Path('datasets/small'), Path('experiments')

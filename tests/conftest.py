@@ -1,4 +1,9 @@
-"""BasicSR 1.4.2 can be imported once this package has been; in this process it is patched as by our commands."""
+"""BasicSR 1.4.2 can be imported once this package has been; in this process it is patched as by our commands.
+
+Ctrl-C reaches what tests start, also where the tests themselves run in the background of a shell that ignores it.
+"""
+
+import signal
 
 import dpmambair_basicsr  # noqa: F401
 
@@ -6,3 +11,5 @@ import dpmambair_basicsr  # noqa: F401
 from dpmambair_basicsr.patches.apply import apply_patches
 
 apply_patches()
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -618,7 +618,6 @@ def test_every_picture_has_its_line_at_once(identity, tmp_path):
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # as in the foreground of a terminal
     )
     first = process.stdout.readline()
     assert process.poll() is None and first.startswith('00.png: 64 x 64, '), 'before the others are done'
