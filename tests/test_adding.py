@@ -117,7 +117,7 @@ def test_a_mistake_in_the_new_keys_is_named(copy):
     done = python('-m', 'dpmambair_basicsr.train', '-opt', 'wrong.yml', cwd=copy, PYTHONPATH=copy)
     assert done.returncode == 1
     for problem in (
-        'train.input_noise: .* in \[0, 1\]',
+        r'train.input_noise: .* in \[0, 1\]',
         'did you mean EdgeLoss',
         'sepia: strength',
     ):
