@@ -60,7 +60,7 @@ class Modulation(nn.Module):
     def forward(self, embedding: Tensor) -> tuple[Tensor, Tensor | None]:
         """(B, E) -> (B, R + 2N), factors of the low-rank delta, B and C; (B,), that of delta, if there is one."""
         factors = [
-            self.layers[name](embedding) if name in self.layers else embedding.new_ones(len(embedding), size)
+            self.layers[name](embedding) if name in self.layers else embedding.new_ones(embedding.shape[0], size)
             for name, size in self.sizes.items()
         ]
         scale = self.layers['delta_scale'](embedding).squeeze(1).clamp(min=0) if 'delta_scale' in self.layers else None

@@ -40,7 +40,7 @@ def _in_groups(x, b, length):
 
 def samples_as_groups(u, delta, A, B, C, D, delta_bias) -> dict[str, Tensor | None]:
     """A (b, d, n), each sample's own: the same scans as b * d channels in b * g groups of one sample."""
-    b = len(u)
+    b = u.shape[0]  # len(u) would fix it in an exported graph
     D, delta_bias = (None if x is None else x.repeat(b) for x in (D, delta_bias))
     u, delta, B, C = (x.flatten(0, 1).unsqueeze(0) for x in (u, delta, B, C))
     return {'u': u, 'delta': delta, 'A': A.flatten(0, 1), 'B': B, 'C': C, 'D': D, 'delta_bias': delta_bias}
