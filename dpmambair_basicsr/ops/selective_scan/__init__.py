@@ -89,7 +89,7 @@ def selective_scan(
 def _check(u, delta, A, B, C, D, delta_bias, z):
     """Raise a one-line ValueError that names the first argument that does not fit."""
     b, d, length = u.shape
-    if A.shape[:-1] not in ((d,), (b, d)):
+    if A.shape[:-1] != ((b, d) if A.dim() == 3 else (d,)):
         raise ValueError(
             f'selective_scan: A must be (d, n) or (b, d, n) with b, d = {b}, {d} as in u, got {tuple(A.shape)}'
         )
