@@ -78,7 +78,7 @@ def test_a_full_disk_of_plots_ends_no_training(opt, tmp_path, small_disk):
 def test_a_disk_of_plots_that_cannot_be_begun(opt, tmp_path, small_disk, monkeypatch):
     """The folder of the run is there, and there is no room for a file in it."""
     disk = small_disk('tb_logger', 4)
-    subprocess.run(['mount', '-o', 'remount,nr_inodes=2', str(disk)], check=True)
+    subprocess.run(['mount', '-o', 'remount,nr_inodes=3', str(disk)], check=True)
     run = Training(changed(opt, {'logger.use_tb_logger': True, 'train.total_iter': 2}), tmp_path)
     assert run.status() == 0, run.log()
     assert run.log().count('TensorBoard is switched off, training continues: ') == 1
