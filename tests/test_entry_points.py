@@ -1,7 +1,6 @@
 """Our own entry points, as commands: they train, resume and test with BasicSR's loop, on CPUs and several of them."""
 
 import os
-import re
 import shlex
 import shutil
 import sys
@@ -119,7 +118,7 @@ def setup(request, tmp_path):
 def test_setup_works_in_any_path(setup):
     result, commands = setup((3, 12, 1))
     assert result.returncode == 0, result.stdout
-    for part in ('--editable .[test]', '--no-deps basicsr=='):
+    for part in ('--editable .[test]', '-m dpmambair_basicsr install_basicsr'):
         assert part in commands
 
 
@@ -133,10 +132,9 @@ def test_a_new_requirement_sets_up_again(setup):
 
 
 def test_setup_refuses_other_pythons(setup):
-    for version in ((3, 9, 18), (3, 13, 0)):
-        result, commands = setup(version)
-        assert result.returncode != 0 and not commands
-        assert re.search(r'3.10, 3.11 or 3.12 .*python3 is 3.(9|13)', result.stdout), result.stdout
+    result, commands = setup((3, 9, 18))
+    assert result.returncode != 0 and not commands
+    assert 'Python 3.10 or newer is needed, python3 is 3.9\n' in result.stdout, result.stdout
 
 
 def test_the_version_is_written_once():
