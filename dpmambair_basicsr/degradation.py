@@ -77,7 +77,7 @@ def parse_arguments() -> argparse.Namespace:
     add('-o', '--output', type=Path, metavar='FILE.png', help='a map of the embeddings; needs matplotlib')
     add('--map', choices=('pca', 'tsne'), default='pca', help='how the map is made; tsne needs scikit-learn')
     add('--crop', type=int, metavar='N', help='look at the middle N x N pixels of each picture only, which is faster')
-    add('--device', default='auto', help='auto, cpu, cuda or cuda:<n>; default: %(default)s')
+    add('--device', default='auto', help='auto, cpu, mps, cuda or cuda:<n>; default: %(default)s')
     arguments = parser.parse_args()
     if not arguments.inputs and not arguments.input:
         parser.error('no INPUT')

@@ -145,7 +145,7 @@ def parse_arguments() -> argparse.Namespace:
     add('--tile', type=int, metavar='N', help='size of tiles; 0: none; default: by the size of the picture, see README')
     add('--overlap', type=int, default=OVERLAP, metavar='N', help='of tiles, up to half a tile; default: %(default)s')
     add('--one-pass', action='store_true', help='tiles in half the time, but less like the whole image')
-    add('--device', default='auto', help='auto, cpu, cuda or cuda:<n>; default: %(default)s')
+    add('--device', default='auto', help='auto, cpu, mps, cuda or cuda:<n>; default: %(default)s')
     add('--scan-backend', metavar='NAME', help=f'of the scans: {", ".join(BACKENDS)}; default: the best available')
     add('--half', action='store_true', help='half precision')
     add('--self-ensemble', action='store_true', help='mean over eight flips and rotations, in eight times the time')
@@ -162,7 +162,12 @@ def parse_arguments() -> argparse.Namespace:
     steering = parser.add_mutually_exclusive_group()
     steering.add_argument('--kind', metavar='NAME', help='undo this degradation, whatever is found: rain, haze, ...')
     steering.add_argument('--like', type=Path, metavar='FILE', help='undo what this picture suffers from')
-    add('--table', type=Path, metavar='FILE', help='.csv or .json: what was found and done, a row for each picture')
+    add(
+        '--table',
+        type=Path,
+        metavar='FILE',
+        help='.csv or .json: what was found and done, a row for each picture of this call',
+    )
     add('--report', type=Path, metavar='FILE.html', help='a page with sliders, and why not to trust a result')
     add('--compare', action='store_true', help='also write picture and result side by side, in compare/')
     arguments = parser.parse_args()

@@ -17,6 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dpmambair_basicsr import load
+from dpmambair_basicsr.archs.recognition import network_options, own_names
 from dpmambair_basicsr.data.degradations import degrade, to_uint8
 from dpmambair_basicsr.files.checkpoints import WRAPPINGS, read_checkpoint, select_weights, write_safetensors
 from dpmambair_basicsr.files.images import to_float
@@ -51,8 +52,9 @@ def main() -> None:
     if arguments.check:
         print(report(restorer.classifier, measure(restorer, arguments.check)[0]))
     checkpoint = read_checkpoint(arguments.weights)
-    weights = select_weights(arguments.weights, checkpoint, *WRAPPINGS)
-    write_safetensors(arguments.output, weights, checkpoint['network_g'], restorer.classifier.to_plain())
+    weights = own_names(select_weights(arguments.weights, checkpoint, *WRAPPINGS))
+    options = checkpoint.get('network_g') or network_options(weights)
+    write_safetensors(arguments.output, weights, options, restorer.classifier.to_plain())
     print(f'{arguments.output}: {", ".join(restorer.classifier.names)}')
 
 

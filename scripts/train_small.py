@@ -36,7 +36,9 @@ def main() -> int:
     """Returns the exit status: 0, `NOT_DONE`, or a training's own."""
     arguments, training = parse_arguments()
     deadline = None if arguments.minutes is None else time.monotonic() + 60 * arguments.minutes
-    if not DATA.is_dir():
+    if DATA.is_dir():
+        print(f'{DATA} is there: {arguments.photos} is not read again')
+    else:
         make_data(arguments.photos)
     for stage in STAGES:
         if not finished(stage):
@@ -90,8 +92,9 @@ def train(stage: str, arguments: list[str], deadline: float | None) -> int:
         return process.wait(None if deadline is None else max(deadline - time.monotonic(), 1))
     except subprocess.TimeoutExpired:
         process.send_signal(signal.SIGTERM)  # it saves and ends
-        process.wait()
-        return 0 if finished(stage) else NOT_DONE
+        status = process.wait()
+        stopped = status in (-signal.SIGTERM, 128 + signal.SIGTERM)
+        return 0 if finished(stage) else NOT_DONE if stopped else status
 
 
 if __name__ == '__main__':

@@ -10,6 +10,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+import cv2
+
 from dpmambair_basicsr.files.errors import exit_on_error
 from dpmambair_basicsr.files.pictures import check_format, read_picture, restored_picture, write_picture
 from dpmambair_basicsr.inference.restorer import load
@@ -33,7 +35,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog='dpmambair app', description=__doc__.partition('\n\n')[2])
     add = parser.add_argument
     add('-w', '--weights', metavar='FILE', help='checkpoint; default: the weights that come with the package')
-    add('--device', default='auto', help='auto, cpu, cuda or cuda:<n>; default: %(default)s')
+    add('--device', default='auto', help='auto, cpu, mps, cuda or cuda:<n>; default: %(default)s')
     add('--port', type=int, default=7860, help='default: %(default)s')
     add('--no-browser', action='store_true', help='only print the address')
     return parser.parse_args()
@@ -103,7 +105,7 @@ def restore(gradio, restorer, path: Path, kind: str, strength: float) -> tuple[s
         write_picture(result, restored_picture(picture, image))
         for name, shown in {'before.png': picture.image, 'after.png': image}.items():
             write_picture(folder / name, restored_picture(picture, shown))
-    except (OSError, ValueError, MemoryError, RuntimeError) as error:
+    except (OSError, ValueError, MemoryError, RuntimeError, cv2.error) as error:
         raise gradio.Error(f'{path.name}: {error}') from None
     notes = [f'Done: {result.name}.']
     if finding is not None and finding.is_clean:

@@ -17,7 +17,6 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
-import dpmambair_basicsr
 from dpmambair_basicsr.archs import DegradationAutoencoder
 from dpmambair_basicsr.files.checkpoints import read_checkpoint, select_weights
 from dpmambair_basicsr.files.errors import InputError, exit_on_error
@@ -28,7 +27,7 @@ from dpmambair_basicsr.inference.embedder import middle
 from dpmambair_basicsr.inference.extractor_quality import Pairs, accuracies, reconstruct
 from dpmambair_basicsr.inference.figure_files import Figure, check_figure, write_figure
 from dpmambair_basicsr.inference.frequency_gap import RINGS, amplitudes, frequency_gap
-from dpmambair_basicsr.inference.restorer import choose_device, load_network
+from dpmambair_basicsr.inference.restorer import choose_device, load, load_network
 from dpmambair_basicsr.inference.step_sizes import recorded_step_sizes
 
 ALPHA = '.high_frequency.alpha'
@@ -37,7 +36,6 @@ ALL = 'all'  # the mean over degradations, each of which counts alike
 
 def main() -> None:
     arguments = parse_arguments()
-    dpmambair_basicsr.register()
     cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # its warnings name no file
     with exit_on_error('dpmambair_basicsr.figures', ValueError, OSError):
         check_figure(arguments.output)
@@ -61,7 +59,7 @@ def parse_arguments() -> argparse.Namespace:
     add('-o', '--output', type=Path, required=True, metavar='FILE.png', help='the drawing; the table is FILE.csv')
     add('--crop', type=int, metavar='N', help='the middle N x N pixels of each image only, which is faster')
     add('--count', type=int, metavar='N', help='the first N images of each degradation only')
-    add('--device', default='auto', help='auto, cpu, cuda or cuda:<n>; default: %(default)s')
+    add('--device', default='auto', help='auto, cpu, mps, cuda or cuda:<n>; default: %(default)s')
     arguments = parser.parse_args()
     if (arguments.data is None) != (arguments.figure == 'alpha'):
         parser.error('-d: needed by all figures but alpha, which takes none')
@@ -119,7 +117,7 @@ def read_pairs(arguments: argparse.Namespace, network: str) -> Iterator[tuple[st
 def frequency(networks: dict[str, str], arguments: argparse.Namespace) -> Figure:
     found = defaultdict(list)  # (network, degradation) -> amplitudes of each image
     for position, (name, file) in enumerate(networks.items()):
-        restorer = dpmambair_basicsr.load(file, device=arguments.device)
+        restorer = load(file, device=arguments.device)
         for kind, degraded, clean in read_pairs(arguments, name):
             images = {name: restorer.restore(degraded)} | ({'degraded image': degraded} if position == 0 else {})
             for label, image in images.items():
@@ -150,7 +148,7 @@ def frequency(networks: dict[str, str], arguments: argparse.Namespace) -> Figure
 def delta(networks: dict[str, str], arguments: argparse.Namespace) -> Figure:
     sizes = defaultdict(list)  # (network, degradation, block) -> of each image
     for name, file in networks.items():
-        restorer = dpmambair_basicsr.load(file, device=arguments.device)
+        restorer = load(file, device=arguments.device)
         with recorded_step_sizes(restorer.net) as found:
             if not found:
                 raise InputError(f'{file}: holds a {type(restorer.net).__name__}, which has no DPSS modules')

@@ -63,7 +63,7 @@ def write_files(checkpoint: str, name: str, folder: Path) -> None:
     content = read_checkpoint(checkpoint)
     weights = own_names(select_weights(checkpoint, content, *WRAPPINGS))
     options = content.get('network_g') or network_options(weights)
-    write_safetensors(str(folder / FILE), weights, options)
+    write_safetensors(str(folder / FILE), weights, options, content.get('degradation_classifier'))
     try:
         load(folder / FILE, device='cpu')
     except ValueError as error:

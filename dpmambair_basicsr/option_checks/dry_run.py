@@ -26,6 +26,7 @@ from dpmambair_basicsr.registry import (
     make_without_storage,
     our_type,
     registered,
+    told_by_weights,
 )
 from dpmambair_basicsr.training.earlier_options import complete_networks
 from dpmambair_basicsr.training.extractor import read_extractor, stage_1_checkpoint
@@ -241,6 +242,8 @@ def check_checkpoint(opt: dict, network: str, net: torch.nn.Module | None) -> No
     file, name = path[f'pretrain_{network}'], network.removeprefix('network_')
     checkpoint = read_checkpoint(file)
     weights = select_weights(file, checkpoint, *wanted_keys(path, name, opt['is_train']))
+    if net is not None:
+        told_by_weights(type(net), opt[network], weights, file)  # raises for weights that no network takes any more
     report = differences(net, weights) if net is not None and path.get(f'strict_load_{name}', True) else ''
     if report:
         raise ValueError(f'{file}: {other_options(checkpoint.get(network), opt[network], network)}{report}')

@@ -68,11 +68,6 @@ class RestoredImage:
 COLUMNS = [field.name for field in fields(RestoredImage) if field.name != 'spread_map']
 
 
-def check_table(file: Path | None) -> None:
-    if file is not None and file.suffix not in ('.csv', '.json'):
-        raise InputError(f'--table: {file}: must end in .csv or .json')
-
-
 def write_table(file: Path, images: list[RestoredImage]) -> None:
     rows = [image.columns() for image in images]
     if file.suffix == '.json':

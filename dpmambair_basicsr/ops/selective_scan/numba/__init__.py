@@ -1,4 +1,4 @@
-"""Scans on a CPU, compiled by numba: fp32. Needs `pip install numba`."""
+"""Scans on a CPU, compiled by numba: fp32."""
 
 from dpmambair_basicsr.ops.selective_scan.numba.omni import omni_scan
 from dpmambair_basicsr.ops.selective_scan.numba.runtime import why_unavailable

@@ -1,4 +1,4 @@
-"""The omni scan on the CPU by numba's kernels, fused: fp32, any size. Needs `pip install numba`.
+"""The omni scan on the CPU by numba's kernels, fused: fp32, any size.
 
 Both passes are PyTorch operators, so that torch.compile and torch.export take them as they are. Extra memory: n / 64 of
 x per direction for the states that the backward pass starts from, the gradients, and, for less than 8 images, partial

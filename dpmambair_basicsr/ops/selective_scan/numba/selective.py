@@ -1,4 +1,4 @@
-"""Selective scan on the CPU by numba's kernels: fp32, any size and strides. Needs `pip install numba`.
+"""Selective scan on the CPU by numba's kernels: fp32, any size and strides.
 
 The shapes alone cut the work into units: a block of 16 channels of a sample in the forward pass, a few blocks of a
 group in the backward pass. Units share nothing and every sum has a fixed order: results are bitwise the same for any
