@@ -75,6 +75,7 @@ class Heartbeat:
                 beat = store.get(self.key(rank)).decode().split()
                 if beat != self.beats.get(rank) or beat[1] == 'end':
                     self.beats[rank], self.heard[rank] = beat, self.clock
+        store.check([self.key(self.rank)])  # is answered; `set` is sent and not waited for
         self.heard[STORE] = self.clock
         if self.heard[STORE] - begin > INTERVAL:  # nobody could write meanwhile
             self.heard = dict.fromkeys(self.heard, self.heard[STORE])
