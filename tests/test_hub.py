@@ -65,7 +65,8 @@ class Hub(http.server.BaseHTTPRequestHandler):
                 entry = json.loads(line)
                 if entry['key'] == 'file':
                     self.files[entry['value']['path']] = base64.b64decode(entry['value']['content'])
-            self.answer_json({'commitUrl': 'x', 'commitOid': '0' * 40, 'success': True})
+            url = f'http://{self.headers["Host"]}/someone/net/commit/{"0" * 40}'
+            self.answer_json({'commitUrl': url, 'commitOid': '0' * 40, 'success': True})
         elif self.path == '/api/validate-yaml':
             self.answer_json({'errors': [], 'warnings': []})
         else:
