@@ -44,7 +44,7 @@ def network(name):
         net.output.weight.normal_(0, 0.1)
         for part, parameter in net.named_parameters():
             if '.modulation.' in part:  # otherwise all prompts are 1
-                parameter.normal_()
+                parameter.normal_(0, 3)
             elif part.endswith('dt_projs_bias'):  # otherwise the states are nearly 0
                 parameter.fill_(1)
     return net
