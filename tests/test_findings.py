@@ -47,7 +47,9 @@ def tiny():
     network = DPMambaIR(**TINY)
     for name, value in network.named_parameters():
         if 'modulation' in name or name == 'output.weight':
-            nn.init.normal_(value.data, std=0.3)
+            nn.init.normal_(value.data, std=3 if 'modulation' in name else 0.3)
+        elif name.endswith('dt_projs_bias'):  # otherwise the states are nearly 0
+            nn.init.ones_(value.data)
     return Restorer(network, torch.device('cpu'))
 
 
@@ -138,7 +140,7 @@ def test_an_embedding_steers_the_network(tile, tiny, image):
     own = tiny.embedding_of(image)
     options = {'tile': tile, 'overlap': 8}
     assert np.array_equal(tiny.restore(image, **options, embedding=own), tiny.restore(image, **options))
-    assert not np.array_equal(tiny.restore(image, **options, embedding=-own), tiny.restore(image, **options))
+    assert np.abs(tiny.restore(image, **options, embedding=-own).astype(int) - tiny.restore(image, **options)).max() > 2
 
 
 @pytest.mark.parametrize('tile', [0, 32])
