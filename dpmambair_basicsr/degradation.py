@@ -27,33 +27,37 @@ def main() -> int:
     arguments = parse_arguments()
     print_any_name()
     try:
-        return run(arguments)
+        with exit_on_error('', ValueError, OSError):
+            pictures, embedder, classes = prepare(arguments)
+        with exit_on_error():
+            return show(arguments, pictures, embedder, classes)
     except KeyboardInterrupt:
         print('stopped by Ctrl-C', file=sys.stderr)
         return 130
 
 
-def run(arguments: argparse.Namespace) -> int:
+def prepare(arguments: argparse.Namespace) -> tuple[dict[Path, str], Embedder, Classes]:
     cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # its warnings name no file
-    with exit_on_error('', ValueError, OSError):
-        if arguments.output is not None:
-            check_map(arguments.output, arguments.map)
-        pictures = find_pictures([*arguments.inputs, *arguments.input])
-        embedder = Embedder(load_extractor(arguments.weights), choose_device(arguments.device), arguments.crop)
-        if arguments.reference is None:
-            classes = embedder.classes_of_degradations(arguments.clean)
-        else:
-            classes = embedder.classes_of_folders(arguments.reference)
-    print(classes.summary())
+    if arguments.output is not None:
+        check_map(arguments.output, arguments.map)
+    pictures = find_pictures([*arguments.inputs, *arguments.input])
+    embedder = Embedder(load_extractor(arguments.weights), choose_device(arguments.device), arguments.crop)
+    if arguments.reference is None:
+        classes = embedder.classes_of_degradations(arguments.clean)
+    else:
+        classes = embedder.classes_of_folders(arguments.reference)
+    return pictures, embedder, classes
 
+
+def show(arguments: argparse.Namespace, pictures: dict[Path, str], embedder: Embedder, classes: Classes) -> int:
+    print(classes.summary())
     found = embedder.embed(list(pictures), 'pictures')
     if found:
         embeddings = torch.cat(list(found.values()))
         kinds = [pictures[path] for path in found]
         print('\n'.join(['', *table(list(found), kinds, classes, embeddings)]))
         if arguments.output is not None:
-            with exit_on_error():
-                draw_map(arguments.output, arguments.map, classes, embeddings, kinds)
+            draw_map(arguments.output, arguments.map, classes, embeddings, kinds)
             print(f'\nmap: {arguments.output}')
     if embedder.failed:
         print(f'\nfailed pictures: {embedder.failed}', file=sys.stderr)

@@ -5,6 +5,8 @@ Ctrl-C reaches what tests start, also where the tests themselves run in the back
 
 import signal
 
+import pytest
+
 import dpmambair_basicsr  # noqa: F401
 
 # isort: split
@@ -13,3 +15,12 @@ from dpmambair_basicsr.patches.apply import apply_patches
 apply_patches()
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(autouse=True)
+def default_backend():
+    """A test's option `scan_backend` ends with it."""
+    yield
+    from dpmambair_basicsr.ops.selective_scan.backend import set_default_backend
+
+    set_default_backend(None)

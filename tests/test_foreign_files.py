@@ -205,6 +205,10 @@ WRONG = {
         a_run(sets=[PART | {'restored': {'psnr': 10**400}}]),
         'psnr: expected a number, got 1000',
     ),
+    'a metric that is not measured': (
+        a_run(sets=[PART | {'restored': {'ssim': 0.9}}]),
+        r"sets\[0\].restored: 'ssim' is not in metrics",
+    ),
     'the name is a number': (a_run(name=1), 'name: expected a text, got 1'),
     'no name of a set': (a_run(sets=[{'count': 1}]), r'sets\[0\]: name is missing'),
     'a key too many': (a_run(more=1), "unknown 'more'"),

@@ -134,7 +134,7 @@ def compares(metric: dict) -> bool:
     if is_iqa(target):
         try:
             return iqa.compares(metric.get('metric'))
-        except (KeyError, MissingLibraryError):  # reported by `check_iqa`
+        except (KeyError, TypeError, MissingLibraryError):  # reported by `check_iqa`
             return False
     return 'img2' in inspect.signature(target).parameters
 

@@ -105,12 +105,13 @@ def check_overwritten(raw: dict, opt: dict) -> list[str]:
 
 def check_unique_names(opt: dict) -> list[str]:
     """Datasets of one name, whose images and results BasicSR writes over each other."""
-    counts = Counter(dataset.get('name') for phase, dataset in opt['datasets'].items() if phase != 'train')
+    names = [dataset.get('name') for phase, dataset in opt['datasets'].items() if phase != 'train']
+    counts = Counter(name for name in names if isinstance(name, str))
     return [
         f'datasets: {count} of the sets that are validated or tested have the name {name!r}; their images and results '
         'would replace each other'
         for name, count in counts.items()
-        if count > 1 and name is not None
+        if count > 1
     ]
 
 

@@ -107,7 +107,7 @@ def check_sections(opt: dict, model: type) -> list[str]:
     problems += [
         f'path.ignore_resume_networks: the file has no {name}'
         for name in ([ignored] if isinstance(ignored, str) else ignored)
-        if name not in opt
+        if str(name) not in opt
     ]
     return problems
 
@@ -119,7 +119,7 @@ def check_truth(opt: dict) -> list[str]:
     compared = [
         name
         for name, metric in (metrics if isinstance(metrics, dict) else {}).items()
-        if isinstance(metric, dict) and metric.get('type') in known and compares(metric)
+        if isinstance(metric, dict) and str(metric.get('type')) in known and compares(metric)
     ]
     return [
         f'val.metrics.{name}: compares with clean images, and datasets.{phase} (SingleImageDataset) has none'

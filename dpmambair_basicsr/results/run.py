@@ -172,6 +172,10 @@ def read_run(path: str | Path) -> Run:
             raise ValueError('metrics: there is none')
         for name, metric in run.metrics.items():
             converted(metric.get('type'), str, f'metrics.{name}.type')
+        for index, part in enumerate(run.sets):
+            for kind in ('restored', 'unrestored'):
+                if unknown := getattr(part, kind).keys() - run.metrics:
+                    raise ValueError(f'sets[{index}].{kind}: {min(unknown)!r} is not in metrics')
     except OSError as error:
         raise ValueError(f'{file}: {error.strerror}; a test with val.metrics writes it') from None
     except (ValueError, RecursionError) as error:
