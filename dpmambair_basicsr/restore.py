@@ -4,11 +4,13 @@ Without -w, the small network that comes with the package restores them; its car
 
 Each result has the name and the format of its picture, and its bit depth, colour profile, EXIF data and alpha channel.
 EXIF orientation is carried out: results are upright. JPEG stays JPEG, at quality 98. What cannot be read or written is
-reported and skipped, and the exit status is 1 in the end. See `pictures` for files, `restorer` for the rest.
+reported and skipped, and the exit status is 1 in the end. Videos (.mp4, .mkv, .mov, .webm) are restored frame by frame,
+with their sound. See `pictures` and `videos` for files, `restorer` for the rest.
 """
 
 import argparse
 import errno
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -18,8 +20,9 @@ import numpy as np
 from torch import Tensor
 from tqdm import tqdm
 
+from dpmambair_basicsr.files.atomic import replacing
 from dpmambair_basicsr.files.codec import write_bytes
-from dpmambair_basicsr.files.errors import InputError, exit_on_error, print_any_name
+from dpmambair_basicsr.files.errors import InputError, UserError, exit_on_error, print_any_name
 from dpmambair_basicsr.files.option_files import read_network
 from dpmambair_basicsr.files.picture_jobs import plan
 from dpmambair_basicsr.files.pictures import (
@@ -33,9 +36,11 @@ from dpmambair_basicsr.files.pictures import (
     side_by_side,
     write_pictures,
 )
+from dpmambair_basicsr.files.videos import VIDEOS
 from dpmambair_basicsr.inference.degradation_classifier import Finding
 from dpmambair_basicsr.inference.memory import OutOfMemory, is_out_of_memory
 from dpmambair_basicsr.inference.restorer import OVERLAP, SHIPPED_WEIGHTS, Restorer, load
+from dpmambair_basicsr.inference.video import find_in, find_shots, measure, restore_video
 from dpmambair_basicsr.ops.selective_scan import BACKENDS
 from dpmambair_basicsr.results import restored_images
 from dpmambair_basicsr.results.restored_images import LEFT, NOT_TRIED, RESTORED, RestoredImage
@@ -82,8 +87,10 @@ def run(arguments: argparse.Namespace) -> int:
         bar.set_description(source.name)
         begin = time.monotonic()
         try:
-            image = restore_file(restorer, source, target, arguments, steering, work.folder, bar)
-        except (OSError, ValueError, MemoryError, RuntimeError, cv2.error) as error:
+            is_video = source.suffix.lower() in VIDEOS
+            restore_any = restore_video_file if is_video else restore_file
+            image = restore_any(restorer, source, target, arguments, steering, work.folder, bar)
+        except (UserError, OSError, ValueError, MemoryError, RuntimeError, cv2.error) as error:
             reason = ' '.join(str(error).split()) or type(error).__name__
             if is_out_of_memory(error) and not isinstance(error, OutOfMemory):
                 reason = f'out of memory before or after the network, where tiles do not help: {reason}'
@@ -116,7 +123,7 @@ def parse_arguments() -> argparse.Namespace:
         'inputs',
         nargs='*',
         metavar='INPUT',
-        help='picture, folder (pictures directly in it, or -r) or pattern such as "*.png"',
+        help='picture or video, folder (those directly in it, or -r) or pattern such as "*.png"',
     )
     add('-i', '--input', nargs='+', default=[], metavar='INPUT', help='the same')
     add(
@@ -139,7 +146,7 @@ def parse_arguments() -> argparse.Namespace:
         '--ext',
         type=lambda text: f'.{text.lower().removeprefix(".")}',
         metavar='FORMAT',
-        help='of the results: png, tif, jpg, webp, ...; default: that of their picture',
+        help='of restored pictures: png, tif, jpg, webp, ...; default: that of their picture',
     )
     add('--opt', metavar='FILE', help='option file with network_g, for a checkpoint that does not hold its own')
     add('--tile', type=int, metavar='N', help='size of tiles; 0: none; default: by the size of the picture, see README')
@@ -236,7 +243,7 @@ def restore_file(
     clean = clean and steering is None and not arguments.force
     results, spreads = pictures, []
     if not clean:
-        results, spreads = restore_pictures(restorer, pictures, steering, arguments, bar)
+        results, spreads = restore_pictures(restorer, pictures, findings, steering, arguments, bar)
     target.parent.mkdir(parents=True, exist_ok=True)
     if arguments.compare:  # first: where the result is, everything is
         beside = folder / 'compare' / target.relative_to(folder)
@@ -266,15 +273,66 @@ def restore_file(
     )
 
 
+def restore_video_file(
+    restorer: Restorer,
+    source: Path,
+    target: Path,
+    arguments: argparse.Namespace,
+    steering: Tensor | None,
+    folder: Path,
+    bar: tqdm,
+) -> RestoredImage:
+    """Restores a video; one whose sampled frames are all found clean is copied. As `restore_file`."""
+    begin = time.monotonic()
+    bar.set_postfix_str('looking for cuts')
+    shots = find_shots(source)
+    find_in(restorer, source, shots)
+    findings = [finding for shot in shots for finding in shot.findings]
+    clean = all(finding is not None and finding.is_clean for finding in findings)
+    clean = clean and steering is None and not arguments.force
+    target.parent.mkdir(parents=True, exist_ok=True)
+    frames = shots[-1].end
+    if clean:
+        lost = []
+        with replacing(target) as part:
+            shutil.copyfile(source, part)
+    else:
+        options = {name: getattr(arguments, name) for name in ('tile', 'overlap', 'self_ensemble')}
+        measure(restorer, source, shots, steering, **options)
+        lost = restore_video(
+            restorer,
+            source,
+            target,
+            shots,
+            lambda done: bar.set_postfix_str(f'frame {done}/{frames}'),
+            strength=arguments.strength,
+            **options,
+        )
+    seconds = time.monotonic() - begin
+    notes = [f'{frames} frames, {len(shots)} shot{"s" * (len(shots) > 1)}, {seconds:.1f} s']
+    notes += [f'left out: {", ".join(lost)}'] * bool(lost)
+    notes += ['--compare is for pictures'] * arguments.compare
+    worst = next((finding for finding in findings if finding is not None and not finding.is_clean), findings[0])
+    action = LEFT if clean else RESTORED
+    return RestoredImage(str(source), str(target), action, seconds, '; '.join(notes), **found(worst))
+
+
 def restore_pictures(
-    restorer: Restorer, pictures: list[Picture], embedding: Tensor | None, arguments: argparse.Namespace, bar: tqdm
+    restorer: Restorer,
+    pictures: list[Picture],
+    findings: list[Finding | None],
+    steering: Tensor | None,
+    arguments: argparse.Namespace,
+    bar: tqdm,
 ) -> tuple[list[Picture], list[np.ndarray]]:
     """The restored frames or pages, and with --self-ensemble where the eight disagree."""
     results, spreads = [], []
     for index, picture in enumerate(pictures):
         of_all = f'{index + 1}/{len(pictures)} ' if len(pictures) > 1 else ''
+        image = picture.visible_image()
+        embedding = restorer.embedding_for(image, findings[index]) if steering is None else steering
         image = restorer.restore(
-            picture.visible_image(),
+            image,
             tile=arguments.tile,
             overlap=arguments.overlap,
             strength=arguments.strength,

@@ -1,4 +1,4 @@
-"""Which picture files a command is to read, and where its results go. Nothing is opened."""
+"""Which pictures and videos a command is to read, and where its results go. Nothing is opened."""
 
 import glob
 import os
@@ -8,6 +8,9 @@ from pathlib import Path
 
 from dpmambair_basicsr.files.errors import InputError
 from dpmambair_basicsr.files.pictures import EXTENSIONS, FORMATS
+from dpmambair_basicsr.files.videos import VIDEOS
+
+RESTORED = (*EXTENSIONS, *VIDEOS)
 
 
 @dataclass
@@ -16,7 +19,7 @@ class Plan:
     Attributes:
         jobs: (picture, result) of each picture once.
         folder: the results lie in or below it.
-        skipped: number of files by extension, in the folders that were searched, that are none of `EXTENSIONS`.
+        skipped: number of files by extension, in the folders that were searched, that are none of `RESTORED`.
     """
 
     jobs: list[tuple[Path, Path]]
@@ -43,16 +46,20 @@ def plan(
         InputError: no picture under an argument, two pictures with one result, a result in place of a picture, or
             an output that cannot be what it has to be.
     """
-    is_file = output.suffix.lower() in FORMATS and not output.is_dir()
+    is_file = output.suffix.lower() in (*FORMATS, *VIDEOS) and not output.is_dir()
     result = Plan([], output.parent if is_file else output)
     sources = {}  # result -> picture
     for argument in inputs:
-        found = find(argument, recursive, result.skipped, output)
+        found = find(argument, recursive, result.skipped, output, RESTORED)
         if not found:
             skipped = f'; {result.skipped_summary()}' if result.skipped else ''
             raise InputError(f'{argument}: no picture there{skipped}')
         for source, below in found:
-            target = output if is_file else output / below / f'{source.stem}{suffix}{extension or source.suffix}'
+            is_video = source.suffix.lower() in VIDEOS
+            if is_file and is_video != (output.suffix.lower() in VIDEOS):
+                raise InputError(f'{output}: {source} is a {"video" if is_video else "picture"}; name such a file')
+            kind = source.suffix if is_video else extension or source.suffix
+            target = output if is_file else output / below / f'{source.stem}{suffix}{kind}'
             other = sources.setdefault(target, source)
             if not same_file(other, source):
                 reason = 'name a folder' if is_file else '-r keeps folders apart, --suffix adds to names'
@@ -68,22 +75,28 @@ def plan(
     return result
 
 
-def find(argument: str, recursive: bool, skipped: Counter, output: Path) -> list[tuple[Path, Path]]:
+def find(
+    argument: str, recursive: bool, skipped: Counter, output: Path, extensions: tuple[str, ...]
+) -> list[tuple[Path, Path]]:
     """(picture, folder of its result below the output) of a file, folder or pattern; in `output` none is looked for."""
     path = Path(argument)
     if path.is_dir():
-        return in_folder(path, recursive, skipped, output)
+        return in_folder(path, recursive, skipped, output, extensions)
     if path.exists():
         return [(path, Path())]
     found = []
     start = Path(*Path(argument.partition('**')[0] + 'x').parts[:-1]) if '**' in argument else None
     for match in map(Path, sorted(glob.glob(argument, recursive=True))):
-        files = [file for file, _ in in_folder(match, False, skipped, output)] if match.is_dir() else [match]
+        files = (
+            [file for file, _ in in_folder(match, False, skipped, output, extensions)] if match.is_dir() else [match]
+        )
         found += [(file, Path() if start is None else file.parent.relative_to(start)) for file in files]
     return found
 
 
-def in_folder(folder: Path, recursive: bool, skipped: Counter, output: Path) -> list[tuple[Path, Path]]:
+def in_folder(
+    folder: Path, recursive: bool, skipped: Counter, output: Path, extensions: tuple[str, ...]
+) -> list[tuple[Path, Path]]:
     found, seen = [], set()
     for name, folders, files in os.walk(folder, followlinks=True):
         here = Path(name)
@@ -91,7 +104,7 @@ def in_folder(folder: Path, recursive: bool, skipped: Counter, output: Path) -> 
         parts = sorted(here / part for part in folders if part[0] != '.') if recursive else []
         folders[:] = [part.name for part in parts if part.resolve() not in seen | {output.resolve()}]
         for file in sorted(here / part for part in files if part[0] != '.'):
-            if file.suffix.lower() in EXTENSIONS:  # a link to nowhere too: it will be reported
+            if file.suffix.lower() in extensions:  # a link to nowhere too: it will be reported
                 found.append((file, here.relative_to(folder)))
             else:
                 skipped[file.suffix.lower() or 'without extension'] += 1
@@ -100,7 +113,7 @@ def in_folder(folder: Path, recursive: bool, skipped: Counter, output: Path) -> 
 
 def list_pictures(argument: str) -> list[Path]:
     """The file, the pictures directly in the folder (by extension, hidden files left out), or the matches."""
-    return [file for file, _ in find(argument, False, Counter(), Path())]
+    return [file for file, _ in find(argument, False, Counter(), Path(), EXTENSIONS)]
 
 
 def same_file(a: Path, b: Path) -> bool:

@@ -59,6 +59,7 @@ class DegradationClassifier:
         deviation: of the statistics within the classes, (S,).
         farthest: distance that 99% of the images of the classes stay below.
         embeddings: the mean embedding of each class, (K, E), of a network's extractor.
+        steered: the classes whose images are restored with the mean embedding of their class rather than their own.
     """
 
     names: list[str]
@@ -68,6 +69,7 @@ class DegradationClassifier:
     deviation: Tensor
     farthest: float
     embeddings: Tensor
+    steered: tuple[str, ...] = ()
 
     def find(self, image: np.ndarray) -> Finding:
         """What is wrong with an image, (H, W, 3) RGB float32 in [0, 1]."""
@@ -112,7 +114,10 @@ class DegradationClassifier:
 
     def to_plain(self) -> dict:
         """Lists and numbers, for a checkpoint or JSON."""
-        return {name: rounded(part.tolist() if isinstance(part, Tensor) else part) for name, part in vars(self).items()}
+        plain = {
+            name: rounded(part.tolist() if isinstance(part, Tensor) else part) for name, part in vars(self).items()
+        }
+        return plain | {'steered': list(self.steered)}
 
     @classmethod
     def from_plain(cls, values: dict) -> 'DegradationClassifier':
@@ -127,7 +132,10 @@ class DegradationClassifier:
             fits = fits and parts['embeddings'].dim() == 2 and len(parts['embeddings']) == k
             if not fits or not all(part.isfinite().all() for part in parts.values()):
                 raise ValueError('shapes or values')
-            return cls(names, **parts, farthest=float(values['farthest']))
+            steered = tuple(values.get('steered', ()))
+            if unknown := {*steered} - {*names}:
+                raise ValueError(f'steered: {unknown}')
+            return cls(names, **parts, farthest=float(values['farthest']), steered=steered)
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise ValueError(f'is not a classifier of degradations ({type(error).__name__}: {error})') from None
 

@@ -231,6 +231,7 @@ class Restorer(TiledNetwork):
         self_ensemble: bool = False,
         one_pass: bool = False,
         return_spread: bool = False,
+        means: MeansOverTiles | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> np.ndarray | Tensor | tuple[np.ndarray, np.ndarray] | tuple[Tensor, Tensor]:
         """The restored image, `scale` times as large.
@@ -244,12 +245,13 @@ class Restorer(TiledNetwork):
                 whole image at once. None: by the size of the image, see `fitting_tile`.
             overlap: pixels that neighbouring tiles share at least, up to half a tile; they are blended across it.
             strength: 1: the network's result; 0: the image; between them a blend. Only for networks of scale 1.
-            embedding: (1, E) that tells the network what to undo, in the place of the image's own: `embedding` of
-                another image, or `classifier.embedding_of` a kind.
+            embedding: (1, E) that tells the network what to undo: `embedding_of` another image, or
+                `classifier.embedding_of` a kind. None: `embedding_for` the image.
             self_ensemble: average of the results for the eight flips and rotations, in eight times the time.
             one_pass: tiles in half the time, each with means of its own.
             return_spread: self_ensemble, and how far the eight disagree: a pair of the image and ([B,] H, W) float32,
                 the standard deviation over the three colours, in [0, 1].
+            means: of several images of one scene, see `TiledNetwork.bands`.
             progress: called with the number of tiles done and of all, those of both passes.
 
         Returns:
@@ -263,12 +265,14 @@ class Restorer(TiledNetwork):
         check_image(image)
         if isinstance(image, Tensor) and image.dim() == 4:
             options = {'tile': tile, 'overlap': overlap, 'strength': strength, 'embedding': embedding}
-            options |= {'self_ensemble': self_ensemble, 'one_pass': one_pass, 'progress': progress}
+            options |= {'self_ensemble': self_ensemble, 'one_pass': one_pass, 'means': means, 'progress': progress}
             parts = [self.restore(part, **options, return_spread=return_spread) for part in image]
             return tuple(map(torch.stack, zip(*parts, strict=True))) if return_spread else torch.stack(parts)
         if not 0 <= strength <= 1 or strength < 1 and self.scale > 1:
             limits = '0 to 1' if self.scale == 1 else f'1, since results are {self.scale} times as large as images'
             raise ValueError(f'strength: {strength}; expected {limits}')
+        if embedding is None:
+            embedding = self.embedding_for(image)
         is_array = isinstance(image, np.ndarray)
         source = to_tensor(to_float(image)) if is_array else image.float().cpu()
         h, w = source.shape[1:]
@@ -284,6 +288,7 @@ class Restorer(TiledNetwork):
                 self_ensemble=self_ensemble,
                 spread=return_spread,
                 one_pass=one_pass,
+                means=means,
                 progress=progress,
             )
             spreads = []
@@ -330,9 +335,28 @@ class Restorer(TiledNetwork):
         embedding = self.embed(pad_to_multiple(source.reshape(-1, *source.shape[-3:]), self.stride))
         return None if embedding is None else embedding.cpu()
 
-    def find(self, image: np.ndarray) -> Finding | None:
-        """What is wrong with an (H, W, 3) uint8 or uint16 array; None without a classifier."""
-        return None if self.classifier is None else self.classifier.find(to_float(image))
+    def embedding_for(self, image: np.ndarray | Tensor, finding: Finding | None = None) -> Tensor | None:
+        """What `restore` tells the network where nothing else is asked for; None: the image's own embedding.
+
+        That of the class that is found, for those that the classifier steers by: an image unlike all that the extractor
+        has seen can have an embedding that means something else, such as darkness. The paper has no classes: our
+        inference.
+
+        Args:
+            image: as `restore` takes it, but one.
+            finding: of the image, if it is known.
+        """
+        if self.classifier is None or not self.classifier.steered:
+            return None
+        finding = self.find(image) if finding is None else finding
+        return self.classifier.embedding_of(finding.kind) if finding.kind in self.classifier.steered else None
+
+    def find(self, image: np.ndarray | Tensor) -> Finding | None:
+        """What is wrong with an (H, W, 3) uint8 or uint16 array, or (3, H, W) floats; None without a classifier."""
+        if self.classifier is None:
+            return None
+        is_array = isinstance(image, np.ndarray)
+        return self.classifier.find(to_float(image) if is_array else image.float().cpu().permute(1, 2, 0).numpy())
 
     def call(self, image: Tensor, embedding: Tensor | None, means: MeansOverTiles | None = None) -> Tensor:
         with use_backend(self.scan_backend):
@@ -343,8 +367,10 @@ class Restorer(TiledNetwork):
 
         The largest multiple of `STEP` for which the network's tensors take `BUDGET` bytes.
         """
+        if height * width <= SMALL**2:
+            return 0
         pixels = BUDGET / self.bytes_per_pixel
-        return 0 if height * width <= max(pixels, SMALL**2) else max(int(pixels**0.5) // STEP * STEP, STEP)
+        return 0 if height * width <= pixels else max(int(pixels**0.5) // STEP * STEP, STEP)
 
     def needed(self, pixels: int) -> float:
         """Bytes for an image or tile of so many pixels; 0 for those that every machine has memory for."""

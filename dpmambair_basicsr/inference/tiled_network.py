@@ -46,6 +46,7 @@ class TiledNetwork:
         self_ensemble: bool = False,
         spread: bool = False,
         one_pass: bool = False,
+        means: MeansOverTiles | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> Iterator[Tensor]:
         """The result for (b, 3, h, w) float32, from top to bottom.
@@ -58,6 +59,7 @@ class TiledNetwork:
             self_ensemble: average of the results for the eight flips and rotations.
             spread: self_ensemble, and a fourth channel: the standard deviation of the eight, over the three colours.
             one_pass: each tile has means of its own.
+            means: of several images of one scene: collected, or used once they are complete; tiles are seen once.
             progress: called with the number of tiles done and of all, those of both passes.
 
         Yields:
@@ -73,7 +75,8 @@ class TiledNetwork:
         )
         embedding = self.embed(padded, *context) if embedding is None else embedding.to(self.device)
         tiles = len(rows) * len(columns)
-        means = MeansOverTiles() if tiles > 1 and not one_pass and self.has_means else None
+        two_passes = means is None and tiles > 1 and not one_pass and self.has_means
+        means = MeansOverTiles() if two_passes else means
         done = count(1)
 
         def restore_tile(x: Tensor) -> Tensor:
@@ -83,10 +86,10 @@ class TiledNetwork:
                 else self.call(x, embedding, means)
             )
             if progress is not None:
-                progress(next(done), tiles * (1 if means is None else 2))
+                progress(next(done), tiles * (2 if two_passes else 1))
             return output
 
-        if means is not None:
+        if two_passes:
             for (top, bottom), (left, right) in product(rows, columns):
                 restore_tile(padded[..., top:bottom, left:right])
             means.complete = True

@@ -157,9 +157,7 @@ def add_published(comparison: Comparison, table: PublishedTable) -> None:
         values = {key: {name: float(text) for name, text in numbers.items()} for key, numbers in texts.items()}
         marks = {name: mark for name, metric in common.items() if (mark := table.marks_of(method).get(metric['type']))}
         own = method == list(rows)[-1]
-        comparison.rows.append(
-            Row(method, 'published', table.source, cells(comparison, values) | texts, own, marks)
-        )
+        comparison.rows.append(Row(method, 'published', table.source, cells(comparison, values) | texts, own, marks))
         notes = [f'{mark}: {MARKS[mark]}.' for mark in dict.fromkeys(marks.values())]
         comparison.notes += [note for note in notes if note not in comparison.notes]
 

@@ -80,7 +80,8 @@ def page(
     )
     shrunk = f'Shrunk to {MAX_SIDE} pixels where they are larger, and then not lossless: to look at, not to measure.'
     pictures = f'<h2>Degraded and restored</h2><p>{shrunk}</p><div class="sliders">{"".join(figures)}</div>'
-    body = f"""<div class="scroll" tabindex="0" role="region" aria-label="table of results">{html_table(comparison)}</div>
+    table = html_table(comparison)
+    body = f"""<div class="scroll" tabindex="0" role="region" aria-label="table of results">{table}</div>
 {''.join(f'<p>{escape(note)}</p>' for note in comparison.notes + notes)}
 {bars(comparison)}
 {pictures if figures else ''}

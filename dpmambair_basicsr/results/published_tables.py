@@ -6,7 +6,8 @@ RGB = {'calculate_psnr': {'test_y_channel': False}, 'calculate_ssim': {'test_y_c
 LUMINANCE = {'calculate_psnr': {'test_y_channel': True}, 'calculate_ssim': {'test_y_channel': True}}
 OTHER_SSIM, ON_Y = 'other SSIM', 'Y'
 MARKS = {
-    OTHER_SSIM: 'an SSIM of a definition that the paper does not give, about 0.1 above calculate_ssim; compare it with no other',
+    OTHER_SSIM: 'an SSIM of a definition that the paper does not give, about 0.1 above calculate_ssim; compare it with '
+    'no other',
     ON_Y: 'measured on the Y channel; compare it with no RGB figure',
 }
 SSIM_OF_DPMAMBAIR = {'calculate_ssim': OTHER_SSIM}

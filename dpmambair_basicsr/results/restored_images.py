@@ -11,8 +11,8 @@ import cv2
 import numpy as np
 
 from dpmambair_basicsr.files.atomic import replacing
-from dpmambair_basicsr.files.errors import InputError
 from dpmambair_basicsr.files.pictures import read_pictures
+from dpmambair_basicsr.files.videos import VIDEOS, read_frames
 from dpmambair_basicsr.results.page import MAX_PAIRS, data_uri, document, slider
 
 SURE = 0.6  # a smaller probability of the first class is called unsure
@@ -164,5 +164,6 @@ def heat(spread: np.ndarray) -> np.ndarray:
 
 def read_bgr(file: Path) -> np.ndarray:
     """(H, W, 3) uint8 of the first frame or page, upright."""
-    image = read_pictures(file)[0][0].image
+    is_video = file.suffix.lower() in VIDEOS
+    image = next(read_frames(file)).image if is_video else read_pictures(file)[0][0].image
     return cv2.cvtColor(image if image.dtype == np.uint8 else np.uint8(image // 257), cv2.COLOR_RGB2BGR)

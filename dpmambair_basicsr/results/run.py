@@ -43,8 +43,8 @@ class Run:
 
     Args:
         options: the option file; `forced`: the `--force_yml` entries.
-        checkpoint: the file of the network, the key `param_key` of it that was used, '' for the whole file, and its `sha256`;
-            '' without one.
+        checkpoint: the file of the network, '' without one; `param_key`: what was used of it, '' for the whole file;
+            `sha256`: of the file.
         versions: package -> version.
         metrics: name -> type and arguments, the section `val.metrics`.
         suffix: restored images are visualization/<dataset>/<image>_<suffix>.png.

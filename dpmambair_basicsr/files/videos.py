@@ -1,0 +1,218 @@
+"""Video files, frame by frame: the frames of the result have the times of the originals, all other streams are copied.
+
+Needs PyAV, which brings FFmpeg's libraries. Files are handed to it opened, with their demuxer named: it opens nothing
+else, whatever a file says.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from dpmambair_basicsr.files.atomic import replacing
+from dpmambair_basicsr.files.codec import max_pixels
+from dpmambair_basicsr.files.errors import MissingLibraryError
+from dpmambair_basicsr.files.regular import open_regular
+
+
+@dataclass(frozen=True)
+class Container:
+    """
+    Attributes:
+        demuxer, muxer: FFmpeg's names.
+        encoder, options: of the frames, nearly without loss.
+    """
+
+    demuxer: str
+    muxer: str
+    encoder: str = 'libx264'
+    options: dict[str, str] = field(default_factory=lambda: {'crf': '14', 'preset': 'medium'})
+
+
+VIDEOS = {
+    '.mp4': Container('mov', 'mp4'),
+    '.m4v': Container('mov', 'mp4'),
+    '.mov': Container('mov', 'mov'),
+    '.mkv': Container('matroska', 'matroska'),
+    '.webm': Container('matroska', 'webm', 'libvpx-vp9', {'crf': '16', 'b': '0', 'row-mt': '1'}),
+}
+HDR = {16: 'PQ', 18: 'HLG'}  # transfer characteristics, ITU-T H.273
+
+
+@dataclass
+class Frame:
+    """
+    Attributes:
+        image: (H, W, 3) RGB, upright; uint16 if the video has more than 8 bits.
+        source: PyAV's.
+    """
+
+    image: np.ndarray
+    source: object
+
+
+def import_av():
+    try:
+        import av
+    except ImportError as error:
+        raise MissingLibraryError(f"videos need PyAV ({error}): pip install 'dpmambair_basicsr[video]'") from error
+    return av
+
+
+@contextmanager
+def opened(path: Path):
+    """PyAV's container.
+
+    Raises:
+        OSError, ValueError: it cannot be read, or is not a video that can be restored.
+    """
+    av = import_av()
+    with ExitStack() as stack:
+        file = stack.enter_context(open_regular(path))
+        try:
+            container = stack.enter_context(av.open(file, format=VIDEOS[path.suffix.lower()].demuxer))
+        except av.error.FFmpegError as error:
+            raise ValueError(f'not a {path.suffix.lower()} video ({error.strerror})') from None
+        if not container.streams.video:
+            raise ValueError('has no video stream')
+        context = container.streams.video[0].codec_context
+        if context.color_trc in HDR:
+            raise ValueError(f'is HDR video ({HDR[context.color_trc]}); networks here are trained on sRGB pictures')
+        if context.width * context.height > max_pixels():
+            raise ValueError(f'has frames of {context.width} x {context.height} pixels, more than max_pixels')
+        yield container
+
+
+def read_frames(path: Path) -> Iterator[Frame]:
+    """All frames, in order.
+
+    Raises:
+        OSError, ValueError: as `opened`; a frame that is damaged, interlaced or without a time.
+    """
+    with opened(path) as container:
+        for packet in container.demux(container.streams.video[0]):
+            yield from decoded(packet)
+
+
+def decoded(packet) -> Iterator[Frame]:
+    av = import_av()
+    try:
+        frames = packet.decode()
+    except av.error.FFmpegError as error:
+        raise ValueError(f'its frames cannot be read ({error.strerror})') from None
+    for frame in frames:
+        place = 'a frame' if frame.time is None else f'the frame at {frame.time:.2f} s'
+        if frame.pts is None:
+            raise ValueError('has frames without a time')
+        if frame.is_corrupt:
+            raise ValueError(f'{place} is damaged')
+        if frame.interlaced_frame:
+            raise ValueError(f'{place} is interlaced; deinterlace the video first')
+        deep = max(component.bits for component in frame.format.components) > 8
+        image = frame.to_ndarray(format='rgb48le' if deep else 'rgb24')
+        yield Frame(np.ascontiguousarray(np.rot90(image, frame.rotation // 90)), frame)
+
+
+class VideoWriter:
+    """Writes a video like another one, with other frames.
+
+    Attributes:
+        lost: what the result does not have, for people.
+    """
+
+    def __init__(self, result, source, path: Path):
+        self.result, self.stream, self.out = result, source.streams.video[0], None
+        self.container = VIDEOS[path.suffix.lower()]
+        result.metadata.update(source.metadata)
+        self.copies, self.lost, self.waiting = {}, [], []
+        for stream in source.streams:
+            if stream is not self.stream:
+                self.copy_stream(stream)
+
+    def copy_stream(self, stream) -> None:
+        try:
+            copy = self.result.add_stream_from_template(stream)
+        except (ValueError, NotImplementedError):  # of a kind or codec that the container cannot hold
+            self.lost.append(f'{stream.type} stream {stream.index}')
+            return
+        copy.metadata.update(stream.metadata)
+        copy.disposition = stream.disposition
+        self.copies[stream.index] = copy
+
+    def write(self, frame: Frame, image: np.ndarray) -> None:
+        """Args: image: (h, w, 3) in the place of `frame.image`, of the same type, all frames of one size."""
+        av = import_av()
+        if self.out is None:
+            self.out = self.video_stream(frame, image)
+            for packet in self.waiting:
+                self.copy_packet(packet)
+        out = self.out
+        written = av.VideoFrame.from_ndarray(image, format='rgb24' if image.dtype == np.uint8 else 'rgb48le')
+        written = written.reformat(
+            format=out.pix_fmt, dst_colorspace=frame.source.colorspace, dst_color_range=frame.source.color_range
+        )
+        written.pts, written.time_base = frame.source.pts, frame.source.time_base
+        self.result.mux(out.encode(written))
+
+    def video_stream(self, frame: Frame, image: np.ndarray):
+        context = self.stream.codec_context
+        rate = self.stream.average_rate or self.stream.guessed_rate
+        out = self.result.add_stream(self.container.encoder, rate=rate, options=self.container.options)
+        out.height, out.width = image.shape[:2]
+        out.pix_fmt = pixel_format(out.codec, frame.source.format.name, image)
+        if out.pix_fmt != frame.source.format.name:
+            self.lost.append(f'pixel format {frame.source.format.name}, now {out.pix_fmt}')
+        out.codec_context.time_base = self.stream.time_base
+        ratio = context.sample_aspect_ratio
+        if ratio:
+            out.codec_context.sample_aspect_ratio = ratio if frame.source.rotation % 180 == 0 else 1 / ratio
+        for name in ('color_range', 'colorspace', 'color_primaries', 'color_trc'):
+            setattr(out.codec_context, name, getattr(context, name))
+        out.metadata.update(self.stream.metadata)
+        return out
+
+    def copy_packet(self, packet) -> None:
+        if packet.dts is None or packet.stream.index not in self.copies:
+            return
+        if self.out is None:  # all streams come before the first packet, and the size of the video is not known yet
+            self.waiting.append(packet)
+            return
+        packet.stream = self.copies[packet.stream.index]
+        self.result.mux(packet)
+
+    def finish(self) -> None:
+        if self.out is None:
+            raise ValueError('has no frames')
+        self.result.mux(self.out.encode(None))
+
+
+def pixel_format(codec, name: str, image: np.ndarray) -> str:
+    """That of the video where the encoder has it; otherwise the nearest with as many bits."""
+    known = {form.name for form in codec.video_formats}
+    odd = image.shape[0] % 2 or image.shape[1] % 2
+    if name in known and not (odd and '420' in name and codec.name == 'libx264'):
+        return name
+    deep = '10le' if image.dtype == np.uint16 and 'yuv420p10le' in known else ''
+    return ('yuv444p' if odd or '444' in name else 'yuv420p') + deep
+
+
+def rewrite(source: Path, target: Path, restore: Callable[[Frame], np.ndarray]) -> list[str]:
+    """Writes the video with restore(frame) in the place of each frame. Returns what the result does not have.
+
+    Raises:
+        OSError, ValueError: as `read_frames`; or the result cannot be written. Then there is no result.
+    """
+    av = import_av()
+    container = VIDEOS[target.suffix.lower()]
+    with opened(source) as film, replacing(target) as part, av.open(str(part), 'w', format=container.muxer) as result:
+        writer = VideoWriter(result, film, target)
+        for packet in film.demux():
+            if packet.stream is not writer.stream:
+                writer.copy_packet(packet)
+                continue
+            for frame in decoded(packet):
+                writer.write(frame, restore(frame))
+        writer.finish()
+    return writer.lost
