@@ -3,12 +3,15 @@
     python scripts/fit_classifier.py net_g_latest.pth PHOTOS -o net_g.safetensors [--check OTHER_PHOTOS]
 
 Each photograph is degraded in every way of `versions`. OTHER_PHOTOS, which it must not have seen, are degraded alike
-and classified, and the shares that are right are printed.
+and classified, and the shares that are right are printed. Then some photographs are restored both with the mean
+embedding of their class and with their own: classes that lose nothing by the former are steered by it.
 """
 
 import argparse
 import zlib
 from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -28,6 +31,9 @@ from dpmambair_basicsr.inference.image_statistics import image_statistics
 from dpmambair_basicsr.inference.restorer import Restorer
 
 LARGEST, EMBEDDED = 320, 192  # pixels: centre crops whose statistics, and whose embedding, are taken
+EVERY = 4  # of so many photographs one is embedded
+RESTORED = 8  # photographs
+LOSS = 0.25  # dB of PSNR that are nothing
 KINDS = {
     'haze': {'beta': (0.4, 1.8), 'airlight': (0.7, 1.0)},
     'rain': {'strength': (0.2, 0.8)},
@@ -51,35 +57,67 @@ def main() -> None:
     restorer.classifier = DegradationClassifier.fit(*measure(restorer, arguments.photos))
     if arguments.check:
         print(report(restorer.classifier, measure(restorer, arguments.check)[0]))
+    steered = choose_steered(restorer, arguments.check or arguments.photos)
+    restorer.classifier = replace(restorer.classifier, steered=tuple(steered))
     checkpoint = read_checkpoint(arguments.weights)
     weights = own_names(select_weights(arguments.weights, checkpoint, *WRAPPINGS))
     options = checkpoint.get('network_g') or network_options(weights)
     write_safetensors(arguments.output, weights, options, restorer.classifier.to_plain())
-    print(f'{arguments.output}: {", ".join(restorer.classifier.names)}')
+    print(f'{arguments.output}: {", ".join(restorer.classifier.names)}; steered: {", ".join(steered)}')
 
 
 def measure(restorer: Restorer, folder: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """{class: (N, S) statistics} and {class: (N, E) embeddings} of the photographs of a folder, degraded."""
+    """{class: (N, S) statistics} and {class: (M, E) embeddings} of the photographs of a folder, degraded."""
     statistics, embeddings = {}, {}
-    for path in tqdm(list_pictures(folder), desc=folder, unit='photograph', disable=None):
-        rng = np.random.default_rng([zlib.crc32(path.name.encode()), 0])
-        for kind, image in versions(some_size(to_float(read_picture(path).image), rng), rng):
-            image = to_uint8(image)
+    for index, path in enumerate(tqdm(list_pictures(folder), desc=folder, unit='photograph', disable=None)):
+        for kind, image, _ in degraded(path):
             statistics.setdefault(kind, []).append(torch.from_numpy(image_statistics(to_float(middle(image, LARGEST)))))
-            embeddings.setdefault(kind, []).append(restorer.embedding_of(middle(image, EMBEDDED)))
+            if index % EVERY == 0:
+                embeddings.setdefault(kind, []).append(restorer.embedding_of(middle(image, EMBEDDED)))
     stacked = {kind: torch.stack(parts) for kind, parts in statistics.items()}
     return stacked, {kind: torch.cat(parts) for kind, parts in embeddings.items()}
 
 
-def versions(photo: np.ndarray, rng: np.random.Generator) -> Iterator[tuple[str, np.ndarray]]:
-    """(class, image): the photograph clean and nearly so, darker and lighter, and degraded in each of `KINDS`."""
-    yield 'clean', photo
-    yield 'clean', photo ** gamma(rng, 0.7, 2.2)
-    yield 'clean', degrade(photo ** gamma(rng, 0.7, 2.2), 'camera_noise', rng, **SLIGHT_NOISE)
-    yield 'clean', degrade(photo, 'jpeg', rng, quality=(85, 98))
+def choose_steered(restorer: Restorer, folder: str) -> list[str]:
+    """The classes that lose no more than `LOSS` on average if their own mean embedding steers the network."""
+    losses = {}
+    for path in tqdm(list_pictures(folder)[:RESTORED], desc='steering', unit='photograph', disable=None):
+        for kind, image, clean in degraded(path):
+            image, clean = middle(image, EMBEDDED), middle(clean, EMBEDDED)
+            own, by_kind = (
+                mean_squared_error(restorer.restore(image, embedding=embedding), clean)
+                for embedding in (restorer.embedding_of(image), restorer.classifier.embedding_of(kind))
+            )
+            losses.setdefault(kind, []).append(10 * np.log10(by_kind / own))
+    print(', '.join(f'{kind} {-np.mean(loss):+.2f} dB' for kind, loss in losses.items()), 'by the mean embedding')
+    return [kind for kind, loss in losses.items() if np.mean(loss) <= LOSS]
+
+
+def mean_squared_error(a: np.ndarray, b: np.ndarray) -> float:
+    return max(np.square(a.astype(np.float32) - b).mean(), 1)  # at most 48 dB: who restores better is not of interest
+
+
+def degraded(path: Path) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+    """(class, image, what it should be), uint8."""
+    rng = np.random.default_rng([zlib.crc32(path.name.encode()), 0])
+    for kind, image, clean in versions(some_size(to_float(read_picture(path).image), rng), rng):
+        yield kind, to_uint8(image), to_uint8(clean)
+
+
+def versions(photo: np.ndarray, rng: np.random.Generator) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+    """(class, image, what it should be): clean and nearly so, darker and lighter, and degraded in each of `KINDS`."""
+    yield 'clean', photo, photo
+    for low, high in ((0.7, 2.2), (1.8, 3.2)):
+        exposed = photo ** gamma(rng, low, high)
+        yield 'clean', exposed, exposed
+        exposed = photo ** gamma(rng, low, high)
+        yield 'clean', degrade(exposed, 'camera_noise', rng, **SLIGHT_NOISE), exposed
+    yield 'clean', degrade(photo, 'jpeg', rng, quality=(85, 98)), photo
     for kind, parameters in KINDS.items():
-        exposure = 1 if kind in ('haze', 'lowlight') else gamma(rng, 0.8, 1.6)
-        yield kind, degrade(photo**exposure, kind, rng, **parameters)
+        exposed = photo ** (1 if kind in ('haze', 'lowlight') else gamma(rng, 0.8, 1.6))
+        yield kind, degrade(exposed, kind, rng, **parameters), exposed
+    exposed = photo ** gamma(rng, 0.8, 2.5)
+    yield 'noise', degrade(exposed, 'camera_noise', rng), exposed
 
 
 def gamma(rng: np.random.Generator, low: float, high: float) -> np.float32:

@@ -21,7 +21,9 @@ from dpmambair_basicsr.files.images import to_float
 def served(folder):
     """The address of the page, once it answers."""
     command = [sys.executable, '-u', '-m', 'dpmambair_basicsr', 'app', '--no-browser', '--port', '0']
+    (folder / 'temporary').mkdir()
     environment = {'PYTHONPATH': str(PACKAGE_PARENT), 'PATH': '/usr/bin:/bin', 'HOME': str(folder)}
+    environment |= {'TMPDIR': str(folder / 'temporary')}
     with open(folder / 'log', 'w') as log:
         process = subprocess.Popen(command, cwd=folder, stdout=log, stderr=subprocess.STDOUT, env=environment)
     try:
@@ -73,3 +75,4 @@ def test_a_picture_is_restored_in_the_browser_and_downloaded(tmp_path):
         requests = [event for event in page.events if event.get('method') == 'Network.requestWillBeSent']
         hosts = {event['params']['request']['url'].split('/')[2] for event in requests if '://' in str(event)}
         assert hosts <= {address.split('/')[2], ''}, 'it fetches nothing from elsewhere'
+    assert not [*(tmp_path / 'temporary').rglob('*rainy*')], 'no picture stays behind'

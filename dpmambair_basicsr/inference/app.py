@@ -2,10 +2,12 @@
 
 It says what it finds in the picture, lets you choose how much is undone and what, shows before and after, and gives you
 the result as a file. Pictures stay on this machine: the page is served to it alone and fetches nothing from elsewhere.
+What it wrote is removed when it ends.
 """
 
 import argparse
 import os
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -21,10 +23,15 @@ AS_FOUND = 'what is found'
 
 def main() -> int:
     arguments = parse_arguments()
-    with exit_on_error('dpmambair app', ValueError, OSError):
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the folder goes then too
+    with (
+        exit_on_error('dpmambair app', ValueError, OSError),
+        tempfile.TemporaryDirectory(prefix='dpmambair_', ignore_cleanup_errors=True) as folder,
+    ):
+        os.environ['GRADIO_TEMP_DIR'] = folder  # read when it is imported: its own copies of the pictures
         gradio = import_gradio()
         restorer = load(arguments.weights, device=arguments.device)
-        page = build(gradio, restorer)
+        page = build(gradio, restorer, folder)
         page.queue(default_concurrency_limit=1)  # one picture at a time: the memory is for one
         look = {'theme': gradio.themes.Default(font='system-ui', font_mono='monospace'), 'footer_links': []}
         page.launch(server_name='127.0.0.1', server_port=arguments.port, inbrowser=not arguments.no_browser, **look)
@@ -51,8 +58,8 @@ def import_gradio():
     return gradio
 
 
-def build(gradio, restorer):
-    """The page, a `gradio.Blocks`."""
+def build(gradio, restorer, folder: str):
+    """The page, a `gradio.Blocks`; its pictures are written below the folder."""
     kinds = [] if restorer.classifier is None else [name for name in restorer.classifier.names if name != 'clean']
     with gradio.Blocks(title='dpmambair', analytics_enabled=False) as page:
         gradio.Markdown('# Restore a picture\nWhat it finds is a guess, and results are not evidence: compare.')
@@ -74,7 +81,7 @@ def build(gradio, restorer):
         def act(path: str | None, chosen: str, amount: float):
             if path is None:
                 raise gradio.Error('Choose a picture first.')
-            before, after, file, text = restore(gradio, restorer, Path(path), chosen, amount)
+            before, after, file, text = restore(gradio, restorer, Path(path), chosen, amount, folder)
             return (before, after), text, gradio.DownloadButton(value=file, interactive=True)
 
         source.change(look, source, found)
@@ -91,16 +98,17 @@ def find(gradio, restorer, path: str) -> dict[str, float] | None:
     return None if finding is None else finding.probabilities
 
 
-def restore(gradio, restorer, path: Path, kind: str, strength: float) -> tuple[str, str, str, str]:
+def restore(gradio, restorer, path: Path, kind: str, strength: float, folder: str) -> tuple[str, str, str, str]:
     """The picture and its restoration as PNG for the page, the result in the format of the picture, a note."""
-    folder = Path(tempfile.mkdtemp(prefix='dpmambair_'))
+    folder = Path(tempfile.mkdtemp(dir=folder))
     result = folder / f'{path.stem}_restored{path.suffix}'
     try:
         picture = read_picture(path)
         check_format(result, [picture])
         seen = picture.visible_image()
         finding = restorer.find(seen)
-        embedding = None if kind == AS_FOUND else restorer.classifier.embedding_of(kind)
+        by_kind = kind != AS_FOUND
+        embedding = restorer.classifier.embedding_of(kind) if by_kind else restorer.embedding_for(seen, finding)
         image = restorer.restore(seen, strength=strength, embedding=embedding)
         write_picture(result, restored_picture(picture, image))
         for name, shown in {'before.png': picture.image, 'after.png': image}.items():
