@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -50,12 +51,13 @@ class Frame:
     """
 
     image: np.ndarray
-    source: object
+    source: Any
 
 
-def import_av():
+def import_av() -> Any:
     try:
         import av
+        import av.error
     except ImportError as error:
         raise MissingLibraryError(f"videos need PyAV ({error}): pip install 'dpmambair_basicsr[video]'") from error
     return av

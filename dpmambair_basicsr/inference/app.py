@@ -98,9 +98,9 @@ def find(gradio, restorer, path: str) -> dict[str, float] | None:
     return None if finding is None else finding.probabilities
 
 
-def restore(gradio, restorer, path: Path, kind: str, strength: float, folder: str) -> tuple[str, str, str, str]:
+def restore(gradio, restorer, path: Path, kind: str, strength: float, parent: str) -> tuple[str, str, str, str]:
     """The picture and its restoration as PNG for the page, the result in the format of the picture, a note."""
-    folder = Path(tempfile.mkdtemp(dir=folder))
+    folder = Path(tempfile.mkdtemp(dir=parent))
     result = folder / f'{path.stem}_restored{path.suffix}'
     try:
         picture = read_picture(path)

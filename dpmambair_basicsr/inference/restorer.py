@@ -349,7 +349,8 @@ class Restorer(TiledNetwork):
         if self.classifier is None or not self.classifier.steered:
             return None
         finding = self.find(image) if finding is None else finding
-        return self.classifier.embedding_of(finding.kind) if finding.kind in self.classifier.steered else None
+        kind = None if finding is None else finding.kind
+        return self.classifier.embedding_of(kind) if kind in self.classifier.steered else None
 
     def find(self, image: np.ndarray | Tensor) -> Finding | None:
         """What is wrong with an (H, W, 3) uint8 or uint16 array, or (3, H, W) floats; None without a classifier."""

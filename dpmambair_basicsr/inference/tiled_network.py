@@ -89,7 +89,7 @@ class TiledNetwork:
                 progress(next(done), tiles * (2 if two_passes else 1))
             return output
 
-        if two_passes:
+        if two_passes and means is not None:
             for (top, bottom), (left, right) in product(rows, columns):
                 restore_tile(padded[..., top:bottom, left:right])
             means.complete = True

@@ -131,6 +131,7 @@ def restore_video(
         nonlocal done
         shot = next(numbered)
         image = restorer.restore(frame.image, embedding=shot.embedding, means=shot.means, **options)
+        assert isinstance(image, np.ndarray), 'as the frame is'
         done += 1
         progress(done)
         return image

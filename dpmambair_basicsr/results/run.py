@@ -8,7 +8,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import get_args, get_origin, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 from dpmambair_basicsr.files.atomic import replacing
 from dpmambair_basicsr.files.regular import open_regular
@@ -183,7 +183,7 @@ def read_run(path: str | Path) -> Run:
     return run
 
 
-def converted(value, kind, place: str):
+def converted(value, kind, place: str) -> Any:
     """What JSON has for a text, number, list, mapping or data class, as that.
 
     Raises:
