@@ -1,4 +1,7 @@
-"""Nothing is lost: full disks, signals, kills at any moment, broken checkpoints; with trainings as processes."""
+"""Nothing is lost: full disks, signals, kills at any moment, broken checkpoints; with trainings as processes.
+
+KILLS=36 kills each kind of training that often.
+"""
 
 import os
 import random
@@ -12,7 +15,7 @@ import pytest
 import torch
 from support import forked
 from support.forked import Training, changed, load, start_processes, states, train
-from test_exact_resume import assert_equal
+from test_exact_resume import GAN, assert_equal
 
 RUN = 'experiments/run'
 
@@ -276,12 +279,28 @@ def test_a_second_signal_ends_it_at_once(images, tmp_path):
 # Killed
 
 
-def test_killed_at_random_moments(images, tmp_path):
+# Name -> changes of the options, how often it is killed.
+KILLED = {
+    'plain': ({}, 20),
+    'GAN, two workers, progressive': (
+        GAN
+        | {
+            'datasets.train.num_worker_per_gpu': 2,
+            'datasets.train.progressive': {'gt_sizes': [8, 4], 'batch_sizes': [2, 3], 'iters': [8, 30_000]},
+        },
+        5,
+    ),
+}
+
+
+@pytest.mark.parametrize('kind', KILLED)
+def test_killed_at_random_moments(kind, images, tmp_path):
     """Every file under a final name is whole, and the last of the trainings ends as if it had been the only one."""
+    changes, kills = KILLED[kind]
     opt = {'train.total_iter': 20_000, 'logger.save_checkpoint_freq': 1, 'val.val_freq': 7, 'logger.keep_last': 3}
-    opt = changed(forked.options(images), opt)
+    opt = changed(forked.options(images), opt | changes)
     rng = random.Random(0)
-    for attempt in range(20):
+    for attempt in range(int(os.environ.get('KILLS', kills))):
         run = Training(opt, tmp_path, '--auto_resume')
         if attempt % 5 != 4:  # now and then it is killed before training begins
             run.wait_for('Start training')

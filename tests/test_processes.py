@@ -4,8 +4,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -13,8 +11,9 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from support import commands, forked
+from support import forked
 from support.forked import changed, start_processes, states, train
+from support.torchrun import children, torchrun
 from test_checkpoints import assert_ends_like
 from test_exact_resume import GAN, real_world, train_in_two_processes
 
@@ -167,27 +166,12 @@ def test_a_killed_process_ends_the_other(rank, images, tmp_path):
 @pytest.mark.parametrize('fault', ['a killed process', 'SIGTERM'])
 def test_torchrun(fault, images, tmp_path):
     """It ends all processes if one is killed, and passes signals on: then the state is saved."""
-    network = {'type': 'VmambaIR', 'dim': 4, 'num_blocks': [1, 1, 1, 1], 'num_refinement_blocks': 1, 'd_state': 2}
-    opt = changed(forked.options(images), LONG | {'network_g': network, 'val.val_freq': 1000})
-    file, log = commands.write_options(opt, tmp_path / 'options.yml'), tmp_path / 'log'
-    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']
-    command += ['-m', 'dpmambair_basicsr.train', '-opt', str(file), '--launcher', 'pytorch']
-    environment = os.environ | {'PYTHONPATH': str(commands.PACKAGE_PARENT), 'OMP_NUM_THREADS': '1'}
-    with open(log, 'wb') as output:
-        run = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=output, stderr=subprocess.STDOUT)
-    try:
-        end = time.monotonic() + 120
-        while 'iter:       6,' not in log.read_text():
-            assert time.monotonic() < end and run.poll() is None, log.read_text()
-            time.sleep(0.05)
+    with torchrun(changed(forked.options(images), LONG | {'val.val_freq': 1000}), tmp_path) as (run, log):
         if fault == 'SIGTERM':
             run.send_signal(signal.SIGTERM)
         else:
-            child = Path(f'/proc/{run.pid}/task/{run.pid}/children').read_text().split()[-1]
-            os.kill(int(child), signal.SIGKILL)
+            os.kill(children(run.pid)[-1], signal.SIGKILL)
         assert run.wait(timeout=60) != 0
-    finally:
-        run.kill()
     last = states(tmp_path)[-1]
     if fault == 'SIGTERM':
         assert f'training ends after iteration {last}, which is saved' in log.read_text()

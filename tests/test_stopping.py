@@ -7,11 +7,13 @@ import os
 import random
 import signal
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from support import forked
 from support.forked import Training, changed, states
+from support.torchrun import children, torchrun
 from test_checkpoints import RUN, assert_ends_like
 
 TIMES = range(int(os.environ.get('STOPS', 1)))
@@ -39,9 +41,8 @@ def check_saved(folder: Path, number: signal.Signals) -> int:
 
 
 def processes(run: Training) -> list[int]:
-    """The training and its children."""
-    children = Path(f'/proc/{run.process.pid}/task/{run.process.pid}/children').read_text().split()
-    return [run.process.pid, *map(int, children)]
+    """The training and what it has started."""
+    return [run.process.pid, *children(run.process.pid)]
 
 
 def to_all(run: Training, *numbers: int) -> None:
@@ -97,3 +98,17 @@ def test_a_stop_is_saved(way, _, opt, tmp_path):
     if way in ('Ctrl-C under tee', 'closed terminal'):
         opt = changed(opt, {'train.total_iter': last + 2, 'logger.save_checkpoint_freq': last + 2})
         assert_ends_like(opt, tmp_path, tmp_path / 'straight')
+
+
+@pytest.mark.parametrize('_', TIMES)
+def test_a_stop_of_all_processes_of_torchrun_is_saved(_, opt, tmp_path):
+    """As scancel and systemd stop it: torchrun, its processes and their workers, in any order."""
+    opt = changed(opt, {'datasets.train.num_worker_per_gpu': 1})
+    with torchrun(opt, tmp_path) as (run, log):
+        pids = [run.pid, *children(run.pid)]
+        for pid in random.sample(pids, len(pids)):
+            with suppress(ProcessLookupError):  # ended already, as the workers of an epoch do
+                os.kill(pid, signal.SIGTERM)
+            time.sleep(random.choice([0, random.uniform(0, 0.05)]))
+        assert run.wait(timeout=120) != 0, log.read_text()
+    check_saved(tmp_path, signal.SIGTERM)
