@@ -286,7 +286,7 @@ KILLED = {
         GAN
         | {
             'datasets.train.num_worker_per_gpu': 2,
-            'datasets.train.progressive': {'gt_sizes': [8, 4], 'batch_sizes': [2, 3], 'iters': [8, 30_000]},
+            'datasets.train.progressive': {'gt_sizes': [8, 8], 'batch_sizes': [2, 1], 'iters': [8, 30_000]},
         },
         5,
     ),
