@@ -11,7 +11,7 @@ import cv2
 import numpy as np
 import pytest
 from basicsr.utils import logger as basicsr_logger
-from support import forked
+from support import commands, forked, pipelines
 from support.forked import Training, changed
 
 import dpmambair_basicsr.train  # noqa: F401  (with the patches)
@@ -65,6 +65,18 @@ def test_validation_images_are_whole_or_an_error(model, opt, tmp_path, small_dis
     for file in images:
         assert cv2.imread(str(file)).shape == (12, 14, 3), file
     assert not list(disk.rglob('*.part'))
+
+
+def test_images_of_a_test_are_whole_or_an_error(tmp_path, small_disk):
+    opt = commands.stock_options(commands.write_images(tmp_path / 'images'))
+    opt |= {'datasets': {'test': opt['datasets']['val']}, 'val': {'save_img': True, 'suffix': None}}
+    del opt['train'], opt['logger']
+    disk = small_disk('results', 16)
+    with pytest.raises(OSError, match=r'No space left on device.*\.png'):
+        pipelines.test(commands.write_options(opt, tmp_path / 'options.yml'), cwd=tmp_path)
+    for file in disk.rglob('*.png'):
+        assert cv2.imread(str(file)).shape == (32, 32, 3), file
+    assert not list(disk.rglob('*.part')) and len(list(disk.rglob('*.png'))) < 4
 
 
 def test_a_full_disk_of_plots_ends_no_training(opt, tmp_path, small_disk):

@@ -13,7 +13,7 @@ import pytest
 import torch
 from support import forked
 from support.forked import changed, start_processes, states, train
-from support.torchrun import children, torchrun
+from support.programs import TORCHRUN, children, training
 from test_checkpoints import assert_ends_like
 from test_exact_resume import GAN, real_world, train_in_two_processes
 
@@ -163,16 +163,9 @@ def test_a_killed_process_ends_the_other(rank, images, tmp_path):
     assert_ends_like(opt, tmp_path, tmp_path / 'straight', train=train_in_two_processes)
 
 
-@pytest.mark.parametrize('fault', ['a killed process', 'SIGTERM'])
-def test_torchrun(fault, images, tmp_path):
-    """It ends all processes if one is killed, and passes signals on: then the state is saved."""
-    with torchrun(changed(forked.options(images), LONG | {'val.val_freq': 1000}), tmp_path) as (run, log):
-        if fault == 'SIGTERM':
-            run.send_signal(signal.SIGTERM)
-        else:
-            os.kill(children(run.pid)[-1], signal.SIGKILL)
-        assert run.wait(timeout=60) != 0
-    last = states(tmp_path)[-1]
-    if fault == 'SIGTERM':
-        assert f'training ends after iteration {last}, which is saved' in log.read_text()
-    torch.load(tmp_path / f'experiments/run/models/net_g_{last}.pth', weights_only=True)
+def test_torchrun_ends_all_if_one_is_killed(images, tmp_path):
+    """A stop of all: test_stopping.py."""
+    with training(TORCHRUN, changed(forked.options(images), LONG | {'val.val_freq': 1000}), tmp_path) as (run, log):
+        os.kill(children(run.pid)[-1], signal.SIGKILL)
+        assert run.wait(timeout=120) == 1, log.read_text()
+    torch.load(tmp_path / f'experiments/run/models/net_g_{states(tmp_path)[-1]}.pth', weights_only=True)

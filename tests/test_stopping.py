@@ -3,18 +3,22 @@
 STOPS=20 stops each of them twenty times.
 """
 
+import multiprocessing
 import os
 import random
 import signal
+import sys
 import time
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from support import forked
-from support.forked import Training, changed, states
-from support.torchrun import children, torchrun
+from support.forked import Training, changed, start_processes, states
+from support.programs import TIMEOUT, TORCHRUN, children, training
 from test_checkpoints import RUN, assert_ends_like
+
+from dpmambair_basicsr.training import signals
 
 TIMES = range(int(os.environ.get('STOPS', 1)))
 LONG = {'train.total_iter': 200_000, 'logger.save_checkpoint_freq': 100_000, 'val.val_freq': 3, 'train.pbar': True}
@@ -100,14 +104,67 @@ def test_a_stop_is_saved(way, _, opt, tmp_path):
         assert_ends_like(opt, tmp_path, tmp_path / 'straight')
 
 
-@pytest.mark.parametrize('_', TIMES)
-def test_a_stop_of_all_processes_of_torchrun_is_saved(_, opt, tmp_path):
-    """As scancel and systemd stop it: torchrun and its processes, in any order."""
-    with torchrun(opt, tmp_path) as (run, log):
-        pids = [run.pid, *children(run.pid)]
-        for pid in random.sample(pids, len(pids)):
-            with suppress(ProcessLookupError):  # ended already, by an earlier one
-                os.kill(pid, signal.SIGTERM)
-            time.sleep(random.choice([0, random.uniform(0, 0.05)]))
-        assert run.wait(timeout=120) != 0, log.read_text()
+def test_a_signal_that_the_parent_had_ignored_stays_ignored(opt, tmp_path):
+    run = Training(opt, tmp_path, output='nohup')
+    run.wait_for('iter:       4,')
+    os.kill(run.process.pid, signal.SIGHUP)
+    done = len(run.log().split('iter:'))
+    run.wait_for(f'iter:{done + 2:8,d},')
+    os.kill(run.process.pid, signal.SIGTERM)
+    assert run.status() == 128 + signal.SIGTERM and 'SIGHUP' not in run.log()
     check_saved(tmp_path, signal.SIGTERM)
+
+
+def stop_and_repeat_after_the_answer() -> None:
+    signals.listen()
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(signals.SAME_REQUEST + 0.1)
+    signals.answered()
+    os.kill(os.getpid(), signal.SIGTERM)
+    sys.exit(128 + signals.received)
+
+
+def test_a_request_that_is_repeated_while_a_saved_training_ends_is_the_same():
+    """As torchrun does it when the first of its processes has ended, after an iteration of many seconds."""
+    process = multiprocessing.get_context('forkserver').Process(target=stop_and_repeat_after_the_answer)
+    process.start()
+    process.join()
+    assert process.exitcode == 128 + signal.SIGTERM
+
+
+def in_any_order(pids: list[int], number: int) -> None:
+    """To each of them, at once or up to 50 ms after the one before; some may have ended by then."""
+    for pid in random.sample(pids, len(pids)):
+        with suppress(ProcessLookupError):
+            os.kill(pid, number)
+        time.sleep(random.choice([0, random.uniform(0, 0.05)]))
+
+
+@pytest.mark.parametrize('_', TIMES)
+@pytest.mark.parametrize('signalled', [(0, 1), (0, 0, 1, 1), (1, 1)], ids=['both', 'both twice', 'one of them twice'])
+def test_a_stop_of_two_processes_is_saved(signalled, _, opt, tmp_path):
+    runs = start_processes(opt, tmp_path)
+    runs[0].wait_for('iter:       4,')
+    in_any_order([runs[rank].process.pid for rank in signalled], signal.SIGTERM)
+    assert [run.status() for run in runs] == [128 + signal.SIGTERM] * 2, runs[0].log() + runs[1].log()
+    check_saved(tmp_path, signal.SIGTERM)
+
+
+PROGRAMS = {
+    'Ctrl-C of timeout': (TIMEOUT, signal.SIGINT, os.killpg, 128 + signal.SIGINT),
+    'Ctrl-C of torchrun': (TORCHRUN, signal.SIGINT, os.killpg, 1),
+    'SIGTERM to each process of torchrun': (
+        TORCHRUN, signal.SIGTERM, lambda pid, number: in_any_order([pid, *children(pid)], number), 1,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize('_', TIMES)
+@pytest.mark.parametrize('way', PROGRAMS)
+def test_a_stop_of_a_program_under_tee_is_saved(way, _, opt, tmp_path):
+    """Real programs: `timeout` and torchrun pass on what their processes have got already, and tee ends first."""
+    program, number, stop, status = PROGRAMS[way]
+    with training(program, opt, tmp_path) as (run, log):
+        stop(run.pid, number)
+        assert run.wait(timeout=250) == status, log.read_text()
+    check_saved(tmp_path, number)

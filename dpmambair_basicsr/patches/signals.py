@@ -48,7 +48,7 @@ def begin_iteration(original):
 def end_after(model, iteration: int, number: int) -> None:
     """Saves the checkpoint of an iteration, if it is not there, and raises StoppedBySignal.
 
-    The signals stay noted: what repeats the request has no effect while the process ends.
+    The signals stay noted: what repeats the request while the process ends has no effect.
     """
     run, logger, name = training_run.current, get_root_logger(), signal.Signals(number).name
     logger.info(f'{name}: training stops; iteration {iteration} is saved in {model.opt["path"]["experiments_root"]}.')
@@ -56,5 +56,6 @@ def end_after(model, iteration: int, number: int) -> None:
         model.save(run.epoch, iteration)
     if model.opt['dist']:  # a process that ends earlier makes torchrun end the one that still writes
         torch.distributed.barrier()
+    interruption.answered()
     logger.info(f'{name}: training ends after iteration {iteration}, which is saved; --auto_resume continues.')
     raise interruption.StoppedBySignal(number)

@@ -77,6 +77,12 @@ def note(number: int, _) -> None:
         os.kill(os.getpid(), number)
 
 
+def answered() -> None:
+    """What follows within SAME_REQUEST seconds of the answer repeats the request: torchrun signals what still ends."""
+    global since
+    since = time.monotonic()
+
+
 def tell(text: str) -> None:
     """To the terminal, if there still is one; the log says so at the next iteration."""
     with suppress(OSError, ValueError, AttributeError):  # nobody reads it, it is closed, there is none

@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import random
 import resource
+import signal
 import socket
 import subprocess
 import sys
@@ -138,7 +139,10 @@ def redirect_output(output: str, log: Path) -> None:
 
     'tee' is in the group, as in a shell's pipeline. 'terminal' is a program that shows a pseudo terminal, the
     controlling one of this process; whoever kills it closes the terminal. Its process id is in the file <log>.pid.
+    'nohup' is a file, and SIGHUP is ignored.
     """
+    if output == 'nohup':
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
     with open(log, 'wb') as file:
         if output == 'tee':
             reader = subprocess.Popen(['tee', str(log)], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
@@ -176,7 +180,7 @@ class Training:
     Args:
         limit: of the size of a file, in bytes.
         environment: further variables.
-        output: 'file', 'tee' or 'terminal', see `redirect_output`.
+        output: 'file', 'tee', 'terminal' or 'nohup', see `redirect_output`.
     """
 
     def __init__(
