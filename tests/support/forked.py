@@ -19,6 +19,9 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
+import dpmambair_basicsr.train  # before BasicSR, which cannot be imported without: then nothing would be preloaded
+
+# isort: split
 import cv2
 import numpy as np
 import torch
@@ -26,10 +29,14 @@ import yaml
 from basicsr.utils.registry import ARCH_REGISTRY, LOSS_REGISTRY
 from torch import nn
 
-import dpmambair_basicsr.train
 from support.commands import write_options
 
 dpmambair_basicsr.register()
+
+
+# What the command imports where it needs it, too.
+CHECKS = ('dry_run', 'host', 'migration', 'sections', 'structure')
+PRELOADED = ['support.forked', *(f'dpmambair_basicsr.option_checks.{name}' for name in CHECKS)]
 
 
 @ARCH_REGISTRY.register()
@@ -196,7 +203,7 @@ class Training:
         self.log_file = folder / f'output {time.monotonic_ns()}.txt'
         file = write_options(opt, folder / 'options.yml')
         context = multiprocessing.get_context('forkserver')
-        context.set_forkserver_preload(['support.forked'])
+        context.set_forkserver_preload(PRELOADED)
         arguments = ['-opt', str(file), *arguments], folder, self.log_file, limit, dict(environment), output
         saved, tests = dict(os.environ), Path(__file__).parents[1]
         os.environ |= {'PYTHONPATH': f'{tests.parent}{os.pathsep}{tests}', 'OMP_NUM_THREADS': '1'}
