@@ -49,6 +49,24 @@ def test_links_point_somewhere():
             assert (page.parent / target).exists(), f'{page.name}: {target}'
 
 
+def test_every_promise_names_a_test_that_is_there():
+    """A row of docs/reliability.md ends with tests: files, and beginnings of names in the file named before."""
+    tests = {
+        file.name: re.findall(r'^def (test_\w+)', file.read_text(), re.M) for file in Path(__file__).parent.glob('*.py')
+    }
+    rows = re.findall(r'^\|.*\| ([^|]*) \|$', (PACKAGE_PARENT / 'docs/reliability.md').read_text(), re.M)
+    assert len(rows) > 50
+    for row in rows:
+        if row in ('shown by', '---'):
+            continue
+        file, names = '', re.findall('`([^`]+)`', row)
+        assert names, row
+        for name in names:
+            file, beginning = name.split('::') if '::' in name else (name, '') if name.endswith('.py') else (file, name)
+            pattern = re.escape(beginning).replace(r'\.\.\.', r'\w*')
+            assert any(re.match(pattern, test) for test in tests[file]), name
+
+
 def test_what_a_page_installs_is_one_of_our_requirements():
     """The recipe itself: test_packaging.py."""
     project = pyproject()['project']
