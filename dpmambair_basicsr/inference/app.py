@@ -43,9 +43,12 @@ def parse_arguments() -> argparse.Namespace:
     add = parser.add_argument
     add('-w', '--weights', metavar='FILE', help='checkpoint; default: the weights that come with the package')
     add('--device', default='auto', help='auto, cpu, mps, cuda or cuda:<n>; default: %(default)s')
-    add('--port', type=int, default=7860, help='default: %(default)s')
+    add('--port', type=int, default=7860, help='1 to 65535; default: %(default)s')
     add('--no-browser', action='store_true', help='only print the address')
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if not 1 <= arguments.port <= 65535:
+        parser.error('--port: from 1 to 65535')
+    return arguments
 
 
 def import_gradio():
