@@ -2,8 +2,10 @@
 
 import sys
 
+import cv2
 import numpy as np
 import pytest
+import torch
 from basicsr.metrics import calculate_metric
 
 import dpmambair_basicsr
@@ -25,20 +27,35 @@ def pyiqa():
     return pytest.importorskip('pyiqa')
 
 
-@pytest.mark.parametrize(('name', 'options'), [('psnr', {}), ('psnry', {'test_y_channel': True})])
-def test_it_is_the_metric_of_rgb_images_in_unit_range(pyiqa, name, options):
-    """pyiqa's PSNR is BasicSR's; that of luminance would notice BGR taken for RGB."""
+@pytest.mark.parametrize(
+    ('name', 'options', 'shift'),
+    [('psnr', {}, 0), ('psnry', {'test_y_channel': True}, 20 * np.log10(219 / 255))],
+    ids=['RGB', 'luminance'],
+)
+def test_its_psnr_is_that_of_basicsr(pyiqa, name, options, shift):
+    """pyiqa's luminance has 255 steps, BasicSR's 219, as ITU-R BT.601 has it."""
     pair = {'img': photo(0), 'img2': photo(1)}
     for border in (0, 3):
-        expected = calculate_metric(pair, {'type': 'calculate_psnr', 'crop_border': border, **options})
+        expected = calculate_metric(pair, {'type': 'calculate_psnr', 'crop_border': border, **options}) + shift
         value = calculate_metric(pair, iqa(name, crop_border=border))
-        assert type(value) is float and value == pytest.approx(expected, abs=0.05)
+        assert type(value) is float and value == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize('name', ['fsim', 'gmsd', 'vif', 'vsi', 'entropy', 'piqe'])  # those without weights
+def test_it_is_what_pyiqa_says_of_rgb_images_in_unit_range(pyiqa, name):
+    metric = pyiqa.create_metric(name)
+    blurred = {'img': cv2.GaussianBlur(photo(0, (192, 208, 3)), (5, 5), 1), 'img2': photo(0, (192, 208, 3))}
+    tensors = [torch.from_numpy(image[..., ::-1] / np.float32(255)).permute(2, 0, 1)[None] for image in blurred.values()]
+    with torch.no_grad():
+        expected = float(metric(*tensors[: 2 if metric.metric_mode == 'FR' else 1]))
+    better = 'lower' if metric.lower_better else 'higher'
+    assert calculate_metric(blurred, iqa(name, better=better)) == pytest.approx(expected, rel=1e-6)
 
 
 def test_what_pyiqa_does_not_compute_so_is_refused_before_a_training(pyiqa):
     assert check_metric('val.metrics.m', iqa('psnr')) == []
     for metric, options, problem in (
-        ('nique', {}, 'val.metrics.m.metric: nique must be one of pyiqa, of single images, did you mean niqe?'),
+        ('niqee', {}, 'val.metrics.m.metric: niqee must be one of pyiqa, of single images, did you mean niqe?'),
         ('niqe', {}, 'val.metrics.m.better: must be lower for niqe, as BasicSR takes the best by it; default higher'),
         ('psnr', {'better': 'lower'}, 'val.metrics.m.better: must be higher for psnr'),
         ('fid', {'better': 'lower'}, 'val.metrics.m.metric: fid must be one of pyiqa, of single images'),

@@ -95,6 +95,19 @@ def test_a_wheel_can_be_built_of_the_source_distribution(distributions, tmp_path
         assert sorted(first.namelist()) == sorted(second.namelist())
 
 
+def test_a_module_that_only_an_earlier_version_had_is_not_installed(distributions, tmp_path):
+    wheel, _ = distributions
+    checkout = shutil.copytree(wheel.parents[1], tmp_path / 'checkout')
+    earlier = checkout / 'build/lib/dpmambair_basicsr/of_an_earlier_version.py'
+    earlier.parent.mkdir(parents=True)
+    earlier.touch()
+    built = python('-m', 'pip', 'wheel', '--no-deps', '--no-build-isolation', '-w', '.', checkout, cwd=tmp_path)
+    assert built.returncode == 0, built.stdout
+    (again,) = tmp_path.glob('*.whl')
+    with zipfile.ZipFile(wheel) as first, zipfile.ZipFile(again) as second:
+        assert sorted(first.namelist()) == sorted(second.namelist())
+
+
 def test_an_index_takes_both_and_its_page_has_no_dead_links(distributions):
     checked = python('-m', 'twine', 'check', '--strict', *distributions, cwd=distributions[0].parent)
     assert checked.returncode == 0, checked.stdout
@@ -102,7 +115,8 @@ def test_an_index_takes_both_and_its_page_has_no_dead_links(distributions):
         (name,) = (name for name in archive.namelist() if name.endswith('.dist-info/METADATA'))
         text = archive.read(name).decode()
     assert '# dpmambair_basicsr' in text
-    assert all(target.startswith('https://') for target in re.findall(r'\]\(([^)]+)\)', text))
+    targets = re.findall(r'\]\(([^)]+)\)|(?:src|href)="([^"]*)"', text)
+    assert targets and all((link or source).startswith('https://') for link, source in targets)
 
 
 @pytest.mark.parametrize('page', ['README.md', 'docs/install.md'])
