@@ -1,11 +1,19 @@
 #!/usr/bin/env bash
 # Installs the package in fresh environments by the lines of README.md, and uses it: `bash scripts/check_install.sh python3.12 python3.13`.
 # For each Python: restoring without BasicSR, every extra in a copy of this environment, then training with BasicSR; `pip check`
-# after each. Prints the rows of the table in docs/install.md. What is committed is installed; takes 9 GB of disk. EXTRAS= tries no extra.
+# after each. Prints the rows of the table in docs/install.md. What is committed is installed; takes 9 GB of disk. EXTRAS= tries no extra,
+# UV=uv installs by uv in place of pip.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 unset PYTHONPATH
-quiet=(--quiet --disable-pip-version-check)
+
+install() {
+    if [ -n "${UV:-}" ]; then
+        "$UV" pip install --quiet --python "$environment/bin/python" "$@"
+    else
+        python -m pip install --quiet --disable-pip-version-check "$@"
+    fi
+}
 
 row() { # what is installed now, in how long
     python -m pip check > pip_check.log || { cat pip_check.log; exit 1; }
@@ -42,7 +50,7 @@ for base in "${@:-python3}"; do
     export PATH="$environment/bin:$path"
 
     SECONDS=0
-    (cd checkout && python -m pip install "${quiet[@]}" .)
+    (cd checkout && install .)
     row 'pictures' $SECONDS
     python - << 'PYTHON'
 import importlib.util
@@ -71,7 +79,7 @@ PYTHON
         sed -i "s|$work/core|$environment|" "$environment/pyvenv.cfg"
         export PATH="$environment/bin:$path"
         SECONDS=0
-        (cd checkout && python -m pip install "${quiet[@]}" ".[$extra]")
+        (cd checkout && install ".[$extra]")
         row "$extra" $SECONDS
         use "$extra" > "$extra.log" 2>&1 || { cat "$extra.log"; exit 1; }
         rm -rf "$environment"
@@ -80,7 +88,7 @@ PYTHON
     environment="$work/core"
     export PATH="$environment/bin:$path"
     SECONDS=0
-    (cd checkout && pip install "${quiet[@]}" -e '.[train]' && dpmambair install_basicsr "${quiet[@]}")
+    (cd checkout && install -e '.[train]' && dpmambair install_basicsr --quiet --disable-pip-version-check)
     row 'training' $SECONDS
     python - << 'PYTHON'
 import sys
