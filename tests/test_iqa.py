@@ -45,7 +45,8 @@ def test_its_psnr_is_that_of_basicsr(pyiqa, name, options, shift):
 def test_it_is_what_pyiqa_says_of_rgb_images_in_unit_range(pyiqa, name):
     metric = pyiqa.create_metric(name)
     blurred = {'img': cv2.GaussianBlur(photo(0, (192, 208, 3)), (5, 5), 1), 'img2': photo(0, (192, 208, 3))}
-    tensors = [torch.from_numpy(image[..., ::-1] / np.float32(255)).permute(2, 0, 1)[None] for image in blurred.values()]
+    rgb = (image[..., ::-1] / np.float32(255) for image in blurred.values())
+    tensors = [torch.from_numpy(image).permute(2, 0, 1)[None] for image in rgb]
     with torch.no_grad():
         expected = float(metric(*tensors[: 2 if metric.metric_mode == 'FR' else 1]))
     better = 'lower' if metric.lower_better else 'higher'
