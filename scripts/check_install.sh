@@ -32,6 +32,15 @@ use() { # what the extra is for
             cmp without/a.png from_hub/a.png ;;
         losses) python -c 'import torch; from dpmambair_basicsr.losses import MSSSIMLoss as L; assert L()(*torch.rand(2, 1, 3, 192, 192)) > 0' ;;
         spandrel) python -c 'import spandrel; from dpmambair_basicsr.integrations.spandrel import install; install(); spandrel.ModelLoader().load_from_file("net.pth")' ;;
+        video)
+            python -c 'import av, numpy as np
+with av.open("video.mp4", "w") as file:
+    stream = file.add_stream("mpeg4", rate=5, width=64, height=64)
+    for frame in [av.VideoFrame.from_ndarray(np.full((64, 64, 3), 99, np.uint8))] * 3:
+        file.mux(stream.encode(frame))
+    file.mux(stream.encode())'
+            python -m dpmambair_basicsr restore -w net.pth video.mp4 -o videos
+            ;;
         viewer) python -m dpmambair_basicsr degradation -w "$weights" pictures -o map.png --map tsne && test -s map.png ;;
         test) (cd checkout && ruff check . && python -m build --no-isolation --outdir ../dist . && twine check --strict ../dist/*) ;;
     esac
@@ -73,7 +82,7 @@ PYTHON
     if dpmambair train -opt train_your_own.yml > train.log 2>&1; then echo 'trained without BasicSR?'; exit 1; fi
     grep -q 'install_basicsr' train.log
 
-    for extra in ${EXTRAS-app export hub losses spandrel viewer test}; do
+    for extra in ${EXTRAS-app export hub losses spandrel video viewer test}; do
         cp -al core "$extra"
         environment="$work/$extra"
         sed -i "s|$work/core|$environment|" "$environment/pyvenv.cfg"
