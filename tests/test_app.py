@@ -12,7 +12,6 @@ import pytest
 from skimage import data
 from support.browser import browser
 from support.commands import PACKAGE_PARENT, python
-from support.forked import free_port
 
 from dpmambair_basicsr.data.degradations import degrade, to_uint8
 from dpmambair_basicsr.files.images import to_float
@@ -21,7 +20,7 @@ from dpmambair_basicsr.files.images import to_float
 @contextmanager
 def served(folder):
     """The address of the page, once it answers."""
-    command = [sys.executable, '-u', '-m', 'dpmambair_basicsr', 'app', '--no-browser', '--port', str(free_port())]
+    command = [sys.executable, '-u', '-m', 'dpmambair_basicsr', 'app', '--no-browser', '--port', '0']
     (folder / 'temporary').mkdir()
     environment = {'PYTHONPATH': str(PACKAGE_PARENT), 'PATH': '/usr/bin:/bin', 'HOME': str(folder)}
     environment |= {'TMPDIR': str(folder / 'temporary')}

@@ -8,6 +8,7 @@ What it wrote is removed when it ends.
 import argparse
 import os
 import signal
+import socket
 import sys
 import tempfile
 from pathlib import Path
@@ -34,7 +35,12 @@ def main() -> int:
         page = build(gradio, restorer, folder)
         page.queue(default_concurrency_limit=1)  # one picture at a time: the memory is for one
         look = {'theme': gradio.themes.Default(font='system-ui', font_mono='monospace'), 'footer_links': []}
-        page.launch(server_name='127.0.0.1', server_port=arguments.port, inbrowser=not arguments.no_browser, **look)
+        page.launch(
+            server_name='127.0.0.1',
+            server_port=arguments.port or free_port(),
+            inbrowser=not arguments.no_browser,
+            **look,
+        )
     return 0
 
 
@@ -43,12 +49,17 @@ def parse_arguments() -> argparse.Namespace:
     add = parser.add_argument
     add('-w', '--weights', metavar='FILE', help='checkpoint; default: the weights that come with the package')
     add('--device', default='auto', help='auto, cpu, mps, cuda or cuda:<n>; default: %(default)s')
-    add('--port', type=int, default=7860, help='1 to 65535; default: %(default)s')
+    add('--port', type=int, default=7860, help='0: a free one; default: %(default)s')
     add('--no-browser', action='store_true', help='only print the address')
     arguments = parser.parse_args()
-    if not 1 <= arguments.port <= 65535:
-        parser.error('--port: from 1 to 65535')
+    if not 0 <= arguments.port <= 65535:
+        parser.error('--port: from 0 to 65535')
     return arguments
+
+
+def free_port() -> int:
+    with socket.create_server(('127.0.0.1', 0)) as server:  # gradio takes 0 for a port
+        return server.getsockname()[1]
 
 
 def import_gradio():
