@@ -150,12 +150,15 @@ def test_a_stop_of_two_processes_is_saved(signalled, _, opt, tmp_path):
     check_saved(tmp_path, signal.SIGTERM)
 
 
+def to_each(pid: int, number: int) -> None:
+    in_any_order([pid, *children(pid)], number)
+
+
 PROGRAMS = {
     'Ctrl-C of timeout': (TIMEOUT, signal.SIGINT, os.killpg, 128 + signal.SIGINT),
     'Ctrl-C of torchrun': (TORCHRUN, signal.SIGINT, os.killpg, 1),
-    'SIGTERM to each process of torchrun': (
-        TORCHRUN, signal.SIGTERM, lambda pid, number: in_any_order([pid, *children(pid)], number), 1,
-    ),
+    'SIGTERM to each process of torchrun': (TORCHRUN, signal.SIGTERM, to_each, 1),
+    'SIGUSR1 to each process of torchrun': (TORCHRUN, signal.SIGUSR1, to_each, 1),
 }  # fmt: skip
 
 

@@ -16,7 +16,8 @@ from support.forked import changed
 NETWORK = {'type': 'SRVGGNetCompact', 'num_feat': 4, 'num_conv': 1, 'upscale': 1}
 TIMEOUT = ('timeout', '900', sys.executable)
 TORCHRUN = (sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2')
-TORCHRUN = (*TORCHRUN, '--shutdown-timeout=200')  # on a busy machine an iteration and its checkpoint may take that long
+TORCHRUN += ('--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1',)  # it is ended by others
+TORCHRUN += ('--shutdown-timeout=200',)  # on a busy machine an iteration and its checkpoint may take that long
 
 
 @contextmanager
