@@ -1,4 +1,7 @@
-"""Training in several processes: the same as in one, with an error in bounded time if one of them ends."""
+"""Training in several processes: the same as in one, with an error in bounded time if one of them ends.
+
+One that is stopped, or never comes, is named in half a minute and not waited for without end.
+"""
 
 import os
 import re
@@ -12,12 +15,13 @@ import numpy as np
 import pytest
 import torch
 from support import forked
-from support.forked import changed, start_processes, states, train
+from support.forked import Training, changed, start_processes, states, train
 from support.programs import TORCHRUN, children, training
 from test_checkpoints import assert_ends_like
 from test_exact_resume import GAN, real_world, train_in_two_processes
 
 TOTAL = 6  # iterations
+LONG = {'train.total_iter': 200_000, 'logger.save_checkpoint_freq': 5, 'logger.keep_last': 2}
 # What an adaptive optimizer does with gradients near zero depends on rounding.
 SGD = {'type': 'SGD', 'lr': 0.05}
 AUTOENCODER = {
@@ -54,6 +58,38 @@ def images(tmp_path_factory):
     return forked.write_images(tmp_path_factory.mktemp('images') / 'images', count=8)
 
 
+# Trainings of two processes of which one is stopped or missing: all of them wait while the others are tested.
+
+LIMIT = 30  # seconds
+NODE = os.uname().nodename
+SILENT = 'no sign of life for 15 s. The others wait; dist_params.timeout ends it '
+
+
+@pytest.fixture(scope='module')
+def waiting_in(tmp_path_factory):
+    return tmp_path_factory.mktemp('waiting')
+
+
+@pytest.fixture(scope='module')
+def waiting(images, waiting_in):
+    """(rank, name) -> the process."""
+    opt, found = changed(forked.options(images), LONG | {'val.val_freq': 100_000}), {}
+    limited = changed(opt, {'dist_params': {'timeout': LIMIT}})
+    for stopped, name in ((0, 'first stopped'), (1, 'second stopped'), (1, 'paused')):
+        runs = start_processes(opt if name == 'paused' else limited, waiting_in / name)
+        runs[0].wait_for('iter:       6,')
+        os.kill(runs[stopped].process.pid, signal.SIGSTOP)
+        found |= {(rank, name): run for rank, run in enumerate(runs)}
+    for rank, name in ((1, 'first missing'), (0, 'second missing')):
+        environment = {'MASTER_ADDR': 'localhost', 'MASTER_PORT': str(forked.free_port()), 'WORLD_SIZE': '2'}
+        environment |= {'RANK': str(rank), 'LOCAL_RANK': str(rank)}
+        found[rank, name] = Training(limited, waiting_in / name, '--launcher', 'pytorch', environment=environment)
+    yield found
+    for run in found.values():
+        run.process.kill()
+
+
+@pytest.mark.usefixtures('waiting')
 @pytest.mark.parametrize('kind', KINDS)
 def test_two_processes_are_one_with_the_doubled_batch(kind, images, tmp_path):
     is_real_world = kind.startswith('RealWorld')
@@ -146,9 +182,6 @@ def test_a_bad_image_of_one_process_ends_both(images, tmp_path):
     assert first.status(timeout=60) == 1
 
 
-LONG = {'train.total_iter': 20_000, 'logger.save_checkpoint_freq': 5, 'logger.keep_last': 2}
-
-
 @pytest.mark.parametrize('rank', [0, 1])
 def test_a_killed_process_ends_the_other(rank, images, tmp_path):
     opt = changed(forked.options(images), LONG)
@@ -169,3 +202,38 @@ def test_torchrun_ends_all_if_one_is_killed(images, tmp_path):
         os.kill(children(run.pid)[-1], signal.SIGKILL)
         assert run.wait(timeout=120) == 1, log.read_text()
     torch.load(tmp_path / f'experiments/run/models/net_g_{states(tmp_path)[-1]}.pth', weights_only=True)
+
+
+@pytest.mark.parametrize(
+    ('rank', 'name', 'missing'),
+    [
+        (1, 'first stopped', 'process 0 of 2 (at localhost:'),  # the store is in it
+        (0, 'second stopped', f'process 1 of 2 (on {NODE}): '),
+        (1, 'first missing', 'process 0 of 2 (at localhost:'),
+        (0, 'second missing', 'process 1 of 2 (has not come): '),
+    ],
+)
+def test_a_missing_process_is_named_and_the_other_ends(rank, name, missing, waiting, waiting_in):
+    run = waiting[rank, name]
+    assert run.status(timeout=150) == 1
+    (line,) = [line for line in run.log().splitlines() if SILENT in line]
+    assert missing in line and line.endswith(f'({LIMIT} s).')
+    assert name.endswith('missing') or states(waiting_in / name), 'the last checkpoint is there'
+    assert name.endswith('stopped') or not (waiting_in / name / 'experiments').exists()
+
+
+def test_a_process_that_continues_is_said_to_be_back(waiting, waiting_in):
+    first, second = waiting[0, 'paused'], waiting[1, 'paused']
+    first.wait_for(SILENT + "(torch's default)")
+    os.kill(second.process.pid, signal.SIGCONT)
+    first.wait_for(f'process 1 of 2 (on {NODE}): back.')
+    (log,) = (waiting_in / 'paused/experiments/run').glob('train_*.log')
+    assert SILENT in log.read_text()
+    os.kill(second.process.pid, signal.SIGTERM)
+    assert [first.status(), second.status()] == [128 + signal.SIGTERM] * 2
+    assert SILENT not in second.log(), 'it does not take its own pause for one of the other'
+
+
+def test_the_limit_is_a_number(images, tmp_path):
+    run = Training(changed(forked.options(images), {'dist_params': {'timeout': 'long'}}), tmp_path)
+    assert run.status() == 1 and 'dist_params.timeout: ' in run.log()
