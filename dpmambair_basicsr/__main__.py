@@ -39,7 +39,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog='dpmambair',
         usage='dpmambair COMMAND [ARGUMENTS]',
-        description=dpmambair_basicsr.__doc__.splitlines()[0],
+        description=(dpmambair_basicsr.__doc__ or '').partition('\n')[0],
         epilog='\n'.join(['commands:', *(f'  {name:15} {line}' for name, line in COMMANDS.items())]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

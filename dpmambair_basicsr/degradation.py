@@ -66,7 +66,8 @@ def show(arguments: argparse.Namespace, pictures: dict[Path, str], embedder: Emb
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog='python -m dpmambair_basicsr.degradation', description=__doc__.partition('\n\n')[2].partition(' See ')[0]
+        prog='python -m dpmambair_basicsr.degradation',
+        description=(__doc__ or '').partition('\n\n')[2].partition(' See ')[0],
     )
     add = parser.add_argument
     inputs = 'picture, pattern, or folder: its pictures, and those of its sub-folders, whose names are their kinds'

@@ -166,7 +166,9 @@ def find_project(root: Path) -> Project:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog='python -m dpmambair_basicsr.dropin', description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog='python -m dpmambair_basicsr.dropin', description=(__doc__ or '').partition('\n')[0]
+    )
     parser.add_argument('path', type=Path, help='BasicSR checkout, or project with a basicsr folder')
     parser.add_argument('--remove', action='store_true', help='delete what was written there, and nothing else')
     arguments = parser.parse_args()

@@ -170,7 +170,9 @@ def write_onnx(program: ExportedProgram, file: Path) -> None:
     logging.getLogger('onnx_ir').setLevel(logging.ERROR)  # it warns of the sweep, which has no output by step
     sizes = {0: 'batch', 2: 'height', 3: 'width'}
     names = {'input_names': ['image'], 'output_names': ['restored'], 'dynamic_shapes': (sizes,)}
-    torch.onnx.export(program, dynamo=True, external_data=False, verbose=False, **names).save(file)
+    exported = torch.onnx.export(program, dynamo=True, external_data=False, verbose=False, **names)
+    assert exported is not None, 'None only without dynamo'
+    exported.save(file)
 
 
 def run_onnx(file: Path) -> Callable[[Tensor], Tensor]:

@@ -9,6 +9,7 @@ import importlib
 import inspect
 import itertools
 import threading
+from typing import Any
 
 import torch
 from torch.nn.modules.module import (
@@ -30,7 +31,8 @@ class Registry(dict):
 
     def __init__(self):
         super().__init__()
-        self.host, self.missing = None, {}
+        self.host: Any = None
+        self.missing: dict[str, str] = {}
 
     def register(self):
         """The decorator, used as BasicSR's."""
@@ -57,10 +59,10 @@ class Registry(dict):
             if alias not in self.host:
                 self.host._do_register(alias, target)
 
-    def by_both_names(self) -> dict[str, object]:
+    def by_both_names(self) -> dict[str, Any]:
         return {alias: target for name, target in self.items() for alias in (name, PREFIX + name)}
 
-    def known(self) -> dict[str, object]:
+    def known(self) -> dict[str, Any]:
         """What an option file can name: ours by both names, and what BasicSR has registered."""
         return self.by_both_names() | dict(iter(self.host if self.host is not None else ()))
 
@@ -147,15 +149,15 @@ def is_ours(target) -> bool:
     return getattr(target, '__module__', None) is not None and target.__module__.startswith('dpmambair_basicsr.')
 
 
-def look_up(known: dict, path: str, name) -> tuple[object, list[str]]:
+def look_up(known: dict[str, Any], path: str, name) -> tuple[Any, list[str]]:
     """What is known under `name`, or None, and the problem."""
     if not isinstance(name, str | None):
         return None, [f'{path}: expected text, got {name!r}']
+    if name is None:
+        return None, [f'{path}: missing']
     target = known.get(name, known.get(f'{name}_basicsr'))  # BasicSR's suffix for its own, see Registry.get
     if target is not None:
         return target, []
-    if name is None:
-        return None, [f'{path}: missing']
     missing = {name: why for kind in REGISTRIES.values() for name, why in kind.missing.items()}
     if (plain := name.removeprefix(PREFIX)) in missing:
         return None, [f'{path}: {name} is not available with this BasicSR: {missing[plain]}']
@@ -168,7 +170,7 @@ def did_you_mean(name, choices) -> str:
     return f', did you mean {near[0]}?' if near else f'; choices: {", ".join(sorted(choices))}'
 
 
-def registered(kind: str) -> dict[str, object]:
+def registered(kind: str) -> dict[str, Any]:
     return REGISTRIES[kind].known()
 
 
@@ -176,7 +178,7 @@ def optimizers() -> dict[str, type]:
     return subclasses(torch.optim.Optimizer, torch.optim)
 
 
-def find_optimizer(path: str, name) -> tuple[type | None, list[str]]:
+def find_optimizer(path: str, name) -> tuple[Any, list[str]]:
     """`look_up` of an optimizer of torch.optim, or of another package by a dotted name, as prodigyopt.Prodigy."""
     if not isinstance(name, str) or '.' not in name:
         return look_up(optimizers(), path, name)

@@ -15,7 +15,9 @@ from dpmambair_basicsr.results.comparison import compare, label_runs, to_markdow
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog='python -m dpmambair_basicsr.report', description=__doc__.split('\n')[0])
+    parser = argparse.ArgumentParser(
+        prog='python -m dpmambair_basicsr.report', description=(__doc__ or '').partition('\n')[0]
+    )
     parser.add_argument('results', nargs='+', help='results folder of a test, or the results.json in it')
     parser.add_argument('--html', metavar='FILE', help='write a page with table, bars and sliders')
     parser.add_argument(

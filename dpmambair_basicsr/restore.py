@@ -116,7 +116,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog='python -m dpmambair_basicsr.restore', description=__doc__.partition('\n\n')[2].partition(' See ')[0]
+        prog='python -m dpmambair_basicsr.restore',
+        description=(__doc__ or '').partition('\n\n')[2].partition(' See ')[0],
     )
     add = parser.add_argument
     add(

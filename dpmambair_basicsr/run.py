@@ -41,7 +41,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog='python -m dpmambair_basicsr.run',
         usage='%(prog)s [--replace] (SCRIPT | -m MODULE) [ARGUMENTS of it ...]',
-        description=__doc__.splitlines()[0],
+        description=(__doc__ or '').partition('\n')[0],
     )
     parser.add_argument('--replace', action='store_true', help='also in place of those that are installed')
     parser.add_argument('-m', dest='module', metavar='MODULE', help='run a module, as python -m does')

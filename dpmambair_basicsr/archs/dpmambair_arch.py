@@ -52,10 +52,11 @@ class Modulation(nn.Module):
         self.sizes = {'delta': dt_rank, 'B': d_state, 'C': d_state}
         sizes = self.sizes if delta_prompt == 'low_rank' else self.sizes | {'delta_scale': 1}
         names = ['delta_scale' if name == 'delta' and delta_prompt == 'scale' else name for name in prompts]
-        self.layers = nn.ModuleDict({name: nn.Linear(embed_dim, sizes[name]) for name in names})
-        for layer in self.layers.values():
+        layers = {name: nn.Linear(embed_dim, sizes[name]) for name in names}
+        for layer in layers.values():
             nn.init.zeros_(layer.weight)
             nn.init.ones_(layer.bias)
+        self.layers = nn.ModuleDict(layers)
 
     def forward(self, embedding: Tensor) -> tuple[Tensor, Tensor | None]:
         """(B, E) -> (B, R + 2N), factors of the low-rank delta, B and C; (B,), that of delta, if there is one."""
@@ -347,14 +348,16 @@ class DPMambaIR(UNet):
         Raises:
             RuntimeError: if it holds no extractor, or one of other widths.
         """
+        own = self.extractor
+        assert own is not None, 'asked of networks that `needs_extractor`'
         trained = DegradationExtractor(
-            embed_dim=self.extractor.head[-1].out_features,
-            channels=[layer.out_channels for layer in self.extractor.layers],
-            hidden=self.extractor.head[0].out_features,
+            embed_dim=own.head[-1].out_features,
+            channels=[layer.out_channels for layer in own.layers],
+            hidden=own.head[0].out_features,
         )
         prefix = 'extractor.'
         trained.load_state_dict({k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(prefix)})
-        self.extractor.load_state_dict(trained.merge().state_dict())
+        own.load_state_dict(trained.merge().state_dict())
 
     def embed(self, lq: Tensor, label: Tensor | None = None) -> Tensor | None:
         """Embedding of the degradation, (B, E): of the image or of `label` (B,) int64; None if there is none.

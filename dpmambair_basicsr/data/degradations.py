@@ -17,6 +17,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
+from typing import Any
 
 import cv2
 import numpy as np
@@ -100,6 +101,7 @@ def degrade(image: np.ndarray, kind: str, rng: np.random.Generator, **parameters
         problem = f'degradation {kind} has no function' if kind in DEGRADATIONS else f'unknown degradation {kind!r}'
         raise ValueError(f'{problem}, choose from {", ".join(synthetic())}')
     function = DEGRADATIONS[kind].function
+    assert function is not None, 'as all of `synthetic()`'
     choices = [name for name in inspect.signature(function).parameters if name not in ('image', 'rng')]
     for name in parameters:
         if name not in choices:
@@ -186,7 +188,7 @@ def rain(
         steps = np.linspace(-0.5, 0.5, _path_samples(pixels))[:, None] * (pixels - 1)
         streak = _rasterise(steps * (math.cos(radians), math.sin(radians)), margin=math.ceil(2 * sigma))
         streak = cv2.GaussianBlur(streak, (0, 0), sigma)
-        streaks += _scatter(rng, streak / streak.max(), *image.shape[:2], _draw(rng, 'density', density, 0, 1))
+        streaks += _scatter(rng, streak / streak.max(), image.shape, _draw(rng, 'density', density, 0, 1))
     return form_image(image, artefact=strength * np.minimum(streaks, 1)[..., None])
 
 
@@ -215,7 +217,7 @@ def snow(
         distance = np.hypot(*np.mgrid[-reach : reach + 1, -reach : reach + 1])
         flake = 1 / (1 + np.exp(4 * (distance / pixels - 1)))  # a disc whose edge is soft over half a radius
         density = _draw(rng, 'coverage', coverage, 0, 1) / max(math.pi * pixels**2, 1)
-        mask += _scatter(rng, np.float32(flake / flake.max()), *image.shape[:2], density)
+        mask += _scatter(rng, (flake / flake.max()).astype(np.float32), image.shape, density)
     mask = strength * np.minimum(mask, 1)[..., None]
     return form_image(image, alpha=1 - mask, artefact=mask)
 
@@ -357,7 +359,7 @@ def to_uint8(image: np.ndarray) -> np.ndarray:
 
 
 def _bounds(name: str, value: Range, minimum: float, maximum: float, number: type) -> tuple:
-    pair = (value, value) if isinstance(value, number) else value
+    pair: Any = (value, value) if isinstance(value, number) else value
     valid = isinstance(pair, Sequence) and len(pair) == 2 and all(isinstance(v, number) for v in pair)
     if not (valid and minimum <= pair[0] <= pair[1] <= maximum):
         word = 'whole number' if number is Integral else 'number'
@@ -406,14 +408,15 @@ def _rasterise(points: np.ndarray, margin: int = 0) -> np.ndarray:
     return grid[:size, :size]
 
 
-def _scatter(rng: np.random.Generator, stamp: np.ndarray, height: int, width: int, density: float) -> np.ndarray:
+def _scatter(rng: np.random.Generator, stamp: np.ndarray, shape: tuple[int, ...], density: float) -> np.ndarray:
     """(height, width) with copies of `stamp` at random places, across the border too, each dimmed by 0.3 to 1.
 
     Args:
         stamp: odd sides, square.
+        shape: (height, width, ...).
         density: copies per pixel.
     """
-    pad = stamp.shape[0] // 2
+    pad, (height, width) = stamp.shape[0] // 2, shape[:2]
     field = np.zeros((height + 2 * pad, width + 2 * pad), np.float32)
     count = rng.binomial(field.size, density)
     field.ravel()[rng.integers(field.size, size=count)] = rng.uniform(0.3, 1, count)

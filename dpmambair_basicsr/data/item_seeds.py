@@ -16,6 +16,8 @@ from torch.utils.data import Dataset
 class SeededIndex(int):
     """An index of a dataset, with the seed of the item's randomness, see `seed_generators`."""
 
+    seed: tuple[str | int, ...]
+
     def __new__(cls, index: int, *seed: str | int):
         self = super().__new__(cls, index)
         self.seed = seed
@@ -27,10 +29,10 @@ class SeededIndex(int):
 
 def seed_generators(*seed: str | int) -> None:
     """Seeds the generators of Python, NumPy and PyTorch; any difference of the seeds gives unrelated numbers."""
-    seed = int.from_bytes(hashlib.blake2b(repr(seed).encode(), digest_size=8).digest(), 'big')
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
+    number = int.from_bytes(hashlib.blake2b(repr(seed).encode(), digest_size=8).digest(), 'big')
+    random.seed(number)
+    np.random.seed(number % 2**32)
+    torch.manual_seed(number)
 
 
 def item(dataset, index: int):

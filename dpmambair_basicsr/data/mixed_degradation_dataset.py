@@ -61,7 +61,7 @@ class MixedDegradationDataset(ProgressiveBatches, Dataset):
         sizes = [len(dataset) for dataset in self.datasets]
         weights = self._weights(opt.get('sampling', 'concat'))
         self.at_random = weights is not None
-        draws = apportion(sum(sizes), weights) if self.at_random else sizes
+        draws = sizes if weights is None else apportion(sum(sizes), weights)
         self._ends = np.cumsum(draws)
         share = ', '.join(
             f'{name} {size} images, {count / sum(sizes):.1%} of draws'

@@ -47,11 +47,11 @@ class PairedDegradationDataset(ProgressiveBatches, Dataset):
         folders = {'lq': opt['dataroot_lq'], 'gt': opt['dataroot_gt']}
         template = opt.get('filename_tmpl', '{}')
         if opt['io_backend']['type'] == 'lmdb':
-            self.paths = pair_images(*map(list_keys, folders.values()))
+            self.paths = pair_images(list_keys(folders['lq']), list_keys(folders['gt']))
         elif opt.get('meta_info_file'):
             self.paths = listed_pairs(opt['meta_info_file'], **folders, filename_tmpl=template)
         else:
-            self.paths = pair_images(*map(list_images, folders.values()), template)
+            self.paths = pair_images(list_images(folders['lq']), list_images(folders['gt']), template)
         if not self.paths:
             raise ValueError(f'no images in {opt.get("meta_info_file") or opt["dataroot_gt"]}')
         self.images = ImageReader(opt['io_backend'], folders)

@@ -101,6 +101,8 @@ class Draw(NamedTuple):
 class ProgressiveBatches:
     """Mix-in for datasets with `opt` and `__getitem__`; the constructor has to call `start_progressive`."""
 
+    opt: dict
+
     def start_progressive(self) -> None:
         """Read the option `progressive`; None: batches are what the loader asks for."""
         self.phases = read_phases(self.opt)

@@ -12,6 +12,7 @@ import json
 import os
 import zipfile
 from pathlib import Path
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -217,7 +218,7 @@ def plain(value):
     return value
 
 
-def is_state_dict(value) -> bool:
+def is_state_dict(value) -> TypeGuard[dict[str, Tensor]]:
     return isinstance(value, dict) and all(isinstance(part, Tensor) for part in value.values())
 
 

@@ -56,8 +56,8 @@ def image_size(content: bytes) -> tuple[int, int] | None:
                 header = read_header(io.BytesIO(content), '')
             except Exception:  # whatever a damaged header makes of it
                 continue
-            tile = [getattr(header, 'tag_v2', {}).get(tag, 0) for tag in TILE_SIZE]
-            return max(header.size, tile, key=lambda size: size[0] * size[1])
+            width, height = (getattr(header, 'tag_v2', {}).get(tag, 0) for tag in TILE_SIZE)
+            return max(header.size, (width, height), key=lambda size: size[0] * size[1])
     return None
 
 

@@ -4,6 +4,7 @@ Their messages name the file, key or value, and the way out. The library raises 
 `main`, and for the two patches that BasicSR's own train.py and test.py call, where no `main` of ours is around them.
 """
 
+import io
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -43,5 +44,5 @@ def exit_on_error(command: str = '', *others: type[Exception]) -> Iterator[None]
 def print_any_name() -> None:
     """Lets stdout and stderr write names of files in escapes where their encoding has no such characters."""
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, 'reconfigure'):
+        if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors='backslashreplace')

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from types import UnionType
 
 TRAIN, TEST = 'train', 'test'
 
@@ -24,7 +25,7 @@ class Option:
 
     section: str
     name: str
-    kind: type
+    kind: type | UnionType
     text: str
     low: float = -math.inf
     high: float = math.inf

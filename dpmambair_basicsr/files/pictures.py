@@ -249,8 +249,8 @@ def read_page(content: bytes, number: int, ifd: Ifd) -> Picture:
 
 def frames_of(animation: Animation, content: bytes) -> list[Picture]:
     found = {EXIF: animation.exif, XMP: animation.xmp, PROFILE: animation.profile}
-    if found[EXIF] is not None:
-        found[EXIF] = found[EXIF].removeprefix(b'Exif\0\0')
+    if animation.exif is not None:
+        found[EXIF] = animation.exif.removeprefix(b'Exif\0\0')
     metadata = {kind: np.frombuffer(data, np.uint8) for kind, data in found.items() if data}
     convert = {3: cv2.COLOR_RGB2BGR, 4: cv2.COLOR_RGBA2BGRA}
     extras = read_extras(content)
@@ -367,8 +367,8 @@ def format_of(path: Path) -> str:
     if start[:4] == b'RIFF' and start[8:] == b'WEBP':
         return '.webp'
     found = next((extension for signature, extension in SIGNATURES.items() if start.startswith(signature)), None)
-    same = found is None or FORMATS.get(path.suffix.lower()) is FORMATS[found]
-    return path.suffix.lower() if same else found
+    by_name = path.suffix.lower()
+    return by_name if found is None or FORMATS.get(by_name) is FORMATS[found] else found
 
 
 def turn_upright(pixels: np.ndarray, orientation: int) -> np.ndarray:

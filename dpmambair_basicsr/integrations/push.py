@@ -39,7 +39,7 @@ What it was trained on, and for what, is to be said here.
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog='dpmambair push', description=__doc__.partition('\n\n')[2])
+    parser = argparse.ArgumentParser(prog='dpmambair push', description=(__doc__ or '').partition('\n\n')[2])
     parser.add_argument('checkpoint', help='net_g_*.pth or a .safetensors file')
     parser.add_argument('repository', metavar='user/name', help='made if it is missing')
     parser.add_argument('--private', action='store_true', help='make it one that others do not see')

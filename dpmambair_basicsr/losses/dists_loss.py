@@ -45,8 +45,9 @@ def find_files(weights: str | None, heads: str | None) -> tuple[str, str]:
     }
     missing = [name for name, file in wanted.items() if not osp.isfile(file)]
     if missing:
+        files = ' and no '.join(wanted[name] for name in missing)
         raise FileNotFoundError(
-            f'DISTS needs the weights of VGG16 and its own; there is no {" and no ".join(map(wanted.get, missing))}: '
+            f'DISTS needs the weights of VGG16 and its own; there is no {files}: '
             f"`dpmambair fetch {' '.join(missing)}` downloads them to torch's cache; "
             'or name the files in the options weights and heads'
         )
@@ -75,7 +76,7 @@ def build_dists(weights: str | None = None, heads: str | None = None) -> nn.Modu
         features.load_state_dict(
             {name.removeprefix('features.'): value for name, value in state.items() if name.startswith('features.')}
         )
-        alpha, beta = (torch.split(own[name].float(), CHANNELS, dim=1) for name in ('alpha', 'beta'))
+        alpha, beta = (own[name].float().split([*CHANNELS], dim=1) for name in ('alpha', 'beta'))
     except (AttributeError, KeyError, RuntimeError, UnpicklingError) as error:
         reason = ' '.join(str(error).split())[:200]
         raise ValueError(f'{" and ".join(files)} do not hold VGG16 and the weights of DISTS: {reason}') from error

@@ -54,7 +54,8 @@ class Evaluation:
         finally:
             net.train(was_training)
         # Not inside the except clause: the frames of the error hold what they have computed.
-        raise out_of_memory(*inputs[0].shape[-2:], self.tile, 'val.tile: {0} (--force_yml val:tile={0})', f'{file}: ')
+        height, width = inputs[0].shape[-2:]
+        raise out_of_memory(height, width, self.tile, 'val.tile: {0} (--force_yml val:tile={0})', f'{file}: ')
 
     @contextmanager
     def explained(self, model) -> Iterator[None]:

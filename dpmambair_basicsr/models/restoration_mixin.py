@@ -196,7 +196,7 @@ class RestorationMixin(SRModel):
         """What `train.batch_augment` makes of the images."""
         batch = {name: getattr(self, name, None) for name in self.batch_names}
         images = {name: value for name, value in batch.items() if isinstance(value, Tensor) and value.dim() == 4}
-        vars(self).update(self.batch_augment.apply(images))
+        self.__dict__.update(self.batch_augment.apply(images))
 
     def optimize_micro_batch(self, current_iter: int) -> None:
         """BasicSR's iteration. What steps in between, and is not an optimizer, asks `accumulation.is_last`."""
@@ -264,7 +264,7 @@ class RestorationMixin(SRModel):
 
         So a checkpoint can be used without its option file, see `dpmambair_basicsr.load`.
         """
-        nets = [*net] if isinstance(net, list) else [net]
+        nets: list = [*net] if isinstance(net, list) else [net]
         keys = [*param_key] if isinstance(param_key, list) else [param_key]
         section = net_label.replace('net_', 'network_', 1)
         if section in self.opt:

@@ -86,7 +86,8 @@ class StepGuard:
 
     def is_bad(self, parameters: list[nn.Parameter]) -> bool:
         """Whether a gradient, or a loss since the last step, is not finite in one of the processes."""
-        largest = nn.utils.get_total_norm([parameter.grad for parameter in parameters], norm_type=math.inf)
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        largest = nn.utils.get_total_norm(gradients, norm_type=math.inf)
         bad = torch.stack([*self.earlier, *self.losses_are_finite, largest.isfinite()]).logical_not().any().int()
         self.losses_are_finite.clear()
         if self.distributed:  # gradients are the same everywhere, losses are not
@@ -95,7 +96,7 @@ class StepGuard:
 
     def name_of_first(self, parameters: list[nn.Parameter]) -> str:
         """What is not finite: the gradient of the first such parameter, or else the loss."""
-        bad = next((parameter for parameter in parameters if not parameter.grad.isfinite().all()), None)
+        bad = next((p for p in parameters if p.grad is not None and not p.grad.isfinite().all()), None)
         if bad is None:
             return 'The loss'
         return f'The gradient of {self.names[bad]}' if bad in self.names else 'The gradient'

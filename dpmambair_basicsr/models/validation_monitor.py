@@ -89,23 +89,23 @@ class ValidationMonitor:
             return
         degraded = degraded.detach().cpu()
         if not self.is_train:
-            self.note_input_file(degraded, is_lq)
+            self.note_input_file(self.current, degraded, is_lq)
         if not self.is_train or self.current.name not in self.inputs_measured:
             self.measure_input(degraded, visuals)
         if self.samples is not None and len(self.samples) < SAMPLES:
             truth = [visuals['gt']] if 'gt' in visuals else []
             self.samples.append(side_by_side([degraded, visuals['result'], *truth]))
 
-    def note_input_file(self, degraded: Tensor, is_lq: bool) -> None:
+    def note_input_file(self, result: SetResult, degraded: Tensor, is_lq: bool) -> None:
         """Where the network's input can be seen: saved if there is no file of it."""
         path = os.path.abspath(self.current_path)
         name = Path(path).stem
         is_file = self.is_stored and is_lq and os.path.isfile(path)
         if self.opt['val'].get('save_img') and not is_file:
-            path = os.path.join(self.opt['path']['results_root'], 'input', self.current.name, f'{name}.png')
+            path = os.path.join(self.opt['path']['results_root'], 'input', result.name, f'{name}.png')
             os.makedirs(os.path.dirname(path), exist_ok=True)
             write_image(path, tensor2img([degraded]))
-        self.current.images[name] = path
+        result.images[name] = path
 
     def measure_input(self, degraded: Tensor, visuals: dict[str, Tensor]) -> None:
         """Add the metrics of the network's input to `totals`, if it has the size of the result."""

@@ -196,7 +196,7 @@ def unknown_keys(prefix: str, given, known: set[str], elsewhere: dict[str, str] 
     problems = []
     for key in (key for key in given if key not in known):
         hint = did_you_mean(key, known)
-        if key in (elsewhere or {}):
+        if elsewhere is not None and key in elsewhere:
             hint = f', it belongs in {elsewhere[key]}'
         if (what_to_do := advice(key)) is not None:
             hint = f', {what_to_do}'

@@ -8,6 +8,7 @@ import re
 import warnings
 from copy import deepcopy
 from pickle import UnpicklingError
+from typing import Any
 
 import torch
 
@@ -41,14 +42,14 @@ IMAGE_DATASETS = tuple(
 CHANNELS = ('inp_channels', 'out_channels', 'num_in_ch', 'num_out_ch', 'in_chans')
 
 
-def check_by_dry_run(opt: dict, model: type | None, reported: list[str]) -> list[str]:
+def check_by_dry_run(opt: dict, model: Any, reported: list[str]) -> list[str]:
     """Problems that show only when a dry run makes networks, datasets and optimizers, or reads files.
 
     A section that has problems already is skipped.
     """
     problems = []
 
-    def attempt(path: str, make, *arguments):
+    def attempt(path: str, make, *arguments) -> Any:
         if any(re.match(rf'{re.escape(path)}[.:\[]', problem) for problem in reported):
             return None
         try:
@@ -252,9 +253,9 @@ def check_checkpoint(opt: dict, network: str, net: torch.nn.Module | None) -> No
 def other_options(of_file: dict | None, wanted: dict, network: str) -> str:
     """In what the network that was saved differs from the one of the options, if the file says it."""
     found = [
-        f'{key} {of_file[key]!r} (options: {wanted.get(key, "its default")!r})'
-        for key in of_file or ()
-        if of_file[key] != wanted.get(key)
+        f'{key} {value!r} (options: {wanted.get(key, "its default")!r})'
+        for key, value in (of_file or {}).items()
+        if value != wanted.get(key)
     ]
     return f'its {network} has {", ".join(found)}; ' if found else ''
 

@@ -6,6 +6,7 @@ Both are of any model, BasicSR's own too: `check_start` names what no run surviv
 import os
 import sys
 from collections import Counter
+from collections.abc import Set
 from importlib.util import find_spec
 
 import torch
@@ -91,7 +92,7 @@ def uses_wandb(opt: dict) -> bool:
 def check_overwritten(raw: dict, opt: dict) -> list[str]:
     """What the file says and BasicSR replaces: `raw` are the file's options, `opt` what parse_options makes of them."""
     pairs = {'': (raw, opt), 'path.': (raw['path'], opt['path'])}
-    keys = {'': SET_BY_BASICSR[''], 'path.': SET_BY_BASICSR['path']}
+    keys: dict[str, Set[str]] = {'': SET_BY_BASICSR[''], 'path.': SET_BY_BASICSR['path']}
     for phase, dataset in raw['datasets'].items():
         pairs[f'datasets.{phase}.'] = dataset, opt['datasets'][phase]
         keys[f'datasets.{phase}.'] = {*SET_BY_BASICSR['datasets'], 'scale'}

@@ -123,7 +123,7 @@ def arguments(name: str, target, call: Call) -> dict:
     properties = {'type': {'const': name}} | {key: of_parameter(p, texts) for key, p in named.items()}
     if call is CALLS['METRIC']:
         properties.setdefault('better', {'enum': ['higher', 'lower']})
-    schema = {'properties': properties}
+    schema: dict[str, typing.Any] = {'properties': properties}
     if is_ours(target):
         schema['description'] = ' '.join(doc.partition('\n\n')[0].split())
     if required := [key for key, p in named.items() if p.default is p.empty]:

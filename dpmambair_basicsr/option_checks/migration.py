@@ -1,5 +1,7 @@
 """What the published VmambaIR option files say otherwise: the table of docs/migration.md, for messages."""
 
+from typing import Any
+
 from dpmambair_basicsr.registry import look_up
 
 # name there -> names here; the checks continue with the first
@@ -41,7 +43,7 @@ KEYS = {
 }
 
 
-def find(known: dict, path: str, name) -> tuple[object, list[str]]:
+def find(known: dict[str, Any], path: str, name) -> tuple[Any, list[str]]:
     """As `look_up`; of a name of the published files also what to write, and what it is here, to be checked further."""
     target, problems = look_up(known, path, name)
     if target is None and isinstance(name, str) and name in TYPES:

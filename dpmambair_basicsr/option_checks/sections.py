@@ -72,9 +72,10 @@ def check_start_of_sr_model(opt: dict) -> list[str]:
 
 def section_of(opt: dict, path: str):
     """The section at a path such as 'logger.wandb'; None if there is none."""
+    section = opt
     for name in filter(None, path.split('.')):
-        opt = opt.get(name) if isinstance(opt, dict) else None
-    return opt
+        section = section.get(name) if isinstance(section, dict) else None
+    return section
 
 
 def keys_of(row: Option, opt: dict) -> list[str]:

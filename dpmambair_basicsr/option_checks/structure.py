@@ -2,6 +2,7 @@
 
 import re
 import sys
+from collections.abc import Sequence
 from copy import deepcopy
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -23,7 +24,7 @@ MAX_REPORTED = 50  # problems, and of each
 MAX_LENGTH = 600  # characters
 
 
-def refuse(file: str, problems: list[str], forced: list[str] = ()) -> None:
+def refuse(file: str, problems: list[str], forced: Sequence[str] = ()) -> None:
     """Raises OptionError with all problems of an option file, if there are any, and the lines of their keys.
 
     Args:
@@ -122,6 +123,7 @@ def unknown_section(opt: dict, path: list[str]) -> str:
     """Of a path that leads to no section."""
     depth = next(depth for depth in range(len(path)) if not isinstance(section_at(opt, path[: depth + 1]), dict))
     parent = section_at(opt, path[:depth])
+    assert isinstance(parent, dict), 'the path up to `depth` leads to a section'
     choices = {name for name, value in parent.items() if isinstance(value, dict)}
     choices |= {name for name in sections_in(path[:depth]) if '*' not in name}
     return f'there is no section {".".join(path[: depth + 1])}{did_you_mean(path[depth], choices) if choices else ""}'

@@ -66,8 +66,8 @@ def apply_patches(*namespaces: dict) -> None:
         problems = [f'patches/{topic} does not fit this BasicSR ({why})' for topic, why in misfits.items()]
         warnings.warn('\n  '.join(['dpmambair_basicsr:', *problems]), RuntimeWarning, stacklevel=2)
     applied = True
-    for patch in PATCHES:
-        apply(*patch, namespaces)
+    for owner, attribute, make in PATCHES:
+        apply(owner, attribute, make, namespaces)
 
 
 def apply_gates() -> None:
@@ -85,7 +85,7 @@ def apply(owner_name: str, attribute: str, make, namespaces: tuple[dict, ...]) -
         return  # a fork without it
     if not hasattr(original, 'patched_by'):
         replacement = functools.update_wrapper(make(original), original)
-        replacement.patched_by = __name__
+        vars(replacement)['patched_by'] = __name__
         setattr(owner, attribute, replacement)
     # These import functions by name.
     modules = [vars(sys.modules[name]) for name in ('basicsr.train', 'basicsr.test', '__main__') if name in sys.modules]

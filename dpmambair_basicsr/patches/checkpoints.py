@@ -95,6 +95,7 @@ def save_unvalidated(model, iteration: int) -> None:
     Not where pools of several processes belong to it: the others do not know of the failure.
     """
     run, logger = training_run.current, get_root_logger()
+    assert run is not None, 'only a training is validated with something to save'
     if run.saved != iteration and not (model.opt['dist'] and hasattr(model, POOL[0])):
         try:
             model.save(run.epoch, iteration)

@@ -2,6 +2,7 @@
 
 import os
 from datetime import timedelta
+from typing import Any
 
 import torch
 
@@ -97,7 +98,7 @@ def model_to_any_device(original):
 
 def check_processes_agree(**facts: int) -> None:
     """Raises ValueError, in each process, naming a fact that is not the same in all: nodes that see other files."""
-    of_all = [None] * torch.distributed.get_world_size()
+    of_all: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(of_all, facts)
     for name in facts:
         values = [of_one[name] for of_one in of_all]

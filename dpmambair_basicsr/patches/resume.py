@@ -101,7 +101,7 @@ def read_state(opt: dict, file) -> dict:
     for network in (key for key in opt if key.startswith('network_') and key not in ignored):
         checkpoint = network_file(opt['path']['models'], f'net_{network.removeprefix("network_")}_{state["iter"]}')
         try:
-            (read_checkpoint if checkpoint.suffix == SAFETENSORS else read_on_cpu)(checkpoint)
+            (read_checkpoint if checkpoint.suffix == SAFETENSORS else read_on_cpu)(str(checkpoint))
         except CheckpointError as error:
             raise CheckpointError(f'{file}: {error}') from None
     return state
@@ -150,7 +150,7 @@ def whole_epochs(original):
             logger.info(f'Incomplete batches are left out: {per_epoch} iterations per epoch, {total_epochs} epochs.')
         return train_loader, train_sampler, val_loaders, total_epochs, total_iters
 
-    create_train_val_dataloader.patched_by = __name__
+    vars(create_train_val_dataloader)['patched_by'] = __name__
     return create_train_val_dataloader
 
 
@@ -178,6 +178,7 @@ def exact_continuation(original):
 def validate_if_missing(model, iteration: int) -> None:
     """The validation of an iteration whose state says that it was due and not done."""
     run = training_run.current
+    assert run is not None, 'called by the patched training loop, whose loader has set it'
     if run.validation_is_missing:
         run.validation_is_missing = False
         get_root_logger().info(

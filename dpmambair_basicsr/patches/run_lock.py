@@ -27,7 +27,7 @@ def begin_training(opt: dict) -> dict | None:
 
 def hold_together(opt: dict, folders: list[str]) -> None:
     """The first process takes the locks for all of them, and what it fails with is raised in each."""
-    failure = [None]
+    failure: list[Exception | None] = [None]
     if opt['rank'] == 0:
         try:
             for folder in folders:

@@ -1,5 +1,7 @@
 """Patches that make what BasicSR loads depend on the seed and the place of an item alone, so that it can be resumed."""
 
+from typing import Any
+
 import torch
 from basicsr.data.data_sampler import EnlargedSampler
 from basicsr.utils import get_root_logger
@@ -19,7 +21,9 @@ def known_run(original):
     Remove once: BasicSR seeds each item.
     """
 
-    def build_dataloader(dataset, dataset_opt, num_gpu=1, dist=False, sampler=None, seed=None):
+    def build_dataloader(
+        dataset, dataset_opt, num_gpu=1, dist=False, sampler: EnlargedSampler | None = None, seed=None
+    ):
         if dataset_opt['phase'] == 'train' and not hasattr(dataset, '__getitems__'):
             dataset = SeededItems(dataset)
         accum_iter = dataset_opt.get('accum_iter', 1)
@@ -29,7 +33,7 @@ def known_run(original):
         if loader.worker_init_fn is not None:
             start_workers_unsignalled(loader)
         if isinstance(sampler, EnlargedSampler):
-            seeds = [seed]
+            seeds: list[Any] = [seed]
             if dist:  # each process has drawn one of its own where manual_seed is not given
                 torch.distributed.broadcast_object_list(seeds, src=0)
             run = training_run.TrainingRun(seeds[0], loader.batch_size * sampler.num_replicas)

@@ -9,6 +9,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 from dpmambair_basicsr.files.atomic import replacing
 from dpmambair_basicsr.files.errors import InputError
@@ -55,12 +56,18 @@ class Download:
         self.names = {f'{root}/{name.removeprefix("./")}': name for name in names if is_image(name)}
         self.order = {name: position for position, name in enumerate(self.names.values())}
 
+    def open_member(self, name: str) -> IO[bytes]:
+        if isinstance(self.archive, zipfile.ZipFile):
+            return self.archive.open(name)
+        assert isinstance(self.archive, tarfile.TarFile), 'a folder has files, not members'
+        member = self.archive.extractfile(self.members[name])
+        assert member is not None, '`members` are files'
+        return member
+
     def extract(self, name: str, target: Path) -> None:
         if is_file(target, self.sizes[name]):
             return
-        zipped = isinstance(self.archive, zipfile.ZipFile)
-        member = self.archive.open(name) if zipped else self.archive.extractfile(self.members[name])
-        with member, whole(target) as temporary, temporary.open('wb') as file:
+        with self.open_member(name) as member, whole(target) as temporary, temporary.open('wb') as file:
             shutil.copyfileobj(member, file)
 
 

@@ -14,7 +14,7 @@ from dpmambair_basicsr.registry import did_you_mean
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog='dpmambair fetch', description=__doc__.partition('\n\n')[2])
+    parser = argparse.ArgumentParser(prog='dpmambair fetch', description=(__doc__ or '').partition('\n\n')[2])
     parser.add_argument(
         'names',
         nargs='+',

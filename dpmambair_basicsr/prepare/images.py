@@ -58,7 +58,9 @@ def scaled(image: np.ndarray) -> dict[str, np.ndarray]:
     sizes = [(int(width * scale), int(height * scale)) for scale in SCALES]
     sizes.append(tuple(SHORT_SIDE * side // min(height, width) for side in (width, height)))
     picture = Image.fromarray(image)  # in BGR, which is all the same for resizing
-    return {'': image} | {f'T{n}': np.asarray(picture.resize(size, Image.LANCZOS)) for n, size in enumerate(sizes)}
+    return {'': image} | {
+        f'T{n}': np.asarray(picture.resize(size, Image.Resampling.LANCZOS)) for n, size in enumerate(sizes)
+    }
 
 
 def tiles(image: np.ndarray, size: int, step: int) -> list[np.ndarray]:

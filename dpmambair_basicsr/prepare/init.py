@@ -10,7 +10,7 @@ from dpmambair_basicsr.files.option_files import packaged_files
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog='dpmambair init', description=__doc__.partition(':')[0] + '.')
+    parser = argparse.ArgumentParser(prog='dpmambair init', description=(__doc__ or '').partition(':')[0] + '.')
     parser.add_argument('folder', type=Path, help='its folder options/ is made; files that are there are not replaced')
     folder = parser.parse_args().folder / 'options'
     with exit_on_error('dpmambair init', OSError):

@@ -40,7 +40,7 @@ CHANGES = {
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog='dpmambair install_basicsr',
-        description=__doc__.partition('\n\n')[2],
+        description=(__doc__ or '').partition('\n\n')[2],
         epilog='All other arguments go to pip install, such as --no-deps.',
     )
     parser.add_argument('--file', type=Path, metavar=NAME, help='the source, if it was downloaded before')

@@ -171,7 +171,7 @@ class Job:
                 else:
                     fetch(download.path / name, place, self.copy)
             except UNREADABLE as error:
-                if getattr(error, 'errno', None) in (errno.ENOSPC, errno.EDQUOT):
+                if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
                     raise InputError(f'{place}: {error.strerror}; repeat the command to continue') from error
                 problems[stem] = f'{download.path / name}: {error}'
         return problems

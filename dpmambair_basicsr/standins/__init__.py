@@ -105,5 +105,6 @@ def uninstall() -> None:
 def is_real(package: str) -> bool:
     """Whether somebody else's package of this name is imported or can be found."""
     if package in sys.modules:
-        return sys.modules[package].__spec__ is None or sys.modules[package].__spec__.origin != __name__
+        spec = sys.modules[package].__spec__
+        return spec is None or spec.origin != __name__
     return importlib.util.find_spec(package) is not None

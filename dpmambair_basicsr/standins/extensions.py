@@ -3,6 +3,8 @@
 Callers put them into an autograd.Function of their own, which keeps what `forward` returns for `backward`.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -28,9 +30,11 @@ def forward(u, delta, A, B, C, D, z, delta_bias, delta_softplus: bool, out_float
 
 def backward(u, delta, A, B, C, D, z, delta_bias, dout, delta_softplus: bool) -> list[Tensor | None]:
     """[du, ddelta, dA, dB, dC, dD, ddelta_bias, dz], None where there is no tensor; the scan is repeated."""
-    tensors = [None if x is None else x.detach().requires_grad_() for x in (u, delta, A, B, C, D, delta_bias, z)]
+    given_or_none = u, delta, A, B, C, D, delta_bias, z
+    tensors: list[Any] = [None if x is None else x.detach().requires_grad_() for x in given_or_none]
     given = [x for x in tensors if x is not None]
     with torch.enable_grad():
-        y = selective_scan(*tensors[:7], delta_softplus, z=tensors[7])
+        u, delta, A, B, C, D, delta_bias, z = tensors
+        y = selective_scan(u, delta, A, B, C, D, delta_bias, delta_softplus, z=z)
         gradients = iter(torch.autograd.grad(y, given, dout.to(y.dtype)))
     return [None if x is None else next(gradients) for x in tensors]

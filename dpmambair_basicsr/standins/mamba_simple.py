@@ -1,6 +1,7 @@
 """mamba_ssm.modules.mamba_simple.Mamba: its arguments, its parameters' names, our scan."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -59,8 +60,8 @@ class Mamba(nn.Module):
         self.d_model, self.d_state, self.d_conv, self.expand = d_model, d_state, d_conv, expand
         self.use_fast_path, self.layer_idx = use_fast_path, layer_idx
         self.d_inner = int(expand * d_model)
-        self.dt_rank = math.ceil(d_model / 16) if dt_rank == 'auto' else dt_rank
-        here = {'device': device, 'dtype': dtype}
+        self.dt_rank = math.ceil(d_model / 16) if dt_rank == 'auto' else int(dt_rank)
+        here: dict[str, Any] = {'device': device, 'dtype': dtype}
         self.in_proj = nn.Linear(d_model, 2 * self.d_inner, bias=bias, **here)
         self.conv1d = nn.Conv1d(
             self.d_inner, self.d_inner, d_conv, groups=self.d_inner, padding=d_conv - 1, bias=conv_bias, **here

@@ -6,6 +6,7 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from itertools import accumulate
 
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -45,7 +46,7 @@ class CosineAnnealingRestartCyclicLR(LRScheduler):
         self.eta_mins = list(eta_mins)
         super().__init__(optimizer)
 
-    def get_lr(self) -> list[float]:
+    def get_lr(self) -> list[float | Tensor]:
         ends = list(accumulate(self.periods))
         if self.last_epoch > ends[-1]:
             return [self.eta_mins[-1] for _ in self.base_lrs]

@@ -21,10 +21,11 @@ def convolve_halves(
     biases = (None, None) if conv.bias is None else extended_halves(conv.bias, width)
     groups = 1 if second is None else width
     inputs = (first, first if second is None else second)
-    return tuple(
+    one, other = (
         F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation, groups)
         for x, weight, bias in zip(inputs, weights, biases, strict=True)
     )
+    return one, other
 
 
 def extended_halves(parameter: Tensor, width: int) -> tuple[Tensor, ...]:
