@@ -1,8 +1,8 @@
 """Mamba-based image restoration (VmambaIR, DPMambaIR) for BasicSR.
 
-Importing this package is all it takes: as soon as BasicSR has been imported, before or after, `register` runs. (BasicSR
-1.4.2 has to come after: without `patches.imports` it cannot be imported beside today's torchvision.)
-Neither torch nor basicsr is imported from here, so `dpmambair_basicsr.ops` can be used without BasicSR.
+Importing this package is enough: `register` runs as soon as BasicSR is imported, whichever comes first. (BasicSR 1.4.2
+has to come second: without `patches.imports` it cannot be imported with current torchvision.)
+This module imports neither torch nor basicsr, so `dpmambair_basicsr.ops` can be used without BasicSR.
 """
 
 from dpmambair_basicsr.patches import imports
@@ -13,7 +13,7 @@ __version__ = '0.1.0'
 def register():
     """Registers our networks, datasets, losses, metrics and models with BasicSR. Idempotent.
 
-    Returns what of them is available there and what not, with reasons: `dpmambair_basicsr.registration.Registration`.
+    Returns what is available, and what is not and why: `dpmambair_basicsr.registration.Registration`.
     """
     from dpmambair_basicsr import registration
 
@@ -28,7 +28,7 @@ def load(
     half: bool = False,
     scan_backend: str | None = None,
 ):
-    """A trained network: `load('net_g_latest.pth').restore(image)`. Without a file, the one that comes with the
+    """A trained network: `load('net_g_latest.pth').restore(image)`. Without a file, the one bundled with the
     package. See `dpmambair_basicsr.inference.restorer`."""
     from dpmambair_basicsr.inference import restorer
 

@@ -10,19 +10,19 @@ COMMANDS = {
     'train': "train with BasicSR's loop and arguments",
     'test': "test with BasicSR's loop and arguments, and write a table of the results",
     'restore': 'restore image files of any size with a trained network',
-    'app': 'a page in your browser that restores the picture you drop on it',
+    'app': 'open a page in your browser that restores the image you drop on it',
     'degradation': 'name the degradations of image files, and map their embeddings',
     'figures': 'draw spectra, step sizes, the extractor and the blocks of trained networks',
-    'report': "set test results beside each other and beside the papers'",
+    'report': "compare test results with each other and with the papers'",
     'convert': 'write a checkpoint as a safetensors file',
     'export': 'write a trained network as ONNX or as a program of torch.export',
-    'prepare_data': 'arrange a public dataset, as downloaded, as the option files expect it',
-    'push': 'upload a trained network to the Hugging Face hub',
-    'run': 'run a script of another project where mamba_ssm or causal_conv1d is missing',
+    'prepare_data': 'arrange a downloaded public dataset as the option files expect it',
+    'push': 'upload a trained network to the Hugging Face Hub',
+    'run': 'run a script of another project without mamba_ssm or causal_conv1d',
     'fetch': 'download the weights that LPIPS, DISTS and the perceptual loss need',
     'dropin': 'make the option files work in a BasicSR checkout, or undo that',
-    'init': 'copy the option files, to be edited, into a folder',
-    'install_basicsr': 'install BasicSR 1.4.2 on any Python, without a second PyTorch',
+    'init': 'copy the option files into a folder, for editing',
+    'install_basicsr': 'install BasicSR 1.4.2 on any Python, without downloading a second PyTorch',
 }
 MODULES = {  # the others have their own names
     'app': 'inference.app',
@@ -44,7 +44,7 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument('--version', action='version', version=f'%(prog)s {dpmambair_basicsr.__version__}')
-    parser.add_argument('command', metavar='COMMAND', choices=COMMANDS, help='with --help: its arguments')
+    parser.add_argument('command', metavar='COMMAND', choices=COMMANDS, help='followed by --help: its arguments')
     command = parser.parse_args(sys.argv[1:2]).command
     sys.argv[:2] = [f'dpmambair {command}']  # what the commands, and BasicSR for train and test, parse
     sys.exit(importlib.import_module(f'dpmambair_basicsr.{MODULES.get(command, command)}').main())

@@ -1,7 +1,7 @@
 """A trained network as a safetensors file: `python -m dpmambair_basicsr.convert net_g_best.pth net_g.safetensors`.
 
-A safetensors file holds tensors and text and can run no code, so it may be passed on. `load`, `restore`, spandrel and
-`path.pretrain_network_g` read it like the checkpoint it was made from, with the options of its network.
+A safetensors file holds only tensors and text and cannot run code, so it is safe to share. `load`, `restore`, spandrel
+and `path.pretrain_network_g` read it like the original checkpoint, including the options of its network.
 """
 
 import argparse
@@ -16,11 +16,11 @@ def main() -> None:
     parser.add_argument('output', help='file to write, .safetensors')
     parser.add_argument(
         '--key',
-        help='state dict of the checkpoint; default: params_ema, params, state_dict, ..., the file',
+        help='key of the state dict; default: the first of params_ema, params, state_dict, ..., else the file itself',
     )
     arguments = parser.parse_args()
 
-    # Not before: PyTorch takes seconds, and --help needs none of it.
+    # Imported late: PyTorch takes seconds, and --help does not need it.
     from dpmambair_basicsr.archs.recognition import network_options, own_names
     from dpmambair_basicsr.files.checkpoints import (
         SAFETENSORS,

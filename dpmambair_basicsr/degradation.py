@@ -1,9 +1,9 @@
 """What the degradation extractor sees: `python -m dpmambair_basicsr.degradation -w net_g_5.pth x.png --clean photos/`.
 
-Prints the most likely classes of each picture with their scores; --output map.png draws a map of the embeddings.
-The classes are no part of a checkpoint. With --reference, each sub-folder is a class: pictures of one degradation. With
---clean, they are the synthetic degradations, with their default parameters, of these clean pictures.
-Unreadable pictures are reported and skipped, and the exit status is 1 in the end. See `Classes` for the scores.
+Prints the most likely classes of each image with their scores; --output map.png draws a map of the embeddings.
+A checkpoint does not define the classes. With --reference, each sub-folder is a class: images of one degradation. With
+--clean, the classes are the synthetic degradations, at their default parameters, of the clean images given.
+Unreadable images are reported and skipped, and the exit status is then 1. See `Classes` for the scores.
 """
 
 import argparse
@@ -70,18 +70,18 @@ def parse_arguments() -> argparse.Namespace:
         description=(__doc__ or '').partition('\n\n')[2].partition(' See ')[0],
     )
     add = parser.add_argument
-    inputs = 'picture, pattern, or folder: its pictures, and those of its sub-folders, whose names are their kinds'
+    inputs = 'image, pattern, or folder: its images and those of its sub-folders, whose names are their kinds'
     add('inputs', nargs='*', metavar='INPUT', help=inputs)
     add('-i', '--input', nargs='+', default=[], metavar='INPUT', help='the same')
     add('-w', '--weights', required=True, metavar='FILE', help='checkpoint of stage 1, or of a DPMambaIR')
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument('--reference', type=Path, metavar='FOLDER', help='one sub-folder of pictures for each class')
+    source.add_argument('--reference', type=Path, metavar='FOLDER', help='one sub-folder of images per class')
     source.add_argument(
-        '--clean', type=Path, metavar='FOLDER', help='clean pictures, to be degraded in every synthetic way'
+        '--clean', type=Path, metavar='FOLDER', help='clean images, to be degraded with every synthetic degradation'
     )
-    add('-o', '--output', type=Path, metavar='FILE.png', help='a map of the embeddings; needs matplotlib')
-    add('--map', choices=('pca', 'tsne'), default='pca', help='how the map is made; tsne needs scikit-learn')
-    add('--crop', type=int, metavar='N', help='look at the middle N x N pixels of each picture only, which is faster')
+    add('-o', '--output', type=Path, metavar='FILE.png', help='map of the embeddings; needs matplotlib')
+    add('--map', choices=('pca', 'tsne'), default='pca', help='projection of the map; tsne needs scikit-learn')
+    add('--crop', type=int, metavar='N', help='use only the N x N center crop of each image, which is faster')
     add('--device', default='auto', help='auto, cpu, mps, cuda or cuda:<n>; default: %(default)s')
     arguments = parser.parse_args()
     if not arguments.inputs and not arguments.input:
@@ -120,7 +120,7 @@ def table(paths: list[Path], kinds: list[str], classes: Classes, embeddings: Ten
     pairs = zip(kinds, most_likely(classes, embeddings), strict=True)
     right = [kind == found for kind, found in pairs if kind in classes.names]
     if right:
-        lines += ['', f'{sum(right)} of {len(right)} are of the class that their folder is named after']
+        lines += ['', f'{sum(right)} of {len(right)} are assigned to the class that their folder is named after']
     return lines
 
 

@@ -1,14 +1,14 @@
-"""Brings our networks into an existing project, and out of it again without a trace.
+"""Adds our networks to an existing project, and removes them again without a trace.
 
     python -m dpmambair_basicsr.dropin PATH [--remove]
 
-PATH is a checkout of BasicSR, a fork that has a basicsr folder of its own, with a registry or (as Restormer's) without,
-or a project like HAT with a package of its own and an installed BasicSR. No file of it is changed; these are added:
-    a file in its archs folder, where it looks for networks, which brings ours;
+PATH is a checkout of BasicSR, a fork with its own basicsr folder, with or (like Restormer's) without a registry, or a
+project like HAT with its own package and an installed BasicSR. Existing files are not changed; these are added:
+    a file in its archs folder, where it looks for networks, which imports ours;
     basicsr.py beside its train.py, which makes the command use the project's BasicSR, see LAUNCHER;
-    our option files in options/, if the project has a registry: their models are found in it.
-They are listed with their SHA-256 in .dpmambair_dropin.json beside train.py; `--remove` deletes these and nothing else.
-The project is started before and after, `train.py --help`: if it does not start any more, nothing is left there.
+    our option files in options/, if the project has a registry, in which their models are found.
+They are listed with their SHA-256 in .dpmambair_dropin.json beside train.py; `--remove` deletes exactly these.
+The project's `train.py --help` is run before and after: if it no longer starts, everything is undone.
 """
 
 import argparse
@@ -153,16 +153,14 @@ class Project:
 
 
 def find_project(root: Path) -> Project:
-    """Raises ProjectError if `root` is none of the kinds of projects."""
+    """Raises ProjectError if `root` is not a supported kind of project."""
     packages = sorted(file.parent.name for file in root.glob('*/train.py'))
     for package in ('basicsr',) if 'basicsr' in packages else packages:
         has_registry = package != 'basicsr' or (root / 'basicsr/utils/registry.py').is_file()
         for archs in (f'{package}/archs', f'{package}/models/archs'):
             if (root / archs / '__init__.py').is_file():
                 return Project(root, package, archs, has_registry)
-    raise ProjectError(
-        f'{root}: not a project of a kind we know: it has no folder with train.py and archs/ or models/archs/'
-    )
+    raise ProjectError(f'{root}: not a supported project: no folder in it has train.py and archs/ or models/archs/')
 
 
 def main() -> None:
@@ -170,7 +168,7 @@ def main() -> None:
         prog='python -m dpmambair_basicsr.dropin', description=(__doc__ or '').partition('\n')[0]
     )
     parser.add_argument('path', type=Path, help='BasicSR checkout, or project with a basicsr folder')
-    parser.add_argument('--remove', action='store_true', help='delete what was written there, and nothing else')
+    parser.add_argument('--remove', action='store_true', help='delete the files that were added, and nothing else')
     arguments = parser.parse_args()
     with exit_on_error():
         (remove if arguments.remove else install)(arguments.path)
@@ -196,7 +194,9 @@ def install(root: Path) -> None:
     if any(name.startswith('options/') for name in files) and os.path.lexists(root / 'options'):
         foreign += [] if (root / 'options').is_dir() else ['options']
     if foreign:
-        raise ProjectError(f'{root}: nothing written, these exist and are not from this command: {", ".join(foreign)}')
+        raise ProjectError(
+            f'{root}: nothing written, these files exist and were not written by this command: {", ".join(foreign)}'
+        )
 
     made = sorted({str(Path(name).parent) for name in files if not (root / name).parent.exists()})
     new = {
@@ -255,15 +255,14 @@ def refuse_harm(project: Project, before: dict, after: dict) -> None:
         )
     if 'stopped' in after:
         raise ProjectError(
-            f'{project.root}: nothing written, python {project.script} --help would not start any more: '
-            f'{after["stopped"]}'
+            f'{project.root}: nothing written, python {project.script} --help would no longer start: {after["stopped"]}'
         )
     if not any(after['available'].values()):
         package = Path(dpmambair_basicsr.__file__).parents[1]
         reason = after.get('error') or json.dumps(after['unavailable'])
         hint = f'. pip install dpmambair_basicsr, or set PYTHONPATH={package}' if 'error' in after else ''
         raise ProjectError(
-            f'{project.root}: nothing written, python {project.script} would have nothing of ours: '
+            f'{project.root}: nothing written, none of our classes would be available to python {project.script}: '
             f'{reason}{hint}{advice()}'
         )
 
@@ -314,7 +313,7 @@ def refuse_changed(root: Path, record: dict) -> None:
     if changed:
         names = ', '.join(changed)
         raise ProjectError(
-            f'{root}: nothing done, move these away first, they were changed since they were written: {names}'
+            f'{root}: nothing done, these files were changed since they were written, move them away first: {names}'
         )
 
 
@@ -355,7 +354,7 @@ def report(project: Project, before: dict, after: dict) -> None:
         elsewhere = subprocess.run([sys.executable, '-c', FIND], cwd=project.root, capture_output=True, text=True)
         if (found := elsewhere.stdout.strip()) and Path(found).resolve() != own.resolve():
             print(
-                f'WARNING: {own} has no __init__.py, so that all other programs of the project import the basicsr in '
+                f'WARNING: {own} has no __init__.py, so all other programs of the project import the basicsr in '
                 f'{found}; use an environment without that one (pip uninstall basicsr), see docs/projects.md'
             )
 

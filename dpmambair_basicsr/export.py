@@ -1,12 +1,12 @@
-"""Writes a trained network as one file that runs without this package: ONNX, or a program of torch.export (.pt2).
+"""Exports a trained network to a single file that runs without this package: ONNX, or torch.export's .pt2.
 
     python -m dpmambair_basicsr.export --weights net_g_latest.pth --output net.onnx
     python -m dpmambair_basicsr.export --weights net_g_latest.pth --output net.pt2
 
 One input, `image`, (B, 3, H, W) float32 RGB in [0, 1]; one output, `restored`, (B, 3, scale * H, scale * W), not
-clamped. B, H and W are free; H and W must be multiples of 8, unlike in the network itself: pad, restore, crop; at
-least 16 for .pt2. The selective scan is made of standard operators, ONNX's Scan or PyTorch's own; nothing to install.
-The file is written only if its results agree with the network's at several sizes. Minutes for a network of full size.
+clamped. B, H and W are dynamic; H and W must be multiples of 8, unlike in the network itself (pad, restore, crop), and
+at least 16 for .pt2. The selective scan consists of standard operators, ONNX's Scan or PyTorch's own.
+The file is written only if its results agree with the network's at several sizes. Takes minutes for a full-size network.
 """
 
 import argparse
@@ -60,8 +60,8 @@ def parse_arguments() -> argparse.Namespace:
     add = parser.add_argument
     add('-w', '--weights', required=True, metavar='FILE', help='checkpoint, net_g_*.pth')
     add('-o', '--output', required=True, type=Path, metavar='FILE', help='FILE.onnx or FILE.pt2')
-    add('--format', choices=FORMATS.values(), help='default: by the extension of the output')
-    add('--opt', metavar='FILE', help='option file with network_g, for a checkpoint that does not hold its own')
+    add('--format', choices=FORMATS.values(), help='default: from the extension of the output')
+    add('--opt', metavar='FILE', help='option file with network_g, for a checkpoint without network options')
     return parser.parse_args()
 
 
@@ -74,7 +74,7 @@ def choose_format(arguments: argparse.Namespace) -> str:
     """
     form = arguments.format or FORMATS.get(arguments.output.suffix)
     if form is None:
-        raise InputError(f'{arguments.output}: is neither .onnx nor .pt2; choose --format onnx or torch')
+        raise InputError(f'{arguments.output}: must end in .onnx or .pt2; or choose --format onnx or torch')
     for library in ('onnx', 'onnxscript', 'onnxruntime') if form == 'onnx' else ():
         try:
             importlib.import_module(library)
@@ -200,7 +200,7 @@ def check(net: nn.Module, run: Callable[[Tensor], Tensor]) -> None:
         error = (run(image) - net(image)).abs().max().item()
         print(f'{" x ".join(map(str, image.shape))}: largest difference {error:.1e}', flush=True)
         if not error <= TOLERANCE:
-            raise ExportError(f'the results differ by more than {TOLERANCE}: nothing written')
+            raise ExportError(f'the results differ by more than {TOLERANCE}; nothing was written')
 
 
 if __name__ == '__main__':

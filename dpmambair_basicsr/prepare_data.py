@@ -1,18 +1,18 @@
-"""Arranges a public dataset, as it was downloaded, in the folders that the option files expect. Downloads nothing.
+"""Arranges a downloaded public dataset in the folders that the option files expect. Downloads nothing.
 
     python -m dpmambair_basicsr.prepare_data gopro GOPRO_Large.zip
     python -m dpmambair_basicsr.prepare_data df2k DIV2K_train_HR.zip Flickr2K.tar --output /big/disk/datasets
-    python -m dpmambair_basicsr.prepare_data snow100k --help    layout, count, and where both come from
+    python -m dpmambair_basicsr.prepare_data snow100k --help    layouts and counts, with sources
 
-Takes folders, zip and tar archives, several where a set comes in several, and never changes them. Every image used is
-decoded. All problems (a number of images that is not the published one, images without partner, broken images) come in
-one report, and then nothing is put in place. From a folder the results are links, or copies with --copy; from an
-archive they are files. LQ images and tiles that have to be made are PNG files.
+Takes folders, zip and tar archives (several if the dataset comes in several) and never changes them. Every image used
+is decoded. All problems (a count other than the published one, images without partner, broken images) are reported
+together, and then nothing is put in place. From a folder, results are links, or copies with --copy; from an archive,
+they are files. Generated LQ images and tiles are PNG files.
 
-An interrupted run continues where it was when it is repeated. Until a part is complete it grows in hidden folders
-beside its place (.GT.gopro.train); <output>/.prepared keeps its list of files, by which a repeated command knows that
-it has nothing to do, and a changed one which files it may replace. Files of yours in a result folder are a problem to
-report. docs/data.md has a table of all sets, dpmambair_basicsr/prepare/public_sets.py what is known of them.
+Repeating an interrupted command continues it. Until a part is complete, it is built in hidden folders beside its
+destination (.GT.gopro.train); <output>/.prepared keeps its list of files, from which a repeated command knows that it
+has nothing to do, and a changed one which files it may replace. Your own files in a result folder are reported as a
+problem. docs/data.md has a table of all datasets; their definitions are in dpmambair_basicsr/prepare/public_sets.py.
 """
 
 import argparse
@@ -47,12 +47,10 @@ def find_obstacles(jobs: list[Job], public: PublicSet, root: Path, paths: list[P
     for folder in sorted({folder for job in jobs for folder in job.folders}):
         for path in paths:
             if path.is_dir() and (root / folder).resolve().is_relative_to(path.resolve()):
-                problems.append(f'the results, {root / folder}, would be inside the download {path}: move it elsewhere')
+                problems.append(f'the results, {root / folder}, would be inside the download {path}; move it elsewhere')
         if (root / folder).is_dir():
             found = {f'{folder}/{path.name}' for path in (root / folder).iterdir() if is_image(path.name)}
-            problems += [
-                f'{root / file} is in the way: it was not made by this command' for file in sorted(found - ours)
-            ]
+            problems += [f'{root / file} is in the way: not created by this command' for file in sorted(found - ours)]
     for link, folder in public.aliases.items():
         if os.path.lexists(root / link) and os.path.realpath(root / link) != os.path.realpath(root / folder):
             problems.append(f'{root / link} is in the way: it should be a link to {folder}')
@@ -122,14 +120,14 @@ def arrange(jobs: list[Job], public: PublicSet, root: Path, paths: list[Path], a
     for job in jobs:
         bad += job.run(args.workers) if job.pairs else []
     if args.skip_bad:
-        problems += [f'{job.name}: nothing is left' for job in jobs if not job.pairs]
+        problems += [f'{job.name}: no images left' for job in jobs if not job.pairs]
         if bad:
-            print(f'{report(public, bad)}\nThese images are left out.', file=sys.stderr)
+            print(f'{report(public, bad)}\nThese images are skipped.', file=sys.stderr)
     else:
         problems += bad
     if problems:
         raise InputError(
-            f'{report(public, problems)}\nNothing was put in place. What is fine is kept for the next run.'
+            f'{report(public, problems)}\nNothing was put in place. Valid images are kept for the next run.'
         )
     for job in jobs:
         job.finish()
@@ -180,24 +178,28 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         one.add_argument('download', type=Path, nargs='+', help='folder, zip or tar archive')
         one.add_argument('--output', type=Path, default=Path('datasets'), help='default: datasets')
         one.add_argument('--part', nargs='+', choices=public.parts, default=list(public.parts), help='default: all')
-        one.add_argument('--copy', action='store_true', help='copy what is in folders; default: link')
-        one.add_argument('--lmdb', action='store_true', help='make <folder>.lmdb as well')
-        one.add_argument('--any-count', action='store_true', help='accept another number of images than was published')
+        one.add_argument('--copy', action='store_true', help='copy images from folders; default: link')
+        one.add_argument('--lmdb', action='store_true', help='also create <folder>.lmdb')
         one.add_argument(
-            '--skip-bad', action='store_true', help='leave out, with a warning, images without partner or broken'
+            '--any-count', action='store_true', help='accept a number of images other than the published one'
+        )
+        one.add_argument(
+            '--skip-bad', action='store_true', help='skip broken images and images without partner, with a warning'
         )
         one.add_argument(
             '--layout', nargs='+', metavar='PATTERN', help="where the images are, GT and LQ: 'GT/{key}' 'LQ/{key}'"
         )
         if any(part.subset for part in public.parts.values()):
-            one.add_argument('--subset', type=Path, help='text file of the stems, in the result, of the pairs to use')
+            one.add_argument(
+                '--subset', type=Path, help='text file with the stems (as in the result) of the pairs to use'
+            )
         one.add_argument(
             '--workers', type=int, default=min(8, os.cpu_count() or 1), help='threads; default: %(default)s'
         )
     args = parser.parse_args(arguments)
     args.subset = args.subset.read_text(encoding='utf-8').split() if getattr(args, 'subset', None) else None
     if (args.layout or args.subset) and len(args.part) > 1:
-        parser.error(f'{args.set}: --layout and --subset are for one part: add --part {" or ".join(args.part)}')
+        parser.error(f'{args.set}: --layout and --subset apply to one part; add --part {" or ".join(args.part)}')
     if args.layout:
         check_layout(parser, args.layout, SETS[args.set].parts[args.part[0]])
     if args.workers < 1:

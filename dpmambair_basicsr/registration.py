@@ -1,6 +1,7 @@
-"""Brings what we have into the BasicSR that is there: names one by one, and what its training needs for them.
+"""Registers our classes with the installed BasicSR, one by one, and applies the patches that training with them needs.
 
-A BasicSR can be another version or a fork: what does not fit it costs only itself, is said once, and is in the result.
+BasicSR may be another version or a fork: a class that is incompatible with it does not affect the others, is reported
+once, and is listed in the result.
 """
 
 import importlib
@@ -20,11 +21,11 @@ said = set()
 
 @dataclass(frozen=True)
 class Registration:
-    """What BasicSR knows of ours.
+    """Which of our classes are registered with BasicSR.
 
     Attributes:
-        available: by kind (archs, data, losses, metrics, models) the names that an option file can use for ours; with a
-            taken name that is dpmambair_<name>.
+        available: by kind (archs, data, losses, metrics, models), the names that an option file can use for ours:
+            dpmambair_<name> where the plain one is taken.
         unavailable: by kind, and 'patches', name -> reason.
     """
 
@@ -33,9 +34,9 @@ class Registration:
 
 
 def register() -> Registration:
-    """Registers our networks, datasets, losses, metrics and models, in this order, each by itself. Idempotent.
+    """Registers our networks, datasets, losses, metrics and models, in this order, each separately. Idempotent.
 
-    Patches nothing but the two functions that find out whether a run names something of ours, see `patches/apply`.
+    Patches only the two functions that detect whether a run names one of our classes, see `patches/apply`.
 
     Raises:
         ImportError: if there is no BasicSR, or one without a registry.
@@ -52,7 +53,7 @@ def register() -> Registration:
         result.available[folder] = [PREFIX + name if name in taken else name for name in ours if name not in missing]
         result.unavailable[folder] = missing
         problems += [f'{folder}: {name} is not available ({why})' for name, why in missing.items()]
-        problems += [f'{folder}: {name} is another class here, ours is {PREFIX}{name}' for name in taken]
+        problems += [f'{folder}: {name} is already another class here, ours is {PREFIX}{name}' for name in taken]
     apply.load_topics()
     apply.apply_gates()
     result.unavailable['patches'] = dict(apply.misfits)
@@ -61,7 +62,7 @@ def register() -> Registration:
 
 
 def import_each(folder: str, ours: Registry) -> None:
-    """Imports the modules of one kind; notes in `ours.missing` what cannot be."""
+    """Imports the modules of one kind; records in `ours.missing` those that fail."""
     package = importlib.import_module(f'dpmambair_basicsr.{folder}')
     for name, module in getattr(package, 'MODULES', {}).items():
         if name in ours or name in ours.missing:
@@ -90,7 +91,7 @@ def pipeline(name: str) -> Callable[[str], None]:
     """BasicSR's train_pipeline or test_pipeline, with everything of ours registered and every patch applied.
 
     Raises:
-        MissingLibraryError: if this BasicSR has none: it is not installed, too old, or a fork without.
+        MissingLibraryError: if there is none: BasicSR is not installed, too old, or a fork without it.
     """
     try:
         function = getattr(importlib.import_module(f'basicsr.{name}'), f'{name}_pipeline')
@@ -98,7 +99,7 @@ def pipeline(name: str) -> Callable[[str], None]:
     except (ImportError, AttributeError) as error:
         spec = importlib.util.find_spec('basicsr')
         where = (
-            'no basicsr is installed' if spec is None else f'{list(spec.submodule_search_locations)[0]} does not fit'
+            'no basicsr is installed' if spec is None else f'{list(spec.submodule_search_locations)[0]} is incompatible'
         )
         advice = INSTALL_TRAINING if spec is None else 'see docs/projects.md'
         raise MissingLibraryError(f'needs BasicSR 1.3 or newer, and {where} ({error}); {advice}') from error

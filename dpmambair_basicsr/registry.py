@@ -1,7 +1,7 @@
-"""Names in an option file and what they stand for: classes registered under a name, optimizers.
+"""Resolves the names in option files: registered classes, optimizers.
 
-Our classes register here, so that they can be imported without BasicSR, or beside one that has no registry;
-`dpmambair_basicsr.registration` brings them into BasicSR's registries.
+Our classes register here, so that they can be imported without BasicSR or with one that has no registry;
+`dpmambair_basicsr.registration` connects these registries to BasicSR's.
 """
 
 import difflib
@@ -18,7 +18,7 @@ from torch.nn.modules.module import (
 )
 
 MAX_PARTS = 10_000  # parameters and modules of a network; DPMambaIR at full size has 2144
-PREFIX = 'dpmambair_'  # every name of ours is also known with it, whoever owns the plain one
+PREFIX = 'dpmambair_'  # each of our names is also registered with it, whoever owns the plain one
 
 
 class Registry(dict):
@@ -46,9 +46,9 @@ class Registry(dict):
         return note
 
     def connect(self, host) -> None:
-        """Registers everything in BasicSR's registry `host`, what is defined later too. Idempotent.
+        """Registers everything in BasicSR's registry `host`, including what is defined later. Idempotent.
 
-        A name that is taken stays its owner's; ours is always there as dpmambair_<name>.
+        A name that is taken keeps its meaning; ours is always available as dpmambair_<name>.
         """
         self.host = host
         for name, target in self.items():
@@ -63,7 +63,7 @@ class Registry(dict):
         return {alias: target for name, target in self.items() for alias in (name, PREFIX + name)}
 
     def known(self) -> dict[str, Any]:
-        """What an option file can name: ours by both names, and what BasicSR has registered."""
+        """What an option file can name: our classes by both names, and those registered with BasicSR."""
         return self.by_both_names() | dict(iter(self.host if self.host is not None else ()))
 
     def taken(self) -> list[str]:
@@ -83,7 +83,7 @@ REGISTRIES = {
 
 
 def lazy_attributes(package: str, modules: dict[str, str]):
-    """`__getattr__` of a package (PEP 562): imports a name from its module when asked for, so that each fails alone."""
+    """`__getattr__` of a package (PEP 562): imports each name on access, so that each fails alone."""
 
     def get(name: str):
         if name not in modules:
@@ -127,10 +127,10 @@ def arguments_of(section: dict) -> dict:
 
 
 def told_by_weights(target: type, section: dict, state_dict: dict[str, torch.Tensor], file: str) -> dict:
-    """Options that a section leaves out and weights of the network tell, where those of earlier versions differ.
+    """Options missing in a section that can be inferred from the weights, where earlier versions had other defaults.
 
     Raises:
-        ValueError: naming the file, if the network of an earlier version is no longer there.
+        ValueError: naming the file, if the network of an earlier version is no longer supported.
     """
     tell = getattr(target, 'options_of_weights', lambda state_dict: {})
     try:
@@ -140,7 +140,7 @@ def told_by_weights(target: type, section: dict, state_dict: dict[str, torch.Ten
 
 
 def our_type(kind: str, section):
-    """The class of ours that a section with a `type` names, otherwise None."""
+    """Our class that the `type` of a section names; None if it is not ours."""
     target = look_up(registered(kind), '', section.get('type'))[0] if isinstance(section, dict) else None
     return target if is_ours(target) else None
 
@@ -150,7 +150,7 @@ def is_ours(target) -> bool:
 
 
 def look_up(known: dict[str, Any], path: str, name) -> tuple[Any, list[str]]:
-    """What is known under `name`, or None, and the problem."""
+    """The class registered as `name`, or None and the problem."""
     if not isinstance(name, str | None):
         return None, [f'{path}: expected text, got {name!r}']
     if name is None:

@@ -1,9 +1,9 @@
-"""Several tests beside each other and beside the papers: `python -m dpmambair_basicsr.report results/A results/B`.
+"""Compares tests with each other and with the papers: `python -m dpmambair_basicsr.report results/A results/B`.
 
-Prints one Markdown table: a row for the degraded images, for each run and for each published method of the same test
-sets. A set of yours stands beside a published one if it has its name (see `results.published_tables`), whatever the
-case and the punctuation: Rain100H, RESIDE-6K, "BSD400 noise". `--html FILE` writes one self-contained page with the
-table, bars, and sliders between the degraded and the restored image.
+Prints one Markdown table with a row for the degraded images, for each run and for each published method on the same
+test sets. Your test set is compared with a published one of the same name (see `results.published_tables`), ignoring
+case and punctuation: Rain100H, RESIDE-6K, "BSD400 noise". `--html FILE` writes a self-contained page with the table,
+bars, and sliders between degraded and restored images.
 """
 
 import argparse

@@ -3,7 +3,7 @@
     python -m dpmambair_basicsr.run train.py --its --own arguments
     python -m dpmambair_basicsr.run -m package.train --its --own arguments
 
-The script is not changed; what it imports under these names is `dpmambair_basicsr.standins`, unless it is installed.
+The script is not changed. Of these modules, those that are not installed are imported from `dpmambair_basicsr.standins`.
 """
 
 import argparse
@@ -43,7 +43,7 @@ def parse_arguments() -> argparse.Namespace:
         usage='%(prog)s [--replace] (SCRIPT | -m MODULE) [ARGUMENTS of it ...]',
         description=(__doc__ or '').partition('\n')[0],
     )
-    parser.add_argument('--replace', action='store_true', help='also in place of those that are installed')
+    parser.add_argument('--replace', action='store_true', help='also replace those that are installed')
     parser.add_argument('-m', dest='module', metavar='MODULE', help='run a module, as python -m does')
     parser.add_argument('arguments', nargs=argparse.REMAINDER, help='SCRIPT and its arguments')
     # What follows SCRIPT or MODULE is theirs, so it is cut off before argparse sees it.

@@ -1,7 +1,7 @@
 """Train with BasicSR's own loop and arguments: `python -m dpmambair_basicsr.train -opt options/train_<what>.yml`.
 
-Writes to ./experiments and ./tb_logger: the current directory is BasicSR's root_path. For `--auto_resume` from another
-directory name the run's own in the option file, path.experiments_root.
+Writes to ./experiments and ./tb_logger: the current directory is BasicSR's root_path. To use `--auto_resume` from
+another directory, set path.experiments_root in the option file to the run's.
 """
 
 from pathlib import Path

@@ -265,7 +265,9 @@ def test_sizes_that_do_not_fit(tmp_path, phase):
 def test_gt_smaller_than_the_crop(tmp_path):
     for options in (paired(tmp_path), synthetic(tmp_path, degradations=['noise'])):
         dataset = build_dataset(options | {'phase': 'train', 'gt_size': 41})
-        with pytest.raises(ValueError, match=r'item 0: \S*GT/photo0.png is 48x40, less than the crop of 41; pad_small'):
+        with pytest.raises(
+            ValueError, match=r'item 0: \S*GT/photo0.png is 48x40, smaller than the crop of 41; set pad_small'
+        ):
             dataset[0]
         item = build_dataset(options | {'phase': 'train', 'gt_size': 52, 'pad_small': True})[0]
         expected = np.pad(coordinates(), ((0, 12), (0, 4), (0, 0)), mode='symmetric')

@@ -152,9 +152,9 @@ def test_a_safe_path_is_the_reason(small):
         (
             'train.py',
             'import os\nassert "dpmambair_arch.py" not in os.listdir(os.path.dirname(__file__) + "/archs")',
-            'would not start any more: Assertion',
+            'would no longer start: Assertion',
         ),
-        ('train.py', 'pass', 'would have nothing of ours: ImportError: it does not import them'),
+        ('train.py', 'pass', 'basicsr/train.py: ImportError: it does not import them'),
     ],
 )
 def test_a_project_that_would_not_start_or_has_nothing_of_ours_is_left_alone(small, file, content, said):

@@ -159,7 +159,7 @@ def test_a_file_that_differs_is_not_left_behind(folder, monkeypatch, tmp_path):
 def test_mistakes_end_with_one_line(folder, monkeypatch, tmp_path):
     (tmp_path / 'text.pth').write_text('')
 
-    with pytest.raises(SystemExit, match='x.bin: is neither .onnx nor .pt2; choose --format'):
+    with pytest.raises(SystemExit, match='x.bin: must end in .onnx or .pt2; or choose --format'):
         run_main(monkeypatch, folder / 'vmambair.pth', tmp_path / 'x.bin')
     with pytest.raises(SystemExit, match='text.pth: not a checkpoint'):
         run_main(monkeypatch, tmp_path / 'text.pth', tmp_path / 'x.onnx')

@@ -37,7 +37,7 @@ def end(run):
 def refusal(run, holder):
     """The last line of a training that was refused, which is all that it says."""
     assert run.status() == 1, run.log()
-    lines = [line for line in run.log().splitlines() if 'works in this folder' in line]
+    lines = [line for line in run.log().splitlines() if 'is using this folder' in line]
     assert len(lines) == 1 and f'process {holder.process.pid} on ' in lines[0] and 'Traceback' not in run.log()
     return lines[0]
 
@@ -162,7 +162,7 @@ def test_a_lock_that_nobody_renews_is_taken_over(foreign, tmp_path, monkeypatch,
     monkeypatch.setattr(lock, 'LEASE', 1)
     lock.hold(tmp_path / 'run')
     output = capsys.readouterr().out
-    assert 'if you know that it has ended, remove this file' in output and 'taken over' in output
+    assert 'if you know that it has ended, delete this file' in output and 'taken over' in output
     assert ('process 1 on other-node' in output) == (content is None)
     assert json.loads(foreign.read_text())['pid'] == os.getpid()
     lock.release()

@@ -101,7 +101,7 @@ def test_a_link_to_a_file_that_does_not_exist_is_refused(opt, images, finished, 
     """Both halves of a pair may be such links: prepare_data links by default, and the download may be deleted."""
     for role in ('gt', 'lq') if kind == 'gt' else ('lq',):
         (Path(images[f'dataroot_{role}']) / 'bad.png').symlink_to('/nowhere/x.png')
-    message = rf'datasets\.\w+: \S*/images/{kind}|lq: bad\.png cannot be read, a link to a file that does not exist'
+    message = rf'datasets\.\w+: \S*/images/{kind}|lq: bad\.png cannot be read: broken link'
     assert re.search(message, refused(opt, finished))
     assert re.search(message, refused(test_options(opt), finished, pipelines.test))
 
@@ -114,7 +114,7 @@ def test_the_log_counts_what_is_not_an_image(images):
     with pipelines.logged() as records:
         assert len(list_images(str(folder))) == 4
     counts = '2 .avif, 1 .db, 1 folders, 1 hidden, 1 without extension'
-    assert records == [f'{folder}: 4 images; skipped what is none: {counts}.']
+    assert records == [f'{folder}: 4 images; skipped: {counts}.']
 
 
 @pytest.mark.parametrize('kind', ['PairedImageDataset', 'SingleImageDataset'])
@@ -169,7 +169,7 @@ LISTS = {
     ),
     'no LQ image': ('4.png\n', r'no image, or more than one, in \S*/lq \(.*\) for \S*/gt/4\.png'),
     'two LQ images': ('5.png\n', r'no image, or more than one, in \S*/lq \(.*\) for \S*/gt/5\.png'),
-    'two GT images of one name': ('0.png\nmore/0.png\n', r'images of several folders have one LQ image: 0\.png'),
+    'two GT images of one name': ('0.png\nmore/0.png\n', r'images of several folders share an LQ image: 0\.png'),
     'no text': (b'\xff\xfe0\x00', 'not text in UTF-8: '),
 }
 

@@ -52,7 +52,7 @@ BILLIONS = 'a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n' + ''.join(
 )
 TEXTS = {
     'aliases that stand for 10^9 values': (BILLIONS, 'line 4: more than 10000 values, aliases expanded'),
-    'an alias inside itself': ('x: &a [1, *a]', 'line 1: *a stands inside itself'),
+    'an alias inside itself': ('x: &a [1, *a]', 'line 1: *a contains itself'),
     '900 levels': ('x:\n  ' + '[' * 900 + ']' * 900, 'line 2: more than 32 sections or lists in one another'),
     '10^5 levels': ('[' * 10**5, 'line 1: while increasing flow level exceeded maximum nesting depth'),
     '10^5 levels of lines': ('\n'.join(' ' * n + 'a:' for n in range(1000)), 'line 32: more than 32 sections'),
@@ -63,7 +63,7 @@ TEXTS = {
     'no such day': ('a: 1\nb: 2001-99-99', "line 2: '2001-99-99' is not a valid timestamp"),
     'not an int': ('a: !!int x', "line 1: 'x' is not a valid int"),
     '5000 digits': ('a: ' + '1' * 5000, "line 1: '11111111111111111111111111111111111111111111"),
-    'a list as a key': ('a: 1\n[b]: 2', 'line 2: a key must be text, not a list'),
+    'a list as a key': ('a: 1\n[b]: 2', 'line 2: a key must be text, got a list'),
     'UTF-16': ('name: x'.encode('utf-16'), 'line 1: byte 0xff is not UTF-8'),
 }
 

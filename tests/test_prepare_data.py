@@ -309,7 +309,7 @@ def test_all_problems_in_one_report(tmp_path):
         f'  lol.train: {base}/our485/low/2.png: not an image that decodes',
         f'  lol.test: sizes do not fit at scale 1: {base}/eval15/low/1.png is 40x47, {base}/eval15/high/1.png is 40x48 '
         '(width x height)',
-        'Nothing was put in place. What is fine is kept for the next run.',
+        'Nothing was put in place. Valid images are kept for the next run.',
     ]
     assert contents(raw) == before
     assert not [path for path in (tmp_path / 'out').rglob('[!.]*') if path.parent.name in ('GT', 'LQ')]
@@ -530,7 +530,7 @@ def test_what_is_in_the_way(tmp_path):
     write(tmp_path / 'out/Rain100H/GT/mine.png', 8, 8, 0)
     (tmp_path / f'out/{ALL}/test/rain').mkdir(parents=True)
     message = refusal('rain100h', raw, '--output', tmp_path / 'out', '--any-count')
-    assert re.search('GT/mine.png is in the way: it was not made by this command\n.*test/rain is in the way', message)
+    assert re.search('GT/mine.png is in the way: not created by this command\n.*test/rain is in the way', message)
     inside = refusal('rain100h', raw, '--output', raw, '--any-count')
     assert 'would be inside the download' in inside
 
@@ -583,7 +583,7 @@ def test_wrong_downloads(case, tmp_path):
 
 
 MISUSE = {
-    'two parts': (['lol', '.', '--layout', 'a/{key}', 'b/{key}'], '--layout and --subset are for one part'),
+    'two parts': (['lol', '.', '--layout', 'a/{key}', 'b/{key}'], '--layout and --subset apply to one part'),
     'one pattern': (['rain100h', '.', '--layout', 'a/{key}'], '--layout takes 2 patterns here'),
     'no name': (['waterlooed', '.', '--layout', 'a/b'], 'has no name in braces'),
     'no pattern': (['waterlooed', '.', '--layout', '{key:(}'], "pattern '{key:(}': "),

@@ -121,7 +121,7 @@ with warnings.catch_warnings(record=True) as caught:
     import basicsr
     result = dpmambair_basicsr.register()
 (said,) = [str(warning.message) for warning in caught if 'dpmambair' in str(warning.message)]
-assert 'losses: PSNRLoss is another class here, ours is dpmambair_PSNRLoss' in said, said
+assert 'losses: PSNRLoss is already another class here, ours is dpmambair_PSNRLoss' in said, said
 from basicsr.utils.registry import ARCH_REGISTRY, LOSS_REGISTRY
 from dpmambair_basicsr.losses import LPIPSLoss, PSNRLoss
 assert LOSS_REGISTRY.get('PSNRLoss').__module__ == 'basicsr.losses.basic_loss'

@@ -389,7 +389,7 @@ def test_a_network_that_takes_no_extractor_is_given_none(model_type, network, st
     ('content', 'message'),
     [
         ('text', 'not a checkpoint that torch.load can read'),
-        ([1], 'holds no dictionary but a list'),
+        ([1], 'expected a dictionary, got list'),
         ({'weights': {}}, 'it is not a state dict; keys of the file: weights'),
         ({'params': {'output.weight': torch.zeros(1)}}, 'not a checkpoint of stage 1 for this network: .*Missing key'),
     ],
@@ -421,7 +421,7 @@ def test_an_extractor_of_other_widths_is_named(tmp_path):
         ({'params_ema': 3}, "its key 'params_ema' is not a state dict; keys of the file: params_ema"),
         (
             {'x.weight': torch.zeros(1)},
-            r"holds no key 'params_ema'; it is a bare state dict, for which path\.param_key_g is ~; .*: x\.weight$",
+            r"holds no key 'params_ema'; it is a bare state dict, so set path\.param_key_g to ~; .*: x\.weight$",
         ),
         (
             {'params_ema': {'x': torch.zeros(1)}},

@@ -1,4 +1,4 @@
-"""Animations, read and written by Pillow: OpenCV keeps neither profile nor EXIF data of them."""
+"""Animations, read and written with Pillow: OpenCV keeps neither their profile nor their EXIF data."""
 
 import io
 import struct
@@ -19,8 +19,8 @@ class Timing:
     """
     Attributes:
         durations: of the frames, in milliseconds.
-        loop: how often they are shown; 0: without end.
-        default_image: the first frame is for programs that show no animations.
+        loop: number of repetitions; 0: forever.
+        default_image: whether the first frame is only for programs that do not show animations.
     """
 
     durations: tuple[float, ...]
@@ -46,7 +46,7 @@ class Animation:
 
 
 def read_animation(content: bytes) -> Animation | None:
-    """None: it is not one of PNG, GIF, WebP or AVIF, or has one frame only.
+    """None if it is not PNG, GIF, WebP or AVIF, or has only one frame.
 
     Raises:
         ValueError: it is truncated, has 16 bit, or all frames together have too many pixels, see `codec.max_pixels`.
@@ -72,7 +72,7 @@ def read_animation(content: bytes) -> Animation | None:
             timing = Timing(tuple(durations), loop, bool(image.info.get('default_image')))
             exif, xmp, profile = (image.info.get(name) for name in ('exif', 'xmp', 'icc_profile'))
     except (OSError, SyntaxError, EOFError, struct.error):
-        raise ValueError('is no whole animation') from None
+        raise ValueError('is not a complete animation') from None
     return Animation(frames, grey, timing, exif, xmp, profile)
 
 
@@ -90,10 +90,10 @@ def check(content: bytes, count: int, width: int, height: int) -> None:
 
 
 def encode_animation(extension: str, animation: Animation) -> bytes:
-    """The file, each frame without loss.
+    """The encoded file, every frame lossless.
 
     Raises:
-        ValueError: the format cannot hold animations without loss.
+        ValueError: the format cannot hold lossless animations.
     """
     from PIL import Image
 

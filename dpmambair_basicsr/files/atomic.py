@@ -1,4 +1,4 @@
-"""Files that are written atomically, never seen incomplete, and their checksums."""
+"""Atomic file writes, and checksums."""
 
 import hashlib
 import os
@@ -9,18 +9,18 @@ from pathlib import Path
 
 @contextmanager
 def replacing(file: str | Path, durable: bool = True, shared: bool = False) -> Iterator[Path]:
-    """A path beside `file` to write to; it takes the place of `file` at the end, or goes if an exception is raised.
+    """A temporary path beside `file` to write to; at the end it replaces `file`, after an exception it is deleted.
 
-    What a killed process leaves behind has the same name each time: the next one overwrites it.
+    A killed process always leaves the same name behind, so the next one overwrites it.
 
     Args:
-        durable: then content and name are on the disk, so that a power cut leaves the old file or the new one. False
-            for what is cheaply made again.
-        shared: other processes may write the same file at the same time; the last one counts.
+        durable: flush content and name to the disk, so that a power cut leaves either the old file or the new one.
+            False for what is cheap to recreate.
+        shared: other processes may write the same file at the same time; the last one wins.
     """
     file = Path(file)
     part = file.with_name(f'.{file.name}.{os.getpid()}.part' if shared else f'.{file.name}.part')
-    part.unlink(missing_ok=True)  # it may be a link, through which would be written
+    part.unlink(missing_ok=True)  # it may be a link, which would be written through
     try:
         yield part
         if durable:
@@ -29,12 +29,12 @@ def replacing(file: str | Path, durable: bool = True, shared: bool = False) -> I
     finally:
         part.unlink(missing_ok=True)
     if durable:
-        with suppress(OSError):  # the file is there; not every file system can do this with folders
+        with suppress(OSError):  # the file is in place; not every file system can sync folders
             sync(file.parent)
 
 
 def sync(path: Path) -> None:
-    """Waits until a file's content, or the names in a folder, are on the disk; where the system opens folders."""
+    """Flushes a file's content, or the names in a folder, to the disk; only on systems that can open folders."""
     if os.name != 'posix':
         return
     descriptor = os.open(path, os.O_RDONLY)

@@ -3,9 +3,9 @@
 Ours also hold the options of their network, {'network_g': {'type': ..., ...}}: plain Python values, which
 torch.load(weights_only=True) reads and which programs that ask for 'params' never see.
 
-A `.safetensors` file holds one state dict, read as 'params', and text: `network_g` is there as JSON. One that a
-training writes holds the average too: all names begin with the key of their state dict, `params.` or `params_ema.`, and
-the text `state_dicts` has these keys.
+A `.safetensors` file holds one state dict, read as 'params', and text: `network_g` is stored as JSON. Files written by
+a training also hold the EMA: all names begin with the key of their state dict, `params.` or `params_ema.`, and
+the text `state_dicts` lists these keys.
 """
 
 import json
@@ -43,7 +43,7 @@ def read_checkpoint(path: str) -> dict:
     except Exception as error:  # torch.load raises many kinds, and their messages name no file
         raise CheckpointError(f'{path}: not a checkpoint that torch.load can read ({type(error).__name__})') from error
     if not isinstance(checkpoint, dict):
-        raise CheckpointError(f'{path}: holds no dictionary but a {type(checkpoint).__name__}')
+        raise CheckpointError(f'{path}: expected a dictionary, got {type(checkpoint).__name__}')
     return checkpoint
 
 
@@ -66,7 +66,7 @@ def check_file(path: str | Path) -> None:
         except (zipfile.BadZipFile, NotImplementedError, ValueError):
             return  # nor can torch read it, which has more to say
         if packed:
-            raise ValueError(f'{path}: its part {packed[0][:60]} is compressed; torch.save compresses nothing')
+            raise ValueError(f'{path}: its part {packed[0][:60]} is compressed; torch.save never compresses')
 
 
 def read_safetensors(path: str) -> dict:
@@ -118,7 +118,7 @@ def encode_safetensors(path: str, content: dict) -> bytes:
         if not is_state_dict(weights):
             name = next(name for name, value in weights.items() if not isinstance(value, Tensor))
             raise CheckpointError(
-                f'{path}: {key}, {name} is not a tensor, and safetensors holds nothing else; use .pth'
+                f'{path}: {key}, {name} is not a tensor, and safetensors holds only tensors; use .pth'
             )
     if len(state_dicts) > 1:
         text['state_dicts'] = json.dumps([*state_dicts])
@@ -142,14 +142,14 @@ def import_safetensors(path: str):
     try:
         import safetensors.torch
     except ImportError:
-        raise CheckpointError(f'{path}: needs a package that is not installed: pip install safetensors') from None
+        raise CheckpointError(f'{path}: requires safetensors: pip install safetensors') from None
     return safetensors
 
 
 def read_weights(path: str, *keys: str | None) -> dict[str, Tensor]:
     """The state dict in a file under the first of the keys that is there.
 
-    Without what wrappers add to its names: `module.` of parallel training, `_orig_mod.` of torch.compile.
+    Prefixes added by wrappers are removed: `module.` of parallel training, `_orig_mod.` of torch.compile.
 
     Args:
         keys: None stands for the file itself, a bare state dict.
@@ -162,10 +162,10 @@ def read_weights(path: str, *keys: str | None) -> dict[str, Tensor]:
 
 
 def wanted_keys(options: dict, network: str, is_train: bool) -> tuple[str | None, ...]:
-    """Under which keys of its checkpoint a network is looked for, by the section `path` of an option file.
+    """Keys under which a checkpoint is searched for a network, by the section `path` of an option file.
 
-    The one that `param_key_<network>` names, and no other. Without it a test takes what validation and `restore` take,
-    the average if there is one; a training starts from `params`.
+    Only the one that `param_key_<network>` names. Without it, a test takes what validation and `restore` take, the EMA
+    if there is one; a training starts from `params`.
     """
     if f'param_key_{network}' in options:
         return (options[f'param_key_{network}'],)
@@ -173,7 +173,7 @@ def wanted_keys(options: dict, network: str, is_train: bool) -> tuple[str | None
 
 
 def found_key(path: str, checkpoint: dict, *keys: str | None) -> str | None:
-    """The first of the keys that is in the file, or the first of all; of a .safetensors file the only one it has."""
+    """The first key that is in the file, or the first of all; for a .safetensors file, the only one it has."""
     if str(path).endswith(SAFETENSORS) and sum(not is_text(key) for key in checkpoint) == 1:
         return 'params'
     return next((key for key in keys if key is None or key in checkpoint), keys[0])
@@ -188,13 +188,13 @@ def select_weights(path: str, checkpoint: dict, *keys: str | None) -> dict[str, 
         if key is None or key in checkpoint:
             place = 'it' if key is None else f'its key {key!r}'
             raise CheckpointError(f'{path}: {place} is not a state dict; keys of the file: {found}')
-        advice = 'it is a bare state dict, for which path.param_key_g is ~; ' if is_state_dict(checkpoint) else ''
+        advice = 'it is a bare state dict, so set path.param_key_g to ~; ' if is_state_dict(checkpoint) else ''
         raise CheckpointError(f'{path}: holds no key {key!r}; {advice}keys of the file: {found}')
     return {name.replace('_orig_mod.', '').removeprefix('module.'): value for name, value in weights.items()}
 
 
 class PlainValue:
-    """A value in place of a network in BasicSR's save_network, which then saves it as it is.
+    """A plain value that can be passed to BasicSR's save_network in place of a network, which then saves it unchanged.
 
     save_network asks each network for its state_dict, a mapping, and puts each item of it on the CPU.
     """
@@ -210,7 +210,7 @@ class PlainValue:
 
 
 def plain(value):
-    """The same value made of dict and list only: what BasicSR reads from YAML are OrderedDicts."""
+    """The same value with only dict and list; BasicSR reads OrderedDicts from YAML."""
     if isinstance(value, dict):
         return {key: plain(part) for key, part in value.items()}
     if isinstance(value, list | tuple):
@@ -223,7 +223,7 @@ def is_state_dict(value) -> TypeGuard[dict[str, Tensor]]:
 
 
 def differences(net: nn.Module, state_dict: dict) -> str:
-    """One readable report of how a state dict does not fit a network; '' if it fits."""
+    """A readable report of how a state dict does not fit a network; '' if it fits."""
     own = net.state_dict()
     parts = {
         'missing in the file': sorted(own.keys() - state_dict.keys()),

@@ -1,4 +1,4 @@
-"""The one way from bytes to pixels and back: the header is asked first, and files are whole or not there."""
+"""The only place where images are decoded and encoded: headers are checked first, and files are written atomically."""
 
 import io
 import os
@@ -33,16 +33,16 @@ def check_size(content: bytes) -> tuple[int, int] | None:
     size = image_size(content)
     if size is not None and size[0] * size[1] > max_pixels():
         raise ValueError(
-            f'is {size[0]} x {size[1]} pixels, more than max_pixels, {max_pixels()}; to accept it, raise max_pixels in '
+            f'has {size[0]} x {size[1]} pixels, more than max_pixels, {max_pixels()}; to accept it, raise max_pixels in '
             f'the option file or {MAX_PIXELS_VARIABLE} in the environment'
         )
     return size
 
 
 def image_size(content: bytes) -> tuple[int, int] | None:
-    """(width, height) that will be allocated, by the header alone; None if it is none of FORMATS, nor PNG.
+    """(width, height) that will be allocated, from the header alone; None if it is neither PNG nor one of FORMATS.
 
-    Of PNG, PIL would also read what comes before the pixels, and refuse what the decoder does not mind.
+    For PNG, PIL would also read the chunks before the pixels, and reject some that the decoder accepts.
     """
     if content.startswith(PNG):
         return struct.unpack('>II', content[16:24]) if content[12:16] == b'IHDR' and len(content) >= 24 else None
@@ -62,7 +62,7 @@ def image_size(content: bytes) -> tuple[int, int] | None:
 
 
 def decode(content: bytes | None, flags: int = cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH, decoder=cv2.imdecode):
-    """What OpenCV's `decoder` makes of an image file, in BGR; None if it is not an image, truncated, or empty.
+    """The image as decoded by OpenCV's `decoder`, in BGR; None if it is not an image, truncated, or empty.
 
     Raises:
         ValueError: see `check_size`.
@@ -76,7 +76,7 @@ def decode(content: bytes | None, flags: int = cv2.IMREAD_COLOR | cv2.IMREAD_ANY
 
 
 def write_image(path: str | Path, image: np.ndarray, parameters: list[int] | None = None, durable: bool = True) -> None:
-    """Writes (H, W), (H, W, 3) BGR or (H, W, 4) BGRA in the format of the extension, as a whole or not at all.
+    """Writes (H, W), (H, W, 3) BGR or (H, W, 4) BGRA in the format of the extension, atomically.
 
     Args:
         parameters: as `cv2.imwrite` has them.
@@ -96,7 +96,7 @@ def write_image(path: str | Path, image: np.ndarray, parameters: list[int] | Non
 
 
 def write_bytes(path: Path, content, durable: bool = True, shared: bool = False) -> None:
-    """A file as a whole or not at all. Raises OSError, naming it."""
+    """Writes a file atomically. Raises OSError, naming it."""
     try:
         with replacing(path, durable, shared) as part:
             part.write_bytes(content)

@@ -1,7 +1,7 @@
 """Errors that a user can fix, and how a command ends with one.
 
-Their messages name the file, key or value, and the way out. The library raises them; `exit_on_error` is for a command's
-`main`, and for the two patches that BasicSR's own train.py and test.py call, where no `main` of ours is around them.
+Their messages name the file, key or value, and the remedy. The library raises them; `exit_on_error` is for a command's
+`main`, and for the two patches that BasicSR's own train.py and test.py call without a `main` of ours.
 """
 
 import io
@@ -25,11 +25,11 @@ class CheckpointError(UserError, ValueError):
 
 
 class InputError(UserError, ValueError):
-    """What a command was given, or what is in the way of what it writes: images, downloads, projects."""
+    """Invalid inputs of a command, or files in the way of its outputs: images, downloads, projects."""
 
 
 class MissingLibraryError(UserError, ImportError):
-    """A library that is needed here and not installed, or too old."""
+    """A required library is not installed, or too old."""
 
 
 @contextmanager
@@ -42,7 +42,7 @@ def exit_on_error(command: str = '', *others: type[Exception]) -> Iterator[None]
 
 
 def print_any_name() -> None:
-    """Lets stdout and stderr write names of files in escapes where their encoding has no such characters."""
+    """Makes stdout and stderr escape characters of file names that their encoding does not have."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors='backslashreplace')

@@ -1,4 +1,4 @@
-"""EXIF data put right in its place: cameras' own notes are valid only where they stand."""
+"""In-place edits of EXIF data: maker notes are valid only at their original offsets."""
 
 import struct
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ SHORT, LONG = 3, 4
 
 
 class Exif:
-    """EXIF data; damaged data says nothing and stays as it is.
+    """EXIF data; damaged data is treated as empty and left unchanged.
 
     Args:
         data: TIFF's header and lists of tags.
@@ -20,7 +20,7 @@ class Exif:
         self.order = {b'II': '<', b'MM': '>'}.get(data[:2])
 
     def upright(self) -> int:
-        """The orientation it asks for, 1 if none; from now on 1. The thumbnail, of other pixels, is removed."""
+        """Returns the orientation (1 if none) and resets it to 1. The thumbnail, which shows other pixels, is removed."""
         orientation = 1
         for tag, value, place, kind in self.numbers(self.first()):
             if tag == ORIENTATION:
@@ -30,7 +30,7 @@ class Exif:
         return orientation
 
     def resize(self, height: int, width: int) -> None:
-        """States another size of the picture, where it states one."""
+        """Updates the size of the picture, if it is recorded."""
         lists = [self.first(), *(value for tag, value, _, _ in self.numbers(self.first()) if tag == EXIF_LIST)]
         for tag, _, place, kind in (number for offset in lists for number in self.numbers(offset)):
             if tag in WIDTHS or tag in HEIGHTS:

@@ -1,4 +1,4 @@
-"""Networks on the Hugging Face hub: a repository with model.safetensors, which holds the options of its network."""
+"""Networks on the Hugging Face Hub: a repository with model.safetensors, which includes the network options."""
 
 from types import ModuleType
 
@@ -9,7 +9,7 @@ FILE = 'model.safetensors'
 
 
 def import_hub() -> ModuleType:
-    """The package huggingface_hub. Raises MissingLibraryError with the line to type."""
+    """The package huggingface_hub. Raises MissingLibraryError with the install command."""
     try:
         import huggingface_hub
     except ImportError as error:
@@ -20,12 +20,12 @@ def import_hub() -> ModuleType:
 
 
 def local_file(weights: str) -> str:
-    """The path of the weights: `hf:user/name`, or `hf:user/name@revision`, is downloaded first; all else is a path.
+    """The path of the weights: `hf:user/name`, or `hf:user/name@revision`, is downloaded first; anything else is a path.
 
-    The hub's own cache keeps the file; HF_ENDPOINT, HF_HOME, HF_HUB_OFFLINE and HF_TOKEN count as the hub has them.
+    The file is kept in the hub's own cache; HF_ENDPOINT, HF_HOME, HF_HUB_OFFLINE and HF_TOKEN apply as usual.
 
     Raises:
-        CheckpointError: naming what was asked for, if it cannot be had.
+        CheckpointError: naming the repository, if it cannot be downloaded.
         MissingLibraryError: huggingface_hub is not installed.
     """
     if not weights.startswith(SCHEME):

@@ -1,7 +1,7 @@
 """Lists of tags (IFDs) of TIFF files, which EXIF data is too: read with each tag's type and bytes, and written again.
 
-Pillow would guess types, and put question marks for what is not ASCII. Private tags are kept as they are: offsets in
-them, as some cameras' maker notes have, may then lead nowhere.
+Pillow would guess types and replace non-ASCII characters by question marks. Private tags are copied unchanged: offsets
+inside them, as in some maker notes, may become invalid.
 """
 
 import struct
@@ -38,7 +38,7 @@ def value_size(kind: int) -> int:
 
 
 def read_ifds(content: bytes) -> list[Ifd]:
-    """The chain of lists in a TIFF file, BigTIFF too, or in EXIF data. What is damaged is left out."""
+    """The chain of lists in a TIFF file, BigTIFF too, or in EXIF data. Damaged parts are skipped."""
     order = {b'II': '<', b'MM': '>'}.get(content[:2])
     if order is None:
         return []
@@ -96,10 +96,10 @@ class _Reader:
 
 
 def write_ifd(ifd: Ifd, offset: int, following: int = 0) -> bytes:
-    """The list as it stands at an even offset of a little-endian TIFF file, with all that its tags lead to behind it.
+    """The list, encoded for an even offset of a little-endian TIFF file and followed by all data its tags point to.
 
     Args:
-        following: offset of the next list; 0: it is the last.
+        following: offset of the next list; 0 for the last.
 
     Raises:
         struct.error: beyond 4 GiB, which TIFF cannot hold.

@@ -10,11 +10,11 @@ EXTENSIONS = ('.png', '.jpg', '.jpeg', '.bmp', '.tif', '.tiff', '.webp')
 
 
 def list_images(folder: str) -> dict[str, str]:
-    """Images directly in a folder, {stem: path}, sorted by stem. The log counts what else is in it (Thumbs.db).
+    """Images directly in a folder, {stem: path}, sorted by stem. Other files (Thumbs.db) are counted in the log.
 
     Raises:
         FileNotFoundError: no such folder.
-        ValueError: no image in it, two with one stem, something else than a file, or broken links.
+        ValueError: no image in it, two with the same stem, something other than a file, or broken links.
     """
     if not Path(folder).is_dir():
         raise FileNotFoundError(f'image folder {folder} does not exist')
@@ -31,17 +31,19 @@ def list_images(folder: str) -> dict[str, str]:
         elif not path.is_file():
             raise ValueError(f'{path}: not a regular file')
         elif path.stem in images:
-            raise ValueError(f'{folder} holds two images of one name: {Path(images[path.stem]).name} and {path.name}')
+            raise ValueError(
+                f'{folder} has two images of the same name: {Path(images[path.stem]).name} and {path.name}'
+            )
         else:
             images[path.stem] = str(path)
     if dead:
-        raise ValueError(f'{folder}: {some(dead)} cannot be read, a link to a file that does not exist')
+        raise ValueError(f'{folder}: {some(dead)} cannot be read: broken link')
     if not images:
         raise ValueError(f'no image in folder {folder} (looked for {" ".join(EXTENSIONS)})')
     if others:
         counts = ', '.join(f'{count} {kind}' for kind, count in sorted(others.items()))
         # Not get_root_logger, which would open BasicSR's log without its file if it is not open yet.
-        logging.getLogger('basicsr').info(f'{folder}: {len(images)} images; skipped what is none: {counts}.')
+        logging.getLogger('basicsr').info(f'{folder}: {len(images)} images; skipped: {counts}.')
     return images
 
 
@@ -72,9 +74,9 @@ def some(names: list[str]) -> str:
 def check_inside(folder: str, paths: Iterable[str]) -> None:
     """Raises ValueError, naming it, if a path from a list of images (meta-info) leads out of the folder of the images.
 
-    By its name: links in the folder are the user's own, and may lead anywhere.
+    Only names are checked: links in the folder are the user's own and may point anywhere.
     """
     root = osp.join(osp.abspath(folder), '')
     for path in paths:
         if not osp.abspath(path).startswith(root):
-            raise ValueError(f'{path} is outside of {folder}: names in a list of images must lie in their folder')
+            raise ValueError(f'{path} is outside of {folder}: names in a list of images must stay inside the folder')

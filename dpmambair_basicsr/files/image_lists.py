@@ -1,4 +1,4 @@
-"""Lists of images, BasicSR's meta-info files: which images a dataset has, all of which must exist."""
+"""Image lists (BasicSR's meta-info files), which select the images of a dataset; all of them must exist."""
 
 import os
 import re
@@ -34,18 +34,18 @@ def list_keys(folder: str) -> dict[str, str]:
         OSError: it has no meta_info.txt.
     """
     if not folder.endswith('.lmdb'):
-        raise ValueError(f'{folder}: the name of an lmdb folder ends in .lmdb')
+        raise ValueError(f'{folder}: the name of an lmdb folder must end in .lmdb')
     keys = [osp.splitext(name)[0] for name in listed_names(osp.join(folder, 'meta_info.txt'))]
     if twice := [key for key, count in Counter(keys).items() if count > 1]:
-        raise ValueError(f'{folder}: meta_info.txt has two images of one key: {some(twice)}')
+        raise ValueError(f'{folder}: meta_info.txt has duplicate keys: {some(twice)}')
     return {key: key for key in sorted(keys)}
 
 
 def listed_images(file: str, folder: str) -> list[str]:
-    """The paths of the images of a list, each of which is there. A name ends before the first space if it has to.
+    """The paths of the images in a list, all of which exist. A name ends at the first space only if necessary.
 
     Raises:
-        ValueError: a name without a file, or outside of the folder; and as `listed_names`.
+        ValueError: a name without a file, or outside the folder; and as `listed_names`.
     """
     names, files = listed_names(file), FilesByFolder()
     check_inside(folder, (osp.join(folder, name) for name in names))
@@ -63,10 +63,10 @@ def listed_images(file: str, folder: str) -> list[str]:
 def listed_pairs(file: str, lq: str, gt: str, filename_tmpl: str = '{}') -> list[dict[str, str]]:
     """Pairs of a list of GT images with LQ images: the file `filename_tmpl.format(stem)` in the folder `lq` itself.
 
-    With the extension of the GT image, or another if there is one image of that name.
+    It has the extension of the GT image, or another if exactly one image has that name.
 
     Raises:
-        ValueError: an image without its partner, or two that have one; and as `listed_images`.
+        ValueError: an image without a partner, or two that share one; and as `listed_images`.
     """
     paths, files, by_stem, partners = listed_images(file, gt), FilesByFolder()[lq], defaultdict(list), {}
     for name in files:
@@ -81,12 +81,12 @@ def listed_pairs(file: str, lq: str, gt: str, filename_tmpl: str = '{}') -> list
             f'{file}: no image, or more than one, in {lq} (filename_tmpl {filename_tmpl!r}) for {some(alone)}'
         )
     if shared := [name for name, count in Counter(found[0] for found in partners.values()).items() if count > 1]:
-        raise ValueError(f'{file}: images of several folders have one LQ image: {some(shared)}')
+        raise ValueError(f'{file}: images of several folders share an LQ image: {some(shared)}')
     return [{'lq_path': osp.join(lq, partners[path][0]), 'gt_path': path} for path in paths]
 
 
 def missing_files(folder: str, paths: Iterable[str]) -> list[str]:
-    """Paths of a dataset that are not files, and broken links in its folder, which a listing leaves out."""
+    """Paths of a dataset that are not files, and broken links in its folder, which a listing skips."""
     files = FilesByFolder()
     missing = [path for path in paths if osp.basename(path) not in files[osp.dirname(path)]]
     with os.scandir(folder) as entries:
@@ -95,7 +95,7 @@ def missing_files(folder: str, paths: Iterable[str]) -> list[str]:
 
 
 class FilesByFolder(dict):
-    """{folder: names of the files in it}, read when it is asked for; a link to a file that does not exist is none."""
+    """{folder: names of the files in it}, read on access; broken links are not included."""
 
     def __missing__(self, folder: str) -> set[str]:
         with suppress(FileNotFoundError, NotADirectoryError), os.scandir(folder) as entries:

@@ -1,7 +1,7 @@
-"""Image files for the datasets: decoding, with errors that name the file.
+"""Image decoding for the datasets, with errors that name the file.
 
-Images are (H, W, 3) RGB, as they are stored: uint8 or uint16. `to_float` after the crop, not before: for a whole
-1280x720 image it takes 17 ms, nearly as long as decoding.
+Images are (H, W, 3) RGB in their stored type, uint8 or uint16. Call `to_float` after cropping: on a whole 1280x720
+image it takes 17 ms, nearly as long as decoding.
 """
 
 import random
@@ -20,7 +20,7 @@ _FULL_SCALE = {np.dtype(np.uint8): 255, np.dtype(np.uint16): 65535}
 
 @cache
 def _open(backend: str, folder: str, **options):
-    """One client per folder and process: lmdb 3 refuses to open a folder twice, and two sets may share their GT."""
+    """One client per folder and process: lmdb 3 refuses to open a folder twice, and two datasets may share their GT."""
     from basicsr.utils import FileClient
 
     if backend == 'lmdb':
@@ -42,7 +42,7 @@ class ImageReader:
         self._folders = folders
 
     def read(self, path: str, role: str, index: int) -> np.ndarray:
-        """The image at a path (or lmdb key). Grey becomes three channels, alpha is dropped, 16 bit keeps its precision.
+        """The image at a path (or lmdb key). Grey becomes three channels, alpha is dropped, 16 bit is kept.
 
         Args:
             role: 'lq' or 'gt'.
@@ -81,13 +81,13 @@ def fit_crop(image: np.ndarray, size: int, pad: bool, path: str, index: int) -> 
         return image
     if not pad:
         raise ValueError(
-            f'item {index}: {path} is {width}x{height}, less than the crop of {size}; pad_small: true pads it'
+            f'item {index}: {path} is {width}x{height}, smaller than the crop of {size}; set pad_small: true to pad it'
         )
     return cv2.copyMakeBorder(image, 0, below, 0, right, cv2.BORDER_REFLECT)
 
 
 def flip(images: list[np.ndarray], opt: dict) -> list[np.ndarray]:
-    """The same random flips for all: `use_hflip`, `use_rot` (vertical flip and transpose) of BasicSR, `use_vflip`."""
+    """The same random flips for all images: `use_hflip`, `use_rot` (vertical flip and transpose) of BasicSR, `use_vflip`."""
     from basicsr.data.transforms import augment
 
     images = augment(images, opt['use_hflip'], opt['use_rot'])

@@ -1,9 +1,9 @@
-"""A folder belongs to one process: the lock `.<name>.lock` beside it says to which.
+"""Locks a folder for one process, by the file `.<name>.lock` beside it.
 
-It is beside the folder because BasicSR renames that. O_EXCL makes it, which is atomic on local disks and on NFS from
-version 3 on. The lock outlives a process that was killed. On the same machine the process id and the start time of the
-process tell whether it is still there. Elsewhere (a requeued job, a container with another name) they tell nothing: the
-lock is taken over if its holder does not renew it for LEASE seconds, and a holder that wakes up later writes no more.
+The lock is beside the folder because BasicSR renames the folder. It is created with O_EXCL, which is atomic on local
+disks and on NFS from version 3 on. It outlives a killed process: on the same machine, process id and start time tell
+whether the holder is still running. From elsewhere (a requeued job, a container with another name) they do not: the
+lock is taken over if its holder has not renewed it for LEASE seconds, and a holder that wakes up later stops writing.
 """
 
 import atexit
@@ -32,7 +32,7 @@ def hold(folder: str | Path) -> None:
     """Take the lock of a folder, which need not exist, until `release`. Idempotent in one process.
 
     Raises:
-        LockedFolderError: naming the folder, who holds its lock, and the lock.
+        LockedFolderError: naming the folder, the holder, and the lock.
         OSError: naming the lock, if it cannot be made.
     """
     folder = Path(folder).resolve()
@@ -47,11 +47,13 @@ def hold(folder: str | Path) -> None:
             time.sleep(0.1)
         elif is_alive(file, holder):
             raise LockedFolderError(
-                f'{folder}: {describe(holder)} works in this folder. Two would overwrite each other: end that one '
+                f'{folder}: {describe(holder)} is using this folder. Two processes would overwrite each other: end that one '
                 f'first, or choose another name. Its lock is {file}'
             )
         elif read(file) == holder:
-            print(f'{folder}: {describe(holder)} has ended without releasing it. Its lock is taken over.', flush=True)
+            print(
+                f'{folder}: {describe(holder)} has ended without releasing its lock, which is taken over.', flush=True
+            )
             remove(file, holder)
             taken_over = True
     held[file] = record
@@ -62,7 +64,7 @@ def hold(folder: str | Path) -> None:
 
 
 def identity() -> dict:
-    """Of this process: `machine` differs where its process ids mean other processes."""
+    """Identity of this process: `machine` differs wherever process ids refer to other processes."""
     pid, boot, namespace = os.getpid(), '', ''
     with suppress(OSError):  # Linux has them
         boot = Path('/proc/sys/kernel/random/boot_id').read_text().strip()
@@ -73,9 +75,9 @@ def identity() -> dict:
 
 
 def start_of(pid: int) -> str | None:
-    """When a process was started, in a unit of its system's: no two have the same id and start. None if there is none.
+    """Start time of a process, in a unit of its system: no two have the same id and start. None if there is no such process.
 
-    Where the system has no /proc, '' for one that exists.
+    On systems without /proc, '' for one that exists.
     """
     if not Path('/proc/self/stat').exists():
         with suppress(ProcessLookupError):
@@ -111,7 +113,7 @@ def create(file: Path, record: dict) -> bool:
 
 
 def read(file: Path) -> dict | None:
-    """What is in a lock: None if there is none, {} if it is just being written, or its writer was killed then."""
+    """Content of a lock: None if there is none, {} if it is being written, or its writer was killed meanwhile."""
     try:
         record = json.loads(file.read_text())
     except FileNotFoundError:
@@ -128,8 +130,8 @@ def is_alive(file: Path, holder: dict) -> bool:
     if holder and (holder['host'], holder['machine']) == (own['host'], own['machine']):
         return start_of(holder['pid']) == holder['started'] is not None
     print(
-        f'{file}: {describe(holder)} holds this lock. Waiting {LEASE} s at most for a sign of it; if you know that it '
-        'has ended, remove this file.',
+        f'{file}: {describe(holder)} holds this lock. Waiting up to {LEASE} s for a sign of life; if you know that it '
+        'has ended, delete this file.',
         flush=True,
     )
     renewed, end = last_renewal(file), time.monotonic() + LEASE
@@ -143,14 +145,14 @@ def is_alive(file: Path, holder: dict) -> bool:
 
 
 def last_renewal(file: Path) -> int | None:
-    """Opened, because NFS asks the server then."""
+    """The lock is opened so that NFS queries the server."""
     with suppress(FileNotFoundError), open(file) as stream:
         return os.fstat(stream.fileno()).st_mtime_ns
     return None
 
 
 def remove(file: Path, holder: dict) -> None:
-    """Remove a lock that is this holder's, not one that another process has made in its place meanwhile."""
+    """Remove a lock of this holder, not one that another process has created in its place meanwhile."""
     aside = file.with_name(f'{file.name}.{socket.gethostname()}.{os.getpid()}')
     with suppress(FileNotFoundError):
         os.rename(file, aside)
@@ -176,10 +178,10 @@ def renew() -> None:
 
 
 def check() -> None:
-    """Before something is written. A lock that was removed by hand, though this process continues, is made again.
+    """Called before writing. A lock that was removed by hand while this process continues is recreated.
 
     Raises:
-        LockedFolderError: if another process has taken over the folder, because this one was stopped for a while.
+        LockedFolderError: if another process has taken over the folder because this one was stopped for too long.
     """
     for file, record in held.items():
         if read(file) != record and not create(file, record):
@@ -187,7 +189,7 @@ def check() -> None:
 
 
 def release() -> None:
-    """Give free what this process holds."""
+    """Release all locks of this process."""
     for file, record in [*held.items()]:
         if record['pid'] == os.getpid() and read(file) == record:
             file.unlink(missing_ok=True)

@@ -1,12 +1,12 @@
-"""Names that files and folders are made of."""
+"""Checks names of files and folders."""
 
 MAX_BYTES = 200  # a file system has 255, and BasicSR adds `train_<name>_<time>.log`, `<name>_archived_<time>`
 
 
 def name_problem(name: str) -> str:
-    """Why a text cannot be the name of one file or folder on every system, '' if it can.
+    """Why a text cannot be the name of a file or folder on every system; '' if it can.
 
-    `../datasets`, an absolute path, `.` or nothing would lead elsewhere, to folders that BasicSR renames.
+    `../datasets`, an absolute path, `.` or an empty name would refer to other folders, which BasicSR would rename.
     """
     if name in ('', '.', '..'):
         return f'must be a name, not {name!r}'

@@ -16,13 +16,13 @@ MAX_INTEGER = 2**63 - 1
 
 
 class OptionLoader(getattr(yaml, 'CSafeLoader', yaml.SafeLoader)):
-    """YAML's safe loader: what calls Python is refused. Mappings are OrderedDicts, as BasicSR has them.
+    """YAML's safe loader, which refuses tags that call Python. Mappings are OrderedDicts, as in BasicSR.
 
-    Also refused, with the line: a key that appears twice (YAML's loaders take the last), and what is larger or deeper
-    than the limits above, aliases expanded: 500 bytes can stand for 10^9 values.
+    Also refused, with the line: duplicate keys (YAML's loaders take the last), and files larger or deeper than the limits
+    above after expanding aliases: 500 bytes can stand for 10^9 values.
 
     Raises:
-        OptionError, yaml.YAMLError: see `parse_options_text`, which makes one kind of them.
+        OptionError, yaml.YAMLError: see `parse_options_text`, which converts both to one kind.
     """
 
     def __init__(self, stream):
@@ -44,7 +44,7 @@ class OptionLoader(getattr(yaml, 'CSafeLoader', yaml.SafeLoader)):
         for (key, _), (key_node, _) in zip(pairs, node.value, strict=True):
             line = line_of(key_node.start_mark)
             if not isinstance(key, Hashable):
-                raise OptionError(f'{line}: a key must be text, not a list or a section')
+                raise OptionError(f'{line}: a key must be text, got a list or section')
             if key in lines:
                 raise OptionError(f'{line}: duplicate key {shortened(key)}, first in {lines[key]}')
             lines[key] = line
@@ -62,14 +62,14 @@ OptionLoader.add_constructor('tag:yaml.org,2002:int', OptionLoader.construct_int
 
 
 def packaged_folder() -> Path:
-    """Where our option files are: in the package if it was installed from a wheel, beside it in a source checkout."""
+    """Folder of our option files: in the package if installed from a wheel, beside it in a source checkout."""
     package = Path(__file__).parents[1]
     in_wheel = package / 'option_files'
     return in_wheel if in_wheel.is_dir() else package.parent / 'options'
 
 
 def packaged_files() -> list[Path]:
-    """Our option files, and the schema by which editors complete them."""
+    """Our option files, and their JSON schema for editors."""
     return [*sorted(packaged_folder().glob('*.yml')), packaged_folder() / 'dpmambair.schema.json']
 
 
@@ -109,7 +109,7 @@ def load(file: str | Path, parse):
 
 
 def parse_value(text: str):
-    """A value as an option file would have it. Raises OptionError, which names no file."""
+    """Parses a value as in an option file. Raises OptionError, which does not name a file."""
     try:
         return yaml.load(text, Loader=OptionLoader)
     except yaml.YAMLError as error:
@@ -117,7 +117,7 @@ def parse_value(text: str):
 
 
 def read_text(stream) -> str:
-    """From text, bytes or a stream, whose own encoding is not asked: on Windows it is not UTF-8."""
+    """From text, bytes or a stream, whose own encoding is ignored: on Windows it is not UTF-8."""
     if hasattr(stream, 'read'):
         stream = getattr(stream, 'buffer', stream).read(MAX_BYTES + 1)
     if len(stream) > MAX_BYTES:
@@ -135,7 +135,7 @@ def read_text(stream) -> str:
 
 
 def check_bounds(text: str) -> None:
-    """Raises OptionError if a text stands for too much; it is looked at piece by piece, and nothing is expanded."""
+    """Raises OptionError if a text exceeds the limits; it is scanned event by event, without expanding anything."""
     sizes = {}  # anchor -> number of values
     unfinished = [[None, 0]]  # anchor and number of values of each collection around the current place
     for event in yaml.parse(text, Loader=getattr(yaml, 'CSafeLoader', yaml.SafeLoader)):
@@ -151,10 +151,10 @@ def check_bounds(text: str) -> None:
             unfinished[-1][1] += 1
         elif isinstance(event, yaml.AliasEvent):
             if anchor in [name for name, _ in unfinished]:
-                raise OptionError(f'{line_of(event.start_mark)}: *{anchor} stands inside itself')
+                raise OptionError(f'{line_of(event.start_mark)}: *{anchor} contains itself')
             unfinished[-1][1] += sizes.get(anchor, 1)  # an unknown one is an error of the loader's
         if len(unfinished) > MAX_DEPTH:
-            raise OptionError(f'{line_of(event.start_mark)}: more than {MAX_DEPTH} sections or lists in one another')
+            raise OptionError(f'{line_of(event.start_mark)}: more than {MAX_DEPTH} nested sections or lists')
         if unfinished[-1][1] > MAX_VALUES:
             raise OptionError(f'{line_of(event.start_mark)}: more than {MAX_VALUES} values, aliases expanded')
 

@@ -1,4 +1,4 @@
-"""One key of an option file, declared where it is read; the checks and the JSON schema are made of these rows."""
+"""One key of an option file, declared where it is read. Validation and the JSON schema are generated from these rows."""
 
 import math
 from collections.abc import Iterable
@@ -15,11 +15,11 @@ class Option:
     Args:
         section: '' for the top of the file, 'train', 'val', 'path', 'logger', 'logger.wandb', 'dist_params'; 'datasets'
             for a key of each dataset.
-        name: the key. `*` stands for the letter of a network of the file (`optim_*`), or for the name of a loss.
-        kind: written as a constructor's annotation; with None the key may be empty (`~`).
-        text: one line for people and editors.
-        low, high: of a number, both inclusive.
-        required: in training, in testing; of a dataset, in the one that is trained with.
+        name: the key. `*` stands for the letter of one of the file's networks (`optim_*`), or for the name of a loss.
+        kind: its type, written like a constructor's annotation; with None the key may be empty (`~`).
+        text: one-line description for people and editors.
+        low, high: inclusive limits of a number.
+        required: TRAIN, TEST or both; for a dataset, in the training set only.
         calls: what the section's `type` names, a key of `option_checks.calls.CALLS`; the rest are its arguments.
     """
 

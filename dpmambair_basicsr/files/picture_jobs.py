@@ -1,4 +1,4 @@
-"""Which pictures and videos a command is to read, and where its results go. Nothing is opened."""
+"""Selects the image and video files a command reads and the paths of its results. No file is opened."""
 
 import glob
 import os
@@ -19,7 +19,7 @@ class Plan:
     Attributes:
         jobs: (picture, result) of each picture once.
         folder: the results lie in or below it.
-        skipped: number of files by extension, in the folders that were searched, that are none of `RESTORED`.
+        skipped: number of files in the searched folders, by extension, that are not in `RESTORED`.
     """
 
     jobs: list[tuple[Path, Path]]

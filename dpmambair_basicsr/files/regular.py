@@ -1,4 +1,4 @@
-"""Regular files: the only ones that end. A FIFO waits forever, /dev/zero gives zeros forever."""
+"""Opens regular files only: reading a FIFO could block forever, and /dev/zero never ends."""
 
 import os
 import stat
@@ -11,7 +11,7 @@ def open_regular(path: str | Path) -> BinaryIO:
 
     Raises:
         OSError: it cannot be opened.
-        ValueError: naming it, if it is something else.
+        ValueError: naming it, if it is not a regular file.
     """
     stream = open(path, 'rb', opener=open_without_waiting)  # noqa: SIM115  (returned)
     if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
