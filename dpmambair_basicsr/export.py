@@ -6,7 +6,7 @@
 One input, `image`, (B, 3, H, W) float32 RGB in [0, 1]; one output, `restored`, (B, 3, scale * H, scale * W), not
 clamped. B, H and W are dynamic; H and W must be multiples of 8, unlike in the network itself (pad, restore, crop), and
 at least 16 for .pt2. The selective scan consists of standard operators, ONNX's Scan or PyTorch's own.
-The file is written only if its results agree with the network's at several sizes. Takes minutes for a full-size network.
+The file is written only if its results agree with the network's at several sizes. A full-size network takes minutes.
 """
 
 import argparse

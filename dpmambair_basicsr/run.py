@@ -3,7 +3,7 @@
     python -m dpmambair_basicsr.run train.py --its --own arguments
     python -m dpmambair_basicsr.run -m package.train --its --own arguments
 
-The script is not changed. Of these modules, those that are not installed are imported from `dpmambair_basicsr.standins`.
+The script is not changed. Those of these modules that are missing are imported from `dpmambair_basicsr.standins`.
 """
 
 import argparse

@@ -82,7 +82,7 @@ def test_wrong_options_are_one_report_and_nothing_is_made(opt, tmp_path):
     assert run.status() == 1
     report = run.log().partition(': 4 problems in the options:\n')[2]
     for message in (
-        f'datasets.train.gt_size: item 0: {tmp_path}/images/gt/0.png is 14x12, smaller than the crop of 16; set pad_small',
+        f'datasets.train.gt_size: item 0: {tmp_path}/images/gt/0.png is 14x12, smaller than the crop of 16; set pad',
         'train.totl_iter: unknown key, did you mean total_iter?',
         'network_g.type: unknown type TinyNte, did you mean TinyNet?',
         'logger.keep_last: 2 is text in YAML; write 2',

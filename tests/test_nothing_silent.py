@@ -207,7 +207,7 @@ def test_names_of_a_list_may_have_spaces_a_byte_order_mark_and_other_extensions(
 
 def test_a_list_beside_lmdb_is_refused(opt, listed, finished):
     listed('0.png\n', io_backend={'type': 'lmdb'})
-    assert 'meta_info_file is not read with lmdb, which has a list of its own; write ~' in refused(opt, finished)
+    assert 'meta_info_file is ignored with lmdb, which has its own list; write ~' in refused(opt, finished)
 
 
 def test_keys_of_lmdb_keep_their_points(images, tmp_path):
@@ -423,7 +423,7 @@ def test_weights_that_basicsr_would_download_are_named(opt, finished, monkeypatc
     loss = {'type': 'PerceptualLoss', 'layer_weights': {'conv1_2': 1.0}}
     opt['train']['perceptual_opt'] = loss
     message = refused(opt, finished)
-    assert 'train.perceptual_opt: ' in message and 'BasicSR would download it without asking' in message
+    assert 'train.perceptual_opt: ' in message and 'BasicSR would download them without asking' in message
     opt['train']['perceptual_opt'] |= {'type': 'VGGPerceptualLoss'}
     assert 'there is no ' in refused(opt, finished)
 
@@ -456,9 +456,9 @@ def test_the_log_says_which_options_basicsr_does_not_read(opt, tmp_path):
     )
     log = pipelines.train(write_options(opt, tmp_path / 'options.yml'), cwd=tmp_path)
     for line in (
-        'datasets.train.use_shuffle: false is not read, BasicSR shuffles always',
-        'datasets.val.batch_size_per_gpu: 4 is not read, outside training it is 1',
-        'datasets.val.num_worker_per_gpu: 2 is not read, outside training it is 0',
+        'datasets.train.use_shuffle: false is ignored, BasicSR always shuffles',
+        'datasets.val.batch_size_per_gpu: 4 is ignored, outside training it is 1',
+        'datasets.val.num_worker_per_gpu: 2 is ignored, outside training it is 0',
     ):
         assert f'NOTE {line}' in log
 

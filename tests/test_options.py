@@ -162,7 +162,7 @@ MISTAKES = {
     'optimizer that cannot be resumed': (
         'train.optim_g',
         {'type': 'support.optimizers.ForeignState', 'lr': 1e-3},
-        'support.optimizers.ForeignState: torch.load(weights_only=True) does not read its state',
+        'support.optimizers.ForeignState: torch.load(weights_only=True) cannot read its state',
     ),
     'optimizer key': ('train.optim_g.weight_decy', 0.1, 'unknown key, did you mean weight_decay?'),
     'learning rate missing': ('train.optim_g.lr', None, 'missing'),
@@ -213,7 +213,7 @@ MISTAKES = {
     'prefetching': (
         'datasets.train',
         {'prefetch_mode': 'cpu', 'persistent_workers': True},
-        'crashes at random with prefetch_mode cpu; write false or ~',
+        'crashes randomly with prefetch_mode cpu; write false or ~',
         'datasets.train.persistent_workers',
     ),
     'phase': (
@@ -579,7 +579,7 @@ FOUND_IN_A_DRY_RUN = {
     'a tile that is smaller than the stride': (
         'val.tile',
         5,
-        'val.tile: 5 is less than 8, the least that DPMambaIR takes',
+        'val.tile: 5 is less than 8, the minimum of DPMambaIR',
     ),
     'truncated': ('path.pretrain_network_g', 'cut.pth', 'path.pretrain_network_g: .*cut.pth'),
     'two extractors': (
@@ -667,7 +667,7 @@ def test_only_a_folder_of_a_run_may_be_renamed(tmp_path):
     assert check_root(opt, opt['path']) == []
     (tmp_path / 'root' / 'mine.yml').write_text('x: 1')
     (problem,) = check_root(opt, opt['path'])
-    assert problem.startswith('path.experiments_root: ') and 'other things than a run' in problem
+    assert problem.startswith('path.experiments_root: ') and 'other files than those of a run' in problem
     assert check_root(opt, {}) == []  # BasicSR's own place
     (tmp_path / 'root' / 'copy.yml').write_text('# GENERATE TIME: now\n')
     assert check_root(opt, opt['path']) == []

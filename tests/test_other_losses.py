@@ -138,7 +138,7 @@ def test_crops_that_ms_ssim_does_not_take_are_refused_before_the_training(option
     opt = {'datasets': {'train': {'gt_size': 200, 'progressive': {'gt_sizes': [200, least]}}}}
     check_least_size(opt, 'MSSSIMLoss', least)
     opt['datasets']['train']['gt_size'] = least - 1
-    with pytest.raises(ValueError, match=f'^MSSSIMLoss takes no crops smaller than {least}, and .* has {least - 1}'):
+    with pytest.raises(ValueError, match=f'^MSSSIMLoss needs crops of at least {least}, and .* has {least - 1}'):
         check_least_size(opt, 'MSSSIMLoss', least)
 
 

@@ -1,11 +1,11 @@
-"""What the image datasets of BasicSR itself read."""
+"""Which files the image datasets of BasicSR itself read."""
 
 
 def paths_by_folder(dataset, opt: dict) -> list[tuple[str, list[str]]]:
-    """The folders of an image dataset of BasicSR on disk, and the paths in each that it will read; [] of any other.
+    """The folders of a BasicSR image dataset on disk, with the paths in each that it will read; [] for any other.
 
     Args:
-        opt: the options that it was made with.
+        opt: the options it was constructed with.
     """
     on_disk = (opt.get('io_backend') or {}).get('type', 'disk') == 'disk'
     if not on_disk or not type(dataset).__module__.startswith('basicsr.'):
@@ -24,7 +24,7 @@ def paths_by_folder(dataset, opt: dict) -> list[tuple[str, list[str]]]:
 
 
 def channels(kind: str, opt: dict) -> int | None:
-    """Of the images of a dataset with the `type` kind; None if only the dataset knows."""
+    """Channels of the images of a dataset of type `kind`; None if only the dataset itself knows."""
     ours = ('PairedDegradationDataset', 'SyntheticDegradationDataset', 'MixedDegradationDataset')
     if kind in (*ours, 'RealESRGANDataset', 'RealESRGANPairedDataset'):
         return 3

@@ -1,4 +1,4 @@
-"""What the datasets do with their options before using them."""
+"""Completes and checks the options of the datasets."""
 
 from os import path as osp
 
@@ -42,7 +42,7 @@ def complete_options(opt: dict, folder_keys: tuple[str, ...]) -> dict:
             raise ValueError(f'dataset {owner}: {key} must be a path, got {opt.get(key)!r}')
         opt[key] = osp.expanduser(opt[key])
     if opt.get('meta_info_file') and opt['io_backend']['type'] == 'lmdb':
-        raise ValueError(f'dataset {owner}: meta_info_file is not read with lmdb, which has a list of its own; write ~')
+        raise ValueError(f'dataset {owner}: meta_info_file is ignored with lmdb, which has its own list; write ~')
     if opt.get('meta_info_file'):
         opt['meta_info_file'] = osp.expanduser(opt['meta_info_file'])
     if opt['phase'] == 'train':

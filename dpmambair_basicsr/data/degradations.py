@@ -1,15 +1,15 @@
 """Degradations as pure functions of an image and a random generator: the seven of the all-in-one benchmark, and three
-that networks for everyday photographs need beside them: nothing, a camera's noise, two at once.
+more that networks for everyday photographs need: none, camera noise, and two at once.
 
-DPMambaIR (arXiv 2504.17732), Eq. (6), describes them all as I = Q((alpha J + beta gamma) * K): luminance alpha,
+DPMambaIR (arXiv 2504.17732), Eq. (6), describes all of them as I = Q((alpha J + beta gamma) * K): luminance alpha,
 artefacts beta gamma, blur kernel K, compression Q. `form_image` is that equation; the functions choose its terms.
 
-Images are (H, W, 3) RGB float32 in [0, 1], in and out. Nothing is rounded to 8 bits, save by JPEG itself.
-A parameter is a number, or a pair (low, high) from which each call draws uniformly. A fixed number uses up the
-generator just as a pair does, so one seed gives one pattern at every strength.
+Images are (H, W, 3) RGB float32 in [0, 1], in and out, and are not rounded to 8 bits except by JPEG itself.
+A parameter is a number, or a pair (low, high) from which each call draws uniformly. A fixed number advances the
+generator just as a pair does, so a seed gives the same pattern at every strength.
 
-The paper gives no parameters: all defaults are our choice. Two fit its results (28.25 dB after denoising is typical of
-sigma 50, 30.57 dB after JPEG restoration of quality 20 to 30), the others resemble the benchmark sets it trains on.
+The paper gives no parameters: all defaults are our choice. Two match its results (28.25 dB after denoising is typical
+of sigma 50, 30.57 dB after JPEG restoration of quality 20 to 30); the others resemble the benchmark sets it trains on.
 """
 
 import inspect
@@ -28,14 +28,14 @@ IntRange = int | Sequence[int]
 
 @dataclass(frozen=True)
 class Degradation:
-    """What is known of a degradation.
+    """A registered degradation.
 
     Args:
         name: in option files, folders and reports.
         label: class label, what `degradation: class` of DPMambaIR embeds.
-        function: of an image and a random generator; None: only stored pairs have it.
+        function: of an image and a random generator; None: only available as stored pairs.
         demo: the parameters of the function in the demo, strong enough to be seen at a glance; None: not in the demo.
-        term: of Eq. (6), one of `TERMS`, where it comes when two are composed; None: it is in no composition.
+        term: of Eq. (6), one of `TERMS`: its place when two are composed; None: never composed.
     """
 
     name: str
@@ -56,14 +56,14 @@ def add_degradation(
     demo: dict | None = None,
     term: str | None = None,
 ) -> None:
-    """Makes a degradation known; see `Degradation` for the arguments.
+    """Registers a degradation; see `Degradation` for the arguments.
 
     Raises:
-        ValueError: the name is taken, the label is not the next one (checkpoints and old pairs keep their labels), or
-            there is no such term.
+        ValueError: the name is taken, the label is not the next free one (existing labels are in checkpoints), or the
+            term is unknown.
     """
     if name in DEGRADATIONS:
-        raise ValueError(f'degradation {name}: there is one of this name')
+        raise ValueError(f'degradation {name}: already registered')
     if label != len(DEGRADATIONS):
         raise ValueError(f'degradation {name}: label must be {len(DEGRADATIONS)}, the next one, got {label}')
     if term not in (*TERMS, None):
@@ -72,7 +72,7 @@ def add_degradation(
 
 
 def degradation(label: int, demo: dict | None = None, term: str | None = None) -> Callable:
-    """Decorator of a function (image, rng, parameters) -> image: makes the degradation of its name known."""
+    """Decorator of a function (image, rng, parameters) -> image: registers it as the degradation of its name."""
 
     def add(function):
         add_degradation(function.__name__, label, function, demo, term)
@@ -82,7 +82,7 @@ def degradation(label: int, demo: dict | None = None, term: str | None = None) -
 
 
 def synthetic() -> list[str]:
-    """The names of the degradations that have a function."""
+    """Names of the degradations that have a function."""
     return [name for name, known in DEGRADATIONS.items() if known.function is not None]
 
 
@@ -92,7 +92,7 @@ def demo_strengths() -> dict[str, dict]:
 
 
 def degrade(image: np.ndarray, kind: str, rng: np.random.Generator, **parameters) -> np.ndarray:
-    """Applies the degradation `kind` with the parameters of the function of that name.
+    """Applies the degradation `kind` with the given parameters of its function.
 
     Raises:
         ValueError: unknown kind or parameter, value outside its meaning, or an image that is not (H, W, 3) float32.
@@ -290,14 +290,14 @@ def jpeg(image: np.ndarray, rng: np.random.Generator, quality: IntRange = (20, 3
     """JPEG compression: Q. The result has 8-bit values.
 
     Args:
-        quality: whole number in [1, 100].
+        quality: int in [1, 100].
     """
     return form_image(image, quality=_draw_int(rng, 'quality', quality, 1, 100))
 
 
 @degradation(label=7)
 def clean(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Nothing: alpha 1, the rest 0. From such pairs a network learns what to leave alone."""
+    """No degradation: alpha 1, the rest 0. From such pairs a network learns what to leave unchanged."""
     return form_image(image)
 
 
@@ -310,7 +310,7 @@ def camera_noise(
     grain: Range = (0, 1),
     quality: IntRange | None = (75, 98),
 ) -> np.ndarray:
-    """Noise as a camera's file has it: Poissonian-Gaussian in linear light, smeared by demosaicing, then JPEG.
+    """Noise as in a camera's files: Poissonian-Gaussian in linear light, smoothed by demosaicing, then JPEG.
 
     The variance is shot x + read^2 of linear intensity x (Foi et al., IEEE TIP 17(10), 2008); the display's gamma, 2.2
     here, makes it largest in the shadows. A Gaussian over the noise field stands for demosaicing and the camera's own
@@ -337,7 +337,7 @@ def camera_noise(
 
 @degradation(label=9)
 def composed(image: np.ndarray, rng: np.random.Generator, of: dict[str, dict] | None = None) -> np.ndarray:
-    """Two degradations at once, of two different terms of Eq. (6), in its order. Which two is drawn, all alike.
+    """Two degradations of two different terms of Eq. (6), in its order, drawn uniformly from all pairs.
 
     Args:
         of: {name: parameters} of degradations that have a term; None: all of them, with their defaults.
@@ -354,7 +354,7 @@ def composed(image: np.ndarray, rng: np.random.Generator, of: dict[str, dict] | 
 
 
 def to_uint8(image: np.ndarray) -> np.ndarray:
-    """[0, 1] float to uint8, rounded to the nearest: what storing the image does."""
+    """[0, 1] float to uint8, rounded to nearest, as when the image is stored."""
     return np.rint(image * 255).astype(np.uint8)
 
 
@@ -362,8 +362,8 @@ def _bounds(name: str, value: Range, minimum: float, maximum: float, number: typ
     pair: Any = (value, value) if isinstance(value, number) else value
     valid = isinstance(pair, Sequence) and len(pair) == 2 and all(isinstance(v, number) for v in pair)
     if not (valid and minimum <= pair[0] <= pair[1] <= maximum):
-        word = 'whole number' if number is Integral else 'number'
-        raise ValueError(f'{name} must be a {word} or (low, high), within [{minimum}, {maximum}], got {value!r}')
+        word = 'int' if number is Integral else 'number'
+        raise ValueError(f'{name}: expected {word} or (low, high) within [{minimum}, {maximum}], got {value!r}')
     return tuple(pair)
 
 

@@ -1,8 +1,8 @@
-"""The same random numbers for the same item of the same epoch, whoever loads it, and after whatever was loaded before.
+"""Reproducible randomness per item and epoch, independent of the worker and of what it loaded before.
 
-BasicSR's datasets, and ours, draw from the global generators of Python and NumPy. So that training can be resumed
-exactly, BasicSR's sampler (see `patches/seeding`) accompanies each index with a seed, and whoever loads
-the item first seeds the generators: our datasets in `__getitems__`, for BasicSR's the wrapper `SeededItems`.
+BasicSR's datasets, and ours, draw from the global generators of Python and NumPy. For bit-exact resume, BasicSR's
+sampler (see `patches/seeding`) attaches a seed to each index, and the generators are seeded before an item is loaded:
+by our datasets in `__getitems__`, for BasicSR's by the wrapper `SeededItems`.
 """
 
 import hashlib
@@ -28,7 +28,7 @@ class SeededIndex(int):
 
 
 def seed_generators(*seed: str | int) -> None:
-    """Seeds the generators of Python, NumPy and PyTorch; any difference of the seeds gives unrelated numbers."""
+    """Seeds the generators of Python, NumPy and PyTorch; different seeds give unrelated numbers."""
     number = int.from_bytes(hashlib.blake2b(repr(seed).encode(), digest_size=8).digest(), 'big')
     random.seed(number)
     np.random.seed(number % 2**32)
@@ -36,14 +36,14 @@ def seed_generators(*seed: str | int) -> None:
 
 
 def item(dataset, index: int):
-    """`dataset[index]`, whose randomness depends on the seed that comes with the index, if one does."""
+    """`dataset[index]`, with its randomness seeded by the index, if that has a seed."""
     if isinstance(index, SeededIndex):
         seed_generators(*index.seed)
     return dataset[int(index)]
 
 
 class SeededItems(Dataset):
-    """A dataset that does not know `SeededIndex`. An item that cannot be loaded is named, with its path if known."""
+    """Wraps a dataset that does not support `SeededIndex`. Errors name the item, and its path if known."""
 
     def __init__(self, dataset):
         self.dataset = dataset

@@ -20,17 +20,18 @@ SUB_DATASETS = {cls.__name__: cls for cls in (PairedDegradationDataset, Syntheti
 
 @DATASET_REGISTRY.register()
 class MixedDegradationDataset(ProgressiveBatches, Dataset):
-    """Several folders, as of several degradations, in one training (or validation) set. Items are the sub-datasets'.
+    """Combines several folders, e.g. one per degradation, into one training (or validation) set.
 
-    Items have a `label` if those of all sub-datasets do: a network that needs none can be trained with any folders.
+    Items are those of the sub-datasets. They have a `label` only if all sub-datasets provide one; networks that need
+    none can be trained with any folders.
 
     An epoch has as many items as the sub-datasets together. The paper does not say how it mixes its seven tasks; here:
         concat: every image once per epoch.
-        uniform, or {name: weight}: the items of an epoch are shared out among the sub-datasets in these proportions,
-            exactly (to whole items); each shows an image of its sub-dataset at random (Python's `random`).
+        uniform, or {name: weight}: the items of an epoch are divided among the sub-datasets in exactly these
+            proportions (to whole items); each is a random image of its sub-dataset (Python's `random`).
 
-    Outside training only concat is allowed, and `lq_path` has the sub-dataset's name put before the file's: BasicSR
-    names its output after it, and two sub-datasets may hold images of one name.
+    Outside training only concat is allowed, and `lq_path` has the sub-dataset's name prepended to the file's: BasicSR
+    names its output after it, and two sub-datasets may have images of the same name.
 
     Options:
         datasets: {name: options}. `type` is PairedDegradationDataset (default) or SyntheticDegradationDataset; phase,
@@ -79,7 +80,7 @@ class MixedDegradationDataset(ProgressiveBatches, Dataset):
         return all(getattr(dataset, 'has_labels', True) for dataset in self.datasets)
 
     def unlabelled(self) -> str:
-        """The sub-datasets without labels, as text; a name that may be misspelt with the one it resembles."""
+        """The sub-datasets without labels, as text, with suggestions for misspelt names."""
         parts = zip(self.names, self.datasets, strict=True)
         found = [str(name) for name, dataset in parts if not getattr(dataset, 'has_labels', True)]
         near = {name: difflib.get_close_matches(name, DEGRADATIONS, n=1) for name in found}
@@ -119,7 +120,7 @@ class MixedDegradationDataset(ProgressiveBatches, Dataset):
         return int(self._ends[-1])
 
     def locate(self, index: int) -> tuple[int, int]:
-        """Which sub-dataset item `index` comes from, and where that one's items start in this set's numbering."""
+        """The sub-dataset of item `index`, and the index in this dataset of its first item."""
         task = int(np.searchsorted(self._ends, index, side='right'))
         return task, int(self._ends[task - 1]) if task else 0
 
@@ -138,7 +139,7 @@ class MixedDegradationDataset(ProgressiveBatches, Dataset):
 
 
 def apportion(total: int, weights: list[float]) -> list[int]:
-    """Whole numbers in proportion to the weights that sum to the total (largest remainders)."""
+    """Integers proportional to the weights that sum to the total (largest remainder method)."""
     exact = total * np.asarray(weights, np.float64) / sum(weights)
     counts = np.floor(exact).astype(int)
     for task in np.argsort(counts - exact, kind='stable')[: total - counts.sum()]:

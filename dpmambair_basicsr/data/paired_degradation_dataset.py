@@ -17,14 +17,14 @@ class PairedDegradationDataset(ProgressiveBatches, Dataset):
     Items: `lq`, `gt` (3, h, w) RGB float32 in [0, 1]; `lq_path`, `gt_path`; `degradation` ('' if not given) and, if
     given, its index `label`. In training a random crop of gt_size, then flips, the same for both; else the whole image.
 
-    Options beside BasicSR's:
-        degradation: one of DEGRADATIONS, what the LQ images suffer from.
-        use_vflip: vertical flips alone, as the paper has (use_rot transposes as well). Default false.
-        pad_small: images smaller than gt_size are mirrored at the bottom and on the right, as in Restormer; an error if
-            false, the default.
+    Options in addition to BasicSR's:
+        degradation: that of the LQ images, one of DEGRADATIONS.
+        use_vflip: vertical flips only, as in the paper (use_rot also transposes). Default false.
+        pad_small: pad images smaller than gt_size by reflection at the bottom and right, as in Restormer; if false
+            (default), they are an error.
         progressive: crop and batch sizes by phase of the training, see `progressive.Phases`.
-    `scale` defaults to 1 and `io_backend` to disk. Folders pair by stem, so a JPEG may be the partner of a PNG, in the
-    order of names. A GT image may exceed scale times its LQ image by less than scale pixels, which are cropped.
+    `scale` defaults to 1 and `io_backend` to disk. Images are paired by stem, so a JPEG may pair with a PNG, in
+    alphabetical order. A GT image may exceed scale times its LQ image by less than scale pixels, which are cropped.
 
     Raises:
         ValueError: options or folders that do not fit; on access, a broken image or sizes that do not fit.

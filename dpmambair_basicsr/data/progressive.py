@@ -1,12 +1,12 @@
 """Progressive training as in Restormer (Zamir et al. 2022, Sec. 3.3): crops grow while batches shrink, phase by phase.
 
-Restormer's loader always makes batch_size_per_gpu crops of the last phase's size, and its model throws away what the
-phase does not use. Here the dataset is asked for whole batches (`__getitems__`) and loads only what is used.
+Restormer's loader always loads batch_size_per_gpu crops of the last phase's size, and its model discards what the phase
+does not use. Here the dataset is asked for whole batches (`__getitems__`) and loads only what is used.
 
 The phase follows the training iteration. BasicSR's sampler runs in the training process and its indices reach the
-loader's workers, so the sampler is what can tell them (`patches/seeding` lets it): each index of a
-progressive dataset is accompanied by its position among those that the epoch still has, and by the number of
-iterations before them. Nothing is assumed about epochs, workers, prefetching or where training was resumed.
+loader's workers, so the sampler passes it on (see `patches/seeding`): each index of a progressive dataset comes with
+its position in the rest of the epoch, and with the number of iterations before that. This is independent of epochs,
+workers, prefetching, and of where training was resumed.
 """
 
 import copy
@@ -21,7 +21,7 @@ from dpmambair_basicsr.data.item_seeds import item
 
 @dataclass(frozen=True)
 class Phases:
-    """The option `progressive` of a training set: three lists of one length.
+    """The option `progressive` of a training set: three lists of equal length.
 
     Args:
         gt_sizes: crop size in GT pixels, shared by the crops of a batch, at most gt_size.
@@ -54,7 +54,7 @@ def read_phases(opt: dict) -> Phases | None:
     for key in keys:
         values = given[key]
         if not isinstance(values, list) or not values or not all(type(v) is int and v > 0 for v in values):
-            raise ValueError(f'progressive.{key}: must be a list of positive whole numbers, got {values!r}')
+            raise ValueError(f'progressive.{key}: expected a list of positive ints, got {values!r}')
         if len(values) != len(given['gt_sizes']):
             raise ValueError(f'progressive.{key}: has {len(values)} entries, gt_sizes has {len(given["gt_sizes"])}')
     multiple = 8 * opt.get('scale', 1)
@@ -66,7 +66,7 @@ def read_phases(opt: dict) -> Phases | None:
     if max(given['gt_sizes']) != opt['gt_size']:
         raise ValueError(f'gt_size: {opt["gt_size"]} is not the largest of progressive.gt_sizes {given["gt_sizes"]}')
     if 'batch_size_per_gpu' not in opt:
-        raise ValueError('progressive: belongs in the set that is trained with, not in a part of it')
+        raise ValueError('progressive: belongs in the training set, not in a part of it')
     for size in given['batch_sizes']:
         if size > opt['batch_size_per_gpu']:
             raise ValueError(
@@ -76,7 +76,7 @@ def read_phases(opt: dict) -> Phases | None:
 
 
 def compare_lengths(opt: dict) -> str:
-    """What to warn of in a training's options: that phases and total_iter disagree; '' if they do not."""
+    """Warning if phases and total_iter disagree; '' if they agree."""
     given = opt['datasets']['train'].get('progressive')
     total, planned = int(opt['train']['total_iter']), sum(given['iters']) if given else 0
     if not given or planned == total:
@@ -91,7 +91,7 @@ def compare_lengths(opt: dict) -> str:
 
 
 class Draw(NamedTuple):
-    """What the sampler hands to a progressive dataset."""
+    """Index passed by the sampler to a progressive dataset."""
 
     index: int
     position: int  # in what is left of this epoch's order
@@ -99,18 +99,18 @@ class Draw(NamedTuple):
 
 
 class ProgressiveBatches:
-    """Mix-in for datasets with `opt` and `__getitem__`; the constructor has to call `start_progressive`."""
+    """Mix-in for datasets with `opt` and `__getitem__`; the constructor must call `start_progressive`."""
 
     opt: dict
 
     def start_progressive(self) -> None:
-        """Read the option `progressive`; None: batches are what the loader asks for."""
+        """Reads the option `progressive`; if None, batches are as the loader requests."""
         self.phases = read_phases(self.opt)
 
     def __getitems__(self, draws: list) -> list[dict]:
-        """The items of a batch, fewer than asked for in a phase of smaller batches.
+        """The items of a batch, fewer than requested in phases of smaller batches.
 
-        Which ones is random, and new in every epoch, because the sampler's order is.
+        The selection is random and differs between epochs, like the sampler's order.
         """
         if self.phases is None:
             return [item(self, index) for index in draws]
@@ -123,9 +123,9 @@ class ProgressiveBatches:
 
 
 def with_gt_size(dataset, gt_size: int):
-    """The dataset with another crop size; a copy, because a prefetching thread may be working with the original.
+    """A copy of the dataset with another crop size; a prefetching thread may be using the original.
 
-    Everything else is shared, opened files included.
+    Everything else is shared, including open files.
     """
     view = copy.copy(dataset)
     view.opt = {**dataset.opt, 'gt_size': gt_size}
@@ -135,7 +135,7 @@ def with_gt_size(dataset, gt_size: int):
 
 
 def accompany(dataset, indices: Iterable[int], done: int) -> Iterator[int | Draw]:
-    """What BasicSR's sampler yields in place of these indices of its epoch: a Draw each, for a progressive dataset."""
+    """Replaces the indices that BasicSR's sampler yields by a Draw each, for a progressive dataset."""
     if getattr(dataset, 'phases', None) is None:
         return iter(indices)
     return (Draw(index, position, done) for position, index in enumerate(indices))

@@ -23,21 +23,21 @@ class SyntheticDegradationDataset(ProgressiveBatches, Dataset):
     Items: `lq`, `gt` (3, h, w) RGB float32 in [0, 1], `lq` rounded to 8 bits as a stored file would be; `lq_path`,
     `gt_path`; `degradation` and its index `label`.
 
-    Training: one item per image, degraded as a whole by one of the kinds at random, as a stored pair would be (a crop
-    has neither the depth of its scene nor what a blur moves into it); then a random crop of gt_size, and flips. All
+    Training: one item per image. The whole image is degraded by a random kind, as in stored pairs (a crop has neither
+    the depth of its scene nor the pixels that a blur moves into it), then cropped to gt_size and flipped. All
     randomness comes from Python's `random`, which BasicSR seeds in every worker.
     Otherwise: one item per image and kind, image by image, on the whole image, the same in every run and process: the
-    degradation is seeded from `seed`, the image's name and the kind. With several kinds `lq_path` is the GT's path with
-    the kind added to the stem: no such file exists, but BasicSR names its output after it.
+    degradation is seeded by `seed`, the image's name and the kind. With several kinds, `lq_path` is the GT's path with
+    the kind appended to the stem: no such file exists, but BasicSR names its output after it.
 
     Options:
         dataroot_gt, meta_info_file, io_backend, gt_size, use_hflip, use_vflip, use_rot, pad_small, progressive: as
             PairedDegradationDataset's.
         degradations: list of names of degradations that have a function, or a mapping from name to parameters of that
-            function. `demo` in place of the parameters: those of the demo; in place of all: all of the demo.
-        gt_gamma: (low, high): in training, the exponent that each clean image is raised to first, drawn so that its
-            logarithm is uniform: darker and lighter scenes, in `gt` too. Default: none.
-        seed: whole number >= 0, default 0; not used in training.
+            function. `demo` in place of the parameters: those of the demo; in place of the list: all of the demo.
+        gt_gamma: (low, high): in training, each clean image is first raised to an exponent drawn log-uniformly from
+            this range, for darker and lighter scenes; also applied to `gt`. Default: none.
+        seed: int >= 0, default 0; not used in training.
 
     Raises:
         ValueError: options that do not fit; on access, a broken image or one smaller than gt_size (file and item).
@@ -54,12 +54,12 @@ class SyntheticDegradationDataset(ProgressiveBatches, Dataset):
     def __init__(self, opt):
         opt = self.opt = complete_options(opt, ('dataroot_gt',))
         if opt['scale'] != 1:
-            raise ValueError(f'SyntheticDegradationDataset keeps the size: scale must be 1, got {opt["scale"]!r}')
+            raise ValueError(f'SyntheticDegradationDataset does not resize: scale must be 1, got {opt["scale"]!r}')
         self.parameters = _parse_degradations(opt.get('degradations'))
         self.kinds = list(self.parameters)
         self.seed = opt.get('seed', 0)
         if not isinstance(self.seed, int) or self.seed < 0:
-            raise ValueError(f'seed must be a whole number >= 0, got {self.seed!r}')
+            raise ValueError(f'seed: expected int >= 0, got {self.seed!r}')
         self.gamma = _parse_gamma(opt.get('gt_gamma'))
         folder = opt['dataroot_gt']
         if opt['io_backend']['type'] == 'lmdb':
@@ -118,7 +118,7 @@ def _parse_gamma(value) -> tuple[float, float] | None:
 
 
 def _parse_degradations(choice: str | list | dict | None) -> dict[str, dict]:
-    """{kind: parameters}; every kind is tried once, so that a bad value is reported now and not hours into a run."""
+    """{kind: parameters}; every kind is tried once, to report a bad value now rather than hours into a run."""
     demo = demo_strengths()
     choice = demo if choice == 'demo' else choice
     if not isinstance(choice, list | dict) or not choice:

@@ -33,8 +33,8 @@ def check_size(content: bytes) -> tuple[int, int] | None:
     size = image_size(content)
     if size is not None and size[0] * size[1] > max_pixels():
         raise ValueError(
-            f'has {size[0]} x {size[1]} pixels, more than max_pixels, {max_pixels()}; to accept it, raise max_pixels in '
-            f'the option file or {MAX_PIXELS_VARIABLE} in the environment'
+            f'has {size[0]} x {size[1]} pixels, more than max_pixels, {max_pixels()}; to accept it, raise max_pixels '
+            f'in the option file or {MAX_PIXELS_VARIABLE} in the environment'
         )
     return size
 

@@ -20,7 +20,7 @@ class Exif:
         self.order = {b'II': '<', b'MM': '>'}.get(data[:2])
 
     def upright(self) -> int:
-        """Returns the orientation (1 if none) and resets it to 1. The thumbnail, which shows other pixels, is removed."""
+        """Returns the orientation (1 if none) and resets it to 1. Removes the thumbnail, which shows other pixels."""
         orientation = 1
         for tag, value, place, kind in self.numbers(self.first()):
             if tag == ORIENTATION:

@@ -20,7 +20,7 @@ def import_hub() -> ModuleType:
 
 
 def local_file(weights: str) -> str:
-    """The path of the weights: `hf:user/name`, or `hf:user/name@revision`, is downloaded first; anything else is a path.
+    """Path of the weights: `hf:user/name`, or `hf:user/name@revision`, is downloaded first; anything else is a path.
 
     The file is kept in the hub's own cache; HF_ENDPOINT, HF_HOME, HF_HUB_OFFLINE and HF_TOKEN apply as usual.
 

@@ -87,7 +87,7 @@ def fit_crop(image: np.ndarray, size: int, pad: bool, path: str, index: int) -> 
 
 
 def flip(images: list[np.ndarray], opt: dict) -> list[np.ndarray]:
-    """The same random flips for all images: `use_hflip`, `use_rot` (vertical flip and transpose) of BasicSR, `use_vflip`."""
+    """The same random flips for all images: `use_hflip`, `use_rot` (vertical, transposed) of BasicSR, `use_vflip`."""
     from basicsr.data.transforms import augment
 
     images = augment(images, opt['use_hflip'], opt['use_rot'])

@@ -47,7 +47,7 @@ def hold(folder: str | Path) -> None:
             time.sleep(0.1)
         elif is_alive(file, holder):
             raise LockedFolderError(
-                f'{folder}: {describe(holder)} is using this folder. Two processes would overwrite each other: end that one '
+                f'{folder}: {describe(holder)} is using this folder. Two would overwrite each other: end that one '
                 f'first, or choose another name. Its lock is {file}'
             )
         elif read(file) == holder:
@@ -75,7 +75,7 @@ def identity() -> dict:
 
 
 def start_of(pid: int) -> str | None:
-    """Start time of a process, in a unit of its system: no two have the same id and start. None if there is no such process.
+    """Start time of a process, in a unit of its system: no two share id and start. None if there is no such process.
 
     On systems without /proc, '' for one that exists.
     """

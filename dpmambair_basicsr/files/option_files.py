@@ -18,7 +18,7 @@ MAX_INTEGER = 2**63 - 1
 class OptionLoader(getattr(yaml, 'CSafeLoader', yaml.SafeLoader)):
     """YAML's safe loader, which refuses tags that call Python. Mappings are OrderedDicts, as in BasicSR.
 
-    Also refused, with the line: duplicate keys (YAML's loaders take the last), and files larger or deeper than the limits
+    Also refused, with the line: duplicate keys (YAML's loaders take the last), and files that exceed the limits
     above after expanding aliases: 500 bytes can stand for 10^9 values.
 
     Raises:

@@ -1,4 +1,4 @@
-"""One key of an option file, declared where it is read. Validation and the JSON schema are generated from these rows."""
+"""One key of an option file, declared where it is read. Validation and JSON schema are generated from these rows."""
 
 import math
 from collections.abc import Iterable

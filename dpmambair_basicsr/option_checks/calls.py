@@ -1,4 +1,4 @@
-"""The checks of sections with a `type`, whose other keys are the arguments of what is registered under it."""
+"""Checks of sections with a `type`, whose other keys are the arguments of the class registered under that name."""
 
 import inspect
 from collections.abc import Callable
@@ -36,7 +36,7 @@ class Call:
         known: returns {name: class or function}.
         given: names of the arguments that the program supplies.
         required: names that are needed although they have a default.
-        open_ended: whether a `**kwargs` takes any key. BasicSR's metrics have one, which swallows misspelt keys.
+        open_ended: whether `**kwargs` accepts any key. BasicSR's metrics have one, which swallows misspelt keys.
     """
 
     known: Callable[[], dict]
@@ -55,7 +55,7 @@ CALLS = {
 
 
 def parameters_of(target, call: Call) -> tuple[dict[str, inspect.Parameter], bool]:
-    """The parameters that an option file can set, and whether any other key is taken."""
+    """The parameters that an option file can set, and whether any other key is accepted."""
     parameters = inspect.signature(target).parameters.values()
     named = {p.name: p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
     return (
@@ -65,7 +65,7 @@ def parameters_of(target, call: Call) -> tuple[dict[str, inspect.Parameter], boo
 
 
 def check_call(path: str, opt, call: Call) -> list[str]:
-    """Unknown type, unknown or missing arguments, those of the wrong kind, weights that are not there."""
+    """Unknown type; unknown, missing or mistyped arguments; missing weights."""
     if not isinstance(opt, dict):
         return [f'{path}: expected a section with a type, got {opt!r}']
     if call is CALLS['optimizer']:
@@ -88,7 +88,7 @@ def check_call(path: str, opt, call: Call) -> list[str]:
 
 
 def known_to_basicsr(target, call: Call) -> set[str]:
-    """`better` of a metric, which BasicSR reads, and passes on to a metric that takes any key."""
+    """`better` of a metric, which BasicSR reads and passes on to metrics that accept any key."""
     has_any = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(target).parameters.values())
     return {'better'} if has_any and not call.open_ended else set()
 
@@ -103,7 +103,7 @@ def check_metric(path: str, opt) -> list[str]:
         return check_iqa(path, arguments_of(opt))
     better = inspect.signature(target).parameters.get('better')
     if better is not None and 'better' not in opt:
-        problems = [f'{path}.better: missing; without better: {better.default} BasicSR takes the worst for the best']
+        problems = [f'{path}.better: missing; without better: {better.default}, BasicSR takes the worst for the best']
     elif opt.get('better', 'higher') not in ('higher', 'lower'):
         problems = [f'{path}.better: must be one of higher, lower, got {opt["better"]!r}']
     return problems
@@ -114,7 +114,7 @@ def is_iqa(target) -> bool:
 
 
 def check_iqa(path: str, arguments: dict) -> list[str]:
-    """Whether pyiqa is installed, has this metric, and can make it; which may download what it needs."""
+    """Whether pyiqa is installed, has this metric, and can build it, which may download weights."""
     try:
         iqa.check_iqa(arguments['metric'], arguments.get('better', 'higher'))
         with torch.random.fork_rng(devices=[]):
@@ -140,13 +140,13 @@ def compares(metric: dict) -> bool:
 
 
 def check_weights(path: str, target, arguments: dict) -> list[str]:
-    """Pre-trained weights that a loss or a metric will look for: whether there is such a file."""
+    """Whether the pretrained weights that a loss or metric will look for exist."""
     bases = {base.__name__ for base in getattr(target, '__mro__', ())}
     if 'VGGPerceptualLoss' in bases:
         return check_vgg(path, arguments.get('vgg_type', 'vgg19'), arguments.get('weights'))
     elif not bases.isdisjoint({'PerceptualLoss', 'VGGFeatureExtractor'}):  # BasicSR's, which download their VGG
         problems = check_vgg(path, arguments.get('vgg_type', 'vgg19'), None)
-        return [f'{problem} of VGGPerceptualLoss; BasicSR would download it without asking' for problem in problems]
+        return [f'{problem} of VGGPerceptualLoss; BasicSR would download them without asking' for problem in problems]
     elif getattr(target, '__name__', '') in ('LPIPSLoss', 'calculate_lpips') and is_ours(target):
         net = arguments.get('net', 'alex')
         if net not in BACKBONES:
@@ -162,7 +162,7 @@ def check_weights(path: str, target, arguments: dict) -> list[str]:
 
 
 def check_piq(path: str, loss: str, arguments: dict) -> list[str]:
-    """Losses of another package: whether it is installed, and has the files it would download."""
+    """Whether the package of a loss is installed, and the files that it would download exist."""
     try:
         import_piq(loss)
         if loss == 'DISTSLoss':
@@ -185,14 +185,14 @@ def check_vgg(path: str, vgg_type: str, weights: str | None) -> list[str]:
 
 
 def check_kind(path: str, value, wanted) -> list[str]:
-    """Problem if a value is not of the kind that a function of ours declares; numbers as text: see `check_numbers`."""
+    """Problem if a value does not match the annotation of our function; for numbers as text, see `check_numbers`."""
     if wanted is inspect.Parameter.empty or is_kind(value, wanted) or is_number_as_text(value):
         return []
     return [f'{path}: expected {kind_in_words(wanted)}, got {value!r}']
 
 
 def unknown_keys(prefix: str, given, known: set[str], elsewhere: dict[str, str] | None = None) -> list[str]:
-    """Args: elsewhere: {key: section} of keys that belong into another one."""
+    """Args: elsewhere: {key: section} for keys that belong in another section."""
     problems = []
     for key in (key for key in given if key not in known):
         hint = did_you_mean(key, known)

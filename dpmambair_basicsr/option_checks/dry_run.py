@@ -1,4 +1,4 @@
-"""The checks of an option file that make or read what it names: networks, datasets, optimizers, checkpoints."""
+"""Checks that build or read what an option file names: networks, datasets, optimizers, checkpoints."""
 
 import contextlib
 import inspect
@@ -43,9 +43,9 @@ CHANNELS = ('inp_channels', 'out_channels', 'num_in_ch', 'num_out_ch', 'in_chans
 
 
 def check_by_dry_run(opt: dict, model: Any, reported: list[str]) -> list[str]:
-    """Problems that show only when a dry run makes networks, datasets and optimizers, or reads files.
+    """Problems that show only when networks, datasets and optimizers are built in a dry run, or files are read.
 
-    A section that has problems already is skipped.
+    Sections with known problems are skipped.
     """
     problems = []
 
@@ -118,10 +118,10 @@ def check_by_dry_run(opt: dict, model: Any, reported: list[str]) -> list[str]:
 
 
 def check_basicsr_dataset(section: dict, is_checked: bool) -> None:
-    """Raises what an image dataset of BasicSR itself raises when it is made, or ValueError if it will miss files.
+    """Raises what the constructor of BasicSR's own image datasets raises, or ValueError if files are missing.
 
-    Others may take long to make. With a model of BasicSR's own, which gets by without some of them, only the pairs of a
-    list have to be there; the log names the others, see `patches.fixes`.
+    Other datasets may take long to build. For BasicSR's own models, which tolerate missing files, only the pairs of
+    a list have to exist; the log names the others, see `patches.fixes`.
     """
     target, _ = look_up(registered('DATASET'), '', section.get('type'))
     if getattr(target, '__module__', '') not in IMAGE_DATASETS:
@@ -131,11 +131,11 @@ def check_basicsr_dataset(section: dict, is_checked: bool) -> None:
         if not is_checked:
             missing = [path for path in missing if path in paths and 'meta_info_file' in section]
         if missing:
-            raise ValueError(f'{folder}: {some(missing)} cannot be read: links or names without a file')
+            raise ValueError(f'{folder}: {some(missing)} cannot be read: broken links or missing files')
 
 
 def check_channels(section: dict, datasets: dict) -> None:
-    """Raises ValueError if a network takes or gives another number of channels than the images of the datasets have."""
+    """Raises ValueError if the input or output channels of a network differ from those of the datasets."""
     target, _ = look_up(registered('ARCH'), '', section.get('type'))
     parameters = {} if target is None else inspect.signature(target).parameters
     of_datasets = {channels(opt.get('type'), opt) for opt in datasets.values()}
@@ -148,7 +148,7 @@ def check_channels(section: dict, datasets: dict) -> None:
 
 
 def check_optimizer(section: dict) -> None:
-    """Raises what an optimizer raises when it is made or steps, or ValueError if its state cannot be resumed."""
+    """Raises what an optimizer raises when constructed or stepped, or ValueError if its state cannot be resumed."""
     target, _ = find_optimizer('', section['type'])
     parameter = torch.nn.Parameter(torch.zeros(1))
     optimizer = target([parameter], **arguments_of(section))
@@ -162,7 +162,7 @@ def check_optimizer(section: dict) -> None:
     try:
         torch.load(state, weights_only=True)
     except UnpicklingError as error:
-        raise ValueError(f'{section["type"]}: torch.load(weights_only=True) does not read its state') from error
+        raise ValueError(f'{section["type"]}: torch.load(weights_only=True) cannot read its state') from error
 
 
 def make_scheduler(section: dict) -> torch.optim.lr_scheduler.LRScheduler:
@@ -171,7 +171,7 @@ def make_scheduler(section: dict) -> torch.optim.lr_scheduler.LRScheduler:
 
 
 def check_batches(opt: dict, items: int) -> None:
-    """Raises ValueError if not a single batch can be made: BasicSR leaves incomplete ones out."""
+    """Raises ValueError if there is not a single full batch: BasicSR drops incomplete ones."""
     train = opt['datasets']['train']
     ratio, size = train.get('dataset_enlarge_ratio', 1), train['batch_size_per_gpu']
     if not opt['dist']:
@@ -182,13 +182,13 @@ def check_batches(opt: dict, items: int) -> None:
 
 
 def micro_batches(opt: dict) -> int:
-    """`train.accum_iter`, of a model that has it: BasicSR's have not."""
+    """`train.accum_iter`, for models that support it; BasicSR's do not."""
     model, _ = look_up(registered('MODEL'), 'model_type', opt['model_type'])
     return opt['train'].get('accum_iter', 1) if any(row.name == 'accum_iter' for row in rows_of(model)) else 1
 
 
 def check_crop(dataset) -> None:
-    """Raises ValueError if the first image, or the first of a part, is smaller than the crops; one is not all of them.
+    """Raises ValueError if the first image, or the first of a part, is smaller than the crops; others are not checked.
 
     Not for lmdb: a database must not be open when the loader's workers are forked.
     """
@@ -200,7 +200,7 @@ def check_crop(dataset) -> None:
 
 
 def check_crop_size(opt: dict, net: torch.nn.Module) -> None:
-    """Raises ValueError if the network would pad the crops: it would learn from pixels that no image has."""
+    """Raises ValueError if the network would pad the crops, and so train on padding."""
     scale = opt.get('scale', 1)
     unit = scale * getattr(net, 'stride', 1)
     if wrong := [size for size in crop_sizes(opt) if size % unit]:
@@ -210,7 +210,7 @@ def check_crop_size(opt: dict, net: torch.nn.Module) -> None:
 
 
 def crop_sizes(opt: dict) -> list[int]:
-    """Sides of the crops of clean images that the model is trained with."""
+    """Sizes of the clean crops that the model is trained on."""
     train = opt['datasets']['train']
     # Real-ESRGAN's dataset has crops that the model cuts once more, to the gt_size at the top of the file.
     sizes = [opt.get('gt_size', train.get('gt_size')), *(train.get('progressive') or {}).get('gt_sizes', ())]
@@ -218,16 +218,16 @@ def crop_sizes(opt: dict) -> list[int]:
 
 
 def check_least_size(opt: dict, loss: str, least: int) -> None:
-    """Raises ValueError if the crops are smaller than a loss takes."""
+    """Raises ValueError if the crops are too small for a loss."""
     if small := [size for size in crop_sizes(opt) if size < least]:
-        raise ValueError(f'{loss} takes no crops smaller than {least}, and datasets.train has {small[0]}')
+        raise ValueError(f'{loss} needs crops of at least {least}, and datasets.train has {small[0]}')
 
 
 def check_tile(opt: dict, net: torch.nn.Module) -> None:
-    """Raises ValueError if tiles are smaller than what the network pads an image to."""
+    """Raises ValueError if tiles are smaller than the stride of the network."""
     tile, stride = (opt.get('val') or {}).get('tile') or 0, getattr(net, 'stride', 1)
     if 0 < tile < stride:
-        raise ValueError(f'{tile} is less than {stride}, the least that {type(net).__name__} takes')
+        raise ValueError(f'{tile} is less than {stride}, the minimum of {type(net).__name__}')
 
 
 def no_batch(items: int, batch_size: int, ratio: float, processes: int) -> str:
@@ -251,7 +251,7 @@ def check_checkpoint(opt: dict, network: str, net: torch.nn.Module | None) -> No
 
 
 def other_options(of_file: dict | None, wanted: dict, network: str) -> str:
-    """In what the network that was saved differs from the one of the options, if the file says it."""
+    """How the saved network differs from that in the options, if the file records it."""
     found = [
         f'{key} {value!r} (options: {wanted.get(key, "its default")!r})'
         for key, value in (of_file or {}).items()
@@ -261,7 +261,7 @@ def other_options(of_file: dict | None, wanted: dict, network: str) -> str:
 
 
 def check_extractor(path: dict, net: torch.nn.Module) -> None:
-    """Raises ValueError if a network does not get the frozen extractor it needs."""
+    """Raises ValueError if a network does not get the frozen extractor that it needs."""
     file = stage_1_checkpoint(net, path)
     if file is not None:
         with torch.device('meta'):

@@ -1,6 +1,6 @@
-"""What BasicSR's loop finds out only when it has renamed the folder of the finished run, and what it leaves out unsaid.
+"""Checks for errors that BasicSR raises only after renaming the finished run's folder, and notes on what it ignores.
 
-Both are of any model, BasicSR's own too: `check_start` names what no run survives, `notes` is what the log has to say.
+Both apply to any model, including BasicSR's own: `check_start` returns errors of any run, `notes` lines for the log.
 """
 
 import os
@@ -35,7 +35,7 @@ def check_start(opt: dict) -> list[str]:
 
 
 def check_scan_backend(opt: dict) -> list[str]:
-    """Problem if the backend of selective scans that is asked for, here or by the environment, cannot run."""
+    """Problem if the scan backend selected in the options or by the environment cannot run."""
     name = opt.get('scan_backend')
     if problems := check_value('scan_backend', name, SCAN_BACKEND):
         return problems
@@ -47,7 +47,7 @@ def check_scan_backend(opt: dict) -> list[str]:
 
 
 def check_loaders(opt: dict) -> list[str]:
-    """Loaders that do not work so."""
+    """Problems with the options of data loaders."""
     problems, cuda = [], torch.cuda.is_available()
     for phase, dataset in opt['datasets'].items():
         path, mode = f'datasets.{phase}', dataset.get('prefetch_mode')
@@ -61,16 +61,14 @@ def check_loaders(opt: dict) -> list[str]:
             problems.append(f'{path}.pin_memory: prefetch_mode cuda needs true')
         if dataset.get('persistent_workers'):
             if mode == 'cpu':  # its threads share the workers' one iterator
-                problems.append(
-                    f'{path}.persistent_workers: crashes at random with prefetch_mode cpu; write false or ~'
-                )
+                problems.append(f'{path}.persistent_workers: crashes randomly with prefetch_mode cpu; write false or ~')
             elif phase != 'train' or dataset.get('num_worker_per_gpu') == 0:
                 problems.append(f'{path}.persistent_workers: true, but this loader has no workers; write false')
     return problems
 
 
 def check_loggers(opt: dict) -> list[str]:
-    """Loggers that are not installed, or not asked for in full."""
+    """Loggers that are not installed, or only partly configured."""
     if 'debug' in opt['name']:  # BasicSR opens none, see `notes`
         return []
     logger, problems = opt['logger'], []
@@ -90,7 +88,7 @@ def uses_wandb(opt: dict) -> bool:
 
 
 def check_overwritten(raw: dict, opt: dict) -> list[str]:
-    """What the file says and BasicSR replaces: `raw` are the file's options, `opt` what parse_options makes of them."""
+    """Options of the file that BasicSR overwrites: `raw` as in the file, `opt` as returned by parse_options."""
     pairs = {'': (raw, opt), 'path.': (raw['path'], opt['path'])}
     keys: dict[str, Set[str]] = {'': SET_BY_BASICSR[''], 'path.': SET_BY_BASICSR['path']}
     for phase, dataset in raw['datasets'].items():
@@ -105,7 +103,7 @@ def check_overwritten(raw: dict, opt: dict) -> list[str]:
 
 
 def check_unique_names(opt: dict) -> list[str]:
-    """Datasets of one name, whose images and results BasicSR writes over each other."""
+    """Datasets with the same name, whose images and results BasicSR would overwrite."""
     names = [dataset.get('name') for phase, dataset in opt['datasets'].items() if phase != 'train']
     counts = Counter(name for name in names if isinstance(name, str))
     return [
@@ -117,7 +115,7 @@ def check_unique_names(opt: dict) -> list[str]:
 
 
 def notes(opt: dict) -> list[str]:
-    """What BasicSR does not do although the options say it, or does although they do not."""
+    """Lines for the log: options that BasicSR ignores, and what it does without being asked."""
     lines = []
     if opt['is_train'] and '--debug' in sys.argv:
         lines.append('--debug: val_freq and save_checkpoint_freq are 8, print_freq is 1, in a folder of its own')
@@ -128,21 +126,21 @@ def notes(opt: dict) -> list[str]:
         lines.append(f'num_gpu: {opt["num_gpu"]}, but there are {gpus}: they share batches made for {opt["num_gpu"]}')
     for phase, dataset in opt['datasets'].items():
         if phase == 'train' and dataset.get('use_shuffle') is False:
-            lines.append('datasets.train.use_shuffle: false is not read, BasicSR shuffles always')
+            lines.append('datasets.train.use_shuffle: false is ignored, BasicSR always shuffles')
         unread = {'batch_size_per_gpu': 1, 'num_worker_per_gpu': 0, 'dataset_enlarge_ratio': 1}
         for key, value in unread.items() if phase != 'train' else ():
             if dataset.get(key, value) != value:
-                lines.append(f'datasets.{phase}.{key}: {dataset[key]} is not read, outside training it is {value}')
+                lines.append(f'datasets.{phase}.{key}: {dataset[key]} is ignored, outside training it is {value}')
         reads_no_list = dataset.get('type') in ('PairedImageDataset', 'SingleImageDataset')
         on_lmdb = (dataset.get('io_backend') or {}).get('type') == 'lmdb'
         if on_lmdb and reads_no_list and dataset.get('meta_info_file'):
-            lines.append(f'datasets.{phase}.meta_info_file: is not read with lmdb, which has a list of its own')
+            lines.append(f'datasets.{phase}.meta_info_file: is ignored with lmdb, which has its own list')
         if on_lmdb and dataset.get('filename_tmpl', '{}') != '{}':
-            lines.append(f'datasets.{phase}.filename_tmpl: is not read with lmdb, where pairs have one key')
-        if dataset.get('type') == 'RealESRGANDataset' and dataset.get('gt_size', 400) != 400:
             lines.append(
-                f'datasets.{phase}.gt_size: is not read by RealESRGANDataset, whose images have 400 pixels a side'
+                f'datasets.{phase}.filename_tmpl: is ignored with lmdb, where both images of a pair have the same key'
             )
+        if dataset.get('type') == 'RealESRGANDataset' and dataset.get('gt_size', 400) != 400:
+            lines.append(f'datasets.{phase}.gt_size: is ignored by RealESRGANDataset, whose images are 400 x 400')
     if not opt['is_train'] and not opt['path'].get('pretrain_network_g'):
         lines.append('path.pretrain_network_g: none, so what is tested is a network with random weights')
     return lines

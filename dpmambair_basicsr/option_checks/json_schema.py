@@ -1,9 +1,9 @@
-"""The JSON schema of our option files, by which editors complete and check them: options/dpmambair.schema.json.
+"""JSON schema of our option files, for completion and validation in editors: options/dpmambair.schema.json.
 
     python -m dpmambair_basicsr.option_checks.json_schema
 
-regenerates it, from the table of option keys and the constructors of what is registered. In draft 7, which editors
-know. Files that do not exist and whatever else takes more than the option file itself are left to `sections`.
+regenerates it from the table of option keys and the constructors of registered classes, in draft 7, which editors
+support. Missing files, and anything else that cannot be seen in the option file alone, are left to `sections`.
 """
 
 import collections.abc
@@ -44,7 +44,7 @@ def make_schema() -> dict:
 
 
 def declared(registry: str) -> list[Option]:
-    """What our classes of a registry declare beside the table."""
+    """The rows that our classes of a registry declare in addition to the table."""
     classes = dict.fromkeys(base for target in of_packages(registered(registry)).values() for base in target.__mro__)
     return [row for base in classes for row in vars(base).get('option_keys', ())]
 
@@ -65,7 +65,7 @@ def plain_name(name: str) -> str:
 
 
 def section(rows: list[Option], name: str) -> dict:
-    """Schema of a section. What only a training needs is required where there is nothing but training."""
+    """Schema of a section. Keys required only in training are required only in sections that exist only in training."""
     of_section = [row for row in rows if row.section == name]
     exact = {row.name: of_row(row) for row in of_section if '*' not in row.name}
     patterns = {f'^{row.name.replace("*", ".+")}$': of_row(row) for row in of_section if '*' in row.name}
@@ -86,7 +86,7 @@ def of_row(row: Option) -> dict:
 
 
 def of_kind(kind) -> dict:
-    """Schema of a constructor's annotation; {} for what YAML has no value of, such as a tensor."""
+    """Schema of a constructor's annotation; {} for types without a YAML value, such as tensors."""
     origin, parts = typing.get_origin(kind), typing.get_args(kind)
     if origin in (types.UnionType, typing.Union):
         if all(part in TYPES for part in parts):
@@ -116,7 +116,7 @@ def of_call(call: Call) -> dict:
 
 
 def arguments(name: str, target, call: Call) -> dict:
-    """Schema of what is given to a class or function, which has the name `name`."""
+    """Schema of the arguments of a class or function registered as `name`."""
     named, takes_any = parameters_of(target, call)
     doc = inspect.getdoc(target) or ''
     texts = arguments_in(doc) if is_ours(target) else {}
@@ -142,14 +142,14 @@ def of_parameter(parameter: inspect.Parameter, texts: dict[str, str]) -> dict:
 
 
 def arguments_in(doc: str) -> dict[str, str]:
-    """{name: text} of the part "Args:" of a docstring."""
+    """{name: text} of the "Args:" section of a docstring."""
     block = re.search(r'^Args:\n(.*?)(?=\n\n|\n\S|\Z)', doc, re.S | re.M)
     found = re.finditer(r'^ {4}(\w[\w, ]*): (.*?)(?=\n {4}\w[\w, ]*: |\Z)', block[1] if block else '', re.S | re.M)
     return {name.strip(): ' '.join(entry[2].split()) for entry in found for name in entry[1].split(',')}
 
 
 def dataset(rows: list[Option]) -> dict:
-    """Schema of a dataset; the keys of BasicSR's own are not known."""
+    """Schema of a dataset; the keys of BasicSR's own datasets are unknown."""
     loader = section(rows, 'datasets')
     known = {plain_name(name): target for name, target in sorted(of_packages(registered('DATASET')).items())}
     choices = []

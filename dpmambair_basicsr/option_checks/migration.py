@@ -1,4 +1,4 @@
-"""What the published VmambaIR option files say otherwise: the table of docs/migration.md, for messages."""
+"""Names and keys of the published VmambaIR option files, with their replacements: the table of docs/migration.md."""
 
 from typing import Any
 
@@ -44,7 +44,7 @@ KEYS = {
 
 
 def find(known: dict[str, Any], path: str, name) -> tuple[Any, list[str]]:
-    """As `look_up`; of a name of the published files also what to write, and what it is here, to be checked further."""
+    """Like `look_up`; for a name of the published files, also the replacement, so that checks can continue with it."""
     target, problems = look_up(known, path, name)
     if target is None and isinstance(name, str) and name in TYPES:
         here, *more = TYPES[name]
@@ -53,5 +53,5 @@ def find(known: dict[str, Any], path: str, name) -> tuple[Any, list[str]]:
 
 
 def advice(key: str) -> str | None:
-    """What to do about a key that nobody reads, if it is one of these."""
+    """What to write in place of an unknown key, if it is one of these."""
     return f'{KEYS[key]}{SEE}' if key in KEYS else None

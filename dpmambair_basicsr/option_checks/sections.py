@@ -1,9 +1,9 @@
 """Checks an option file against the code that will read it, before anything is created.
 
-`patches/options` calls this when BasicSR parses its options. What takes no time and no memory is made in a dry run: our
-networks (without storage), our datasets, optimizers, schedulers. A file for one of BasicSR's own models gets only the
-checks that no working file fails; the others need to know which keys are read: those of `schema.OPTIONS`, and those
-that our classes declare, as rows of the same shape, in `option_keys`.
+`patches/options` calls this when BasicSR parses its options. Whatever is cheap is built in a dry run: our networks (on
+the meta device), our datasets, optimizers, schedulers. A file for one of BasicSR's own models gets only the checks that
+no working file fails; the other checks require knowing which keys are read: those of `schema.OPTIONS`, and those that
+our classes declare in `option_keys`.
 """
 
 import re
@@ -35,7 +35,7 @@ LOADER = tuple(row for row in OPTIONS if row.section == 'datasets')
 
 
 def check_options(opt: dict, raw: dict | None = None) -> list[str]:
-    """Problems of the options that parse_options returns, each 'section.key: what is wrong'; `opt` stays as it is.
+    """Problems of the options that parse_options returns, each 'section.key: what is wrong'. `opt` is not modified.
 
     Args:
         raw: the options as in the file; BasicSR may have replaced some.
@@ -54,7 +54,7 @@ def check_options(opt: dict, raw: dict | None = None) -> list[str]:
 
 
 def check_parts(opt: dict, rows: Iterable[Option]) -> list[str]:
-    """What does not depend on the model: unknown types, their arguments, files that do not exist, numbers as text."""
+    """Checks independent of the model: unknown types, their arguments, missing files, numbers as text."""
     problems = check_calls(opt, rows)
     for phase, dataset in opt['datasets'].items():
         problems += check_dataset(f'datasets.{phase}', dataset)
@@ -64,7 +64,7 @@ def check_parts(opt: dict, rows: Iterable[Option]) -> list[str]:
 
 
 def check_start_of_sr_model(opt: dict) -> list[str]:
-    """What the constructor of SRModel, and of all its descendants that keep it, will not find."""
+    """What the constructor of SRModel (and of subclasses that inherit it) would not find."""
     network = opt.get('network_g')
     _, problems = look_up(registered('ARCH'), 'network_g.type', network.get('type')) if network else (None, [])
     return problems + ([] if will_resume(opt) else check_files('path', opt['path'], ('pretrain_network_g',)))
@@ -79,7 +79,7 @@ def section_of(opt: dict, path: str):
 
 
 def keys_of(row: Option, opt: dict) -> list[str]:
-    """The keys that a row stands for in this file: its * is the letter of a network, or the name of a loss."""
+    """The keys that a row matches in this file: * is the letter of a network, or the name of a loss."""
     if row.name == '*_opt':
         return [key for key in opt.get('train') or () if key.endswith('_opt')]
     networks = {'network_g': None} | {key: None for key in opt if key.startswith('network_')}
@@ -87,7 +87,7 @@ def keys_of(row: Option, opt: dict) -> list[str]:
 
 
 def check_sections(opt: dict, model: type) -> list[str]:
-    """Keys of the general sections that nobody reads, missing ones, and values of the wrong kind."""
+    """Unknown and missing keys of the general sections, and values of the wrong type."""
     problems, rows = [], rows_of(model)
     of_datasets = (row for target in registered('DATASET').values() for row in getattr(target, 'option_keys', ()))
     elsewhere = {row.name: row.section or 'the top of the file' for row in (*of_datasets, *rows)}
@@ -114,7 +114,7 @@ def check_sections(opt: dict, model: type) -> list[str]:
 
 
 def check_truth(opt: dict) -> list[str]:
-    """Metrics that compare with a truth, of a dataset that has none."""
+    """Metrics that need ground truth, on a dataset without it."""
     metrics, known = (opt.get('val') or {}).get('metrics') or {}, registered('METRIC')
     without = [phase for phase, dataset in opt['datasets'].items() if dataset.get('type') == 'SingleImageDataset']
     compared = [
@@ -186,7 +186,7 @@ def check_files(path: str, opt: dict, prefixes: tuple[str, ...]) -> list[str]:
 
 
 def text_keys(rows: Iterable[Option]) -> re.Pattern:
-    """Keys, in any section, whose value is text although it may look like a number."""
+    """Keys, in any section, whose value is text even if it looks like a number."""
     of_datasets = (row for target in registered('DATASET').values() for row in getattr(target, 'option_keys', ()))
     found = names(row for row in (*rows, *of_datasets) if str in alternatives(row.kind))
     return re.compile('|'.join(map(translate, sorted({*found, *(f'{prefix}*' for prefix in FILES)}))))

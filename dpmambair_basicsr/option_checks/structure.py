@@ -1,4 +1,4 @@
-"""Checks of an option file before BasicSR reads it: its sections, what --force_yml adds, and the folder of the run."""
+"""Checks of an option file before BasicSR reads it: its sections, --force_yml, and the folder of the run."""
 
 import re
 import sys
@@ -25,7 +25,7 @@ MAX_LENGTH = 600  # characters
 
 
 def refuse(file: str, problems: list[str], forced: Sequence[str] = ()) -> None:
-    """Raises OptionError with all problems of an option file, if there are any, and the lines of their keys.
+    """Raises OptionError with all problems of an option file, if any, and the lines of their keys.
 
     Args:
         forced: the `--force_yml` entries, whose keys have no line.
@@ -54,7 +54,7 @@ def with_line(problem: str, lines: dict[str, int], forced: set[str]) -> str:
 
 
 def add_sections(opt, forced: list[str]) -> list[str]:
-    """The `--force_yml` entries, and before them what adds the known sections that they need and the file lacks."""
+    """The `--force_yml` entries, preceded by entries that add the known sections missing in the file."""
     opt, entries = deepcopy(opt), []
     for entry in forced:
         *sections, _ = entry.partition('=')[0].strip().split(':')
@@ -78,7 +78,7 @@ def may_be_section(path: list[str]) -> bool:
 
 
 def sections_in(parent: list[str]) -> list[str]:
-    """The names that sections in this one may have in an option file; with *, as in `Option`, and for any name."""
+    """Names that subsections of this section may have in an option file; * as in `Option`, and for any name."""
     match parent:
         case ['datasets']:
             return ['train', 'val', 'val_*', 'test', 'test_*']
@@ -94,15 +94,15 @@ def sections_in(parent: list[str]) -> list[str]:
 
 
 def apply_forced(opt, forced: list[str]) -> list[str]:
-    """Carries out `--force_yml section:key=value` on the file's options as BasicSR will, and returns its problems.
+    """Applies `--force_yml section:key=value` to the file's options as BasicSR will; returns the problems.
 
-    BasicSR runs the keys as Python (utils/options.py:128), so nothing else than keys may be there.
+    BasicSR runs the keys as Python (utils/options.py:128), so only plain keys are allowed.
     """
     problems = []
     for entry in forced if isinstance(opt, dict) else ():
         where = f'--force_yml {entry if len(entry) <= 100 else entry[:100] + "..."}'
         if not re.fullmatch(r'\s*[\w-]+(:[\w-]+)*\s*=[^=]*', entry):
-            problems.append(f'{where}: is not of the form key=value or section:key=value')
+            problems.append(f'{where}: expected key=value or section:key=value')
             continue
         keys, _, text = entry.partition('=')
         *sections, key = keys.strip().split(':')
@@ -120,7 +120,7 @@ def apply_forced(opt, forced: list[str]) -> list[str]:
 
 
 def unknown_section(opt: dict, path: list[str]) -> str:
-    """Of a path that leads to no section."""
+    """Problem of a path without a section."""
     depth = next(depth for depth in range(len(path)) if not isinstance(section_at(opt, path[: depth + 1]), dict))
     parent = section_at(opt, path[:depth])
     assert isinstance(parent, dict), 'the path up to `depth` leads to a section'
@@ -130,11 +130,11 @@ def unknown_section(opt: dict, path: list[str]) -> str:
 
 
 def check_structure(opt, is_train: bool) -> list[str]:
-    """Problems with what BasicSR's parse_options itself reads, where it ends with a bare KeyError or TypeError."""
+    """Problems with options that parse_options itself reads, and where it would raise a bare KeyError or TypeError."""
     if not isinstance(opt, dict):
         return ['the file is not a mapping of keys to values']
     if wrong := non_text_keys(opt):
-        return [f'{path}: expected a key that is text, got {key!r}' for path, key in wrong]
+        return [f'{path}: expected text as a key, got {key!r}' for path, key in wrong]
     sections, texts = {}, {}
     if isinstance(opt.get('datasets'), dict):
         sections = {f'datasets.{phase}': dataset for phase, dataset in opt['datasets'].items()}
@@ -164,12 +164,12 @@ def check_structure(opt, is_train: bool) -> list[str]:
         problems.append('val: empty, where BasicSR sets val_freq for a debug run; remove the key')
     total = opt['train'].get('total_iter', 1) if isinstance(opt.get('train'), dict) else 1
     if isinstance(total, int | float) and not total <= MAX_ITERATIONS:
-        problems.append(f'train.total_iter: must be at most {MAX_ITERATIONS}, not {total!r}')
+        problems.append(f'train.total_iter: must be at most {MAX_ITERATIONS}, got {total!r}')
     return problems + check_names(opt) + check_kinds_of_files(opt)
 
 
 def check_kinds_of_files(opt: dict) -> list[str]:
-    """Checkpoints, states and lists of images that are there but would never end: a FIFO, /dev/zero."""
+    """Checkpoints, states and image lists that exist but would block or never end: a FIFO, /dev/zero."""
     sections = {'path': opt.get('path')}
     if isinstance(opt.get('datasets'), dict):
         sections |= {f'datasets.{phase}': dataset for phase, dataset in opt['datasets'].items()}
@@ -191,7 +191,7 @@ def is_endless(file: Path) -> bool:
 
 
 def check_names(opt: dict) -> list[str]:
-    """Problems with names that become those of files and folders: one that leads elsewhere has folders renamed."""
+    """Problems with names that are used for files and folders: a path in one would rename other folders."""
     names = {'name': opt.get('name')}
     for phase, dataset in opt['datasets'].items() if isinstance(opt.get('datasets'), dict) else ():
         if isinstance(dataset, dict):
@@ -213,9 +213,9 @@ def non_text_keys(value, path: str = '') -> list[tuple[str, object]]:
 
 
 def check_root(opt: dict, wanted: dict) -> list[str]:
-    """Problem if `path.experiments_root` or `results_root` of the file, `wanted`, is no folder of BasicSR's.
+    """Problem if `path.experiments_root` or `results_root` of the file, `wanted`, is not a folder of BasicSR's.
 
-    A folder that exists is renamed as a whole when a run starts: one that holds other things must not be.
+    An existing folder is renamed as a whole when a run starts, so it must not hold anything else.
     """
     key, signs = ('results_root', ('visualization', 'test_*.log'))
     if opt['is_train']:
@@ -226,7 +226,9 @@ def check_root(opt: dict, wanted: dict) -> list[str]:
     if not folder.is_dir():
         return [f'path.{key}: {folder} is a file']
     if any(folder.iterdir()) and not any(is_of_a_run(file) for sign in signs for file in folder.glob(sign)):
-        return [f'path.{key}: {folder} holds other things than a run, and would be renamed; name a folder of its own']
+        return [
+            f'path.{key}: {folder} holds other files than those of a run, and would be renamed; choose another folder'
+        ]
     return []
 
 
@@ -236,7 +238,7 @@ def is_of_a_run(file: Path) -> bool:
 
 
 def check_renamed(opt: dict) -> list[str]:
-    """Checkpoints in the folder that BasicSR renames when this training starts: it would not find them any more."""
+    """Checkpoints in the folder that BasicSR renames when this training starts, where it would no longer find them."""
     folder = opt['path'].get('experiments_root')
     if not opt['is_train'] or folder is None or will_resume(opt):
         return []
@@ -247,6 +249,6 @@ def check_renamed(opt: dict) -> list[str]:
         if Path(file).resolve().is_relative_to(Path(folder).resolve()) and Path(file).exists()
     ]
     return [
-        f'path.{key}: {file} is in the folder of this run, which is renamed when it starts; change the name of the run'
+        f'path.{key}: {file} is in the folder of this run, which is renamed at the start; change the name of the run'
         for key, file in inside
     ]

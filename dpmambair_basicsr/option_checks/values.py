@@ -1,4 +1,4 @@
-"""Kinds of values in option files: whether a value is one, and what it is called in a message."""
+"""Types of option values: checking a value, and naming a type in messages."""
 
 import collections.abc
 import math
@@ -23,7 +23,7 @@ NUMBER = re.compile(r'[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?')
 
 
 def alternatives(kind) -> tuple:
-    """What a union is made of."""
+    """Members of a union."""
     return typing.get_args(kind) if typing.get_origin(kind) in (types.UnionType, typing.Union) else (kind,)
 
 
@@ -41,7 +41,7 @@ def is_kind(value, wanted) -> bool:
 
 
 def kind_in_words(wanted, bounds: str = '') -> str:
-    """Args: bounds: what is said of a number beside that it is one."""
+    """Args: bounds: text appended to the name of a number type."""
     origin, parts = typing.get_origin(wanted), typing.get_args(wanted)
     if origin in (types.UnionType, typing.Union):
         return ' or '.join(kind_in_words(part, bounds) for part in parts)
@@ -53,7 +53,7 @@ def kind_in_words(wanted, bounds: str = '') -> str:
 
 
 def check_value(path: str, value, row: Option) -> list[str]:
-    """Problem of a value that is not of its row's kind, or out of range; numbers as text: see `check_numbers`."""
+    """Problem of a value of the wrong type or out of range; for numbers as text, see `check_numbers`."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if is_number_as_text(value) or (is_kind(value, row.kind) and (not is_number or row.low <= value <= row.high)):
         return []
@@ -67,7 +67,7 @@ def is_number_as_text(value) -> bool:
 
 
 def check_numbers(path: str, value, texts: re.Pattern) -> list[str]:
-    """Numbers that YAML 1.1 reads as text: it wants a point and a sign, 3.0e-4; a quoted number is text as well.
+    """Numbers that YAML 1.1 reads as text: it requires a point and a sign, 3.0e-4. Quoted numbers are text too.
 
     Args:
         texts: keys whose value is meant to be text.
