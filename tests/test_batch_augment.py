@@ -126,19 +126,19 @@ LABELS |= {'d_state': 2, 'degradation': 'class', 'embed_dim': 8}
         ({'train.batch_augment': {'mixupp': {'prob': 1}}}, r'\.mixupp: unknown key, did you mean mixup\?'),
         ({'train.batch_augment': {'mixup': {'probb': 1}}}, r'\.mixup\.probb: unknown key, did you mean prob\?'),
         ({'train.batch_augment': {'mixup': {'alpha': 1}}}, r'\.mixup\.prob: missing'),
-        ({'train.batch_augment': {'mixup': 0.5}}, r'\.mixup: expected a section with prob and alpha, not 0\.5'),
-        ({'train.batch_augment': {'cutmix': {'prob': -1}}}, r'\.cutmix\.prob: expected a number of at least 0, not -1'),
+        ({'train.batch_augment': {'mixup': 0.5}}, r'\.mixup: expected a section with prob and alpha, got 0\.5'),
+        ({'train.batch_augment': {'cutmix': {'prob': -1}}}, r'\.cutmix\.prob: expected number >= 0, got -1'),
         ({'train.batch_augment': {'cutmix': {'prob': 1, 'alpha': 0}}}, r'\.cutmix\.alpha: must be above 0'),
         (
             {'train.batch_augment': {'mixup': {'prob': 0.6}, 'cutmix': {'prob': 0.6}}},
-            r': the values of prob are at most 1 together, not 1\.2',
+            r': the values of prob must sum to at most 1, got 1\.2',
         ),
         ({'datasets.train.batch_size_per_gpu': 1}, ': a batch of one image cannot be mixed'),
         (
             {'datasets.train.progressive': {'gt_sizes': [8, 8], 'batch_sizes': [2, 1], 'iters': [4, 4]}},
             ': a batch of one image cannot be mixed',
         ),
-        ({'network_g': LABELS}, ': a mixed image has no one kind of degradation'),
+        ({'network_g': LABELS}, ': mixed images have no single degradation label'),
         (
             {
                 'model_type': 'DegradationExtractorModel',
@@ -149,7 +149,7 @@ LABELS |= {'d_state': 2, 'degradation': 'class', 'embed_dim': 8}
                     'channels': 4,
                 },
             },
-            ': a mixed image has no one kind of degradation',
+            ': mixed images have no single degradation label',
         ),
     ],
 )

@@ -116,7 +116,7 @@ def test_option_files_are_copied_once_and_never_replaced(tmp_path):
 def test_the_packaged_option_file_is_taken_where_there_is_none_of_its_name(tmp_path):
     done = python('-m', 'dpmambair_basicsr', 'train', '-opt', 'train_your_own.yml', cwd=tmp_path)
     assert done.returncode == 1
-    assert done.stdout.startswith(f'-opt train_your_own.yml: no such file here; this is {PACKAGE_PARENT / "options"}')
+    assert done.stdout.startswith(f'-opt train_your_own.yml: no such file here; using {PACKAGE_PARENT / "options"}')
     assert 'datasets/your_own/train/GT' in done.stdout  # the data that is not there
     (tmp_path / 'train_your_own.yml').write_text('name: 1')
     done = python('-m', 'dpmambair_basicsr', 'train', '-opt', 'train_your_own.yml', cwd=tmp_path)

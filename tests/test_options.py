@@ -585,7 +585,7 @@ FOUND_IN_A_DRY_RUN = {
     'two extractors': (
         'path.pretrain_network_g',
         'whole.pth',
-        'path.pretrain_network_e: .*whole.pth brings its own extractor; write ~',
+        'path.pretrain_network_e: .*whole.pth includes its own extractor; write ~',
     ),
     'no such weights': (
         'train.lpips_opt',

@@ -533,7 +533,7 @@ def test_a_best_by_another_measure_is_not_compared_with(trained, tmp_path):
     opt['val']['metrics'] = {'ssim': METRICS['ssim']}
     commands.write_options(opt, tmp_path / 'run.yml')
     log = pipelines.train(tmp_path / 'run.yml', '--auto_resume', '--force_yml', 'train:total_iter=6', cwd=tmp_path)
-    assert 'net_g_best.pth: is the best by another measure' in log and 'Best ssim so far, ' in log
+    assert 'net_g_best.pth: was the best by another measure' in log and 'Best ssim so far, ' in log
 
 
 def test_an_infinite_metric_is_never_best(pairs, tmp_path):

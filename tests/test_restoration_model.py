@@ -136,7 +136,7 @@ def test_two_losses_of_one_log_name_are_refused(losses, message):
 
 
 def test_no_loss_is_refused():
-    with pytest.raises(ValueError, match='^train: names no loss'):
+    with pytest.raises(ValueError, match='^train: has no loss'):
         build(pixel_opt=None)
 
 
@@ -330,7 +330,7 @@ def test_from_stage_1(stage_1, stage_2, tmp_path):
 def test_from_a_checkpoint_of_the_whole_network(stage_1, stage_2):
     expected = extractor_of(stage_2['whole'])
     assert_extractor(model_with(pretrain_network_g=stage_2['whole']), expected)
-    with pytest.raises(ValueError, match=r'^path\.pretrain_network_e: \S*whole\.pth brings its own extractor; write ~'):
+    with pytest.raises(ValueError, match=r'^path\.pretrain_network_e: \S*whole\.pth includes its own extractor'):
         model_with(pretrain_network_g=stage_2['whole'], pretrain_network_e=stage_1[0])
     # BasicSR sets pretrain_network_g when it resumes; the option file still names stage 1, which may be gone.
     resumed = {'resume_state': '9.state', 'pretrain_network_g': stage_2['whole'], 'pretrain_network_e': 'gone.pth'}
@@ -353,7 +353,7 @@ def test_a_random_extractor_is_refused(make, stage_1, stage_2, tmp_path):
     with pytest.raises(ValueError, match=r'^path\.pretrain_network_e: missing\. '):
         make({})
     part = {'pretrain_network_g': stage_2['part'], 'strict_load_g': False}
-    with pytest.raises(ValueError, match=r'^path\.pretrain_network_e: missing, and \S*part\.pth holds none that fits'):
+    with pytest.raises(ValueError, match=r'^path\.pretrain_network_e: missing, and \S*part\.pth has no matching one'):
         make(part)
     wider = DPMambaIR(**NETWORK | {'embed_dim': 16}).state_dict()  # strict_load_g: false skips what does not fit
     file = save(tmp_path / 'wider.pth', {'params': wider})
@@ -379,7 +379,7 @@ def test_gan_model_takes_the_extractor(stage_1, stage_2):
 )
 def test_a_network_that_takes_no_extractor_is_given_none(model_type, network, stage_1):
     opt = options(dict(network), {'pretrain_network_e': stage_1[0]}) | {'model_type': model_type}
-    message = rf'^path\.pretrain_network_e: this {network["type"]} takes no extractor; write ~'
+    message = rf'^path\.pretrain_network_e: this {network["type"]} does not use an extractor; write ~'
     with pytest.raises(ValueError, match=message):
         build_model(opt)
     build_model(options(dict(network)) | {'model_type': model_type})

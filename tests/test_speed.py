@@ -147,7 +147,7 @@ GAN = {'model_type': 'RestorationGANModel', 'optim_d': {'type': 'Adam', 'lr': 1e
         ({'amp': 'fp16', 'num_gpu': 1, **GAN}, '^train.amp: RestorationGANModel does not scale its losses'),
         ({'amp': 'bf16', 'num_gpu': 2}, '^train.amp: needs a process for each of the 2 GPUs: --launcher pytorch$'),
         ({'compile': 'yes'}, "^train.compile: expected true or false, got 'yes'$"),
-        ({'compile': True}, '^train.compile: needs a C[+][+] compiler, and no-such-compiler is not there'),
+        ({'compile': True}, '^train.compile: needs a C[+][+] compiler, and no-such-compiler was not found'),
     ],
     ids=str,
 )

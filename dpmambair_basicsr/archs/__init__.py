@@ -1,4 +1,4 @@
-"""Networks. They need PyTorch alone."""
+"""Networks. They require only PyTorch."""
 
 from dpmambair_basicsr.archs.degradation_extractor_arch import DegradationAutoencoder, DegradationExtractor
 from dpmambair_basicsr.archs.dpmambair_arch import DPMambaIR, HighFrequencyEnhancementBlock

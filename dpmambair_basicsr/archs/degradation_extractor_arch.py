@@ -1,7 +1,7 @@
 """Degradation extractor and the auto-encoder that pre-trains it (DPMambaIR, Sec. 3.4).
 
 Shapes: B batch, H W height width, E = embed_dim.
-From the paper: three central-difference convolutions of different scale beside one vanilla convolution, six layers,
+From the paper: three central-difference convolutions of different scales and one vanilla convolution, six layers,
 average pooling, re-parameterisation into one kernel per layer; an embedding of 512; reconstruction of the degraded
 image from the clean one and the embedding. Our inference (the paper gives no widths): channels, strides, padding, head,
 and all of the reconstruction unit; chosen so that extractor and network together have the paper's 29.35 M and 153.33 G,
@@ -23,7 +23,7 @@ CDC_SIZES = (3, 5, 7)
 KERNEL = max(CDC_SIZES)
 CHANNELS = (64, 72, 64, 64, 64, 88)
 HIDDEN = 1024
-BLOCK = 1024  # pixels; without gradients, larger images are embedded in blocks, for the sake of memory
+BLOCK = 1024  # pixels; without gradients, larger images are embedded in blocks to save memory
 
 
 class CDCLayer(nn.Module):
@@ -47,7 +47,7 @@ class CDCLayer(nn.Module):
             nn.init.kaiming_uniform_(weight, a=5**0.5)  # as nn.Conv2d
 
     def kernel(self) -> Tensor:
-        """The one kernel the branches amount to, (out, in, 7, 7)."""
+        """The single kernel equivalent to all branches, (out, in, 7, 7)."""
         kernel = self.vanilla
         for weight in self.cdc:
             margin = (KERNEL - weight.shape[-1]) // 2
@@ -78,8 +78,8 @@ class CDCLayer(nn.Module):
 
 
 def extend(x: Tensor, margin: int = KERNEL // 2) -> Tensor:
-    """Repeat the border. Zeros would be edges, the strongest signal there is to central differences: the embedding
-    of a crop would then differ from that of its image (measured: by a factor of 1.7 in norm, 64 against 256 pixels)."""
+    """Replicate the border. Zeros would be edges, the strongest signal for central differences: the embedding of a
+    crop would then differ from that of its image (measured: by a factor of 1.7 in norm, 64 against 256 pixels)."""
     return F.pad(x, [margin] * 4, mode='replicate')
 
 
@@ -118,7 +118,7 @@ class DegradationExtractor(nn.Module):
 
     @staticmethod
     def options_of_weights(state_dict: dict[str, Tensor]) -> dict:
-        """What weights, merged or not, tell of the options whose defaults were others in the first versions."""
+        """Options inferred from weights, merged or not, where the first versions had other defaults."""
         if 'head.0.bias' not in state_dict:
             return {}
         biases = itertools.takewhile(state_dict.__contains__, (f'layers.{i}.bias' for i in itertools.count()))
@@ -138,7 +138,7 @@ class DegradationExtractor(nn.Module):
         return image
 
     def mean_in_blocks(self, image: Tensor) -> Tensor:
-        """The mean of `features`, (B, C), but for rounding: each block is seen with all that its features depend on."""
+        """Mean of `features`, (B, C), up to rounding: each block includes all pixels that its features depend on."""
         h, w = image.shape[-2:]
         total = 0
         for top in range(0, h, BLOCK):
@@ -166,7 +166,7 @@ def options_of_extractor(state_dict: dict[str, Tensor]) -> dict:
 
 
 class FusionBlock(nn.Module):
-    """x + conv(relu(modulated conv(x))), the modulation x * (1 + gamma) + beta being read from the embedding."""
+    """x + conv(relu(modulated conv(x))), where the modulation x * (1 + gamma) + beta is computed from the embedding."""
 
     def __init__(self, channels: int, embed_dim: int, hidden: int = 128):
         super().__init__()
@@ -194,15 +194,15 @@ class RefineBlock(nn.Module):
 
 @ARCH_REGISTRY.register()
 class DegradationAutoencoder(nn.Module):
-    """What stage 1 trains: the extractor reads the degraded image, a reconstruction unit degrades the clean one so.
+    """Stage 1: the extractor embeds the degraded image, from which a reconstruction unit degrades the clean one alike.
 
     Args:
         embed_dim: E.
         extractor_channels, extractor_hidden: see `DegradationExtractor`.
         channels: width of the reconstruction unit.
         num_fusion_blocks, num_refine_blocks: its depth.
-        unit_embedding: whether it reads the embedding at unit length, times a learned scale (our inference), because
-            DPMambaIR reads its direction alone, which has then to tell the severity too. False: as the first versions.
+        unit_embedding: whether it reads the embedding at unit length, times a learned scale (our inference): DPMambaIR
+            reads only its direction, which must then encode the severity too. False: as in the first versions.
     """
 
     stride = 1  # any size
@@ -231,23 +231,23 @@ class DegradationAutoencoder(nn.Module):
 
     @staticmethod
     def options_of_weights(state_dict: dict[str, Tensor]) -> dict:
-        """What weights tell of the options whose defaults were others in the first versions."""
+        """Options inferred from weights, where the first versions had other defaults."""
         found = options_of_extractor(state_dict)
         if 'stem.weight' in state_dict:
             found['unit_embedding'] = 'embedding_scale' in state_dict
         return found
 
     def embed(self, clean: Tensor, degraded: Tensor) -> Tensor:
-        """Embedding of the degradation, (B, E), as the reconstruction unit reads it."""
+        """Embedding of the degradation, (B, E), as read by the reconstruction unit."""
         embedding = self.extractor(degraded)
         return embedding if self.embedding_scale is None else self.embedding_scale * F.normalize(embedding, dim=1)
 
     def forward(self, clean: Tensor, degraded: Tensor | None = None, embedding: Tensor | None = None) -> Tensor:
-        """Reconstruct what is degraded.
+        """Reconstruct the degraded image.
 
         Args:
             clean, degraded: (B, 3, H, W) in [0, 1], same size.
-            embedding: (B, E) from `embed`, in place of `degraded`, for a part of an image that was embedded.
+            embedding: (B, E) from `embed`, in place of `degraded`, if `clean` is a part of an embedded image.
 
         Returns:
             (B, 3, H, W), not clamped.

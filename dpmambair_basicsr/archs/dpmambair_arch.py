@@ -1,8 +1,8 @@
 """DPMambaIR (arXiv 2504.17732): all-in-one restoration with a degradation-aware prompt state space model.
 
 Shapes: B batch, C width of a stage, D = d_inner of that stage, H W height width, R = ceil(C / 16) rank of delta,
-N states, E = embed_dim. The paper has no public code. What it states and what is our inference is said at each part;
-the configuration of the defaults reproduces its 29.35 M parameters and 153.33 G (fvcore, 1x3x256x256).
+N states, E = embed_dim. The paper has no public code. Each docstring says what is the paper's and what our inference;
+the default configuration reproduces its 29.35 M parameters and 153.33 G (fvcore, 1x3x256x256).
 """
 
 import math
@@ -31,18 +31,18 @@ SCANS = {1: (0,), 2: (0, 2), 4: (0, 1, 2, 3)}  # number of directions -> scan or
 class Modulation(nn.Module):
     """Degradation-aware prompts P_delta, P_B, P_C (Eq. 8, 9): one linear layer of the embedding for each.
 
-    Each multiplies delta, B or C of every position alike. From the paper: alpha_delta multiplies delta itself, which is
-    after softplus (Eq. 8). Our inference: one layer per prompt and block, alpha_delta one number, alpha_B and alpha_C N
+    Each multiplies delta, B or C equally at all positions. From the paper: alpha_delta multiplies delta itself, after
+    softplus (Eq. 8). Our inference: one layer per prompt and block, alpha_delta one number, alpha_B and alpha_C N
     each, which with a head of width 1024 has the slope of Table VII (v3), 2477 parameters per embedding dimension.
-    Initially all factors are exactly 1. A negative alpha_delta counts as 0 (our inference): the state, which shrinks by
+    Initially all factors are exactly 1. A negative alpha_delta is set to 0 (our inference): the state, which shrinks by
     exp(alpha_delta delta A), would grow without bound; at 0 the scan is switched off, and y = D u.
 
-    P_B and P_C are one prompt: A is diagonal and prompts do not depend on the position, so that only alpha_B alpha_C
-    counts in each state, and layers that are equal, as they are at first, get equal gradients and stay so.
+    P_B and P_C are equivalent: A is diagonal and prompts do not depend on the position, so only alpha_B alpha_C matters
+    in each state, and equal layers, as at initialisation, get equal gradients and stay equal.
 
     Args:
         prompts: subset of ('delta', 'B', 'C'); the others stay 1.
-        delta_prompt: 'scale', the above; 'low_rank', as in the first versions: R factors, of any sign, on the low-rank
+        delta_prompt: 'scale', as above; 'low_rank', as in the first versions: R factors, of any sign, on the low-rank
             delta, before dt_proj, bias and softplus, which change contrasts of delta but hardly its level.
         embed_dim, dt_rank, d_state: E, R, N.
     """
@@ -59,7 +59,7 @@ class Modulation(nn.Module):
         self.layers = nn.ModuleDict(layers)
 
     def forward(self, embedding: Tensor) -> tuple[Tensor, Tensor | None]:
-        """(B, E) -> (B, R + 2N), factors of the low-rank delta, B and C; (B,), that of delta, if there is one."""
+        """(B, E) -> (B, R + 2N), factors of the low-rank delta, B and C; and (B,), the factor of delta, or None."""
         factors = [
             self.layers[name](embedding) if name in self.layers else embedding.new_ones(embedding.shape[0], size)
             for name, size in self.sizes.items()
@@ -88,18 +88,18 @@ class ConcatInsertion(nn.Module):
 
 
 class AttentionInsertion(nn.Module):
-    """Ablation "Attention" (Table 4): pixels attend to the embedding, cut into eight tokens, as in OneRestore.
+    """Ablation "Attention" (Table 4): pixels attend to the embedding, split into eight tokens, as in OneRestore.
 
     Initially the identity. The paper gives no details: our inference, narrow enough for a network of about its size.
 
     Raises:
-        ValueError: the embedding cannot be cut so.
+        ValueError: the embedding cannot be split evenly.
     """
 
     def __init__(self, channels: int, embed_dim: int, num_tokens: int = 8):
         super().__init__()
         if embed_dim % num_tokens:
-            raise ValueError(f'embed_dim: {embed_dim}, for attention it has to be a multiple of {num_tokens}')
+            raise ValueError(f'embed_dim: {embed_dim}, attention needs a multiple of {num_tokens}')
         self.num_tokens, width = num_tokens, embed_dim // num_tokens
         self.query = nn.Conv2d(channels, width, 1, bias=False)
         self.key = nn.Linear(width, width, bias=False)
@@ -116,7 +116,7 @@ class AttentionInsertion(nn.Module):
 
 
 class ClassEmbedding(nn.Module):
-    """Label (B,) int64 -> its embedding (B, E), learned, of unit length as the extractor's."""
+    """Label (B,) int64 -> learned embedding (B, E), of unit length like the extractor's."""
 
     def __init__(self, num_classes: int, embed_dim: int):
         super().__init__()
@@ -130,9 +130,9 @@ class ClassEmbedding(nn.Module):
 class HighFrequencyEnhancementBlock(nn.Module):
     """HEB (Eq. 10, Fig. 4b): F + alpha * (F - GAP(F)), for features F of any network.
 
-    GAP is the mean over height and width, alpha one learnable scalar (v3), 0 at first, the identity (our inference).
-    Nothing bounds it: 1 + alpha is the gain of all but the mean, and at -1 the mean alone passes. Trained alphas may be
-    negative: so were all 14 of a network of 5.2 M parameters after 2300 iterations at a rate of 1e-3, -0.34 to -0.01.
+    GAP is the mean over height and width, alpha one learnable scalar (v3), initially 0, the identity (our inference).
+    It is unbounded: 1 + alpha is the gain of everything but the mean, and at -1 only the mean passes. Trained alphas
+    may be negative, as all 14 of a 5.2 M parameter network after 2300 iterations at a rate of 1e-3: -0.34 to -0.01.
     """
 
     def __init__(self):
@@ -213,11 +213,11 @@ class DPSSBlock(nn.Module):
 
 @ARCH_REGISTRY.register()
 class DPMambaIR(UNet):
-    """DPMambaIR: U-Net of DPSS blocks, told by a frozen degradation extractor what to undo.
+    """DPMambaIR: U-Net of DPSS blocks, conditioned on the embedding of a frozen degradation extractor.
 
-    Values are in [0, 1]; the output is not clamped. Images may have any size: inside, height and width are padded to
+    Values are in [0, 1]; the output is not clamped. Images may have any size: height and width are padded inside to
     multiples of 8, see `pad_to_multiple`, as the published test scripts of VmambaIR and Restormer do.
-    `extractor` is in its merged form, frozen, and part of the state dict: one file, one call.
+    `extractor` is merged, frozen, and part of the state dict, so a checkpoint is complete.
 
     Args:
         inp_channels, out_channels: of the images; equal, because the input is added to the output.
@@ -236,12 +236,12 @@ class DPMambaIR(UNet):
             P_C is removed: prompt ['delta', 'B']).
         degradation: 'extractor', or 'class' for an embedding of the true label (Table 4, "Classes").
         num_degradations: labels for 'class'.
-        unit_classes: whether their embeddings have unit length, as the extractor's; false: as in the first versions.
+        unit_classes: whether their embeddings have unit length, like the extractor's; false: as in the first versions.
         extractor_channels, extractor_hidden: see `DegradationExtractor`.
-        checkpoint_levels: resolutions whose blocks are computed once more in the backward pass, see `UNet`; e.g. [0].
+        checkpoint_levels: resolutions whose blocks are recomputed in the backward pass, see `UNet`; e.g. [0].
 
     Raises:
-        ValueError: for a value that is not among the choices, naming the key.
+        ValueError: naming the key, for a value that is not one of the choices.
     """
 
     def __init__(
@@ -275,7 +275,7 @@ class DPMambaIR(UNet):
         for name in prompt:
             one_of('prompt', name, PROMPTS)
         if len(d_inner) != 4:
-            raise ValueError(f'd_inner: {list(d_inner)} has {len(d_inner)} entries, needed are 4, one per level')
+            raise ValueError(f'd_inner: {list(d_inner)} has {len(d_inner)} entries, expected 4, one per level')
         one_of('out_channels', out_channels, (inp_channels,))
         if insertion == 'modulate' and not prompt:
             insertion = 'none'
@@ -308,28 +308,28 @@ class DPMambaIR(UNet):
 
     @property
     def needs_extractor(self) -> bool:
-        """Whether `load_extractor`, or a checkpoint of the whole network, has to come before training."""
+        """Whether `load_extractor`, or a checkpoint of the whole network, must precede training."""
         return self.extractor is not None
 
     def values_to_log(self) -> dict[str, float]:
-        """The least and the greatest alpha of the HEBs, for the log of a training; nothing without HEB."""
+        """Smallest and largest alpha of the HEBs, for the training log; empty without HEB."""
         blocks = (block for block in self.modules() if isinstance(block, HighFrequencyEnhancementBlock))
         alphas = [block.alpha.item() for block in blocks]
         return {'heb_alpha_min': min(alphas), 'heb_alpha_max': max(alphas)} if alphas else {}
 
     @staticmethod
     def options_of_weights(state_dict: dict[str, Tensor]) -> dict:
-        """What weights tell of the options whose defaults were others in the first versions.
+        """Options inferred from weights, where the first versions had other defaults.
 
         Raises:
-            ValueError: they are of an insertion of the first versions.
+            ValueError: the weights use an insertion of the first versions.
         """
         layers = {key.partition('.attn.')[2] for key in state_dict}
         is_concat = 'insertion.reduce.weight' in layers and 'insertion.expand.weight' not in layers
         if is_concat or 'insertion.tokens.weight' in layers:
             raise ValueError(
                 'weights of an insertion of version 0.1.0, which had 40 M (concat) or 117 M (attention) parameters '
-                'and is no longer there: use them with that version, or train again'
+                'and is no longer supported: use them with that version, or train again'
             )
         found = options_of_extractor(state_dict)
         for name, place in {'delta': 'low_rank', 'delta_scale': 'scale'}.items():
@@ -340,13 +340,13 @@ class DPMambaIR(UNet):
         return found
 
     def load_extractor(self, state_dict: dict[str, Tensor]) -> None:
-        """Take over the extractor that stage 1 trained, merged.
+        """Loads the extractor trained in stage 1, merging it.
 
         Args:
             state_dict: of a DegradationAutoencoder.
 
         Raises:
-            RuntimeError: if it holds no extractor, or one of other widths.
+            RuntimeError: if it has no extractor, or one of other widths.
         """
         own = self.extractor
         assert own is not None, 'asked of networks that `needs_extractor`'
@@ -362,15 +362,15 @@ class DPMambaIR(UNet):
     def embed(self, lq: Tensor, label: Tensor | None = None) -> Tensor | None:
         """Embedding of the degradation, (B, E): of the image or of `label` (B,) int64; None if there is none.
 
-        It has unit length (our inference): its scale would multiply the steps that training makes in the prompts.
-        Stage 1 reads it so too, see `DegradationAutoencoder`.
+        It has unit length (our inference): its scale would multiply the training steps of the prompts. So it has in
+        stage 1, see `DegradationAutoencoder`.
         """
         if self.extractor is not None:
             with torch.no_grad():
                 return F.normalize(self.extractor(lq), dim=1)
         if self.classes is not None:
             if label is None:
-                raise ValueError("degradation: 'class' needs a label for each image, and the dataset gives none")
+                raise ValueError("degradation: 'class' needs a label per image, which the dataset does not provide")
             return self.classes(label)
         return None
 
@@ -380,7 +380,7 @@ class DPMambaIR(UNet):
         Args:
             lq: (B, 3, H, W) RGB in [0, 1], any H and W.
             label: (B,) int64, only for degradation 'class'.
-            embedding: (B, E) from `embed`, for a part of the image that was embedded; default: of lq as it is padded.
+            embedding: (B, E) from `embed`, if lq is part of an embedded image; default: that of the padded lq.
 
         Returns:
             (B, 3, H, W), about [0, 1].

@@ -1,8 +1,8 @@
 """VmambaIR (arXiv 2403.11423): a U-Net of omni selective scan blocks for deraining and super-resolution.
 
 Shapes: B batch, C width of a stage, H W height width, S lifted channels of the channel scan, R rank of delta, N states.
-Parameter names and shapes are those of the released checkpoints. Where paper and released code differ, the code is
-followed and the docstring says so.
+Parameter names and shapes are those of the released checkpoints. Where paper and released code differ, we follow the
+code, and the docstring says so.
 """
 
 import math
@@ -40,7 +40,7 @@ class PixelLinear(nn.Linear):
 class OSSModule(PlanarScan):
     """Omni selective scan (Sec. 4.2.1, 4.3, Fig. 3): four scans over the plane, two over the channels.
 
-    Not in the paper's text but in its code: the lifting to four channels, the two layer norms, and the kind of fusion.
+    In the code but not in the paper's text: the lifting to four channels, the two layer norms, and the kind of fusion.
 
     Args:
         channels: C.
@@ -143,7 +143,7 @@ class OSSBlock(nn.Module):
 class VmambaIR(UNet):
     """VmambaIR for deraining (scale 1) and for single-image and real-world super-resolution.
 
-    Values are in [0, 1]; the output is not clamped. Images may have any size: inside, height and width are padded to
+    Values are in [0, 1]; the output is not clamped. Images may have any size: height and width are padded inside to
     multiples of 8, see `pad_to_multiple`, as the published test scripts do.
     Released configurations, num_blocks + num_refinement_blocks, channel_scan, channel_fusion:
     deraining [3, 5, 7, 9] + 2, lifted, add; single-image SR x4 [15, 1, 1, 1] + 15, lifted, modulate;
@@ -155,19 +155,19 @@ class VmambaIR(UNet):
         num_blocks: OSS blocks at the four levels, decoder like encoder.
         num_refinement_blocks: OSS blocks after the decoder.
         ffn_expansion_factor: hidden width of the EFFN over C.
-        bias: of the stem, the reducing convolutions, the EFFN and the last convolution at scale 1. The resampling
-            ones never have one, those of the OSS module and of the SR tail always, as released.
-        scale: 1, 2, 3, 4 or 8. The released code has 1 and 4 only.
+        bias: of the stem, the reducing convolutions, the EFFN and the last convolution at scale 1. As released, the
+            resampling convolutions never have one, those of the OSS module and of the SR tail always do.
+        scale: 1, 2, 3, 4 or 8. The released code has only 1 and 4.
         d_state: N.
         channel_scan: 'lifted' to four channels, 'scalar', or 'none' (Table 4, V2).
-        channel_fusion: y and the channel scan c give 'add': y + c, 'modulate': y * c + y.
+        channel_fusion: of y and the channel scan c; 'add': y + c, 'modulate': y * c + y.
         planar_directions: 4, or 1 for the one-way scan (Table 4, V1, which also has channel_scan 'none').
         ffn: whether blocks have an EFFN (Table 4, V3).
         linear_projection: linear layers instead of 1x1 convolutions in the OSS module (Table 4, V4).
-        checkpoint_levels: resolutions whose blocks are computed once more in the backward pass, see `UNet`; e.g. [0].
+        checkpoint_levels: resolutions whose blocks are recomputed in the backward pass, see `UNet`; e.g. [0].
 
     Raises:
-        ValueError: for a value that is not among the choices, naming the key.
+        ValueError: naming the key, for a value that is not one of the choices.
     """
 
     def __init__(

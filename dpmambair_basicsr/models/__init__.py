@@ -1,4 +1,4 @@
-"""Training logic."""
+"""Models: what is trained, and how, as in BasicSR."""
 
 from dpmambair_basicsr.registry import lazy_attributes
 

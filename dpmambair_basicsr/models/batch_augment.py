@@ -14,18 +14,18 @@ KEYS = ('alpha', 'prob')
 
 
 class BatchAugment:
-    """Mixes each image of a batch with another one of it, degraded and clean images alike, once per iteration.
+    """Mixes each image of a batch with another of the same batch, degraded and clean alike, once per iteration.
 
     mixup (Zhang et al., ICLR 2018, arXiv 1710.09412): lam times the image and 1 - lam times the other.
     cutmix (Yun et al., ICCV 2019, arXiv 1905.04899): a rectangle of the other, 1 - lam of the area unless the border
         cuts it; its edges are between pixels of the degraded image.
 
-    lam is drawn from Beta(alpha, alpha), one for the batch, and one of the kinds, or none, by `prob`. Neither paper of
-    ours trains so. All numbers come from torch's generator on the CPU, which each iteration seeds anew
-    (`patches/signals`): resume is bit-exact.
+    One lam per batch is drawn from Beta(alpha, alpha), and one of the kinds, or none, by `prob`. Not used by either of
+    the two papers. All random numbers come from torch's CPU generator, which is reseeded in each iteration
+    (`patches/signals`), so resume is bit-exact.
 
     Args:
-        opt: of the training. `train.batch_augment`: {mixup: {alpha, prob}, cutmix: {alpha, prob}}, of which one may be
+        opt: of the training. `train.batch_augment`: {mixup: {alpha, prob}, cutmix: {alpha, prob}}, either may be
             missing. alpha > 0, default 1; prob in [0, 1], the two at most 1 together.
     """
 
@@ -38,19 +38,19 @@ class BatchAugment:
 
     @staticmethod
     def check_options(opt: dict, uses_labels: bool) -> None:
-        """Raises OptionError naming what is wrong with `train.batch_augment`, or does not go with it.
+        """Raises OptionError naming what is wrong with `train.batch_augment`, or incompatible with it.
 
         Args:
-            uses_labels: whether the kind of an image's degradation is learnt, or given to the network.
+            uses_labels: whether the degradation label is learnt, or given to the network.
         """
         kinds, path = opt['train']['batch_augment'], 'train.batch_augment'
         if uses_labels:
-            raise OptionError(f'{path}: a mixed image has no one kind of degradation, which is used here; write ~')
+            raise OptionError(f'{path}: mixed images have no single degradation label, which is used here; write ~')
         for kind, options in kinds.items():
             check_kind(f'{path}.{kind}', kind, options)
         total = sum(options['prob'] for options in kinds.values())
         if total > 1:
-            raise OptionError(f'{path}: the values of prob are at most 1 together, not {total}')
+            raise OptionError(f'{path}: the values of prob must sum to at most 1, got {total}')
         train = opt['datasets']['train']
         sizes = (train.get('progressive') or {}).get('batch_sizes') or [train.get('batch_size_per_gpu', 2)]
         if min(sizes) * opt['train'].get('accum_iter', 1) < 2:
@@ -94,12 +94,12 @@ def check_kind(path: str, kind: str, options) -> None:
     if kind not in KINDS:
         raise OptionError(f'{path}: unknown key{did_you_mean(kind, KINDS)}')
     if not isinstance(options, dict):
-        raise OptionError(f'{path}: expected a section with prob and alpha, not {options!r}')
+        raise OptionError(f'{path}: expected a section with prob and alpha, got {options!r}')
     for key, value in options.items():
         if key not in KEYS:
             raise OptionError(f'{path}.{key}: unknown key{did_you_mean(key, KEYS)}')
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
-            raise OptionError(f'{path}.{key}: expected a number of at least 0, not {value!r}')
+            raise OptionError(f'{path}.{key}: expected number >= 0, got {value!r}')
     if 'prob' not in options:
         raise OptionError(f'{path}.prob: missing')
     if options.get('alpha', 1) == 0:
@@ -107,7 +107,7 @@ def check_kind(path: str, kind: str, options) -> None:
 
 
 def rectangle(height: int, width: int, share: float) -> tuple[int, int, int, int]:
-    """Top, bottom, left, right of a rectangle of this share of the area, at a random place, as far as it is inside."""
+    """Top, bottom, left, right of a randomly placed rectangle of this share of the area, clipped to the image."""
     side = math.sqrt(share)
     edges = []
     for size in (height, width):

@@ -1,4 +1,4 @@
-"""The best network of a training so far, by the first metric of `val.metrics`, averaged over the validation sets."""
+"""Keeps the best network of a training, by the first metric of `val.metrics` averaged over the validation sets."""
 
 import math
 from pathlib import Path
@@ -10,7 +10,7 @@ from dpmambair_basicsr.training.state import network_file, read_nets, write_alon
 
 
 def validated_sets(opt: dict) -> list[str]:
-    """Names of the sets that BasicSR's train.py or test.py validates."""
+    """Names of the datasets that BasicSR's train.py or test.py validates."""
     sets = opt['datasets'].items()
     return [data['name'] for phase, data in sets if phase.split('_')[0] == 'val' or not opt['is_train']]
 
@@ -32,7 +32,7 @@ class BestCheckpoint:
         return Path(self.opt['path']['models']) / f'net_g_best{self.suffix}'
 
     def measure(self) -> dict:
-        """What the best network is best in: values of another measure cannot be compared with it."""
+        """The measure of the best network; values of another measure are not comparable."""
         metric, options = next(iter(self.opt['val']['metrics'].items()))
         tiles = {key: value for key, value in self.opt['val'].items() if key in ('tile', 'overlap', 'one_pass')}
         return {
@@ -48,7 +48,7 @@ class BestCheckpoint:
         return value < self.best['value'] if better == 'lower' else value > self.best['value']
 
     def offer(self, model, averages: dict[str, float], current_iter: int) -> None:
-        """Save the model's network if its averages are the best. Raises what `training.state.write` does."""
+        """Saves the model's network if its averages are the best so far. Raises what `training.state.write` does."""
         measure = self.measure()
         value = averages[measure['metric']]
         if not self.is_better(value, measure['options'].get('better', 'higher')):
@@ -62,19 +62,19 @@ class BestCheckpoint:
         get_root_logger().info(f'Best {best["metric"]} so far, {value:.4f}: saved as {self.file.name}.')
 
     def resume(self) -> None:
-        """Continue from the best that the interrupted training has saved."""
+        """Continues from the best network saved by the interrupted training."""
         file = network_file(self.file.parent, self.file.stem)
         if not (self.opt.get('val') or {}).get('metrics') or not file.is_file():
             return
         try:
             best = read_checkpoint(str(file)).get('best') or {}
         except ValueError as error:
-            get_root_logger().warning(f'{error}. The best network is searched for again.')
+            get_root_logger().warning(f'{error}. The search for the best network starts over.')
             return
         measure = self.measure()
         if {key: best.get(key) for key in measure} != measure:
             get_root_logger().warning(
-                f'{file}: is the best by another measure, and is replaced by the best from now on.'
+                f'{file}: was the best by another measure, and will be replaced by the best from now on.'
             )
             return
         self.best = best

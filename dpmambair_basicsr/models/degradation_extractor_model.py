@@ -8,7 +8,7 @@ from dpmambair_basicsr.registry import MODEL_REGISTRY
 class DegradationExtractorModel(RestorationModel):
     """Stage 1 of DPMambaIR (Sec. 3.4): a DegradationAutoencoder turns the clean image into the degraded one.
 
-    The target of losses, metrics and saved images is therefore the degraded image, `lq` of the dataset. Options are
+    Losses, metrics and saved images therefore use the degraded image, `lq` of the dataset, as target. Options are
     RestorationModel's.
     """
 

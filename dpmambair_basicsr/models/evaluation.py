@@ -1,4 +1,4 @@
-"""How a model applies its network to a validation or test image."""
+"""Applies the network of a model to validation and test images."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,18 +12,18 @@ from dpmambair_basicsr.inference.tiled_network import OVERLAP, TiledNetwork
 
 
 class Evaluation:
-    """Whole, or in tiles as `restore` does it, for an image that is too large for the memory.
+    """Processes whole images, or tiles as in `restore` if images are too large for the memory.
 
     Args:
         opt: of the model. In `val`:
             tile: size of the tiles in pixels of the input. Default: none, the whole image.
-            overlap: pixels that neighbouring tiles share at least, up to half a tile. Default 64.
-            one_pass: tiles in half the time, each with channel means of its own. Default false.
+            overlap: minimum overlap of neighbouring tiles in pixels, up to half a tile. Default 64.
+            one_pass: tiles in half the time, each with its own channel means. Default false.
     """
 
     option_keys = (
-        Option('val', 'tile', int | None, 'size of tiles, in pixels of the input; ~ or 0: whole images', low=0),
-        Option('val', 'overlap', int, 'pixels that tiles share, up to half a tile; default 64', low=0),
+        Option('val', 'tile', int | None, 'tile size in pixels of the input; ~ or 0: whole images', low=0),
+        Option('val', 'overlap', int, 'overlap of tiles in pixels, up to half a tile; default 64', low=0),
         Option('val', 'one_pass', bool, 'tiles in half the time, but less like the whole image; default false'),
     )
 
@@ -34,14 +34,14 @@ class Evaluation:
         self.scale = opt.get('scale', 1)
 
     def restore(self, net: nn.Module, inputs: tuple[Tensor, ...], file: str) -> Tensor:
-        """(b, 3, scale * h, scale * w) from `inputs`, whose first is (b, 3, h, w), by the network in evaluation mode.
+        """(b, 3, scale * h, scale * w) from `inputs`, whose first is (b, 3, h, w), by the network in eval mode.
 
         Args:
-            file: of the image, for the message.
+            file: that of the image, for messages.
 
         Raises:
             OutOfMemory: naming the file, its size and `val.tile`.
-            ValueError: a tile that is smaller than the network's stride.
+            ValueError: a tile smaller than the network's stride.
         """
         was_training = net.training
         net.eval()
@@ -53,7 +53,7 @@ class Evaluation:
                 raise
         finally:
             net.train(was_training)
-        # Not inside the except clause: the frames of the error hold what they have computed.
+        # Outside the except clause: the frames of the error keep their tensors alive.
         height, width = inputs[0].shape[-2:]
         raise out_of_memory(height, width, self.tile, 'val.tile: {0} (--force_yml val:tile={0})', f'{file}: ')
 

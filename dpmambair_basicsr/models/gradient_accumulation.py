@@ -1,4 +1,4 @@
-"""Gradient accumulation: one step of the optimizers for several parts of a batch."""
+"""Gradient accumulation: one optimizer step for several micro-batches."""
 
 import functools
 from collections.abc import Callable, Iterator
@@ -13,14 +13,14 @@ from dpmambair_basicsr.files.option_row import Option
 
 
 class GradientAccumulation:
-    """Lets the model work off its batch in `train.accum_iter` micro-batches, and step once, by their mean gradient.
+    """Makes the model process its batch in `train.accum_iter` micro-batches and step once, with their mean gradient.
 
-    As in traiNNer-redux an iteration is a step: total_iter, schedules, averages, validation and checkpoints count as
-    with one batch of the whole size, which the training equals but for rounding. What looks at a batch as a whole sees
-    micro-batches: batch normalization, and spectral normalization, which iterates with each.
+    As in traiNNer-redux, an iteration is a step: total_iter, schedules, EMA, validation and checkpoints count as for
+    a single batch of the full size, to which the training is equal up to rounding. Batch normalization sees micro-batches,
+    and spectral normalization iterates with each.
 
-    The loader gives the micro-batches of an iteration together (`patches/seeding`), so a training is interrupted and
-    resumed between steps only.
+    The loader delivers the micro-batches of an iteration together (`patches/seeding`), so training is only interrupted
+    and resumed between steps.
 
     Args:
         opt: of the training.
@@ -44,29 +44,29 @@ class GradientAccumulation:
         return self.index in (None, self.count - 1)
 
     def watch(self, optimizer: Optimizer) -> None:
-        """BasicSR's models call zero_grad and step with each micro-batch: from now on they do nothing in between."""
+        """BasicSR's models call zero_grad and step with each micro-batch: makes these calls no-ops in between."""
         if self.count > 1:
             optimizer.zero_grad = only_if(lambda: self.is_first, optimizer.zero_grad)
             optimizer.step = only_if(lambda: self.is_last, optimizer.step)
             optimizer.register_step_pre_hook(self.average)
 
     def average(self, optimizer: Optimizer, *_) -> None:
-        """Called before a step: the mean of the gradients in place of their sum."""
+        """Called before a step: replaces the sum of the gradients by their mean."""
         for group in optimizer.param_groups:
             for parameter in group['params']:
                 if parameter.grad is not None:
                     parameter.grad.div_(self.count)
 
     def micro_batches(self, model, nets: dict[str, nn.Module]) -> Iterator[None]:
-        """Gives the model one micro-batch after the other in its `batch_names`, and the whole batch again at the end.
+        """Sets the model's `batch_names` to each micro-batch in turn, and back to the whole batch at the end.
 
-        Processes exchange gradients with the last.
+        Processes exchange gradients with the last one.
 
         Args:
-            nets: the model's, those in DistributedDataParallel with it.
+            nets: the model's, including their DistributedDataParallel wrappers.
 
         Raises:
-            ValueError: if the batch cannot be shared out, or is not what `accum_iter` asks of the loader.
+            ValueError: if the batch cannot be divided, or does not have the size that `accum_iter` requires.
         """
         if self.count == 1:
             yield
@@ -101,7 +101,7 @@ class GradientAccumulation:
 
 
 def only_if(condition: Callable[[], bool], method: MethodType) -> MethodType:
-    """The method, which does nothing where the condition is not met."""
+    """The method, turned into a no-op while the condition is not met."""
 
     @functools.wraps(method.__func__)
     def call(self, *args, **kwargs):

@@ -18,17 +18,16 @@ DTYPES = {'bf16': torch.bfloat16, 'fp16': torch.float16}
 
 
 class Precision:
-    """Makes the network compute in lower precision, or compiled, while it is trained.
+    """Runs the network in lower precision, or compiled, during training.
 
-    Testing and validation are as without it: fp32, not compiled.
+    Testing and validation are unaffected: fp32, not compiled.
 
     Args:
         train: the section `train` of the options.
-            amp: bf16 or fp16: the network's convolutions and the like compute in it, losses, parameters, the
-                optimizer and the selective scans in fp32. fp16 needs a GPU and a model that scales its loss.
-                Default: fp32.
-            compile: whether torch.compile compiles the network's blocks, or all of it if it has none of a kind: some
-                minutes at the first iteration, and again where the crops change their size.
+            amp: bf16 or fp16, the type of the network's convolutions etc.; losses, parameters, optimizer and selective
+                scans stay in fp32. fp16 needs a GPU and a model that scales its loss. Default: fp32.
+            compile: whether to torch.compile the network's blocks, or all of it if it has no repeated blocks; takes
+                some minutes at the first iteration, and again when the crops change their size.
         device: the network's.
     """
 
@@ -44,7 +43,7 @@ class Precision:
 
     @staticmethod
     def check_options(opt: dict, model: str, scales_loss: bool) -> None:
-        """Raises ValueError naming the option that is wrong or does not work here.
+        """Raises ValueError naming the option that is invalid or unsupported here.
 
         Args:
             model: its name.
@@ -54,7 +53,7 @@ class Precision:
         if amp is not None and amp not in DTYPES:
             raise ValueError(f'train.amp: must be one of {", ".join(DTYPES)}, ~, got {amp!r}')
         if amp == 'fp16' and not scales_loss:
-            raise ValueError(f'train.amp: {model} does not scale its losses, as fp16 needs it; write bf16')
+            raise ValueError(f'train.amp: {model} does not scale its losses, as fp16 requires; write bf16')
         if amp == 'fp16' and opt['num_gpu'] == 0:
             raise ValueError('train.amp: fp16 needs a GPU; write bf16')
         if compiled not in (None, True, False):
@@ -64,11 +63,11 @@ class Precision:
             raise ValueError(f'train.{key}: needs a process for each of the {opt["num_gpu"]} GPUs: --launcher pytorch')
         if compiled and (missing := missing_compiler(opt['num_gpu'] > 0)):
             raise ValueError(
-                f'train.compile: needs a C++ compiler, and {missing} is not there; install one or write false'
+                f'train.compile: needs a C++ compiler, and {missing} was not found; install one or write false'
             )
 
     def prepare(self, net: nn.Module) -> None:
-        """To be called once the network and its average have been made."""
+        """Must be called after the network and its EMA have been created."""
         if not self.amp and not self.compile:
             return
         forward = type(net).forward
@@ -100,9 +99,9 @@ class Precision:
 
 
 def in_training(module: nn.Module, forward: Callable) -> None:
-    """Let `forward(module, *inputs)` take the place of the module's own while the module is in training mode.
+    """Makes `forward(module, *inputs)` replace the module's own while the module is in training mode.
 
-    The state dict's names stay; a deepcopy runs on its own parameters, as a method is copied with what it is bound to.
+    State dict names are unchanged; a deepcopy uses its own parameters, as bound methods are copied with their object.
     """
 
     def choose(module, *inputs):
@@ -121,10 +120,10 @@ def mixed(dtype: torch.dtype, forward: Callable) -> Callable:
 
 
 def compile_blocks(net: nn.Module) -> bool:
-    """Compile the blocks of a U-Net, once for each shape of the features, which takes less time than the whole would.
+    """Compiles the blocks of a U-Net, once per feature shape, which is faster than compiling the whole network.
 
     Returns:
-        Whether it has any.
+        Whether there are any.
     """
     blocks = [block for stage in getattr(net, 'stages', ()) for block in stage]
     compiled = {kind: torch.compile(kind.forward) for kind in {type(block) for block in blocks}}
@@ -134,7 +133,7 @@ def compile_blocks(net: nn.Module) -> bool:
 
 
 def missing_compiler(gpu: bool) -> str | None:
-    """The program that torch.compile calls on this kind of device, if it is not there."""
+    """The compiler that torch.compile needs for this kind of device, if it is missing."""
     if gpu:
         names = [os.environ['CC']] if 'CC' in os.environ else ['cc', 'gcc', 'clang']
     else:

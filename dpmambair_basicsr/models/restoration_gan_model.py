@@ -9,18 +9,18 @@ from dpmambair_basicsr.registry import MODEL_REGISTRY
 class RestorationGANModel(RestorationMixin, SRGANModel):
     """SRGANModel (pixel, perceptual and adversarial loss, EMA) with inference at any size: VmambaIR's single-image SR.
 
-    Options beside SRGANModel's:
-        train.ldl_opt: a pixel loss of output and truth, each times BasicSR's map of artefacts (LDL, Liang et al., CVPR
-            2022, arXiv 2203.09195), for which `ema_decay` is needed. VmambaIR has none.
-        train.scheduler_d: the discriminator's scheduler; default: the generator's, `scheduler`.
-        train.grad_clip_norm: limit of the norm of the generator's gradient; default: none.
+    Options in addition to SRGANModel's:
+        train.ldl_opt: a pixel loss of output and ground truth, each multiplied by BasicSR's artefact map (LDL, Liang et
+            al., CVPR 2022, arXiv 2203.09195); requires `ema_decay`. Not part of VmambaIR.
+        train.scheduler_d: scheduler of the discriminator; default: `scheduler`, the generator's.
+        train.grad_clip_norm: maximum gradient norm of the generator; default: none.
         train.pbar: show a progress bar.
         train.amp (bf16), train.compile: of the generator, see `Precision`.
         train.accum_iter, train.freeze (of the generator): as RestorationModel's.
 
     Raises:
-        ValueError: a part that GAN training needs is missing, a loss is named that BasicSR's code would skip, or
-            the network needs labels, which that code does not give it.
+        ValueError: an option that GAN training requires is missing, BasicSR's code would skip a loss, or the network
+            needs labels, which that code does not pass on.
     """
 
     option_keys = (
@@ -39,27 +39,27 @@ class RestorationGANModel(RestorationMixin, SRGANModel):
         parts = {'network_d': opt, 'train.optim_d': train_opt, 'train.gan_opt': train_opt}
         for name, section in parts.items():
             if not section.get(name.removeprefix('train.')):
-                raise ValueError(f'{name}: missing, {cls.__name__} needs it')
+                raise ValueError(f'{name}: missing, required by {cls.__name__}')
         for name, loss in train_opt.items():
             if name.endswith('_opt') and loss is not None and name not in cls.loss_keys:
-                raise ValueError(f'train.{name}: {cls.__name__} has {", ".join(cls.loss_keys)} only')
+                raise ValueError(f'train.{name}: {cls.__name__} supports only {", ".join(cls.loss_keys)}')
         if train_opt.get('ldl_opt') and not train_opt.get('ema_decay'):
-            raise ValueError('train.ema_decay: missing, train.ldl_opt needs it')
+            raise ValueError('train.ema_decay: missing, required by train.ldl_opt')
 
     def init_training_settings(self) -> None:
         net = self.get_bare_model(self.net_g)
         if getattr(net, 'needs_label', False):
             raise ValueError(
-                f'network_g: {type(net).__name__} needs labels, which {type(self).__name__} does not give it'
+                f'network_g: {type(net).__name__} needs labels, which {type(self).__name__} does not provide'
             )
         super().init_training_settings()
         if self.opt['train'].get('ldl_opt'):
             if not getattr(self, 'cri_ldl', None):
-                raise ValueError('train.ldl_opt: this BasicSR has no LDL, 1.4.2 has')
+                raise ValueError('train.ldl_opt: this BasicSR has no LDL; 1.4.2 does')
             self.net_g_ema.requires_grad_(False)  # its output is only compared with
 
     def optimize_micro_batch(self, current_iter: int) -> None:
-        """SRGANModel's iteration; with LDL RealESRGANModel's, which is that and LDL. Nothing is sharpened."""
+        """SRGANModel's iteration, or with LDL RealESRGANModel's, which adds only LDL. Nothing is sharpened."""
         if not self.opt['train'].get('ldl_opt'):
             super().optimize_micro_batch(current_iter)
             return

@@ -1,6 +1,6 @@
-"""What our models change in BasicSR's: inference at any size, labels, readable checkpoint errors, optimizer groups.
+"""Extends BasicSR's models with inference at any size, labels, readable checkpoint errors and optimizer groups.
 
-What takes more than a few lines is in parts that the model owns: `StepGuard`, `Precision`, `Evaluation`,
+Anything longer than a few lines is in parts owned by the model: `StepGuard`, `Precision`, `Evaluation`,
 `BatchAugment`, `GradientAccumulation`, `ValidationMonitor`, `BestCheckpoint`.
 """
 
@@ -42,22 +42,22 @@ from dpmambair_basicsr.training.state import find_networks
 
 
 def needs_label(network: dict) -> bool:
-    """Whether a network of ours, of these options, is called with the kind of degradation."""
+    """Whether these are options of one of our networks that takes the degradation label."""
     target = our_type('ARCH', network)
     return target is not None and getattr(make_without_storage(target, arguments_of(network)), 'needs_label', False)
 
 
 class RestorationMixin(SRModel):
-    """Mix-in for SRModel and its descendants; each method overrides the hook of the same name there."""
+    """Mix-in for SRModel and its subclasses; each method overrides the hook of the same name."""
 
     option_keys = (
-        Option('logger', 'keep_last', int | None, 'checkpoints that are kept; ~: all', low=1),
-        Option('logger', 'save_format', Literal['pth', 'safetensors'], 'of the networks that are saved; default pth'),
-        Option('path', 'pretrain_network_e', str | None, 'checkpoint of stage 1, for DPMambaIR'),
-        Option('train', 'grad_clip_norm', float | None, "limit of the gradient's norm; ~: none", low=0),
-        Option('train', 'pbar', bool | None, 'a progress bar'),
+        Option('logger', 'keep_last', int | None, 'number of checkpoints to keep; ~: all', low=1),
+        Option('logger', 'save_format', Literal['pth', 'safetensors'], 'file format of saved networks; default pth'),
+        Option('path', 'pretrain_network_e', str | None, 'stage 1 checkpoint, for DPMambaIR'),
+        Option('train', 'grad_clip_norm', float | None, 'maximum gradient norm; ~: none', low=0),
+        Option('train', 'pbar', bool | None, 'show a progress bar'),
         Option(
-            'train', 'freeze', list[str] | None, 'names of parameters of network_g that are not trained, as encoder.*'
+            'train', 'freeze', list[str] | None, 'patterns of parameter names of network_g to freeze, e.g. encoder.*'
         ),
         *BatchAugment.option_keys,
         *GradientAccumulation.option_keys,
@@ -65,9 +65,9 @@ class RestorationMixin(SRModel):
         *Precision.option_keys,
         *Evaluation.option_keys,
     )
-    scales_loss = False  # whether optimize_parameters is made of Precision's `backward` and `step`, as fp16 needs it
-    learns_degradations = False  # whether the kind of an image's degradation is what is learnt
-    batch_names: tuple[str, ...] = ('lq', 'gt', 'label')  # attributes that feed_data makes of a batch
+    scales_loss = False  # whether optimize_parameters uses Precision's `backward` and `step`, as fp16 requires
+    learns_degradations = False  # whether the model learns the kind of degradation
+    batch_names: tuple[str, ...] = ('lq', 'gt', 'label')  # attributes set by feed_data
 
     def __init__(self, opt: dict):
         self.batch_augment = BatchAugment(opt)
@@ -87,7 +87,7 @@ class RestorationMixin(SRModel):
     def check_training(cls, opt: dict) -> None:
         """Raises ValueError naming an option that this model cannot train with.
 
-        The option checker calls it before anything is created; a model made without it calls it itself.
+        Called by the option checks before anything is created, and by the model itself for programs without them.
         """
         Precision.check_options(opt, cls.__name__, cls.scales_loss)
         if opt['train'].get('batch_augment'):
@@ -104,27 +104,27 @@ class RestorationMixin(SRModel):
     # Training
 
     def model_to_device(self, net: nn.Module) -> nn.Module:
-        """What `train.freeze` names is frozen first: DistributedDataParallel asks what is trained."""
+        """Freezes `train.freeze` first, since DistributedDataParallel looks at requires_grad."""
         if self.is_train and net is self.net_g and (patterns := self.opt['train'].get('freeze')):
             freeze(net, patterns)
             log_frozen(net)
         return super().model_to_device(net)
 
     def feed_data(self, data: dict) -> None:
-        """`lq`, `gt` (b, 3, h, w) in [0, 1]; `label` (b,) where the dataset knows the degradation."""
+        """`lq`, `gt` (b, 3, h, w) in [0, 1]; `label` (b,) if the dataset provides it."""
         super().feed_data(data)
         self.monitor.note_items(data)
         self.label = data['label'].to(self.device) if 'label' in data else None
         self.lq_path = data.get('lq_path', ['lq'])[0]
 
     def network_inputs(self) -> tuple[Tensor, ...]:
-        """What the network is called with."""
+        """The inputs of the network."""
         if getattr(self.get_bare_model(self.net_g), 'needs_label', False):
             return self.lq, self.label
         return (self.lq,)
 
     def setup_optimizers(self) -> None:
-        """One optimizer over what is trainable; parameters marked `no_weight_decay` get none."""
+        """One optimizer over the trainable parameters; those marked `no_weight_decay` are not decayed."""
         net = self.get_bare_model(self.net_g)
         self.precision = Precision(self.opt['train'], self.device)
         self.precision.prepare(net)
@@ -136,7 +136,7 @@ class RestorationMixin(SRModel):
             self.optimizer_g.register_step_pre_hook(self.clip_gradient)
 
     def get_optimizer(self, optim_type: str, params, lr: float, **kwargs) -> Optimizer:
-        """Guards the optimizer, and at the first call the losses, which have been made then."""
+        """Guards the optimizer and, at the first call, the losses, which exist by then."""
         if not self.optimizers:
             for loss in self.get_losses():
                 self.step_guard.watch_loss(loss)
@@ -153,7 +153,7 @@ class RestorationMixin(SRModel):
         return {name: net for name, net in vars(self).items() if name.startswith('net_') and isinstance(net, nn.Module)}
 
     def clip_gradient(self, *_) -> None:
-        """Limit the norm of the network's gradient to `train.grad_clip_norm`."""
+        """Limits the norm of the network's gradient to `train.grad_clip_norm`."""
         nn.utils.clip_grad_norm_(self.net_g.parameters(), self.opt['train']['grad_clip_norm'])
 
     def setup_schedulers(self) -> None:
@@ -193,17 +193,17 @@ class RestorationMixin(SRModel):
         self.show_progress(current_iter)
 
     def mix_batch(self) -> None:
-        """What `train.batch_augment` makes of the images."""
+        """Applies `train.batch_augment` to the images."""
         batch = {name: getattr(self, name, None) for name in self.batch_names}
         images = {name: value for name, value in batch.items() if isinstance(value, Tensor) and value.dim() == 4}
         self.__dict__.update(self.batch_augment.apply(images))
 
     def optimize_micro_batch(self, current_iter: int) -> None:
-        """BasicSR's iteration. What steps in between, and is not an optimizer, asks `accumulation.is_last`."""
+        """BasicSR's iteration. Anything but optimizers that should run once per step checks `accumulation.is_last`."""
         super().optimize_parameters(current_iter)
 
     def model_ema(self, decay: float = 0.999) -> None:
-        """As BasicSR's, but what is frozen is copied: rounding would move it, by 1.7e-4 in 100000 steps at 0.9999."""
+        """As BasicSR's, but copies frozen parameters: rounding would shift them (1.7e-4 in 100000 steps at 0.9999)."""
         if not self.accumulation.is_last:
             return
         super().model_ema(decay)
@@ -213,13 +213,13 @@ class RestorationMixin(SRModel):
                 parameter.data.copy_(own[name].data)
 
     def get_current_log(self) -> dict:
-        """BasicSR asks for it every `logger.print_freq` iterations; a network adds what its `values_to_log` gives."""
+        """Called by BasicSR every `logger.print_freq` iterations; networks may add values by `values_to_log`."""
         self.monitor.log_drawn()
         values = getattr(self.get_bare_model(self.net_g), 'values_to_log', dict)()
         return self.step_guard.add_to_log({**super().get_current_log(), **values})
 
     def show_progress(self, current_iter: int) -> None:
-        """Advance the bar of `train.pbar`."""
+        """Advances the progress bar of `train.pbar`."""
         if not self.opt['train'].get('pbar') or self.opt['rank'] != 0:
             return
         if not hasattr(self, 'pbar'):
@@ -233,7 +233,7 @@ class RestorationMixin(SRModel):
 
     def test(self) -> None:
         """Set `output` from `lq` by the EMA network, whole or in tiles: see `Evaluation`."""
-        # The bare network: the DDP wrapper would broadcast buffers from rank 0 alone, and hang.
+        # The bare network: the DDP wrapper would broadcast buffers from rank 0 only, and hang.
         net = getattr(self, 'net_g_ema', self.get_bare_model(self.net_g))
         self.output = self.evaluation.restore(net, self.network_inputs(), self.lq_path)
 
@@ -245,7 +245,7 @@ class RestorationMixin(SRModel):
             self.best_checkpoint.offer(self, averages, current_iter)
 
     def get_current_visuals(self) -> 'OrderedDict[str, Tensor]':
-        """BasicSR's validation asks for it once per image."""
+        """Called once per image by BasicSR's validation."""
         visuals, degraded = super().get_current_visuals(), self.network_inputs()[0]
         self.monitor.note_image(degraded, degraded is self.lq, visuals)
         return visuals
@@ -260,9 +260,9 @@ class RestorationMixin(SRModel):
     def save_network(
         self, net: nn.Module | list, net_label: str, current_iter: int, param_key: str | list[str] = 'params'
     ) -> None:
-        """As BasicSR's, and the options of the network with it: `network_g` in net_g_*.pth, `network_d` in net_d_*.pth.
+        """As BasicSR's, plus the options of the network: `network_g` in net_g_*.pth, `network_d` in net_d_*.pth.
 
-        So a checkpoint can be used without its option file, see `dpmambair_basicsr.load`.
+        A checkpoint can thus be used without its option file, see `dpmambair_basicsr.load`.
         """
         nets: list = [*net] if isinstance(net, list) else [net]
         keys = [*param_key] if isinstance(param_key, list) else [param_key]
@@ -275,9 +275,9 @@ class RestorationMixin(SRModel):
     def load_network(
         self, net: nn.Module, load_path: str, strict: bool = True, param_key: str | None = 'params'
     ) -> None:
-        """As BasicSR's, but of the keys of the file see `wanted_keys`; `param_key` counts for other networks only.
+        """As BasicSR's, but the key in the file is chosen by `wanted_keys`; `param_key` applies only to other networks.
 
-        The average of a training, params_ema, starts from the file's network if that has none.
+        If the file has no params_ema, the EMA of a training starts from its network.
 
         Raises:
             FileNotFoundError: no such file.

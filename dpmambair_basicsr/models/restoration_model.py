@@ -16,15 +16,15 @@ LOG_NAMES = {'pixel_opt': 'l_pix', 'perceptual_opt': 'l_percep'}
 class RestorationModel(RestorationMixin):
     """SRModel with any number of losses, gradient clipping, a frozen degradation extractor, and inference at any size.
 
-    Options beside SRModel's:
-        train.<name>_opt: a loss, type and arguments; logged as l_<name>. The sum is minimised.
-        train.grad_clip_norm: limit of the gradient's norm; default: none.
+    Options in addition to SRModel's:
+        train.<name>_opt: type and arguments of a loss, logged as l_<name>. Their sum is minimised.
+        train.grad_clip_norm: maximum gradient norm; default: none.
         train.pbar: show a progress bar.
         train.amp, train.compile: mixed precision and compilation, see `Precision`.
-        train.accum_iter: micro-batches for one step, see `GradientAccumulation`.
-        train.freeze: names of parameters that are not trained, see `training.parameters.freeze`.
-        path.pretrain_network_e: checkpoint of stage 1 for a network with a degradation extractor (DPMambaIR). The
-            extractor is saved in this model's checkpoints, so testing and resuming do not need it.
+        train.accum_iter: micro-batches per step, see `GradientAccumulation`.
+        train.freeze: patterns of parameters to freeze, see `training.parameters.freeze`.
+        path.pretrain_network_e: stage 1 checkpoint, for a network with a degradation extractor (DPMambaIR). The
+            extractor becomes part of this model's checkpoints, so testing and resuming do not need it.
     """
 
     scales_loss = True
@@ -33,9 +33,9 @@ class RestorationModel(RestorationMixin):
     def check_training(cls, opt: dict) -> None:
         super().check_training(opt)
         if not any(key.endswith('_opt') and value is not None for key, value in opt['train'].items()):
-            raise ValueError('train: names no loss; give at least one, e.g. pixel_opt: {type: L1Loss}')
+            raise ValueError('train: has no loss; add at least one, e.g. pixel_opt: {type: L1Loss}')
         if opt['train'].get('ldl_opt') is not None:
-            raise ValueError('train.ldl_opt: LDL is of the GAN models; for a loss of another kind take another name')
+            raise ValueError('train.ldl_opt: LDL needs a GAN model; choose another name for another loss')
 
     def init_training_settings(self) -> None:
         self.check_training(self.opt)
@@ -78,7 +78,7 @@ class RestorationModel(RestorationMixin):
         """Log name -> weighted loss.
 
         Raises:
-            ValueError: if two losses have one log name.
+            ValueError: if two losses have the same log name.
         """
         loss_dict, origin = OrderedDict(), {}
         for key, loss in self.losses.items():

@@ -1,4 +1,4 @@
-"""What our models do about losses and gradients that are not finite."""
+"""Handles losses and gradients that are not finite."""
 
 import math
 
@@ -13,16 +13,16 @@ MAX_SKIPPED_STEPS = 10
 
 
 class StepGuard:
-    """Skips the steps of the optimizers it watches whose loss or gradient is not finite.
+    """Skips steps of the watched optimizers whose loss or gradient is not finite.
 
-    BasicSR takes such a step, trains a network of NaN to the end, and saves that. Here the optimizer finds no gradients
-    and does nothing, the step is counted in the log as `skipped_steps`, and training continues, which survives a bad
-    batch. With DistributedDataParallel all processes skip the step, also if one alone has the bad loss.
+    BasicSR takes such a step, then trains a network of NaNs to the end and saves it. Here the gradients are removed, so
+    the optimizer does nothing; the step is counted in the log as `skipped_steps`, and training survives a bad batch.
+    With DistributedDataParallel all processes skip the step, even if only one of them has the bad loss.
 
     Args:
-        opt: of the training. `train.max_skipped_steps`: this many in a row are skipped by an optimizer; the next is a
-            FloatingPointError. Default 10. With fp16 the first few of a training are among them: the scale of the loss
-            is found so.
+        opt: of the training. `train.max_skipped_steps`: an optimizer skips at most this many steps in a row; the next
+            one raises FloatingPointError. Default 10. With fp16 this includes the first few steps of a training, in
+            which the loss scale is found.
     """
 
     option_keys = (Option('train', 'max_skipped_steps', int, 'in a row; the next ends the training', low=0),)
@@ -34,13 +34,13 @@ class StepGuard:
         self.skipped_in_a_row: dict[Optimizer, int] = {}
         self.names: dict[nn.Parameter, str] = {}
         self.losses_are_finite: list[Tensor] = []  # since the last step of an optimizer
-        self.earlier: list[Tensor] = []  # those of the iteration's earlier micro-batches
+        self.earlier: list[Tensor] = []  # of the iteration's earlier micro-batches
 
     def watch_loss(self, loss: nn.Module) -> None:
         loss.register_forward_hook(self.note_loss)
 
     def watch(self, optimizer: Optimizer, nets: dict[str, nn.Module]) -> None:
-        """`nets` are named in messages."""
+        """`nets` provide the parameter names for messages."""
         self.names |= {
             parameter: f'{name}.{part}' for name, net in nets.items() for part, parameter in net.named_parameters()
         }
@@ -48,7 +48,7 @@ class StepGuard:
         optimizer.register_step_pre_hook(self.check)
 
     def begin_micro_batch(self, is_first: bool) -> None:
-        """A loss of one micro-batch counts for the steps of all optimizers, which come with the last."""
+        """The loss of a micro-batch affects the steps of all optimizers, which follow the last one."""
         if is_first:
             self.earlier.clear()
         else:
@@ -60,7 +60,7 @@ class StepGuard:
         self.losses_are_finite += [part.detach().isfinite().all() for part in parts if isinstance(part, Tensor)]
 
     def check(self, optimizer: Optimizer, *_) -> None:
-        """Called before a step: without gradients it is none, and leaves the optimizer's averages as they are.
+        """Called before a step, which without gradients leaves the optimizer's moments unchanged.
 
         Raises:
             FloatingPointError: more than the limit in a row are not finite.
@@ -95,7 +95,7 @@ class StepGuard:
         return bool(bad)
 
     def name_of_first(self, parameters: list[nn.Parameter]) -> str:
-        """What is not finite: the gradient of the first such parameter, or else the loss."""
+        """Names what is not finite: the gradient of the first such parameter, or else the loss."""
         bad = next((p for p in parameters if p.grad is not None and not p.grad.isfinite().all()), None)
         if bad is None:
             return 'The loss'

@@ -1,4 +1,4 @@
-"""Real-ESRGAN's degradation for training (Wang et al. 2021, Sec. 3), as BasicSR's models do it, on any device."""
+"""Real-ESRGAN's degradation in training (Wang et al. 2021, Sec. 3), as in BasicSR's models, but on any device."""
 
 from dataclasses import replace
 
@@ -29,15 +29,15 @@ SHARPENING = ('gt_usm', 'l1_gt_usm', 'percep_gt_usm', 'gan_gt_usm')
 
 
 class TwoOrderDegradation(SRModel):
-    """Mix-in before RealESRNetModel or RealESRGANModel, whose `feed_data` makes LQ images from GT images and kernels.
+    """Mix-in for RealESRNetModel and RealESRGANModel, whose `feed_data` makes LQ images from GT images and kernels.
 
-    BasicSR's own constructors and their pool of training pairs call .cuda(); here everything is on the model's device.
+    BasicSR's own constructors and their pool of training pairs call .cuda(); here all is on the model's device.
 
     Options at the top level of the file, as in BasicSR: those of the two orders (blur kernels come with
     the images of RealESRGANDataset), `gt_size` of the final crop, and
         queue_size: size of the pool of training pairs, from which batches of mixed degradations are drawn; default 180.
         high_order_degradation: false to train on the dataset's own `lq` and `gt`; default true.
-    There is no sharpening (USM): VmambaIR uses none, and BasicSR's keys for it may be absent or false.
+    There is no sharpening (USM), as in VmambaIR; BasicSR's keys for it may be absent or false.
     """
 
     option_keys = (
@@ -49,7 +49,7 @@ class TwoOrderDegradation(SRModel):
 
     @classmethod
     def check_degradation(cls, opt: dict) -> None:
-        """Raises ValueError naming the keys at the top level that are missing or do not fit, for a training."""
+        """Raises ValueError naming top-level keys that are missing or invalid for a training."""
         for key in SHARPENING:
             if opt.get(key):
                 raise ValueError(f'{key}: {opt[key]}, but {cls.__name__} does not sharpen; write false')
@@ -57,7 +57,7 @@ class TwoOrderDegradation(SRModel):
             return
         missing = [row.name for row in DEGRADATION if row.name not in opt]
         if missing:
-            raise ValueError(f'{", ".join(missing)}: missing, the two-order degradation needs them')
+            raise ValueError(f'{", ".join(missing)}: missing, required by the two-order degradation')
         batch_size = opt['datasets']['train']['batch_size_per_gpu']
         if not opt['dist']:
             batch_size *= max(opt['num_gpu'], 1)

@@ -1,4 +1,4 @@
-"""What our models tell about a run: the table of a test, averages, sample images, the degradations drawn."""
+"""Reports of our models on a run: the results table of a test, averages, sample images, the degradations drawn."""
 
 import os
 from collections import Counter
@@ -25,12 +25,12 @@ SAMPLE_HEIGHT = 256
 
 
 class ValidationMonitor:
-    """Watches validation and testing, set by set, and compares across sets, which BasicSR does not.
+    """Watches validation and testing, set by set, and aggregates over sets, which BasicSR does not.
 
-    A round is all sets of `datasets`.
-        Test: after the last set the table is logged, and written to the results folder: `results.run`.
+    A round comprises all sets of `datasets`.
+        Test: after the last set, the table is logged and written to the results folder: `results.run`.
         Training: the metrics of the unrestored input are logged once, the average over the sets each time. TensorBoard
-            gets the averages and sample images: input, output, truth.
+            gets the averages and sample images: input, output, ground truth.
 
     Args:
         opt: of the training or the test.
@@ -47,7 +47,7 @@ class ValidationMonitor:
     # The training items
 
     def note_items(self, data: dict) -> None:
-        """What the model is fed with, of a training or a validation."""
+        """Records the items of a training or validation batch."""
         kinds = [kind for kind in data.get('degradation', ()) if kind]
         if self.current is None:
             self.drawn.update(kinds)
@@ -57,7 +57,7 @@ class ValidationMonitor:
             self.current_kinds.update(kinds)
 
     def log_drawn(self) -> None:
-        if self.drawn and 'degradation' not in self.opt['datasets']['train']:  # where it is, there is but one
+        if self.drawn and 'degradation' not in self.opt['datasets']['train']:  # otherwise there is only one
             total = sum(self.drawn.values())
             counts = ', '.join(f'{kind} {n} ({n / total:.1%})' for kind, n in sorted(self.drawn.items()))
             get_root_logger().info(f'Drawn so far by this process: {counts}.')
@@ -66,7 +66,7 @@ class ValidationMonitor:
 
     @contextmanager
     def watching(self, dataloader, tb_logger, current_iter: int | str) -> Iterator[None]:
-        """While BasicSR validates a set."""
+        """Active while BasicSR validates a set."""
         self.current = SetResult(dataloader.dataset.opt['name'], count=len(dataloader))
         self.current_kinds, self.totals = set(), Counter()
         self.samples = [] if tb_logger and self.is_train else None
@@ -78,12 +78,12 @@ class ValidationMonitor:
             tb_logger.add_image(f'{self.done.name}/{index}', sample, current_iter)
 
     def note_image(self, degraded: Tensor, is_lq: bool, visuals: dict[str, Tensor]) -> None:
-        """One image of the set.
+        """Records one image of the set.
 
         Args:
-            degraded: what the network was called with, (1, 3, h, w).
+            degraded: the input of the network, (1, 3, h, w).
             is_lq: whether it is `lq` of the dataset.
-            visuals: what BasicSR compares, `result` and maybe `gt`.
+            visuals: the images that BasicSR compares, `result` and possibly `gt`.
         """
         if self.current is None:
             return
@@ -97,7 +97,7 @@ class ValidationMonitor:
             self.samples.append(side_by_side([degraded, visuals['result'], *truth]))
 
     def note_input_file(self, result: SetResult, degraded: Tensor, is_lq: bool) -> None:
-        """Where the network's input can be seen: saved if there is no file of it."""
+        """Records the file of the network's input; saves the input if there is none."""
         path = os.path.abspath(self.current_path)
         name = Path(path).stem
         is_file = self.is_stored and is_lq and os.path.isfile(path)
@@ -108,7 +108,7 @@ class ValidationMonitor:
         result.images[name] = path
 
     def measure_input(self, degraded: Tensor, visuals: dict[str, Tensor]) -> None:
-        """Add the metrics of the network's input to `totals`, if it has the size of the result."""
+        """Adds the metrics of the network's input to `totals`, if it has the size of the result."""
         if degraded.shape == visuals['result'].shape:
             pair = {'img': tensor2img([degraded])} | ({'img2': tensor2img([visuals['gt']])} if 'gt' in visuals else {})
             for metric, options in (self.opt['val'].get('metrics') or {}).items():
@@ -117,7 +117,7 @@ class ValidationMonitor:
     # All sets
 
     def finish_set(self, restored: dict[str, float], tb_logger, current_iter: int | str) -> dict[str, float] | None:
-        """Take up a set's metrics.
+        """Records the metrics of a set.
 
         Returns:
             In training, after the last set of a round: the averages over the sets.
@@ -152,7 +152,7 @@ class ValidationMonitor:
         return averages
 
     def note_checkpoint(self, file: str, param_key: str | None) -> None:
-        """The tested network's, at the time it is read: a training may continue and write it again."""
+        """Records the tested checkpoint when it is read, as a running training may overwrite it."""
         if not self.is_train:
             self.checkpoint = {'checkpoint': str(file), 'param_key': param_key or '', 'sha256': sha256(file)}
 

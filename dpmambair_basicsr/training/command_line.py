@@ -1,4 +1,4 @@
-"""What BasicSR is called with."""
+"""The command-line arguments of BasicSR's train and test."""
 
 import argparse
 import sys
@@ -8,7 +8,7 @@ from dpmambair_basicsr.files.option_files import packaged_folder
 
 
 def command_line() -> tuple[str | None, list[str]]:
-    """The option file and the `--force_yml` entries, as BasicSR's own parser will find them."""
+    """The option file and the `--force_yml` entries, as BasicSR's own parser will read them."""
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument('-opt')
     parser.add_argument('--force_yml', nargs='+', default=[])
@@ -17,15 +17,15 @@ def command_line() -> tuple[str | None, list[str]]:
 
 
 def find_option_file() -> None:
-    """Lets `-opt train_dpmambair.yml` name an option file that comes with the package, where there is none of the name.
+    """Makes `-opt train_dpmambair.yml` use the packaged option file if there is no such file here.
 
-    Only a name without a folder; a printed line says so.
+    Only for a name without a folder; a line is printed.
     """
     name, _ = command_line()
     if name is None or Path(name).name != name or Path(name).exists():
         return
     packaged = packaged_folder() / name
     if packaged.is_file():
-        print(f'-opt {name}: no such file here; this is {packaged}')
+        print(f'-opt {name}: no such file here; using {packaged}')
         full = {name: str(packaged), f'-opt={name}': f'-opt={packaged}'}
         sys.argv[1:] = [full.get(argument, argument) for argument in sys.argv[1:]]

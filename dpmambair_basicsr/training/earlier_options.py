@@ -1,4 +1,4 @@
-"""Option files of earlier versions, which lack options whose defaults have changed: their checkpoints tell."""
+"""Option files of earlier versions: options whose defaults have changed are inferred from the checkpoints."""
 
 import logging
 
@@ -7,9 +7,9 @@ from dpmambair_basicsr.registry import our_type, told_by_weights
 
 
 def complete_networks(opt: dict) -> None:
-    """Give the sections network_* what they leave out and the weights they begin with tell, and log it.
+    """Completes the sections network_* with options inferred from their initial weights, and logs them.
 
-    So a training that is resumed, or a test, has the network that was saved, and stage 2 the extractor of stage 1.
+    A resumed training or a test thus gets the network that was saved, and stage 2 the extractor of stage 1.
 
     Raises:
         FileNotFoundError, ValueError: naming the file, if it cannot be read.

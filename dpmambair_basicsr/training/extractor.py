@@ -1,4 +1,4 @@
-"""The frozen degradation extractor of a network in training: which checkpoint it comes from."""
+"""Loads the frozen degradation extractor of a network in training."""
 
 import logging
 
@@ -28,25 +28,25 @@ def load_extractor(net: nn.Module, path: dict) -> None:
 
 
 def stage_1_checkpoint(net: nn.Module, path: dict) -> str | None:
-    """`path.pretrain_network_e`, or None where the network has its extractor already, or takes none.
+    """`path.pretrain_network_e`, or None if the network already has its extractor, or needs none.
 
-    It has it if `path.pretrain_network_g` is a checkpoint of a whole DPMambaIR, as it is when a training is resumed:
-    even `strict_load_g: false` has loaded what the file holds.
+    It has one if `path.pretrain_network_g` is a checkpoint of a whole DPMambaIR, as when a training is resumed: even
+    `strict_load_g: false` loads what is in the file.
 
     Raises:
-        ValueError: neither file holds an extractor that fits, both do, or the network takes none; without the key.
+        ValueError: neither file has a matching extractor, both do, or the network needs none; without the key.
     """
     whole, stage_1 = path.get('pretrain_network_g'), path.get('pretrain_network_e')
     if not getattr(net, 'needs_extractor', False):
         if stage_1 is not None:
-            raise ValueError(f'this {type(net).__name__} takes no extractor; write ~')
+            raise ValueError(f'this {type(net).__name__} does not use an extractor; write ~')
         return None
     if whole is not None and holds_extractor(whole, path, net):
         if stage_1 is not None and not path.get('resume_state'):
-            raise ValueError(f'{whole} brings its own extractor; write ~')
+            raise ValueError(f'{whole} includes its own extractor; write ~')
         return None
     if stage_1 is None:
-        also = '' if whole is None else f', and {whole} holds none that fits'
+        also = '' if whole is None else f', and {whole} has no matching one'
         raise ValueError(
             f"missing{also}. The network's degradation extractor is frozen during training: pre-train it with "
             'options/train_degradation_extractor.yml and name the checkpoint here'

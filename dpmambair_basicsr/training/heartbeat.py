@@ -1,10 +1,10 @@
-"""Says which process of a distributed training is missing, while the others wait for it silently.
+"""Reports which process of a distributed training is missing while the others wait for it silently.
 
-A process that is stopped (a frozen node) or never comes leaves the others in a collective operation until the timeout
-of the process group. So a thread of each process writes to torch's store that it is alive; the first process reads all
-of them, the others the first's. Another thread watches that, because reading itself may wait for a frozen process.
-Nothing is ended here: that is up to the timeout, `dist_params.timeout`. A process that is alive, but waits for
-something else than the others, is not found.
+A process that is stopped (a frozen node) or never starts leaves the others in a collective operation until the timeout
+of the process group. So a thread of each process writes heartbeats to torch's store; the first process reads those of
+all others, and they read the first's. A second thread monitors this, as reading may itself block on a frozen process.
+Nothing is ended here: that is left to the timeout, `dist_params.timeout`. A live process that waits for something else
+than the others is not detected.
 """
 
 import atexit
@@ -25,7 +25,7 @@ STORE = -1  # in place of a rank: the store itself, where reading waits
 
 
 class Heartbeat:
-    """Of this process, by the environment of torchrun or `--launcher slurm`; it continues until the process ends.
+    """Heartbeat of this process, by the environment of torchrun or `--launcher slurm`, until the process ends.
 
     Args:
         timeout: of the process group, in seconds; None: torch's default.
@@ -48,7 +48,7 @@ class Heartbeat:
         atexit.register(self.end)
 
     def end(self) -> None:
-        """Python must not end while a thread of it is in torch."""
+        """Python must not exit while one of its threads is in torch."""
         self.ended.set()
         self.beating.join(timeout=INTERVAL)
 
@@ -98,7 +98,7 @@ class Heartbeat:
             self.missing = late
 
     def say(self, ranks: set[int], what: str) -> None:
-        """To the log, or to stderr before there is one."""
+        """Writes to the log, or to stderr before there is one."""
         names = ', '.join(self.describe(rank) for rank in sorted(ranks))
         logging.getLogger('basicsr').error(f'{names}: {what}')
 

@@ -1,4 +1,4 @@
-"""Building blocks that two or more networks share. They depend on torch and on `dpmambair_basicsr.ops` only."""
+"""Building blocks shared by the networks. They depend only on torch and `dpmambair_basicsr.ops`."""
 
 from dpmambair_basicsr.archs.blocks.checks import one_of
 from dpmambair_basicsr.archs.blocks.effn import EFFN

@@ -3,7 +3,7 @@ from contextvars import ContextVar
 
 from torch import Tensor, nn
 
-# Not a hook of the modules, nor an attribute: other threads may use the same network at the same time.
+# A context variable, not a hook or attribute of the modules: other threads may use the network at the same time.
 _means_over_tiles: ContextVar['MeansOverTiles | None'] = ContextVar('means_over_tiles', default=None)
 
 
@@ -16,17 +16,17 @@ class ImageMean(nn.Module):
 
 
 class MeansOverTiles:
-    """A context in which the `ImageMean`s of a network first collect the means of tiles, then give the mean of them.
+    """Context manager in which the `ImageMean`s of a network first collect the means of tiles, then return their mean.
 
-    It holds for this thread (or asyncio task) alone, and is to be entered for each call of the network.
+    It applies only to the current thread (or asyncio task), and must be entered for each call of the network.
 
-    An approximation: pixels where tiles overlap count more than once, and the means of deep layers depend on those
-    before, which differ between tiles while they are collected. With the demo's network what remains of that is a tenth
-    of what the scans make at the borders of tiles.
+    An approximation: pixels in overlaps count more than once, and the means of deep layers depend on earlier ones,
+    which still differ between tiles while being collected. With the demo's network, the resulting error is a tenth of
+    that of the scans at tile borders.
 
     Attributes:
-        complete: False while means are collected; to be set to True when each tile has been seen.
-        variant: which of several passes over the same tiles is running, each with its own means.
+        complete: False while means are collected; set it to True once every tile has been processed.
+        variant: identifies one of several passes over the same tiles, each with its own means.
     """
 
     def __init__(self):

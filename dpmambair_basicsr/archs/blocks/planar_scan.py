@@ -24,7 +24,7 @@ class PlanarScan(nn.Module):
         channels: D.
         d_state: N.
         dt_rank: R.
-        directions: which scan orders, see `cross_scan`: 0 rows, 1 columns, 2 and 3 the same reversed.
+        directions: scan orders, see `cross_scan`: 0 rows, 1 columns, 2 and 3 the same reversed.
     """
 
     def __init__(self, channels: int, d_state: int, dt_rank: int, directions: Sequence[int]):
@@ -76,7 +76,7 @@ def directional_scan(
 ) -> Tensor:
     """Project each pixel to delta, B and C, scan along each direction, sum the results.
 
-    No scan has to know of delta_scale: s delta A = delta (s A) and s delta B u = delta (s B) u.
+    delta_scale is folded into A and B, since s delta A = delta (s A) and s delta B u = delta (s B) u.
 
     Args:
         x: (B, D, H, W).

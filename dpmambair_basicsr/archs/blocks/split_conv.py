@@ -5,16 +5,16 @@ from torch.nn import functional as F
 def convolve_halves(
     conv: nn.Conv2d, first: Tensor, second: Tensor | None = None, width: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The two halves of conv's output channels, (b, c, h, w) each, computed by themselves.
+    """The two halves of conv's output channels, (b, c, h, w) each, computed separately.
 
-    Halves of one channels_last result would lie in memory as short runs with gaps, through which the elementwise
-    functions that follow run several times slower.
+    Halves of a single channels_last result would be stored as short runs with gaps, on which the following elementwise
+    functions run several times slower.
 
     Args:
         conv: ungrouped, or depthwise.
         first: the input; for a depthwise convolution its first half.
         second: its second half, for a depthwise convolution.
-        width: c, at least half of conv's output channels; what goes beyond is zeros. Default: half of them.
+        width: c, at least half of conv's output channels; the rest is zeros. Default: half of them.
     """
     width = width or conv.out_channels // 2
     weights = extended_halves(conv.weight, width)
@@ -29,7 +29,7 @@ def convolve_halves(
 
 
 def extended_halves(parameter: Tensor, width: int) -> tuple[Tensor, ...]:
-    """(2c, ...) -> two of (width, ...), by zeros."""
+    """(2c, ...) -> two of (width, ...), padded with zeros."""
     missing = width - len(parameter) // 2
     halves = parameter.chunk(2)
     return tuple(F.pad(x, (0, 0) * (x.dim() - 1) + (0, missing)) for x in halves) if missing else halves

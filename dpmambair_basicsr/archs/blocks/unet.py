@@ -1,4 +1,4 @@
-"""The U-Net that VmambaIR and DPMambaIR share. Shapes: C = dim; level i has width C * 2**i and resolution H / 2**i."""
+"""The U-Net shared by VmambaIR and DPMambaIR. Shapes: C = dim; level i has width C * 2**i and resolution H / 2**i."""
 
 from collections.abc import Callable, Sequence
 
@@ -14,7 +14,7 @@ class UNet(nn.Module):
     """Restormer's U-Net with any block: stem, three encoder stages, latent, three decoder stages, refinement.
 
     Module names are those of the published VmambaIR checkpoints. The last decoder stage and the refinement work at
-    width 2C: the level-1 skip is concatenated and not reduced. Subclasses add what turns features into an image.
+    width 2C: the level-1 skip is concatenated and not reduced. Subclasses turn the features into an image.
 
     Args:
         inp_channels: channels of the image.
@@ -23,12 +23,12 @@ class UNet(nn.Module):
         num_refinement_blocks: blocks after the decoder.
         bias: of the stem and the reducing convolutions; the resampling ones have none, as published.
         make_block: i -> a block for features of width C * 2**i.
-        checkpoint_levels: resolutions, 0..3 for H / 2**level, whose blocks keep their input only and compute once more
-            in the backward pass: less memory for a quarter to a third more time, and the same gradients. Most of the
-            memory is at level 0, which the last decoder stage and the refinement belong to.
+        checkpoint_levels: resolutions, 0..3 for H / 2**level, whose blocks store only their input and are recomputed in
+            the backward pass: less memory for a quarter to a third more time, with the same gradients. Most of the
+            memory is at level 0, which includes the last decoder stage and the refinement.
 
     Raises:
-        ValueError: for an odd dim or another number of levels, naming the key.
+        ValueError: naming the key, for an odd dim or another number of levels.
     """
 
     stride = 8  # what height and width are padded to a multiple of
@@ -46,11 +46,9 @@ class UNet(nn.Module):
     ):
         super().__init__()
         if dim < 2 or dim % 2:
-            raise ValueError(f'dim: {dim} is not a positive even number')
+            raise ValueError(f'dim: expected a positive even int, got {dim}')
         if len(num_blocks) != 4:
-            raise ValueError(
-                f'num_blocks: {list(num_blocks)} has {len(num_blocks)} entries, needed are 4, one per level'
-            )
+            raise ValueError(f'num_blocks: {list(num_blocks)} has {len(num_blocks)} entries, expected 4, one per level')
 
         for level in checkpoint_levels:
             one_of('checkpoint_levels', level, (0, 1, 2, 3))
@@ -79,12 +77,12 @@ class UNet(nn.Module):
 
     @property
     def stages(self) -> list[nn.Sequential]:
-        """All that consist of blocks."""
+        """All stages that consist of blocks."""
         encoder = [self.encoder_level1, self.encoder_level2, self.encoder_level3]
         return [*encoder, self.latent, self.decoder_level3, self.decoder_level2, self.decoder_level1, self.refinement]
 
     def forward_features(self, image: Tensor, *context: Tensor) -> Tensor:
-        """(B, inp_channels, H, W) -> (B, 2C, H, W); `context` is handed to every block. H and W: multiples of 8."""
+        """(B, inp_channels, H, W) -> (B, 2C, H, W); `context` is passed to every block. H and W: multiples of 8."""
         # Layer norms need the channels of a pixel side by side; convolutions are faster so, and keep it.
         x = self.patch_embed(image.contiguous(memory_format=self.memory_format))
         level1 = self.run(0, self.encoder_level1, x, *context)  # (B, C, H, W)
