@@ -326,7 +326,7 @@ def test_folders_missing_empty_or_ambiguous(tmp_path):
     with pytest.raises(ValueError, match=r'no image in folder \S*/empty'):
         build_dataset(options | {'dataroot_gt': str(tmp_path / 'empty')})
     write(tmp_path / 'GT' / 'photo0.jpg', coordinates())
-    with pytest.raises(ValueError, match='two images of one name: photo0.jpg and photo0.png'):
+    with pytest.raises(ValueError, match='two images of the same name: photo0.jpg and photo0.png'):
         build_dataset(options)
 
 

@@ -124,7 +124,7 @@ def test_a_dead_link_in_a_dataset_of_basicsr_is_refused_for_our_models(opt, imag
     for role in ('gt', 'lq'):
         (Path(images[f'dataroot_{role}']) / 'bad.png').symlink_to('/nowhere/x.png')
     assert 'datasets.val: ' in (message := refused(opt, finished))
-    assert 'bad.png cannot be read: links or names without a file' in message
+    assert 'bad.png cannot be read: broken links or missing files' in message
 
 
 def test_a_dead_link_is_named_in_the_log_of_a_model_of_basicsr(tmp_path):
@@ -133,7 +133,7 @@ def test_a_dead_link_is_named_in_the_log_of_a_model_of_basicsr(tmp_path):
         (Path(folder) / 'bad.png').symlink_to('/nowhere/x.png')
     log = pipelines.train(write_options(stock_options(images), tmp_path / 'options.yml'), cwd=tmp_path)
     for folder in images.values():
-        assert f'{folder}: {folder}/bad.png cannot be read: links or names without a file.' in log
+        assert f'{folder}: {folder}/bad.png cannot be read: broken links or missing files.' in log
 
 
 def test_the_log_names_images_that_basicsr_would_replace_by_others(images, tmp_path):
@@ -397,7 +397,7 @@ def test_auto_resume_says_that_it_takes_another_state(opt, tmp_path, capsys):
     states = tmp_path / 'experiments/run/training_states'
     forced = ('--force_yml', 'train:total_iter=3', f'path:resume_state={states}/1.state')
     pipelines.train(file, '--auto_resume', *forced, cwd=tmp_path)
-    message = f'WARNING: path.resume_state {states}/1.state is not read: --auto_resume takes {states}/2.state.'
+    message = f'WARNING: path.resume_state {states}/1.state is ignored: --auto_resume takes {states}/2.state.'
     assert message in capsys.readouterr().out
 
 

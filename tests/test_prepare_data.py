@@ -301,8 +301,8 @@ def test_all_problems_in_one_report(tmp_path):
     base = raw / 'LOLdataset'
     assert message.splitlines() == [
         'dpmambair_basicsr.prepare_data: LOL: 7 problems:',
-        '  lol.train: found 2 pairs or clean images, published are 485 (see --any-count)',
-        '  lol.test: found 2 pairs or clean images, published are 15 (see --any-count)',
+        '  lol.train: found 2 pairs or clean images, published: 485 (see --any-count)',
+        '  lol.test: found 2 pairs or clean images, published: 15 (see --any-count)',
         f'  lol.train: no LQ image for {base}/our485/high/0.png',
         f'  lol.test: no GT image for {base}/eval15/low/0.png',
         f'  lol.train: {base}/our485/high/1.png: not an image that decodes',
@@ -326,7 +326,7 @@ def test_bad_images_are_left_out_on_demand(tmp_path, capsys):
     arrange('rain100h', raw, '--output', tmp_path, '--skip-bad')
     assert stems(tmp_path / 'Rain100H' / 'GT') == stems(tmp_path / 'Rain100H' / 'LQ') == ['2']
     said = capsys.readouterr().err
-    assert 'no LQ image for' in said and 'target/1.png: not an image' in said and 'left out' in said
+    assert 'no LQ image for' in said and 'target/1.png: not an image' in said and 'are skipped' in said
     (raw / 'test/Rain100H/target/2.png').write_bytes(b'no image')
     assert 'nothing is left' in refusal('rain100h', raw, '--output', tmp_path / 'b', '--skip-bad', '--any-count')
 
@@ -334,7 +334,7 @@ def test_bad_images_are_left_out_on_demand(tmp_path, capsys):
 def test_two_images_of_one_name(tmp_path):
     raw = make_tree(tmp_path / 'raw', 'rain100h')
     write(raw / 'test/Rain100H/target/1.bmp', 48, 40, 0)
-    assert 'two images of one name' in refusal('rain100h', raw, '--output', tmp_path, '--any-count')
+    assert 'two images of the same name' in refusal('rain100h', raw, '--output', tmp_path, '--any-count')
 
 
 def archive(folder: Path, file: Path) -> Path:

@@ -160,7 +160,7 @@ def test_processes_that_see_other_images_end_at_once(images, tmp_path):
         (folders[1] / 'images' / kind / '7.png').unlink()
     for run in start_processes(opt, folders):
         assert run.status(timeout=60) == 1
-        assert 'The processes do not agree on items: 8, 7. ' in run.log().splitlines()[-1]
+        assert 'The processes disagree on items: 8, 7. ' in run.log().splitlines()[-1]
 
 
 def test_processes_that_see_other_checkpoints_end_at_once(images, tmp_path):
@@ -168,7 +168,7 @@ def test_processes_that_see_other_checkpoints_end_at_once(images, tmp_path):
     train(changed(opt, {'train.total_iter': 2}), folders[0])
     for run in start_processes(opt, folders, '--auto_resume'):
         assert run.status(timeout=60) == 1
-        assert 'The processes do not agree on iterations done: 2, 0. ' in run.log().splitlines()[-1]
+        assert 'The processes disagree on iterations done: 2, 0. ' in run.log().splitlines()[-1]
     assert states(folders[0]) == [2]
 
 

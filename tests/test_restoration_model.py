@@ -223,7 +223,7 @@ def test_what_freeze_names_is_not_trained_and_takes_no_optimizer_state(model_typ
             ['output.*', 'encodr.*'],
             r"^train\.freeze: 'encodr\.\*' matches no parameter of VmambaIR; there are .*output\.\*",
         ),
-        (['*'], r'^train\.freeze: leaves nothing of VmambaIR to train$'),
+        (['*'], r'^train\.freeze: leaves no parameter of VmambaIR to train$'),
     ],
 )
 def test_patterns_that_freeze_nothing_or_everything_are_refused(patterns, message):
@@ -357,7 +357,7 @@ def test_a_random_extractor_is_refused(make, stage_1, stage_2, tmp_path):
         make(part)
     wider = DPMambaIR(**NETWORK | {'embed_dim': 16}).state_dict()  # strict_load_g: false skips what does not fit
     file = save(tmp_path / 'wider.pth', {'params': wider})
-    with pytest.raises(ValueError, match=r'missing, and \S*wider\.pth holds none that fits'):
+    with pytest.raises(ValueError, match=r'missing, and \S*wider\.pth has no matching one'):
         make({'pretrain_network_g': file, 'strict_load_g': False})
 
 

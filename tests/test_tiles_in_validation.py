@@ -198,7 +198,7 @@ def test_an_image_too_large_for_the_memory_costs_nothing_and_says_what_needs_les
         assert done.returncode == 1 and done.stdout.splitlines()[-1] == line, done.stdout
         assert 'Traceback' not in done.stdout
         assert sorted(state.name for state in states.iterdir()) == ['2.state', '3.state']
-    assert 'The training ended before iteration 3 was validated; this is done first.' in done.stdout
+    assert 'The training ended before iteration 3 was validated; this comes first.' in done.stdout
     done = limited('train', '-opt', file, '--auto_resume', '--force_yml', 'val:tile=200', cwd=tmp_path)
     assert done.returncode == 0, done.stdout
     straight = tmp_path / 'straight'

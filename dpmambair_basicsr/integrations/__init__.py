@@ -1,1 +1,1 @@
-"""Other programs that can use our networks. Nothing here is imported by itself: each module needs its program."""
+"""Adapters for other programs that use our networks. Each module needs its program, so none is imported by default."""

@@ -1,8 +1,8 @@
-"""Upload a trained network to the Hugging Face hub: `dpmambair push net_g_best.pth user/name`.
+"""Uploads a trained network to the Hugging Face Hub: `dpmambair push net_g_best.pth user/name`.
 
-What is uploaded: the network that restoring would use, as model.safetensors with its options; these as config.json; and
-a README.md that says how it is used, unless there is one. `dpmambair restore -w hf:user/name` and
-`load('hf:user/name')` take it from there. You have to be logged in: `hf auth login`, or HF_TOKEN.
+Uploads the network that `restore` would use as model.safetensors with its options, the options as config.json, and a
+README.md with usage instructions, unless there is one. `dpmambair restore -w hf:user/name` and
+`load('hf:user/name')` load it from there. You must be logged in: `hf auth login`, or HF_TOKEN.
 """
 
 import argparse
@@ -41,8 +41,8 @@ What it was trained on, and for what, is to be said here.
 def main() -> None:
     parser = argparse.ArgumentParser(prog='dpmambair push', description=(__doc__ or '').partition('\n\n')[2])
     parser.add_argument('checkpoint', help='net_g_*.pth or a .safetensors file')
-    parser.add_argument('repository', metavar='user/name', help='made if it is missing')
-    parser.add_argument('--private', action='store_true', help='make it one that others do not see')
+    parser.add_argument('repository', metavar='user/name', help='repository, created if missing')
+    parser.add_argument('--private', action='store_true', help='create a private repository')
     arguments = parser.parse_args()
     with exit_on_error('dpmambair push', ValueError, OSError), tempfile.TemporaryDirectory() as folder:
         write_files(arguments.checkpoint, arguments.repository, Path(folder))
@@ -50,7 +50,7 @@ def main() -> None:
 
 
 def write_files(checkpoint: str, name: str, folder: Path) -> None:
-    """Writes what is uploaded, tried by loading it as the hub's users will.
+    """Writes the files to upload, and checks them by loading the network as users of the hub will.
 
     Raises:
         FileNotFoundError, ValueError: it is not a checkpoint that `load` takes without further options.
@@ -75,11 +75,11 @@ def write_files(checkpoint: str, name: str, folder: Path) -> None:
 
 
 def upload(folder: Path, name: str, private: bool) -> str:
-    """The address of the repository, once it has the files.
+    """Uploads the files; returns the URL of the repository.
 
     Raises:
         MissingLibraryError: huggingface_hub is not installed.
-        InputError: naming the repository, and what the hub says.
+        InputError: naming the repository, with the hub's message.
     """
     from dpmambair_basicsr.files.hub import import_hub
 

@@ -1,8 +1,8 @@
 """VmambaIR and DPMambaIR for spandrel, the model loader of chaiNNer, ComfyUI and others (`pip install spandrel`).
 
 After `install()`, spandrel's ModelLoader recognises their checkpoints, ours and the published ones of VmambaIR, by
-names and shapes of parameters, and builds the network from these. What cannot be seen there is VmambaIR's
-channel_fusion: it is taken to be 'add' at scale 1 and 'modulate' otherwise, as published.
+names and shapes of parameters, and builds the network from these. VmambaIR's channel_fusion cannot be inferred:
+it is assumed to be 'add' at scale 1 and 'modulate' otherwise, as published.
 """
 
 from spandrel import (
@@ -27,7 +27,7 @@ from dpmambair_basicsr.archs.recognition import (
 
 
 def install(registry: ArchRegistry = MAIN_REGISTRY) -> None:
-    """Adds both architectures to spandrel's registry. May be repeated."""
+    """Adds both architectures to spandrel's registry. Idempotent."""
     supports = [ArchSupport.from_architecture(architecture) for architecture in (VmambaIRArch(), DPMambaIRArch())]
     registry.add(*supports, ignore_duplicates=True)
 
@@ -42,7 +42,7 @@ class VmambaIRArch(Architecture[VmambaIR]):
 
 
 class DPMambaIRArch(Architecture[DPMambaIR]):
-    """Not for degradation 'class', which needs a label with each image."""
+    """Not for degradation 'class', which needs a label per image."""
 
     def __init__(self):
         super().__init__(id='DPMambaIR', detect=lambda state: is_dpmambair(own_names(state)))

@@ -16,8 +16,8 @@ class GradientAccumulation:
     """Makes the model process its batch in `train.accum_iter` micro-batches and step once, with their mean gradient.
 
     As in traiNNer-redux, an iteration is a step: total_iter, schedules, EMA, validation and checkpoints count as for
-    a single batch of the full size, to which the training is equal up to rounding. Batch normalization sees micro-batches,
-    and spectral normalization iterates with each.
+    a single batch of the full size, to which the training is equal up to rounding. Batch normalization sees
+    micro-batches, and spectral normalization iterates with each.
 
     The loader delivers the micro-batches of an iteration together (`patches/seeding`), so training is only interrupted
     and resumed between steps.

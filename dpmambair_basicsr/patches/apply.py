@@ -1,12 +1,11 @@
 """Applies the patches of BasicSR: `patches/<topic>.py`, one function per patch.
 
-BasicSR's files are never edited: single functions are replaced once BasicSR is imported. No patch asks for a version: a
-replacement is right wherever the function exists, what a fork does not have is left alone, and a topic that does not
-fit one costs only itself.
+BasicSR's files are never edited: single functions are replaced once BasicSR is imported. Patches do not check versions:
+a replacement is valid wherever the function exists, functions missing in a fork are skipped, and a topic incompatible
+with a fork does not affect the others.
 
-When: our commands apply all of them at once. Otherwise two functions, the gates below, apply them as soon as a run
-names something of ours: its option file a class, or `build_model` a model. A run that names nothing of ours is as it
-would be without us, to the bit.
+When: our commands apply all of them at once. Otherwise the two gates below apply them as soon as a run names one of our
+classes: in its option file, or as a model in `build_model`. Any other run is bit-identical to one without this package.
 """
 
 import difflib
@@ -43,14 +42,14 @@ applied = False
 
 
 class TolerantLoader(yaml.SafeLoader):
-    """Reads a tag that it does not know as None: what the names in a file are is asked before anything is refused."""
+    """Reads unknown tags as None: names in a file are looked up before anything is refused."""
 
 
 TolerantLoader.add_multi_constructor('', lambda loader, suffix, node: None)
 
 
 def load_topics() -> None:
-    """Imports the topics, each by itself; notes in `misfits` what cannot be."""
+    """Imports the topics, each separately; records in `misfits` those that fail."""
     for topic in TOPICS:
         try:
             importlib.import_module(f'dpmambair_basicsr.patches.{topic}')  # notes its patches
@@ -59,11 +58,11 @@ def load_topics() -> None:
 
 
 def apply_patches(*namespaces: dict) -> None:
-    """Applies every patch to the imported BasicSR, also to what these global namespaces have imported. Idempotent."""
+    """Applies every patch to the imported BasicSR, and to what these global namespaces have imported. Idempotent."""
     global applied
     load_topics()
     if misfits and not applied:
-        problems = [f'patches/{topic} does not fit this BasicSR ({why})' for topic, why in misfits.items()]
+        problems = [f'patches/{topic} is incompatible with this BasicSR ({why})' for topic, why in misfits.items()]
         warnings.warn('\n  '.join(['dpmambair_basicsr:', *problems]), RuntimeWarning, stacklevel=2)
     applied = True
     for owner, attribute, make in PATCHES:
@@ -71,7 +70,7 @@ def apply_patches(*namespaces: dict) -> None:
 
 
 def apply_gates() -> None:
-    """Applies what finds out whether a run names something of ours. Idempotent."""
+    """Applies the gates, which detect whether a run names one of our classes. Idempotent."""
     for owner, attribute, make in PATCHES:
         if make.__module__ == __name__:
             apply(owner, attribute, make, ())
@@ -115,7 +114,7 @@ def options_that_name_ours(original):
 
 @replaces('basicsr.models', 'build_model')
 def models_of_ours(original):
-    """The gate for programs with a loop of their own."""
+    """The gate for programs with their own loop."""
 
     def build_model(opt):
         if is_ours(REGISTRIES['MODEL'].known().get(opt['model_type'])):
@@ -126,7 +125,7 @@ def models_of_ours(original):
 
 
 def names_ours(file: str | None, forced: list[str]) -> bool:
-    """Whether an option file, or --force_yml, names a class or function of ours, or clearly means one."""
+    """Whether an option file, or --force_yml, names one of our classes or functions, or clearly means one."""
     if file is None:
         return False
     try:
@@ -150,7 +149,7 @@ def names_ours(file: str | None, forced: list[str]) -> bool:
 
 
 def types(value) -> list[str]:
-    """What `type` and `model_type` say, at any depth."""
+    """The values of `type` and `model_type`, at any depth."""
     if isinstance(value, list):
         return [name for part in value for name in types(part)]
     if not isinstance(value, dict):

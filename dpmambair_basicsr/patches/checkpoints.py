@@ -1,6 +1,6 @@
-"""Patches of what BasicSR's training saves: nothing is lost when it is interrupted, and resuming is bit-exact.
+"""Patches of saving in BasicSR's training: an interruption loses nothing, and resume is bit-exact.
 
-What these patches share is in `training/run`, `training/signals` and `training/state`.
+Shared code is in `training/run`, `training/signals` and `training/state`.
 """
 
 import math
@@ -20,10 +20,10 @@ BASE_MODEL = 'basicsr.models.base_model:BaseModel'
 
 @replaces(BASE_MODEL, 'save_network')
 def whole_networks(original):
-    """Writes a network atomically, never with numbers that are not finite, and raises if it cannot.
+    """Writes a network atomically, never with non-finite values, and raises on failure.
 
-    Fixes: `BaseModel.save_network` leaves what it could write under the final name and ignores the error: training
-        ends with exit status 0, and `--auto_resume` fails. Networks of NaN are written too.
+    Fixes: `BaseModel.save_network` leaves a partial file under the final name and ignores the error: training ends
+        with exit status 0, and `--auto_resume` fails. Networks of NaNs are written too.
     Remove once: BasicSR renames complete files, and raises.
     """
 
@@ -37,9 +37,9 @@ def whole_networks(original):
 
 @replaces(BASE_MODEL, 'save_training_state')
 def whole_states(original):
-    """Writes a training state atomically, with all that bit-exact resuming needs; ends a training that was told to.
+    """Writes a training state atomically, with everything needed for bit-exact resume; ends a training after a signal.
 
-    If a validation of the same iteration is due, the state says so, and is written once more when that is done.
+    If a validation of the same iteration is due, the state says so, and is rewritten after it.
 
     Fixes: `BaseModel.save_training_state`, as `whole_networks`; and its state lacks the best metrics of that
         validation.
@@ -52,7 +52,7 @@ def whole_states(original):
             training_run.current = None
             if number := interruption.requested(self.device, self.opt['dist']):
                 name = signal.Signals(number).name
-                get_root_logger().info(f'{name}: training has ended and is saved; its last validation is left out.')
+                get_root_logger().info(f'{name}: training has ended and is saved; the last validation is skipped.')
                 raise interruption.StoppedBySignal(number)
             interruption.stop_listening()
             release_output()
@@ -66,9 +66,9 @@ def whole_states(original):
 
 @replaces(BASE_MODEL, 'validation')
 def state_after_validation(original):
-    """Writes the state of an iteration once more when its validation is done, and its checkpoint if that fails.
+    """Rewrites the state of an iteration after its validation, and saves its checkpoint if that fails.
 
-    Fixes: see `whole_states`; this is its other half. And a failing `BaseModel.validation` loses what was trained since
+    Fixes: see `whole_states`; this is its other half. Also, a failing `BaseModel.validation` loses everything since
         the last checkpoint.
     Remove once: `whole_states` is removed, and BasicSR saves before it validates.
     """
@@ -90,9 +90,9 @@ def state_after_validation(original):
 
 
 def save_unvalidated(model, iteration: int) -> None:
-    """Saves the checkpoint of an iteration whose validation failed, if it is not there.
+    """Saves the checkpoint of an iteration whose validation failed, unless it exists.
 
-    Not where pools of several processes belong to it: the others do not know of the failure.
+    Not if it includes pools of several processes, as the others do not know of the failure.
     """
     run, logger = training_run.current, get_root_logger()
     assert run is not None, 'only a training is validated with something to save'
@@ -102,12 +102,12 @@ def save_unvalidated(model, iteration: int) -> None:
         except Exception as error:  # the validation's own is what ends the training
             logger.warning(f'Iteration {iteration} is not saved: {error}')
     if run.saved == iteration:
-        logger.info(f'Validation failed. Iteration {iteration} is saved; --auto_resume begins with its validation.')
+        logger.info(f'Validation failed. Iteration {iteration} is saved; --auto_resume starts with its validation.')
 
 
 @replaces(BASE_MODEL, '_update_best_metric_result')
 def finite_best(original):
-    """Takes no infinite value for the best of a metric.
+    """Never takes an infinite value as the best of a metric.
 
     Fixes: `BaseModel._update_best_metric_result` keeps infinity, the PSNR of equal images, as the best forever.
     Remove once: it does not.

@@ -1,4 +1,4 @@
-"""Patches of BasicSR for several processes: with and without GPUs, and all on the same files."""
+"""Patches of BasicSR for several processes: with and without GPUs, and consistency checks between them."""
 
 import os
 from datetime import timedelta
@@ -14,9 +14,9 @@ timeout: float | None = None  # dist_params.timeout of the option file, in secon
 
 
 def obey_timeout(opt: dict) -> None:
-    """`dist_params` count for Slurm alone, utils/options.py:103; `timeout`, in seconds, counts for torchrun too.
+    """BasicSR reads `dist_params` only for Slurm (utils/options.py:103); applies `timeout`, in s, to torchrun too.
 
-    A value that is not a number is left to the checks of the options, which come later.
+    A value that is not a number is left to the option checks, which come later.
     """
     global timeout
     value = (opt.get('dist_params') or {}).get('timeout')
@@ -25,12 +25,12 @@ def obey_timeout(opt: dict) -> None:
 
 @replaces('basicsr.utils.dist_util', '_init_dist_pytorch')
 def init_dist_anywhere(original):
-    """Starts the processes with gloo where there is no GPU, and takes the GPU of the local rank where there is one.
+    """Initialises process groups with gloo if there is no GPU, otherwise with the GPU of the local rank.
 
-    Fixes: `_init_dist_pytorch` divides by the number of GPUs, which may be 0, takes NCCL, and with several nodes the
-        wrong GPU. A process that is stopped, or never comes, makes the others wait silently: see
+    Fixes: `_init_dist_pytorch` divides by the number of GPUs, which may be 0, always uses NCCL, and picks the wrong
+        GPU with several nodes. If a process is stopped or never starts, the others wait silently: see
         `training/heartbeat`.
-    Remove once: BasicSR takes gloo without CUDA and the device by LOCAL_RANK, and says whom it waits for.
+    Remove once: BasicSR uses gloo without CUDA and the device of LOCAL_RANK, and names the process it waits for.
     """
 
     def init_dist_pytorch(backend, **kwargs):
@@ -52,7 +52,7 @@ def init_dist_anywhere(original):
 
 @replaces('basicsr.utils.dist_util', '_init_dist_slurm')
 def init_dist_slurm_without_shell(original):
-    """Asks scontrol for the host by an argument list; needs no GPU.
+    """Calls scontrol with an argument list; needs no GPU.
 
     Fixes: `_init_dist_slurm` pastes SLURM_NODELIST into a shell command (CVE-2024-27763).
     Remove once: BasicSR passes an argument list.
@@ -82,7 +82,7 @@ def model_to_any_device(original):
     """Wraps a network on the CPU for distributed training.
 
     Fixes: `BaseModel.model_to_device` gives DistributedDataParallel a CUDA device.
-    Remove once: BasicSR passes device_ids for CUDA alone.
+    Remove once: BasicSR passes device_ids only for CUDA.
     """
 
     def model_to_device(self, net):
@@ -97,11 +97,11 @@ def model_to_any_device(original):
 
 
 def check_processes_agree(**facts: int) -> None:
-    """Raises ValueError, in each process, naming a fact that is not the same in all: nodes that see other files."""
+    """Raises ValueError in each process, naming a fact on which they differ, e.g. nodes that see different files."""
     of_all: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(of_all, facts)
     for name in facts:
         values = [of_one[name] for of_one in of_all]
         if len(set(values)) > 1:
             fact, values = name.replace('_', ' '), ', '.join(map(str, values))
-            raise ValueError(f'The processes do not agree on {fact}: {values}. All must see the same files')
+            raise ValueError(f'The processes disagree on {fact}: {values}. All must see the same files')

@@ -1,4 +1,4 @@
-"""Patches of single functions of BasicSR that fail on current libraries, or silently."""
+"""Patches of single functions of BasicSR that fail on current libraries, or fail silently."""
 
 import torch
 
@@ -11,9 +11,9 @@ from dpmambair_basicsr.training import signals as interruption
 
 @replaces('basicsr.models.base_model:BaseModel', 'get_optimizer')
 def any_optimizer(original):
-    """Makes any optimizer of torch.optim, and those of other packages by their dotted names.
+    """Supports any optimizer of torch.optim, and those of other packages by dotted name.
 
-    Fixes: `BaseModel.get_optimizer` of 1.4.2 knows Adam only, master a few more.
+    Fixes: `BaseModel.get_optimizer` of 1.4.2 supports only Adam, master a few more.
     Remove once: BasicSR looks in torch.optim.
     """
 
@@ -33,11 +33,11 @@ def any_optimizer(original):
 
 @replaces('basicsr.data', 'worker_init_fn')
 def fresh_worker_seeds(original):
-    """Seeds a loader's worker from torch's seed, which is new in each epoch and depends on manual_seed and rank.
+    """Seeds a loader's worker from torch's seed, which changes every epoch and depends on manual_seed and rank.
 
-    That is for loaders without BasicSR's sampler: items of the others have their own, see `data/item_seeds`.
+    For loaders without BasicSR's sampler; with it, items have their own seeds, see `data/item_seeds`.
 
-    Fixes: `worker_init_fn` seeds the workers of every epoch alike, so that crops and flips repeat.
+    Fixes: `worker_init_fn` seeds the workers identically in every epoch, so crops and flips repeat.
     Remove once: BasicSR seeds from torch's, or leaves it to torch.
     """
 
@@ -58,8 +58,8 @@ def fresh_worker_seeds(original):
 def pass_on_errors(original):
     """Puts an error of the prefetching thread into its queue; `raise_errors` raises it.
 
-    Fixes: with `prefetch_mode: cpu` and an image that cannot be read the thread of `PrefetchGenerator` dies silently,
-        and the training hangs forever.
+    Fixes: with `prefetch_mode: cpu` and an unreadable image, the thread of `PrefetchGenerator` dies silently, and
+        training hangs forever.
     Remove once: BasicSR passes errors on.
     """
 
@@ -74,7 +74,7 @@ def pass_on_errors(original):
 
 @replaces('basicsr.data.prefetch_dataloader:PrefetchGenerator', '__next__')
 def raise_errors(original):
-    """Raises what `pass_on_errors` has put into the queue.
+    """Raises the error that `pass_on_errors` has put into the queue.
 
     Fixes: see `pass_on_errors`; this is its other half, `PrefetchGenerator.__next__`.
     Remove once: `pass_on_errors` is removed.
@@ -93,7 +93,7 @@ def raise_errors(original):
 def integer_jpeg_quality(original):
     """Rounds the quality of JPEG.
 
-    Fixes: `random_add_jpg_compression` draws a float, which OpenCV refuses from 4.5.4 on.
+    Fixes: `random_add_jpg_compression` draws a float, which OpenCV rejects from 4.5.4 on.
     Remove once: BasicSR rounds it.
     """
 
@@ -105,7 +105,7 @@ def integer_jpeg_quality(original):
 
 @replaces('basicsr.metrics.niqe', 'niqe')
 def niqe_large_enough(original):
-    """Says how large an image has to be for NIQE.
+    """Reports the minimum image size of NIQE.
 
     Fixes: `niqe` fails with `SVD did not converge` for an image of one block: a covariance of one sample.
     Remove once: BasicSR says so itself.
@@ -123,11 +123,11 @@ def niqe_large_enough(original):
 
 @replaces('basicsr.data', 'build_dataset')
 def paths_inside_their_folder(original):
-    """Refuses a dataset whose list of images names files outside the folder of the images.
+    """Rejects an image list with files outside the folder of the images.
 
-    Fixes: a list (meta_info) can name any file of the machine, in `paired_paths_from_meta_info_file` and
-        `RealESRGANDataset`. What is not there is left out of a folder's listing, or replaced by another image
-        (RealESRGANDataset), silently: the log says so. Our datasets check it themselves.
+    Fixes: a list (meta_info) can name any file on the machine, in `paired_paths_from_meta_info_file` and
+        `RealESRGANDataset`. Missing files are silently skipped in a folder's listing, or replaced by another image
+        (RealESRGANDataset); here they are logged. Our datasets check this themselves.
     Remove once: BasicSR's datasets do.
     """
 
@@ -138,7 +138,7 @@ def paths_inside_their_folder(original):
         for folder, paths in paths_by_folder(dataset, dataset_opt):
             check_inside(folder, paths)
             if missing := missing_files(folder, paths):
-                get_root_logger().warning(f'{folder}: {some(missing)} cannot be read: links or names without a file.')
+                get_root_logger().warning(f'{folder}: {some(missing)} cannot be read: broken links or missing files.')
         return dataset
 
     return build_dataset

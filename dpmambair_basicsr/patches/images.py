@@ -1,4 +1,4 @@
-"""Patches of how BasicSR's own datasets and models read and write images; ours call `files/codec` themselves."""
+"""Patches of image reading and writing in BasicSR's own datasets and models; ours call `files/codec` directly."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ MODELS = ('sr', 'hifacegan', 'stylegan2', 'video_base', 'video_recurrent')  # th
 
 
 def header_first(original):
-    """Reads the size in an image's header, and refuses one of too many pixels before it is decoded.
+    """Checks the size in an image's header, and rejects images with too many pixels before decoding.
 
     Fixes: `imfrombytes` decodes first: 124 kB of PNG can stand for 32000 x 32000 pixels, which take 6.5 GB.
     Remove once: BasicSR or OpenCV has a limit that fits training.
@@ -25,10 +25,10 @@ def header_first(original):
 
 
 def whole_images(original):
-    """Writes an image whole under its name, or raises.
+    """Writes an image atomically, or raises.
 
     Fixes: `imwrite` on a full disk leaves files of 0 bytes, and the exit status is 0.
-    Remove once: BasicSR checks what it has written, and renames what is complete.
+    Remove once: BasicSR checks the result, and renames complete files.
     """
 
     def imwrite(img, file_path, params=None, auto_mkdir=True):
@@ -49,9 +49,9 @@ for name in MODELS:
 def regular_files(original):
     """Opens regular files only.
 
-    Fixes: `HardDiskBackend.get` waits forever for a FIFO in place of an image, and reads /dev/zero until memory
-        ends.
-    Remove once: BasicSR looks at what it opens.
+    Fixes: `HardDiskBackend.get` blocks forever on a FIFO in place of an image, and reads /dev/zero until memory
+        runs out.
+    Remove once: BasicSR checks what it opens.
     """
 
     def get(self, filepath):

@@ -1,7 +1,6 @@
-"""What lets BasicSR be imported on current libraries, and the hook that registers us once it has been.
+"""Makes BasicSR importable with current libraries, and registers our classes once it has been imported.
 
-`prepare` supplies modules that BasicSR imports and that no longer exist; each is used only where the real one is
-missing.
+`prepare` supplies modules that BasicSR imports but that no longer exist; each is used only if the real one is missing.
 Nothing here imports torch or BasicSR before BasicSR itself has been imported.
 """
 
@@ -47,7 +46,7 @@ def distutils_version(module) -> None:
 def basicsr_version(module) -> None:
     """Stands in for basicsr/version.py.
 
-    Fixes: setup.py makes it and git ignores it, so that a raw clone lacks what `basicsr/__init__` imports.
+    Fixes: setup.py generates it and git ignores it, so a plain clone lacks what `basicsr/__init__` imports.
     Remove once: BasicSR keeps its version in a tracked file.
     """
     file = Path(sys.modules['basicsr'].__path__[0]).parent / 'VERSION'
@@ -64,7 +63,7 @@ STAND_INS = {
 
 
 class StandInFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Last on sys.meta_path, so it is asked only for modules that nobody else has."""
+    """Last on sys.meta_path, so it is only asked for modules that no other finder has."""
 
     def find_spec(self, name, path=None, target=None):
         if name in STAND_INS:
@@ -76,13 +75,13 @@ class StandInFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 
 def prepare() -> None:
-    """Makes BasicSR importable; call it before BasicSR is imported. May be repeated."""
+    """Makes BasicSR importable; call it before BasicSR is imported. Idempotent."""
     if not any(type(finder).__name__ == 'StandInFinder' for finder in sys.meta_path):
         sys.meta_path.append(StandInFinder())
 
 
 class AfterImport(importlib.abc.MetaPathFinder):
-    """Calls `callback` right after the module `name` has been executed, each time it is."""
+    """Calls `callback` right after each execution of the module `name`."""
 
     def __init__(self, name: str, callback):
         self.name, self.callback = name, callback
@@ -103,10 +102,10 @@ class AfterImport(importlib.abc.MetaPathFinder):
 
 
 def when_basicsr_is_imported(register) -> None:
-    """Calls `register` when BasicSR's five kinds of modules are there, at once if they are.
+    """Calls `register` once BasicSR's five kinds of modules are imported, immediately if they already are.
 
     `basicsr/__init__` imports archs, data, losses, metrics and models in this order, then among others `basicsr.test`.
-    If a file in basicsr/models imports us, models is half-way, so the one after it has to do.
+    If a file in basicsr/models imports this package, models is only half imported, hence the module after it.
     """
 
     def register_if_possible():

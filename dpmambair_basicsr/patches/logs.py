@@ -1,4 +1,4 @@
-"""Patches of BasicSR's logs: what is not training never ends it."""
+"""Patches of BasicSR's logs: errors in logging never end a training."""
 
 import logging
 import sys
@@ -10,10 +10,10 @@ from dpmambair_basicsr.patches.registry import replaces
 
 
 class Plots:
-    """A TensorBoard writer that its first error switches off, with a warning: a full disk is not the training's end.
+    """A TensorBoard writer that is switched off, with a warning, by its first error, e.g. a full disk.
 
     Args:
-        make: makes the SummaryWriter.
+        make: creates the SummaryWriter.
     """
 
     def __init__(self, make, *arguments, **keywords):
@@ -42,7 +42,7 @@ class Plots:
 
 @replaces('basicsr.utils.logger', 'init_tb_logger')
 def plots_that_end_no_training(original):
-    """Gives a TensorBoard writer that its first error switches off, with a warning.
+    """Returns a TensorBoard writer that is switched off, with a warning, by its first error.
 
     Fixes: with the one of `init_tb_logger`, a full disk under tb_logger/ ends the training at the next plot.
     Remove once: it does not.
@@ -58,7 +58,7 @@ def plots_that_end_no_training(original):
 def wandb_that_ends_no_training(original):
     """Starts wandb, or warns that its files cannot be written.
 
-    Fixes: `init_wandb_logger` ends the training where they cannot.
+    Fixes: `init_wandb_logger` ends the training in that case.
     Remove once: it does not.
     """
 
@@ -73,9 +73,9 @@ def wandb_that_ends_no_training(original):
 
 @replaces('basicsr.utils.logger', 'get_root_logger')
 def log_file_that_may_be_full(original):
-    """Gives a log file in UTF-8 whose first line that cannot be written is a warning.
+    """Opens the log file in UTF-8; the first line that cannot be written gives a warning.
 
-    Fixes: with the one of `get_root_logger`, each such line is a traceback on the terminal. Here lines are lost until
+    Fixes: with the one of `get_root_logger`, each such line is a traceback on the terminal. Here, lines are lost until
         there is room again.
     Remove once: BasicSR does so.
     """

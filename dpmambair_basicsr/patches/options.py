@@ -1,4 +1,4 @@
-"""Patches of how BasicSR reads its options: validated up front, safe YAML, values of --force_yml."""
+"""Patches of option parsing in BasicSR: validation up front, safe YAML, values of --force_yml."""
 
 import os
 import re
@@ -24,9 +24,9 @@ FREQUENCIES = (('val', 'val_freq'), ('logger', 'print_freq'), ('logger', 'save_c
 
 
 def checked_options(original, caller: dict):
-    """Checks all options before anything is created, and reports all problems at once; see the functions called here.
+    """Validates all options before anything is created, and reports all problems together.
 
-    Fixes: `parse_options` checks nothing: a misspelt key is ignored, and the rest fails after folders were renamed.
+    Fixes: `parse_options` checks nothing: misspelt keys are ignored, other mistakes fail after folders were renamed.
     Remove once: BasicSR checks its options.
 
     Args:
@@ -78,7 +78,7 @@ def checked_options(original, caller: dict):
 
 @contextmanager
 def more_arguments(*arguments: str):
-    """At the end of the command line, where they replace those of the same option."""
+    """Appended to the command line, where they override earlier ones of the same option."""
     saved = sys.argv
     sys.argv = [*saved, *arguments]
     try:
@@ -90,7 +90,7 @@ def more_arguments(*arguments: str):
 def accept_local_rank() -> None:
     """Accepts `--local-rank`, as torch.distributed.launch spells it since torch 2.0; torchrun passes none.
 
-    Fixes: `parse_options` knows `--local_rank` alone: `unrecognized arguments`.
+    Fixes: `parse_options` only accepts `--local_rank`: `unrecognized arguments`.
     Remove once: BasicSR accepts both.
     """
     sys.argv[:] = [re.sub(r'^--local-rank\b', '--local_rank', argument) for argument in sys.argv]
@@ -99,11 +99,11 @@ def accept_local_rank() -> None:
 def obey_experiments_root(opt: dict, wanted: dict) -> None:
     """Keeps `path.experiments_root` and `path.results_root` of the option file.
 
-    A relative one is taken from the current directory, `~` is expanded. With `--debug` they are not asked: BasicSR's
-    debug_<name> is used.
+    Relative paths start at the current directory, `~` is expanded. With `--debug` they are ignored in favour of
+    BasicSR's debug_<name>.
 
-    Fixes: `parse_options` overwrites them: a run is found again only from the directory it was started in.
-    Remove once: 1.4.2 is no longer supported; master obeys them.
+    Fixes: `parse_options` overwrites them: a run can only be resumed from the directory it was started in.
+    Remove once: 1.4.2 is no longer supported; master respects them.
     """
     root = 'experiments_root' if opt['is_train'] else 'results_root'
     if wanted.get(root) is None:
@@ -115,10 +115,10 @@ def obey_experiments_root(opt: dict, wanted: dict) -> None:
 
 
 def obey_frequencies(opt: dict, raw: dict) -> None:
-    """Keeps the frequencies of the option file; `--debug` alone changes them, and the log says so.
+    """Keeps the frequencies of the option file; only `--debug` changes them, and the log says so.
 
-    Fixes: `parse_options` changes silently how often is validated, logged and saved where a name has 'debug' in it.
-    Remove once: BasicSR asks for the argument.
+    Fixes: `parse_options` silently changes them for validation, logging and saving if a name contains 'debug'.
+    Remove once: BasicSR checks the argument instead.
     """
     if not opt['is_train'] or 'debug' not in opt['name']:
         return
@@ -129,7 +129,7 @@ def obey_frequencies(opt: dict, raw: dict) -> None:
 
 
 def expand_lists_too() -> None:
-    """Expands `~` in each path of a `dataroot_gt` that is a list, where the dataset takes one.
+    """Expands `~` in each path of a list `dataroot_gt`, for datasets that take one.
 
     Fixes: `parse_options` calls expanduser with the list.
     Remove once: BasicSR expands each.
@@ -144,9 +144,9 @@ def expand_lists_too() -> None:
 
 @replaces('basicsr.utils.options', 'dict2str')
 def log_says_what_is_not_done(original):
-    """Adds to the options in the log what BasicSR will not do of them, see `option_checks.host.notes`.
+    """Adds notes to the options in the log on those that BasicSR ignores, see `option_checks.host.notes`.
 
-    Fixes: `dict2str` writes all options, also those that nothing reads.
+    Fixes: `dict2str` writes all options, even those that nothing reads.
     Remove once: BasicSR has no such options.
     """
 
@@ -163,10 +163,10 @@ def log_says_what_is_not_done(original):
 
 @replaces('basicsr.utils.options', 'ordered_yaml')
 def safe_yaml(original):
-    """Reads option files with a safe loader, in UTF-8 and within limits, and refuses a key that appears twice.
+    """Reads option files with a safe loader, in UTF-8 and within limits, and rejects duplicate keys.
 
     Fixes: `ordered_yaml` gives the unsafe loader, so `!!python/object/apply:os.system` runs; the encoding is the
-        system's, and the last of two equal keys counts.
+        system's, and the last of two equal keys wins.
     Remove once: BasicSR's loader does all this.
     """
 
@@ -178,9 +178,9 @@ def safe_yaml(original):
 
 @replaces('basicsr.utils.options', 'copy_opt_file')
 def whole_copy(original):
-    """Writes the copy of the option file atomically, byte for byte, below its head.
+    """Writes the copy of the option file atomically, byte for byte, below its header.
 
-    Fixes: `copy_opt_file` changes the copy in its place, in the encoding of the system: a UTF-8 file may end the run.
+    Fixes: `copy_opt_file` edits the copy in place, in the system's encoding: a UTF-8 file may end the run.
     Remove once: BasicSR writes it at once, in UTF-8.
     """
 
@@ -199,7 +199,7 @@ def whole_copy(original):
 def forced_value(original):
     """Reads a value of `--force_yml` as an option file would: lists as YAML, '-1' and '1e-4' as numbers.
 
-    'none', in quotes, is the word; `!!map {}` is an empty section, `{}` a template of names. The limits are a file's.
+    Quoted 'none' is text; `!!map {}` is an empty section, `{}` a template of names. Limits are those of a file.
 
     Fixes: `_postprocess_yml_value` evaluates lists as Python, and leaves '-1' and '1e-4' as text.
     Remove once: BasicSR parses these values.

@@ -1,10 +1,10 @@
-"""The list of patches to BasicSR, and the decorator that adds to it."""
+"""The list of patches of BasicSR, and the decorator that adds to it."""
 
 PATCHES = []  # (owner, attribute, function from the original to its replacement)
 
 
 def replaces(owner: str, attribute: str):
-    """Marks a patch: it receives `owner.attribute` and returns what to put in its place. Docstrings: see `patches`."""
+    """Registers a patch: a function from `owner.attribute` to its replacement. For its docstring, see `patches`."""
 
     def note(make):
         PATCHES.append((owner, attribute, make))

@@ -1,11 +1,11 @@
-"""Patches of how BasicSR resumes. What happens on resume is told here and in `training/state.restore`, in this order:
+"""Patches of resuming in BasicSR. Resume is implemented here and in `training/state.restore`, in this order:
 
 1. `load_resume_state` finds the state; BasicSR has the model load the networks of its iteration.
-2. `whole_epochs` plans the epochs that are left.
-3. `exact_continuation`: the model takes up the state. Optimizers and schedulers by BasicSR; then `restore`: best
-   metrics, scale of the loss, pool of training pairs, seed and place in the epoch, after which the sampler leaves out
-   what was used (`TrainingRun.items_used_before`). Our models then ask `BestCheckpoint.resume` for net_g_best.pth.
-4. `validate_if_missing` does the validation that the interrupted training owed, before the next iteration.
+2. `whole_epochs` plans the remaining epochs.
+3. `exact_continuation`: the model restores the state. BasicSR restores optimizers and schedulers; then `restore`: best
+   metrics, loss scale, pool of training pairs, seed and position in the epoch, so that the sampler skips the items
+   already used (`TrainingRun.items_used_before`). Our models then call `BestCheckpoint.resume` for net_g_best.pth.
+4. `validate_if_missing` runs a validation missed by the interrupted training, before the next iteration.
 """
 
 import functools
@@ -23,10 +23,9 @@ from dpmambair_basicsr.training.state import NETWORK_SUFFIXES, check_optimizers,
 def load_resume_state(opt: dict) -> dict | None:
     """Finds the state to resume from, on any device: with `--auto_resume` the newest complete one.
 
-    Fixes: `load_resume_state` of train.py needs a GPU and unpickles anything; `--auto_resume` looks below the current
-        directory (from another one it starts again at 0), and a truncated file or a name such as `best.state` stops
-        it.
-    Remove once: BasicSR looks in the experiment's own directory for what can be read, weights_only.
+    Fixes: `load_resume_state` of train.py needs a GPU and unpickles anything; `--auto_resume` searches the current
+        directory (from another one it restarts at 0), and fails on a truncated file or a name such as `best.state`.
+    Remove once: BasicSR searches the experiment's own directory for readable states, with weights_only.
 
     Raises:
         SystemExit: for what `find_resume_state` raises; BasicSR's loop calls this.
@@ -36,18 +35,18 @@ def load_resume_state(opt: dict) -> dict | None:
 
 
 def find_resume_state(opt: dict) -> dict | None:
-    """The state that the options ask for, None for a training from the start.
+    """The state to resume from by the options; None for a training from the start.
 
     Raises:
-        CheckpointError: if there are states but none can be used, or networks without any: starting from 0 would be a
-            surprise. So too if the state that path.resume_state names cannot be used.
+        CheckpointError: if there are states but none is usable, or networks without any state, instead of silently
+            starting from 0; or if path.resume_state is not usable.
     """
     from basicsr.utils import check_resume
 
     if opt['auto_resume']:
         given, file = opt['path'].get('resume_state'), newest_usable_state(opt)
         if given and file is not None and Path(given).resolve() != file.resolve():
-            print(f'WARNING: path.resume_state {given} is not read: --auto_resume takes {file}.', flush=True)
+            print(f'WARNING: path.resume_state {given} is ignored: --auto_resume takes {file}.', flush=True)
         opt['path']['resume_state'] = None if file is None else str(file)
     file = opt['path'].get('resume_state')
     if not file:
@@ -73,12 +72,12 @@ def newest_usable_state(opt: dict) -> Path | None:
         except CheckpointError as error:
             print(f'Cannot resume from {error}. Trying the one before.', flush=True)
     if files:
-        raise CheckpointError(f'{folder}: none of its {len(files)} training states can be resumed from')
+        raise CheckpointError(f'{folder}: none of its {len(files)} training states is usable')
     files = [file for suffix in NETWORK_SUFFIXES for file in Path(opt['path']['models']).glob(f'net_g_*{suffix}')]
     networks = {file.stem.rpartition('_')[2] for file in files} - {'best'}
     if 'latest' in networks or len(networks) > 1:  # one number may be of a checkpoint that is not complete
         raise CheckpointError(
-            f'{opt["path"]["models"]} holds networks, but {folder} no training state: without --auto_resume training '
+            f'{opt["path"]["models"]} has networks, but {folder} no training state: without --auto_resume training '
             'starts at iteration 0 and renames the folder of the run'
         )
     if opt.get('rank', 0) == 0:
@@ -92,7 +91,7 @@ def read_state(opt: dict, file) -> dict:
     """A training state, on the CPU; every network of the options must have its checkpoint beside it.
 
     Raises:
-        CheckpointError: naming the state, and what of it cannot be read.
+        CheckpointError: naming the state, and what cannot be read.
     """
     state = read_on_cpu(file)
     if not (isinstance(state, dict) and {'epoch', 'iter', 'optimizers', 'schedulers'} <= state.keys()):
@@ -108,11 +107,11 @@ def read_state(opt: dict, file) -> dict:
 
 
 def whole_epochs(original):
-    """Plans as many epochs as the iterations that are left take.
+    """Plans as many epochs as the remaining iterations need.
 
-    Fixes: `create_train_val_dataloader` plans as if incomplete batches were used, but the loader leaves them out, and
-        training ends early: 13 images in batches of 8, total_iter 40: after 21. So too after `--auto_resume` with
-        larger batches.
+    Fixes: `create_train_val_dataloader` counts incomplete batches, but the loader drops them, so training ends early:
+        with 13 images in batches of 8 and total_iter 40, after 21. Likewise after `--auto_resume` with larger
+        batches.
     Remove once: BasicSR divides by len(train_loader).
 
     Raises:
@@ -147,7 +146,7 @@ def whole_epochs(original):
             check_processes_agree(items=len(train_loader.dataset), iterations_done=state['iter'])
         total_epochs = state['epoch'] - (state['iter'] - total_iters) // per_epoch
         if total_epochs != planned:
-            logger.info(f'Incomplete batches are left out: {per_epoch} iterations per epoch, {total_epochs} epochs.')
+            logger.info(f'Incomplete batches are dropped: {per_epoch} iterations per epoch, {total_epochs} epochs.')
         return train_loader, train_sampler, val_loaders, total_epochs, total_iters
 
     vars(create_train_val_dataloader)['patched_by'] = __name__
@@ -156,12 +155,12 @@ def whole_epochs(original):
 
 @replaces('basicsr.models.base_model:BaseModel', 'resume_training')
 def exact_continuation(original):
-    """Takes up a state with the schedules of the options, the best metrics and the place in the epoch: bit-exact.
+    """Resumes bit-exactly, with the schedules of the options, the best metrics and the position in the epoch.
 
     Fixes: after `BaseModel.resume_training` the epoch is repeated with other random numbers and the best is forgotten;
-        its schedulers take no notice of the options: with a longer `total_iter`, CosineAnnealingRestartLR ends with a
+        its schedulers ignore changed options: with a longer `total_iter`, CosineAnnealingRestartLR ends with a
         TypeError however long `periods` are.
-    Remove once: BasicSR's states hold what `training/state.py` puts into them, and not the options of schedulers.
+    Remove once: BasicSR's states include what `training/state.py` adds, and exclude the options of schedulers.
     """
 
     def resume_training(self, resume_state):
@@ -176,14 +175,14 @@ def exact_continuation(original):
 
 
 def validate_if_missing(model, iteration: int) -> None:
-    """The validation of an iteration whose state says that it was due and not done."""
+    """Runs the validation of an iteration whose state says that it was due but not done."""
     run = training_run.current
     assert run is not None, 'called by the patched training loop, whose loader has set it'
     if run.validation_is_missing:
         run.validation_is_missing = False
         get_root_logger().info(
-            f'The training ended before iteration {iteration} was validated; this is done first. '
-            'If the system had ended it for its memory, val.tile needs less.'
+            f'The training ended before iteration {iteration} was validated; this comes first. '
+            'If it ran out of memory there, val.tile reduces the memory use.'
         )
         run.sets_to_validate = len(run.val_loaders)
         for loader in run.val_loaders:

@@ -1,4 +1,4 @@
-"""Patches that give the folder of a run to one process group."""
+"""Patches that lock the folder of a run for one process group."""
 
 import os
 
@@ -10,13 +10,13 @@ from dpmambair_basicsr.patches.resume import load_resume_state
 
 
 def begin_training(opt: dict) -> dict | None:
-    """Takes the folder of the run for this training, before anything is read or renamed there, and finds its state.
+    """Locks the folder of the run before anything in it is read or renamed; finds its state.
 
-    Fixes: two trainings of one name rename each other's folder and overwrite each other's files (`train_pipeline`).
+    Fixes: in `train_pipeline`, two trainings of the same name rename each other's folder and overwrite files.
     Remove once: BasicSR locks.
 
     Raises:
-        LockedFolderError: in every process, if another training is there.
+        LockedFolderError: in every process, if another training uses the folder.
     """
     folders = [opt['path']['experiments_root']]
     if opt['logger'].get('use_tb_logger'):  # renamed too, by the name of the run alone
@@ -26,7 +26,7 @@ def begin_training(opt: dict) -> dict | None:
 
 
 def hold_together(opt: dict, folders: list[str]) -> None:
-    """The first process takes the locks for all of them, and what it fails with is raised in each."""
+    """The first process takes the locks for all; its error is raised in each."""
     failure: list[Exception | None] = [None]
     if opt['rank'] == 0:
         try:
@@ -42,9 +42,9 @@ def hold_together(opt: dict, folders: list[str]) -> None:
 
 @replaces('basicsr.utils', 'make_exp_dirs')
 def one_test_at_a_time(original):
-    """Takes the folder of results for this test before it is renamed.
+    """Locks the results folder for this test before it is renamed.
 
-    Fixes: as `begin_training`, of `make_exp_dirs` in a test.
+    Fixes: as `begin_training`, for `make_exp_dirs` in a test.
     Remove once: BasicSR locks.
     """
 

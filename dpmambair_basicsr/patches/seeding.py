@@ -1,4 +1,4 @@
-"""Patches that make what BasicSR loads depend on the seed and the place of an item alone, so that it can be resumed."""
+"""Patches that make loading depend only on the seed and the position of an item, so that it can be resumed."""
 
 from typing import Any
 
@@ -15,9 +15,9 @@ from dpmambair_basicsr.training import signals as interruption
 
 @replaces('basicsr.data', 'build_dataloader')
 def known_run(original):
-    """Makes an item's randomness depend on the seed and its place alone: the sampler learns the seed, loading obeys it.
+    """Makes an item's randomness depend only on the seed and its position: the sampler provides it, loading applies it.
 
-    Fixes: in a loader of `build_dataloader` it depends on what was loaded before, and by which worker.
+    Fixes: with `build_dataloader` it depends on what was loaded before, and by which worker.
     Remove once: BasicSR seeds each item.
     """
 
@@ -41,8 +41,8 @@ def known_run(original):
             interruption.forget()
             if dataset_opt.get('prefetch_mode') == 'cpu' and loader.num_workers == 0:
                 get_root_logger().warning(
-                    'prefetch_mode cpu without workers: images are loaded beside the training and share its random '
-                    'numbers, so that two runs differ. With num_worker_per_gpu: 1 they are equal.'
+                    'prefetch_mode cpu without workers: images are loaded alongside the training and share its random '
+                    'numbers, so two runs differ. With num_worker_per_gpu: 1 they are equal.'
                 )
         return loader
 
@@ -50,7 +50,7 @@ def known_run(original):
 
 
 def start_workers_unsignalled(loader) -> None:
-    """A worker that a signal finds before `leave_to_parent` is ended by it, and the training with it."""
+    """Blocks signals while workers start: one before `leave_to_parent` would end the worker, and so the training."""
     start = loader._get_iterator
 
     def get_iterator():
@@ -64,7 +64,7 @@ def start_workers_unsignalled(loader) -> None:
 def known_epoch(original):
     """Tells the training which epoch begins.
 
-    Fixes: the epoch of the loop is known to `EnlargedSampler.set_epoch` alone, and `seeded_order` needs it.
+    Fixes: only `EnlargedSampler.set_epoch` knows the epoch of the loop, and `seeded_order` needs it.
     Remove once: `seeded_order` is removed.
     """
 
@@ -78,7 +78,7 @@ def known_epoch(original):
 
 @replaces('basicsr.data.data_sampler:EnlargedSampler', '__iter__')
 def seeded_order(original):
-    """Leaves out what an interrupted epoch has used; gives each item's seed, and its place in progressive training.
+    """Skips the items used by an interrupted epoch; provides each item's seed, and its place in progressive training.
 
     Fixes: an interrupted epoch starts over after `--auto_resume` (`EnlargedSampler.__iter__`): its first images are
         seen twice.

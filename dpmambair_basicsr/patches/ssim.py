@@ -8,9 +8,9 @@ C1, C2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
 
 @replaces('basicsr.metrics.psnr_ssim', '_ssim')
 def separable_ssim(original):
-    """Filters for SSIM four times with 11 and 11 weights: the same to rounding, in a half to a quarter of the time.
+    """Filters for SSIM four times, with separable kernels: equal up to rounding, in a half to a quarter of the time.
 
-    Fixes: `_ssim` filters five times with 11 x 11 weights.
+    Fixes: `_ssim` filters five times with 11 x 11 kernels.
     Remove once: BasicSR's window is separable.
     """
 

@@ -1,4 +1,4 @@
-"""A download: folders and archives as one tree of files, never changed."""
+"""Read-only access to a download, folder or archive, as a tree of files."""
 
 import os
 import re
@@ -20,7 +20,7 @@ UNREADABLE = (OSError, EOFError, RuntimeError, zlib.error, zipfile.BadZipFile, t
 
 @contextmanager
 def whole(target: Path) -> Iterator[Path]:
-    """`replacing`, with the target's folder made; not durable, as the journal knows the sizes of what was made."""
+    """`replacing`, creating the target's folder; not durable, as the journal records the sizes of the files."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with replacing(target, durable=False) as part:
         yield part
@@ -30,7 +30,7 @@ class Download:
     """A folder or an archive. `names` are its images, {path as patterns see it: name inside}, in an archive's order.
 
     Raises:
-        InputError: no such folder or archive, or not one that can be read.
+        InputError: no such folder or archive, or it cannot be read.
     """
 
     def __init__(self, path: Path):
@@ -72,7 +72,7 @@ class Download:
 
 
 def is_image(name: str) -> bool:
-    """By its name; not hidden files, nor what macOS adds to archives."""
+    """By its name; excludes hidden files and those that macOS adds to archives."""
     parts = name.removeprefix('./').split('/')
     return name.lower().endswith(EXTENSIONS) and not any(part.startswith('.') or part == '__MACOSX' for part in parts)
 
@@ -82,7 +82,7 @@ def is_file(path: Path, size: int) -> bool:
 
 
 def fetch(source: Path, target: Path, copy: bool) -> None:
-    """Link or copy, unless it is there."""
+    """Links or copies, unless already done."""
     if copy:
         state = source.stat()
         if target.is_symlink() or not is_file(target, state.st_size) or target.stat().st_mtime_ns != state.st_mtime_ns:

@@ -1,8 +1,8 @@
 """Downloads the weights that LPIPS, DISTS and the perceptual loss need: `dpmambair fetch alex`.
 
-The file is put where torchvision keeps it, torch's hub cache, in which these losses look. The SHA-256 of torchvision's
-is checked against the digits in their name; that of DISTS's own weights is not published, and DISTSLoss checks what it
-reads.
+The files are stored in torch's hub cache, as by torchvision, where these losses look for them. The SHA-256 of
+torchvision's files is checked against the digits in their names; that of DISTS's own weights is not published, and
+DISTSLoss checks what it reads.
 """
 
 import argparse
@@ -32,10 +32,10 @@ def main() -> None:
 
 
 def urls() -> dict[str, str]:
-    """Where each file comes from, by its name here.
+    """URL of each file, by its name here.
 
     Raises:
-        MissingLibraryError: one of the libraries that need these files, and know where they are, is not installed.
+        MissingLibraryError: a library that needs these files, and knows their URLs, is not installed.
     """
     try:
         from torchvision import models
@@ -51,14 +51,14 @@ def urls() -> dict[str, str]:
 
 
 def fetch(url: str) -> Path:
-    """The file in torch's hub cache, downloaded if it is not there; as a whole or not at all.
+    """The file in torch's hub cache, downloaded atomically if missing.
 
     Args:
         url: of a file whose name ends in the first digits of its SHA-256, as in alexnet-owt-7be5be79.pth, after a
             dash; without one nothing is checked.
 
     Raises:
-        InputError: what is there, or was downloaded, has another SHA-256.
+        InputError: the existing or downloaded file has another SHA-256.
         OSError: it cannot be downloaded or written.
     """
     import torch
@@ -67,13 +67,13 @@ def fetch(url: str) -> Path:
     digits = file.stem.rpartition('-')[2] if '-' in file.stem else ''
     if file.exists():
         if not sha256(file).startswith(digits):
-            raise InputError(f'{file}: not the file of {url}, its SHA-256 does not begin with {digits}; delete it')
+            raise InputError(f'{file}: not the file of {url}, its SHA-256 does not start with {digits}; delete it')
         return file
     file.parent.mkdir(parents=True, exist_ok=True)
     try:
         torch.hub.download_url_to_file(url, str(file), digits)
     except RuntimeError as error:
-        raise InputError(f'{url}: {error}; nothing is kept, try again') from error
+        raise InputError(f'{url}: {error}; nothing was kept, try again') from error
     except OSError as error:
         raise OSError(f'{url} cannot be downloaded to {file}: {error}') from error
     return file

@@ -1,4 +1,4 @@
-"""Images of a download read, resized, cut and written, as the published preparations do it."""
+"""Reads, resizes, tiles and writes images of a download like the published preparation scripts."""
 
 from pathlib import Path
 
@@ -35,10 +35,10 @@ def write(path: Path, image: np.ndarray) -> None:
 
 
 def shrink(image: np.ndarray) -> np.ndarray:
-    """4 times smaller by bicubic, as MATLAB does it with 8 bits. Sides that are not multiples of 4 lose the rest first.
+    """Downscales by 4 like MATLAB's bicubic on 8 bits, after cropping sides to multiples of 4.
 
-    It weights 16 pixels, those of a column first, and rounds in between. BasicSR's imresize does not round, and mirrors
-    the border; here the border is repeated. That gives the published LQ images of Set5, Set14 and Urban100 bit for bit
+    Each axis weights 16 pixels, columns first, with rounding in between. BasicSR's imresize does not round and reflects
+    the border, which here is replicated. This gives the published LQ images of Set5, Set14 and Urban100 bit for bit
     (tests/test_prepare_data.py).
     """
     from basicsr.utils.matlab_functions import cubic
@@ -53,7 +53,7 @@ def shrink(image: np.ndarray) -> np.ndarray:
 
 
 def scaled(image: np.ndarray) -> dict[str, np.ndarray]:
-    """{ending of the name: image} at the original scale and Real-ESRGAN's others."""
+    """{suffix of the name: image} at the original scale and Real-ESRGAN's others."""
     height, width = image.shape[:2]
     sizes = [(int(width * scale), int(height * scale)) for scale in SCALES]
     sizes.append(tuple(SHORT_SIDE * side // min(height, width) for side in (width, height)))
@@ -64,6 +64,6 @@ def scaled(image: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def tiles(image: np.ndarray, size: int, step: int) -> list[np.ndarray]:
-    """`step` apart, the last at the borders. A side shorter than a tile stays whole."""
+    """Tiles with stride `step`, the last ones aligned to the border. A side shorter than a tile is kept whole."""
     tops, lefts = ([*range(0, side - size, step), max(side - size, 0)] for side in image.shape[:2])
     return [image[top : top + size, left : left + size] for top in tops for left in lefts]

@@ -11,19 +11,19 @@ from dpmambair_basicsr.files.option_files import packaged_files
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog='dpmambair init', description=(__doc__ or '').partition(':')[0] + '.')
-    parser.add_argument('folder', type=Path, help='its folder options/ is made; files that are there are not replaced')
+    parser.add_argument('folder', type=Path, help='options/ is created in it; existing files are not replaced')
     folder = parser.parse_args().folder / 'options'
     with exit_on_error('dpmambair init', OSError):
         kept = copy_option_files(folder)
     if kept:
-        sys.exit(f'dpmambair init: {folder}: not replaced, since changed: {", ".join(kept)}')
+        sys.exit(f'dpmambair init: {folder}: not replaced, because they were changed: {", ".join(kept)}')
 
 
 def copy_option_files(folder: Path) -> list[str]:
-    """Writes those that are not there yet, and returns the names of those that are there and differ.
+    """Writes missing option files, and returns the names of existing ones that differ.
 
     Raises:
-        InputError: the folder's name is that of a file.
+        InputError: the path of the folder is a file.
         OSError: a file cannot be written.
     """
     if folder.exists() and not folder.is_dir():

@@ -1,8 +1,8 @@
 """Installs BasicSR 1.4.2 on any Python, without compiling: `dpmambair install_basicsr`.
 
-BasicSR is published as source alone. Its setup.py cannot run on Python 3.13, fetches a second PyTorch to build with,
-and requires tb-nightly, which stands in the way of tensorboard. This downloads that source from the index that pip uses
-(or takes --file), checks its SHA-256, changes these three places, and lets pip install the rest as it is.
+BasicSR is published only as source. Its setup.py does not run on Python 3.13, downloads a second PyTorch for the
+build, and requires tb-nightly, which conflicts with tensorboard. This command downloads that source from pip's index
+(or takes --file), checks its SHA-256, changes these three places, and lets pip install the rest unchanged.
 """
 
 import argparse
@@ -43,7 +43,7 @@ def main() -> None:
         description=(__doc__ or '').partition('\n\n')[2],
         epilog='All other arguments go to pip install, such as --no-deps.',
     )
-    parser.add_argument('--file', type=Path, metavar=NAME, help='the source, if it was downloaded before')
+    parser.add_argument('--file', type=Path, metavar=NAME, help='the source distribution, if already downloaded')
     arguments, for_pip = parser.parse_known_args()
     with exit_on_error('dpmambair install_basicsr', OSError):
         source = arguments.file.read_bytes() if arguments.file else download()
@@ -84,19 +84,19 @@ def download() -> bytes:
             with tqdm.wrapattr(response, 'read', total=size, desc=NAME, disable=None) as stream:
                 return stream.read(MAX_BYTES)
     except ValueError as error:
-        raise InputError(f'{page} has not exactly one {NAME}; download it elsewhere and give it as --file') from error
+        raise InputError(f'{page} does not list {NAME} exactly once; pass the file as --file') from error
     except OSError as error:
-        raise InputError(f'{page}: {error}; download {NAME} elsewhere and give it as --file') from error
+        raise InputError(f'{page}: {error}; download {NAME} elsewhere and pass it as --file') from error
 
 
 def unpack(source: bytes, folder: Path) -> Path:
-    """The changed source in a folder below `folder`.
+    """Unpacks the changed source into a folder below `folder`.
 
     Raises:
-        InputError: it is not that source.
+        InputError: it is not the expected source.
     """
     if (found := hashlib.sha256(source).hexdigest()) != SHA256:
-        raise InputError(f'{NAME}: SHA-256 is {found} instead of {SHA256}')
+        raise InputError(f'{NAME}: expected SHA-256 {SHA256}, got {found}')
     with tarfile.open(fileobj=io.BytesIO(source)) as archive:
         archive.extractall(folder, filter='data')
     root = folder / NAME.removesuffix('.tar.gz')
@@ -104,7 +104,7 @@ def unpack(source: bytes, folder: Path) -> Path:
         text = (root / name).read_text(encoding='utf-8')
         for old, new in changes:
             if text.count(old) != 1:
-                raise InputError(f'{NAME}: {name} has not exactly one {old!r}')
+                raise InputError(f'{NAME}: {name} does not contain exactly one {old!r}')
             text = text.replace(old, new)
         (root / name).write_text(text, encoding='utf-8')
     return root

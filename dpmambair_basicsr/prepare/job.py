@@ -1,4 +1,4 @@
-"""One part of a public set arranged in its folders, continued where it was interrupted."""
+"""Arranges one part of a public dataset in its folders, and continues after an interruption."""
 
 import errno
 import json
@@ -24,7 +24,7 @@ from dpmambair_basicsr.prepare.public_sets import (
 
 
 def read_journal(file: Path) -> tuple[dict | None, list[dict]]:
-    """The recipe and the entries of a part; (None, []) if there is no file. A truncated line ends it."""
+    """Recipe and entries of a part; (None, []) if there is no file. Reading ends at a truncated line."""
     lines = []
     if file.is_file():
         for line in file.read_text(encoding='utf-8').splitlines():
@@ -41,13 +41,13 @@ def files_of(entries: list[dict]) -> dict[str, int]:
 
 
 class Job:
-    """One part of a set on its way to its folders.
+    """The arrangement of one part of a dataset.
 
     Args:
         name: such as gopro.train.
-        root: what the part's folders are relative to.
-        recipe: what the results depend on. Those of another recipe are not continued.
-        copy: copies of what is in folders, not links.
+        root: base of the part's folders.
+        recipe: everything the results depend on. Results of another recipe are not continued.
+        copy: copy files from folders instead of linking them.
     """
 
     def __init__(self, name: str, part: Part, root: Path, recipe: dict, copy: bool):
@@ -60,17 +60,17 @@ class Job:
         if self.found in self.part.counts:
             return []
         published = ' or '.join(map(str, self.part.counts))
-        return [f'{self.name}: found {self.found} pairs or clean images, published are {published} (see --any-count)']
+        return [f'{self.name}: found {self.found} pairs or clean images, published: {published} (see --any-count)']
 
     def is_complete(self) -> bool:
         recipe, entries = read_journal(self.record)
         return recipe == self.recipe and all(is_file(self.root / file, n) for file, n in files_of(entries).items())
 
     def plan(self, downloads: list[Download], layouts: tuple[Layout, ...], subset: list[str] | None) -> list[str]:
-        """Finds the pairs; returns what has no partner.
+        """Finds the pairs; returns images without partner.
 
         Raises:
-            ValueError: no layout fits.
+            ValueError: no layout matches.
         """
         images = {path: (download, name) for download in downloads for path, name in download.names.items()}
         fitting = (layout for layout in layouts if all(find_names(pattern, images, []) for pattern in layout.patterns))
@@ -89,12 +89,12 @@ class Job:
         return [f'{self.name}: {problem}' for problem in problems]
 
     def hidden(self, file: str) -> Path:
-        """Where a file, relative to the root, is until the part is complete."""
+        """Temporary path of a file, given relative to the root, until the part is complete."""
         path = self.root / file
         return path.parent.with_name(f'.{path.parent.name}.{self.name}') / path.name
 
     def brought(self, stem: str) -> list[str | Path | None]:
-        """[LQ, GT] of a pair: the file of the result, or where the image is found from which the results are made."""
+        """[LQ, GT] of a pair: the file of the result, or the source image from which results are generated."""
         places = []
         for image, folder in zip(self.pairs[stem], (self.part.lq, self.part.gt), strict=True):
             if image is None:
@@ -111,7 +111,7 @@ class Job:
         return places
 
     def stamps(self, stem: str) -> list[list[int] | None]:
-        """What changes when an image does. Archives are part of the recipe."""
+        """Stamps that change when an image changes. Archives are part of the recipe."""
         paths = [image and image[0].path / image[1] for image in self.pairs[stem]]
         states = [path.stat() if path and path.is_file() else None for path in paths]
         return [state and [state.st_size, state.st_mtime_ns] for state in states]
@@ -124,7 +124,7 @@ class Job:
         )
 
     def run(self, workers: int) -> list[str]:
-        """Makes the results, as hidden files; returns the problems, whose pairs are left out."""
+        """Creates the results as hidden files; returns the problems, whose pairs are skipped."""
         recipe, entries = read_journal(self.journal)
         if recipe != self.recipe:
             self.discard()
@@ -154,7 +154,7 @@ class Job:
         return [f'{self.name}: {problem}' for problem in problems.values()]
 
     def bring(self, stems: list[str]) -> dict[str, str]:
-        """Links, copies or extracts what the pairs need, archives in their own order; returns {stem: problem}."""
+        """Links, copies or extracts the files of the pairs, archives in their own order; returns {stem: problem}."""
         wanted = []
         for stem in stems:
             for image, place in zip(self.pairs[stem], self.brought(stem), strict=True):
@@ -177,7 +177,7 @@ class Job:
         return problems
 
     def make(self, stem: str) -> dict | str:
-        """Checks a pair and makes what has to be made: an entry of the journal, or the problem."""
+        """Checks a pair and generates missing images; returns a journal entry, or the problem."""
         images, problems, files = [], [], []
         for image, place in zip(self.pairs[stem], self.brought(stem), strict=True):
             try:
@@ -196,7 +196,7 @@ class Job:
             ]
             return f'sizes do not fit at scale {scale}: {", ".join(sizes)} (width x height)'
         if self.part.make and gt.dtype != np.uint8:
-            return f'{sources[1]}: has 16 bits for each colour, not 8'
+            return f'{sources[1]}: has 16 bits per channel, expected 8'
         for file, image in self.results(stem, lq, gt):
             write(self.hidden(file), image)
             files.append(file)
@@ -207,7 +207,7 @@ class Job:
         }
 
     def results(self, stem: str, lq: np.ndarray | None, gt: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
-        """(file, image) of what is not in the download."""
+        """(file, image) for images that are not in the download."""
         part = self.part
         if part.make == 'bicubic' and lq is None:
             yield f'{part.lq}/{stem}.png', shrink(gt)
@@ -221,7 +221,7 @@ class Job:
                     yield from ((f'{folder}/{stem}{ending}_s{n:03}.png', tile) for n, tile in enumerate(parts, 1))
 
     def finish(self) -> None:
-        """Puts the results in place, and away those of an earlier recipe that are no more."""
+        """Puts the results in place, and removes obsolete ones of an earlier recipe."""
         files, old = (files_of(read_journal(file)[1]) for file in (self.journal, self.record))
         for file in files:
             if os.path.lexists(self.hidden(file)):  # else it was put in place by an interrupted run
@@ -233,7 +233,7 @@ class Job:
         self.remove_hidden()
 
     def discard(self) -> None:
-        """Forgets an unfinished run, and what it had put in place."""
+        """Discards an unfinished run, including what it had put in place."""
         files, old = (files_of(read_journal(file)[1]) for file in (self.journal, self.record))
         for file in files.keys() - old.keys():
             if not os.path.lexists(self.hidden(file)):

@@ -1,13 +1,13 @@
-"""The public datasets of the two papers: how their downloads are laid out, and where our option files expect them.
+"""The public datasets of the two papers: layouts of their downloads, and where our option files expect them.
 
-The table for `prepare_data`. Each set says where its counts and its layout come from, and what is our
-inference. Papers are meant by "DPMambaIR" (arXiv 2504.17732, v3, Table III) and "VmambaIR" (arXiv 2403.11423). Layouts
-marked "as others read it" were taken from the data loaders and set-up instructions of public repositories; nobody has
-compared them with the downloads themselves.
+The table for `prepare_data`. Each dataset says where its counts and its layout come from, and what is our inference.
+"DPMambaIR" (arXiv 2504.17732, v3, Table III) and "VmambaIR" (arXiv 2403.11423) mean the papers. Layouts marked "as
+others read it" are taken from the data loaders and instructions of public repositories, and were not checked against
+the downloads themselves.
 
-A layout is a pair of patterns for the end of a path, without the file's extension: `{name}` stands for any text within
-one folder or file name, `{name:regex}` for text of that form, the rest for itself, in upper or lower case. A GT image
-is the partner of the LQ images that agree with it in all of its names, so several LQ images may share one.
+A layout is a pair of patterns for the end of a path, without the file's extension: `{name}` matches any text within
+one folder or file name, `{name:regex}` text of that form; the rest is literal, ignoring case. A GT image is the partner
+of the LQ images that match it in all of its names, so several LQ images may share one.
 """
 
 import re
@@ -21,7 +21,7 @@ _ENDING = rf'(?:{"|".join(map(re.escape, EXTENSIONS))})'
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the images are: patterns of the GT and the LQ images; no LQ: clean images."""
+    """Patterns of the GT and the LQ images; without LQ: clean images."""
 
     gt: str
     lq: str | None = None
@@ -36,16 +36,16 @@ class Layout:
 
 @dataclass(frozen=True)
 class Part:
-    """One split of a set, and what it becomes.
+    """One split of a dataset, and its destination.
 
     Args:
-        layouts: of the download; the first whose patterns all match files is used.
-        counts: the numbers of pairs (or clean images) that were published.
+        layouts: of the download; the first whose patterns all match is used.
+        counts: published numbers of pairs (or clean images).
         gt, lq: folders of the result, below datasets/; lq None: GT images only.
-        stem: names of the result's files, made of the layout's names.
-        subset: number of the pairs that are used, evenly spaced in the order of names.
-        make: 'bicubic': LQ images are made x4 smaller where the layout has none. 'sub_images': as tiles; with an lq
-            folder at several scales and with bicubic LQ tiles.
+        stem: names of the resulting files, from the names in the layout.
+        subset: number of pairs used, evenly spaced in the order of names.
+        make: 'bicubic': LQ images are downscaled by 4 if the layout has none. 'sub_images': tiles; with an lq folder,
+            at several scales and with bicubic LQ tiles.
         scale: of GT to LQ.
     """
 
@@ -61,12 +61,12 @@ class Part:
 
 @dataclass(frozen=True)
 class PublicSet:
-    """A dataset as it is published.
+    """A public dataset.
 
     Args:
         published: paper or site.
-        facts: where counts and layout come from; what is inference.
-        aliases: {link: folder}, other places below datasets/ where options expect a result.
+        facts: sources of counts and layout; what is inference.
+        aliases: {link: folder}, further places below datasets/ where option files expect a result.
         lists: (file, folders): a text file of all images in these folders.
     """
 
@@ -82,7 +82,7 @@ def compile_pattern(pattern: str) -> re.Pattern:
     """The regular expression of a pattern, for whole paths.
 
     Raises:
-        ValueError: a pattern without a name in braces, or with one that cannot be read.
+        ValueError: a pattern without a name in braces, or an invalid one.
     """
     pieces = re.split(r'\{(\w+)(?::([^{}]+))?\}', pattern)
     expression = re.escape(pieces[0])
@@ -98,19 +98,19 @@ def compile_pattern(pattern: str) -> re.Pattern:
 
 
 def find_names(pattern: str, paths: Iterable[str], problems: list[str]) -> dict[tuple, str]:
-    """{((name, text), ...): path} of the paths that fit; two paths of the same names are added to the problems."""
+    """{((name, text), ...): path} of the matching paths; duplicates are added to the problems."""
     found, compiled = {}, compile_pattern(pattern)
     for path in sorted(paths):
         if match := compiled.fullmatch(path):
             names = tuple(sorted(match.groupdict().items()))
             if names in found:
-                problems.append(f'two images of one name: {found[names]} and {path}')
+                problems.append(f'two images of the same name: {found[names]} and {path}')
             found.setdefault(names, path)
     return found
 
 
 def pair(layout: Layout, stem: str, paths: Iterable[str], problems: list[str]) -> dict[str, tuple[str | None, str]]:
-    """{stem of the result: (LQ path or None, GT path)}, sorted. What has no partner is added to the problems."""
+    """{stem of the result: (LQ path or None, GT path)}, sorted. Images without partner are added to the problems."""
     gt = find_names(layout.gt, paths, problems)
     pairs, used = {}, set()
     if layout.lq is None:
@@ -346,8 +346,8 @@ SETS = {
     'waterlooed': PublicSet(
         'WaterlooED',
         'Ma et al., Waterloo Exploration Database, TIP 2017',
-        'Count: DPMambaIR. Layout pristine_images: as others read it. Clean images; noise and JPEG are made on the fly '
-        'by SyntheticDegradationDataset. The download is a rar archive: unpack it first.',
+        'Count: DPMambaIR. Layout pristine_images: as others read it. Clean images; noise and JPEG are added by '
+        'SyntheticDegradationDataset. The download is a rar archive: unpack it first.',
         {'train': Part((Layout('pristine_images/{key}'),), (4744,), f'{_ALL}/train/clean')},
     ),
     'bsd400': PublicSet(

@@ -1,11 +1,11 @@
-"""Stand-ins for mamba_ssm, causal_conv1d and VMamba's CUDA extensions: other people's Mamba networks without a build.
+"""Stand-ins for mamba_ssm, causal_conv1d and VMamba's CUDA extensions, to run other people's Mamba networks.
 
     import dpmambair_basicsr.standins
     dpmambair_basicsr.standins.install()      # before the project's own imports
     from mamba_ssm import Mamba               # ours, unless the real one is installed
 
 `python -m dpmambair_basicsr.run SCRIPT` does this for an unmodified script. The scans are `ops.selective_scan`'s, on
-any device PyTorch has. docs/mamba_ssm.md says what is covered. Nothing here imports torch before a stand-in is.
+any device that PyTorch supports. For the coverage, see docs/mamba_ssm.md. torch is imported only with a stand-in.
 """
 
 import importlib.abc
@@ -30,7 +30,7 @@ PACKAGES = sorted({name.partition('.')[0] for name in MODULES})
 
 
 class StandInFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Finds the modules of `packages`; what it does not cover of them is an ImportError that says so."""
+    """Finds the modules of `packages`; for what is not covered, the ImportError says so."""
 
     def __init__(self, packages: list[str]):
         self.packages = packages
@@ -63,16 +63,16 @@ class StandInFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 
 def install(*, replace: bool = False) -> list[str]:
-    """Let the missing ones of `PACKAGES` be imported; idempotent.
+    """Makes the missing ones of `PACKAGES` importable. Idempotent.
 
     Args:
-        replace: take the place of those that are installed as well, such as a build that does not load.
+        replace: also replace those that are installed, such as a build that does not load.
 
     Returns:
-        The packages that the stand-ins now stand in for.
+        The packages now provided by stand-ins.
 
     Raises:
-        ImportError: `replace`, and a real one has been imported already.
+        ImportError: with `replace`, if a real one is already imported.
     """
     uninstall()
     show_backend()
@@ -88,7 +88,7 @@ def install(*, replace: bool = False) -> list[str]:
 
 
 def show_backend() -> None:
-    """The backend of the scans is named on the terminal, where no log of BasicSR's names it. Idempotent."""
+    """Prints the scan backend to the terminal unless a log of BasicSR names it. Idempotent."""
     logger = logging.getLogger('basicsr.selective_scan')
     if not logger.handlers:
         handler = logging.StreamHandler()
@@ -98,12 +98,12 @@ def show_backend() -> None:
 
 
 def uninstall() -> None:
-    """As it was before `install`, but for stand-ins that have been imported."""
+    """Undoes `install`, except for stand-ins that have been imported."""
     sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, StandInFinder)]
 
 
 def is_real(package: str) -> bool:
-    """Whether somebody else's package of this name is imported or can be found."""
+    """Whether another package of this name is imported or can be found."""
     if package in sys.modules:
         spec = sys.modules[package].__spec__
         return spec is None or spec.origin != __name__

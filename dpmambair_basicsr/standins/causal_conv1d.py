@@ -1,4 +1,4 @@
-"""causal_conv1d's functions by PyTorch's convolution; signatures as in its version 1.5."""
+"""causal_conv1d's functions implemented with PyTorch's convolution; signatures of version 1.5."""
 
 import torch
 from torch import Tensor
@@ -17,17 +17,17 @@ def causal_conv1d_fn(
     final_states_out: Tensor | None = None,
     activation: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Depthwise convolution of each position with the width - 1 before it, then SiLU if asked for.
+    """Depthwise causal convolution, optionally followed by SiLU.
 
     Args:
         x: (b, d, l).
         weight: (d, width).
         bias: (d,).
-        initial_states: (b, d, width - 1), what comes before x; zeros if None.
+        initial_states: (b, d, width - 1), the positions before x; zeros if None.
         activation: None, 'silu' or 'swish'.
 
     Returns:
-        (b, d, l) in x's type; and, if asked for, the last width - 1 positions, (b, d, width - 1).
+        (b, d, l) in x's type; on request, also the last width - 1 positions, (b, d, width - 1).
 
     Raises:
         NotImplementedError: seq_idx (several sequences in one).
@@ -58,8 +58,8 @@ def causal_conv1d_update(
     cache_seqlens: Tensor | None = None,
     conv_state_indices: Tensor | None = None,
 ) -> Tensor:
-    """`causal_conv1d_fn` for the next position or positions, x (b, d) or (b, d, l); conv_state, the latest ones before
-    them (b, d, at least width - 1), is brought up to date in place.
+    """`causal_conv1d_fn` for the next position or positions, x (b, d) or (b, d, l); conv_state, the preceding ones
+    (b, d, at least width - 1), is updated in place.
 
     Raises:
         NotImplementedError: cache_seqlens and conv_state_indices (circular and shared buffers).

@@ -1,6 +1,6 @@
-"""The functions fwd and bwd that Mamba's and VMamba's CUDA extensions have in common, by our scan on any device.
+"""fwd and bwd, common to Mamba's and VMamba's CUDA extensions, implemented with our scan on any device.
 
-Callers put them into an autograd.Function of their own, which keeps what `forward` returns for `backward`.
+Callers use them in their own autograd.Function, which saves the results of `forward` for `backward`.
 """
 
 from typing import Any
@@ -15,7 +15,7 @@ from dpmambair_basicsr.ops.selective_scan.forms import repeat_to
 def forward(u, delta, A, B, C, D, z, delta_bias, delta_softplus: bool, out_float: bool = False) -> list[Tensor]:
     """[y, x] or, with the gate z, [y, x, y * silu(z)]; y in u's type, or fp32 if out_float.
 
-    x, (b, d, 1, 2 n), is the scan's last pair for each state: even entries the product of all exp(delta A), odd ones
+    x, (b, d, 1, 2 n), is the scan's last pair per state: even entries are the product of all exp(delta A), odd ones
     the last state.
     """
     u = u.float() if out_float else u
@@ -29,7 +29,7 @@ def forward(u, delta, A, B, C, D, z, delta_bias, delta_softplus: bool, out_float
 
 
 def backward(u, delta, A, B, C, D, z, delta_bias, dout, delta_softplus: bool) -> list[Tensor | None]:
-    """[du, ddelta, dA, dB, dC, dD, ddelta_bias, dz], None where there is no tensor; the scan is repeated."""
+    """[du, ddelta, dA, dB, dC, dD, ddelta_bias, dz], None for missing tensors; the scan is recomputed."""
     given_or_none = u, delta, A, B, C, D, delta_bias, z
     tensors: list[Any] = [None if x is None else x.detach().requires_grad_() for x in given_or_none]
     given = [x for x in tensors if x is not None]

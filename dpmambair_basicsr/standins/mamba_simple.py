@@ -1,4 +1,4 @@
-"""mamba_ssm.modules.mamba_simple.Mamba: its arguments, its parameters' names, our scan."""
+"""mamba_ssm.modules.mamba_simple.Mamba with the same arguments and parameter names, and our scan."""
 
 import math
 from typing import Any
@@ -12,7 +12,7 @@ __all__ = ['Mamba']
 
 
 class Mamba(nn.Module):
-    """The Mamba block (Gu & Dao 2023, section 3.4) as mamba_ssm has it; checkpoints fit either way.
+    """The Mamba block (Gu & Dao 2023, section 3.4) as in mamba_ssm; checkpoints are interchangeable.
 
     Args:
         d_model: features of the sequence.
@@ -24,8 +24,8 @@ class Mamba(nn.Module):
         dt_init: 'random' (uniform) or 'constant' weights of the projection to step sizes, at most
             dt_scale / sqrt(rank).
         conv_bias, bias: whether the convolution and the linear layers have one.
-        use_fast_path: without effect, there is one path.
-        layer_idx: kept as it is.
+        use_fast_path: no effect, there is only one path.
+        layer_idx: stored, no effect.
 
     Raises:
         NotImplementedError: arguments that forks of mamba_ssm have added (bimamba_type, nslices, if_divide_out, ...).
@@ -91,7 +91,7 @@ class Mamba(nn.Module):
         """(b, l, d_model) -> the same.
 
         Raises:
-            NotImplementedError: inference_params, mamba_ssm's cache for one token after the other.
+            NotImplementedError: inference_params, mamba_ssm's cache for token-by-token decoding.
         """
         if inference_params is not None:
             raise NotImplementedError('Mamba: the stand-in of dpmambair_basicsr does not cover inference_params')

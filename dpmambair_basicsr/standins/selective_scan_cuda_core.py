@@ -1,4 +1,4 @@
-"""VMamba's extension module selective_scan_cuda_core; nrows, how its kernel cuts the work, has no effect."""
+"""VMamba's extension module selective_scan_cuda_core; nrows, which splits the work of its kernel, has no effect."""
 
 from dpmambair_basicsr.standins import extensions
 

@@ -1,4 +1,4 @@
-"""VMamba's extension module selective_scan_cuda_oflex: selective_scan_cuda_core with outputs in fp32 if asked for."""
+"""VMamba's extension module selective_scan_cuda_oflex: selective_scan_cuda_core with optional fp32 outputs."""
 
 from dpmambair_basicsr.standins import extensions
 from dpmambair_basicsr.standins.selective_scan_cuda_core import bwd

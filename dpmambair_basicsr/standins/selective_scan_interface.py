@@ -26,7 +26,7 @@ def selective_scan_fn(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`ops.selective_scan`, with the gate z before delta_bias as in mamba_ssm.
 
-    The gradient of the last state is taken into account; mamba_ssm leaves it out.
+    The last state is differentiable; in mamba_ssm it is not.
     """
     return selective_scan(u, delta, A, B, C, D, delta_bias, delta_softplus, z=z, return_last_state=return_last_state)
 
@@ -43,7 +43,7 @@ def selective_scan_ref(
     delta_softplus: bool = False,
     return_last_state: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """`selective_scan_fn` by the definition, position after position."""
+    """`selective_scan_fn` by the definition, position by position."""
     return selective_scan(
         u, delta, A, B, C, D, delta_bias, delta_softplus, 'reference', z=z, return_last_state=return_last_state
     )
@@ -75,13 +75,13 @@ def mamba_inner_fn(
     """A Mamba block between its first and its last projection (Mamba, figure 3), differentiable in every tensor.
 
     Args:
-        xz: (b, 2 d, l), the halves being the sequence and its gate.
+        xz: (b, 2 d, l), the sequence and its gate.
         conv1d_weight: (d, 1, width); conv1d_bias: (d,).
         x_proj_weight: (r + n + n, d), to delta of rank r, and to B and C, each unless it is given.
         delta_proj_weight: (d, r); out_proj_weight: (features, d); out_proj_bias: (features,).
         A: (d, n); B, C: None, or as in `ops.selective_scan`; D, delta_bias: (d,).
         B_proj_bias, C_proj_bias: (n,), added to the projected B and C.
-        checkpoint_lvl: without effect; autograd keeps what it needs.
+        checkpoint_lvl: no effect; autograd keeps what it needs.
         b_rms_weight, c_rms_weight: (n,), dt_rms_weight: (d,): if given, B, C and delta are normalised (RMSNorm).
 
     Returns:
@@ -102,7 +102,7 @@ def mamba_inner_fn(
 
 
 def add_and_normalise(x: Tensor, bias: Tensor | None, weight: Tensor | None, eps: float) -> Tensor:
-    """(b, features, l): plus a bias, then RMSNorm over the features, where there are a bias and a weight."""
+    """(b, features, l): adds the bias, then applies RMSNorm over the features, each if given."""
     if bias is not None:
         x = x + bias.to(x.dtype)[:, None]
     if weight is not None:
@@ -110,5 +110,5 @@ def add_and_normalise(x: Tensor, bias: Tensor | None, weight: Tensor | None, eps
     return x
 
 
-# `mamba_inner_fn` by the definition, position after position.
+# `mamba_inner_fn` by the definition, position by position.
 mamba_inner_ref = partial(mamba_inner_fn, scan=selective_scan_ref)

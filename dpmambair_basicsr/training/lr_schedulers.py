@@ -14,7 +14,7 @@ from dpmambair_basicsr.registry import subclasses
 
 
 class CosineAnnealingRestartCyclicLR(LRScheduler):
-    """Restormer's schedule: cosine annealing with restarts, and for each period its own lowest rate.
+    """Restormer's schedule: cosine annealing with restarts, with a minimum rate for each period.
 
     In period i, t iterations after its restart (its last iteration is t = periods[i]), the rate is
     eta_mins[i] + restart_weights[i] / 2 * (lr - eta_mins[i]) * (1 + cos(pi * t / periods[i])).
@@ -26,7 +26,7 @@ class CosineAnnealingRestartCyclicLR(LRScheduler):
         restart_weights, eta_mins: as many as periods.
 
     Raises:
-        ValueError: if the three are not of one length.
+        ValueError: if the three differ in length.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class CosineAnnealingRestartCyclicLR(LRScheduler):
     ):
         if not len(periods) == len(restart_weights) == len(eta_mins):
             raise ValueError(
-                f'scheduler: periods, restart_weights and eta_mins must be of one length, got {len(periods)}, '
+                f'scheduler: periods, restart_weights and eta_mins must have the same length, got {len(periods)}, '
                 f'{len(restart_weights)} and {len(eta_mins)}'
             )
         self.periods = list(periods)
@@ -57,9 +57,9 @@ class CosineAnnealingRestartCyclicLR(LRScheduler):
 
 
 def undo_warm_up(schedulers: Sequence[LRScheduler]) -> None:
-    """Give each parameter group the rate of its scheduler again, in whose place a warm-up may have put another.
+    """Resets each parameter group to the rate of its scheduler, which a warm-up may have overwritten.
 
-    Schedulers such as MultiStepLR continue from the rate they find: that of the warm-up would stay, and the full one
+    Schedulers such as MultiStepLR continue from the current rate: that of the warm-up would stay, and the full one
     would never be reached.
     """
     for scheduler in schedulers:
@@ -68,7 +68,7 @@ def undo_warm_up(schedulers: Sequence[LRScheduler]) -> None:
 
 
 def too_short(opt: dict, scheduler: dict) -> str:
-    """In what way a schedule of several periods ends before the training, or ''."""
+    """How a schedule of several periods ends before the training; '' if it does not."""
     total, planned = int(opt['train']['total_iter']), sum(scheduler.get('periods', ()))
     if not planned or planned >= total - 1:  # schedulers count from 0
         return ''

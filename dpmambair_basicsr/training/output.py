@@ -1,4 +1,4 @@
-"""What nobody reads does not end a training: Ctrl-C ends the `tee` of a pipeline too, and terminals are closed."""
+"""Keeps a training running when its output is closed: Ctrl-C also ends the `tee` of a pipeline, and terminals close."""
 
 import os
 import sys
@@ -7,7 +7,7 @@ from basicsr.utils import get_root_logger
 
 
 class LastingStream:
-    """A text stream that discards everything after its first failed write; the log in the run's folder continues."""
+    """A text stream that discards everything after its first failed write. The log in the run's folder continues."""
 
     def __init__(self, stream):
         self.stream = stream
@@ -29,15 +29,15 @@ class LastingStream:
             self.give_up(error)
 
     def give_up(self, error: OSError) -> None:
-        """Redirects the descriptor, so that what else writes to it does not fail: the logger, Python as it ends."""
+        """Redirects the descriptor, so that other writers do not fail: the logger, Python at exit."""
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, self.stream.fileno())
         os.close(nowhere)
-        get_root_logger().warning(f'{self.stream.name}: {error}. Nobody reads it any more; see this log.')
+        get_root_logger().warning(f'{self.stream.name}: {error}. It is closed; output continues in this log.')
 
 
 def keep_output() -> None:
-    """Makes stdout and stderr last. Idempotent."""
+    """Protects stdout and stderr. Idempotent."""
     for name in ('stdout', 'stderr'):
         stream = getattr(sys, name)
         if stream is not None and not isinstance(stream, LastingStream):
@@ -45,7 +45,7 @@ def keep_output() -> None:
 
 
 def release_output() -> None:
-    """As it was before `keep_output`."""
+    """Undoes `keep_output`."""
     for name in ('stdout', 'stderr'):
         stream = getattr(sys, name)
         if isinstance(stream, LastingStream):

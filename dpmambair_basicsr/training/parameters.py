@@ -1,4 +1,4 @@
-"""Which parameters of a network are trained, and how an optimizer is given them."""
+"""Selects the trained parameters of a network, and groups them for an optimizer."""
 
 import logging
 from collections.abc import Sequence
@@ -8,9 +8,9 @@ from torch import nn
 
 
 def freeze(net: nn.Module, patterns: Sequence[str]) -> None:
-    """No longer train the parameters whose name matches one of the patterns, as `extractor.*` (fnmatch).
+    """Freezes the parameters whose names match one of the patterns (fnmatch), e.g. `extractor.*`.
 
-    Buffers, as the averages of batch normalization, continue.
+    Buffers, such as the running averages of batch normalization, are still updated.
 
     Raises:
         ValueError: naming `train.freeze`, if a pattern matches no parameter or nothing is left to train.
@@ -21,12 +21,12 @@ def freeze(net: nn.Module, patterns: Sequence[str]) -> None:
         if not matched:
             examples = ', '.join(dict.fromkeys(f'{name.partition(".")[0]}.*' for name in parameters))
             raise ValueError(
-                f'train.freeze: {pattern!r} matches no parameter of {type(net).__name__}; there are {examples}'
+                f'train.freeze: {pattern!r} matches no parameter of {type(net).__name__}; choose from {examples}'
             )
         for name in matched:
             parameters[name].requires_grad_(False)
     if not any(parameter.requires_grad for parameter in parameters.values()):
-        raise ValueError(f'train.freeze: leaves nothing of {type(net).__name__} to train')
+        raise ValueError(f'train.freeze: leaves no parameter of {type(net).__name__} to train')
 
 
 def log_frozen(net: nn.Module) -> None:
@@ -40,7 +40,7 @@ def log_frozen(net: nn.Module) -> None:
 
 
 def parameter_groups(net: nn.Module) -> list[dict]:
-    """What is trainable; parameters marked `no_weight_decay` are in a group of their own that has none."""
+    """The trainable parameters; those marked `no_weight_decay` form a separate group without weight decay."""
     trainable = [parameter for parameter in net.parameters() if parameter.requires_grad]
     marked = [parameter for parameter in trainable if getattr(parameter, 'no_weight_decay', False)]
     others = [parameter for parameter in trainable if not getattr(parameter, 'no_weight_decay', False)]

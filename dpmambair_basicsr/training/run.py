@@ -1,6 +1,6 @@
-"""Where the training of this process is, which no model and no dataset of BasicSR's knows alone.
+"""Position of the training in this process, which no single model or dataset of BasicSR knows.
 
-`patches/` reports here, and takes from here what a training state has to say about the data.
+`patches/` updates it, and reads from it what a training state records about the data.
 """
 
 from dataclasses import dataclass, field
@@ -8,18 +8,18 @@ from dataclasses import dataclass, field
 
 @dataclass
 class TrainingRun:
-    """A training that has made its loader.
+    """A training whose loader has been built.
 
     Args:
-        seed: `manual_seed` (BasicSR's choice if not given), or that of the training which is resumed.
-        items_per_iteration: indices that all processes together take from the sampler for an iteration.
+        seed: `manual_seed` (BasicSR's choice if not given), or that of the resumed training.
+        items_per_iteration: indices that all processes together take from the sampler per iteration.
         saved: iteration of the last complete checkpoint of this run.
-        iteration: the last one that was begun.
-        epoch_start: the last one before the current epoch, and `items_before` indices of it had been used then: those
-            that the resumed training used.
-        val_loaders: of the sets that are validated together.
-        sets_to_validate: how many of them the state of this iteration still waits for.
-        validation_is_missing: the training that is resumed ended in its validation, which has to be done first.
+        iteration: the last iteration started.
+        epoch_start: the last iteration before the current epoch, of which the resumed training had used
+            `items_before` indices.
+        val_loaders: of the sets validated together.
+        sets_to_validate: number of these that the state of this iteration still waits for.
+        validation_is_missing: the resumed training ended during its validation, which must be done first.
     """
 
     seed: int
@@ -35,7 +35,7 @@ class TrainingRun:
     validation_is_missing: bool = False
 
     def resume(self, iteration: int, epoch: int, items: int, seed: int) -> None:
-        """Continue after `items` indices of this epoch."""
+        """Continues after `items` indices of this epoch."""
         self.seed, self.items_before, self.resumed_epoch = seed, items, epoch
         self.saved = self.iteration = self.epoch_start = iteration
         self.epoch = epoch
@@ -44,11 +44,11 @@ class TrainingRun:
         self.epoch, self.epoch_start = epoch, self.iteration
 
     def items_used_before(self, epoch: int) -> int:
-        """How many indices of an epoch were used by the training that is resumed."""
+        """Number of indices of an epoch used by the resumed training."""
         return self.items_before if epoch == self.resumed_epoch else 0
 
     def items_used(self, iteration: int) -> int:
-        """How many indices of the current epoch have been used after an iteration of it."""
+        """Number of indices of the current epoch used after an iteration."""
         used = (iteration - self.epoch_start) * self.items_per_iteration
         return self.items_used_before(self.epoch) + used
 

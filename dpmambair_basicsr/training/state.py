@@ -1,16 +1,16 @@
-"""Checkpoints that are whole: networks, and the training state that makes training continue as if nothing had happened.
+"""Atomic checkpoints: networks, and the training state for bit-exact resume.
 
-The networks of an iteration are written first and its state last, each under its final name only when it is complete,
-so a state that is there has its networks. `patches/checkpoints` puts these functions in place of BasicSR's.
+The networks of an iteration are written first and its state last, each atomically, so an existing state implies its
+networks. `patches/checkpoints` replaces BasicSR's functions by these.
 
-A state is BasicSR's, which reads it, with an entry `exact`:
+A state is one of BasicSR's, and readable by it, with an additional entry `exact`:
     seed: manual_seed of the run;
-    items: indices of the interrupted epoch that all processes together have used;
+    items: number of indices of the interrupted epoch used by all processes together;
     best: BasicSR's best value of each metric, by dataset;
     validated: whether that includes the validation of this iteration, if one was due;
-    scaler: state of the scale of the loss, where `train.amp` is fp16;
-    pool: Real-ESRGAN's pool of training pairs, where the model has one. Those of the other processes are in files
-        beside the state, <iteration>.rank<number>.pool, which are written before it.
+    scaler: state of the loss scaler, if `train.amp` is fp16;
+    pool: Real-ESRGAN's pool of training pairs, if the model has one. Those of the other processes are in files
+        beside the state, <iteration>.rank<number>.pool, written before it.
 """
 
 import time
@@ -36,11 +36,11 @@ SCHEDULE = 'periods', 'restart_weights', 'eta_min', 'eta_mins', 'cumulative_peri
 
 
 def write(content: dict, file: Path) -> None:
-    """torch.save, or safetensors by the file's name; nothing can be seen of it before it is complete.
+    """Atomic torch.save, or safetensors by the file's name.
 
     Raises:
-        OSError: naming the file, if it cannot be written, also not in the third attempt.
-        LockedFolderError: if the folder of the run is another process's by now, see `files/lock`.
+        OSError: naming the file, if it cannot be written in three attempts.
+        LockedFolderError: if another process has taken over the folder of the run, see `files/lock`.
     """
     lock.check()
     encoded = encode_safetensors(str(file), content) if file.suffix == SAFETENSORS else None
@@ -57,7 +57,7 @@ def write(content: dict, file: Path) -> None:
             get_root_logger().warning(f'{file} cannot be saved: {reason}; attempts left: {remaining}')
             if remaining:
                 time.sleep(1)
-    raise OSError(f'{file} cannot be saved: {reason}. Checkpoints of earlier iterations are as they were')
+    raise OSError(f'{file} cannot be saved: {reason}. Checkpoints of earlier iterations are intact')
 
 
 def root_cause(error: BaseException) -> BaseException:
@@ -70,8 +70,8 @@ def read_nets(model, nets: dict[str, nn.Module], file_name: str) -> dict[str, di
     """{key: state dict} on the CPU, to be saved under this name.
 
     Raises:
-        FloatingPointError: naming file and parameter, if a number is not finite: the file would take the place of one
-            that can be used. Buffers may be infinite, as masks of attention are.
+        FloatingPointError: naming file and parameter, if a value is not finite: the file would replace a usable one.
+            Buffers may be infinite, like attention masks.
     """
     content = {}
     for key, net in nets.items():
@@ -85,9 +85,9 @@ def read_nets(model, nets: dict[str, nn.Module], file_name: str) -> dict[str, di
 
 
 def write_network(model, nets: list[nn.Module], label: str, iteration: int, keys: list[str]) -> None:
-    """Write `<label>_<iteration>.pth`, {key: state dict}; -1 is the latest.
+    """Writes `<label>_<iteration>.pth`, {key: state dict}; -1 stands for latest.
 
-    With a model of ours and `logger.save_format: safetensors` it has that ending.
+    With one of our models and `logger.save_format: safetensors`, it has that extension.
 
     Raises:
         FloatingPointError: see `read_nets`.
@@ -102,25 +102,25 @@ def write_network(model, nets: list[nn.Module], label: str, iteration: int, keys
 
 
 def suffix_of(model) -> str:
-    """Of the networks that it saves; BasicSR's models know .pth alone."""
+    """Extension of the networks that a model saves; BasicSR's models only support .pth."""
     return getattr(model, 'network_suffix', '.pth')
 
 
 def write_alone(content: dict, file: Path) -> None:
-    """`write`, and the .pth file, in place of which a .safetensors file is, goes: it would be read first."""
+    """`write`, then deletes the .pth file that a .safetensors file replaces, which would be read first."""
     write(content, file)
     if file.suffix != '.pth':
         file.with_suffix('.pth').unlink(missing_ok=True)
 
 
 def network_file(folder: str | Path, label: str) -> Path:
-    """`<label>.safetensors` if it is there and no `<label>.pth` is; otherwise that."""
+    """`<label>.safetensors` if it exists and `<label>.pth` does not; otherwise the latter."""
     files = [Path(folder, label + suffix) for suffix in NETWORK_SUFFIXES]
     return next((file for file in files if file.exists()), files[0])
 
 
 def find_networks(opt: dict) -> None:
-    """BasicSR's check_resume names net_g_8.pth to resume from; puts net_g_8.safetensors there if that was written."""
+    """BasicSR's check_resume names net_g_8.pth to resume from; replaces it by net_g_8.safetensors if that exists."""
     for key in (key for key in opt if key.startswith('network_')):
         file = Path(opt['path'].get(f'pretrain_{key}') or '')
         if file.parent == Path(opt['path'].get('models', '')):
@@ -136,9 +136,9 @@ def pool_file(opt: dict, iteration: int, rank: int | str) -> Path:
 
 
 def write_state(model, epoch: int, iteration: int) -> None:
-    """Write `<iteration>.state`, which completes the checkpoint; then remove what `logger.keep_last` does not keep.
+    """Writes `<iteration>.state`, which completes the checkpoint; then deletes those beyond `logger.keep_last`.
 
-    To be called by all processes.
+    Must be called by all processes.
 
     Raises:
         OSError: see `write`.
@@ -156,7 +156,7 @@ def write_state(model, epoch: int, iteration: int) -> None:
 
 
 def write_main_state(model, epoch: int, iteration: int, pool: dict) -> None:
-    """The part of `write_state` that the first process does."""
+    """The part of `write_state` for the first process."""
     run = training_run.current
     state = {
         'epoch': epoch if run is None else run.epoch,
@@ -180,7 +180,7 @@ def write_main_state(model, epoch: int, iteration: int, pool: dict) -> None:
 
 
 def plain(best: dict) -> dict:
-    """BasicSR's best_metric_results with Python's numbers in place of NumPy's, which weights_only would refuse."""
+    """BasicSR's best_metric_results with Python numbers instead of NumPy's, which weights_only refuses."""
     return {
         name: {
             metric: {'better': record['better'], 'val': float(record['val']), 'iter': int(record['iter'])}
@@ -191,7 +191,7 @@ def plain(best: dict) -> dict:
 
 
 def remove_older(opt: dict, iteration: int, keep: int, suffix: str = '.pth') -> None:
-    """Remove the checkpoints with a training state before the last `keep` up to this iteration, states first."""
+    """Deletes the checkpoints that have a training state, except the last `keep` up to this iteration, states first."""
     folder = Path(opt['path']['training_states'])
     iterations = sorted(int(file.stem) for file in folder.glob('*.state') if file.stem.isdecimal())
     networks = [key.removeprefix('network_') for key in opt if key.startswith('network_')]
@@ -205,36 +205,36 @@ def remove_older(opt: dict, iteration: int, keep: int, suffix: str = '.pth') -> 
 
 
 def check_optimizers(optimizers: list[Optimizer], state: dict) -> None:
-    """Raises ValueError if a state is of optimizers with other parameters; torch would name neither file nor option."""
+    """Raises ValueError if the optimizers of a state have other parameters; torch names neither file nor option."""
     for own, saved in zip(optimizers, state['optimizers'], strict=True):
         counts = [sum(len(group['params']) for group in groups) for groups in (own.param_groups, saved['param_groups'])]
         if counts[0] != counts[1]:
             raise ValueError(
                 f'The training state of iteration {state["iter"]} has an optimizer of {counts[1]} parameters, now '
-                f'{counts[0]} are trained: to resume, network_* and train.freeze must be as they were; to continue '
-                'with others, begin a new run from the checkpoint (path.pretrain_network_g)'
+                f'{counts[0]} are trained: to resume, network_* and train.freeze must be unchanged; to continue '
+                'with others, start a new run from the checkpoint (path.pretrain_network_g)'
             )
 
 
 def keep_schedule(scheduler: LRScheduler, before: dict) -> None:
-    """Give a scheduler that has taken up a state its options again, which `before`, its attributes until then, hold."""
+    """Restores the options of a scheduler after it has loaded a state, from `before`, its previous attributes."""
     changed = {key: before[key] for key in SCHEDULE if key in before and before[key] != getattr(scheduler, key)}
     if changed:
         vars(scheduler).update(changed)
         get_root_logger().warning(
-            f'{type(scheduler).__name__}: {", ".join(changed)} changed; from now on as the option file has it.'
+            f'{type(scheduler).__name__}: {", ".join(changed)} changed; the option file applies from now on.'
         )
 
 
 def restore(model, state: dict) -> None:
-    """Take up what a state has to say beside BasicSR's entries; a state of BasicSR's own has nothing.
+    """Restores the entry `exact` of a state; states of BasicSR itself have none.
 
-    The third step of those that `patches/resume` tells.
+    The third step in `patches/resume`.
     """
     run, exact, logger = training_run.current, state.get('exact'), get_root_logger()
     if exact is None:
         logger.warning(
-            'The training state does not say which images were used: its epoch starts over, and the best metrics too.'
+            'The training state does not record which images were used: its epoch and the best metrics start over.'
         )
         exact = {'seed': None if run is None else run.seed, 'items': 0, 'best': {}, 'scaler': {}, 'pool': {}}
     if best := comparable(exact['best'], (model.opt.get('val') or {}).get('metrics') or {}):
@@ -245,13 +245,13 @@ def restore(model, state: dict) -> None:
         restore_pool(model, state['iter'], exact['pool'])
     if run is not None:
         if exact['seed'] != run.seed:
-            logger.info(f'manual_seed stays {exact["seed"]}, with which the training was begun.')
+            logger.info(f'manual_seed stays {exact["seed"]}, with which the training was started.')
         run.resume(state['iter'], state['epoch'], exact['items'], exact['seed'])
         run.validation_is_missing = bool(model.opt.get('val')) and not exact.get('validated', True)
 
 
 def comparable(best: dict, metrics: dict) -> dict:
-    """The records of the datasets that have exactly these metrics, as BasicSR reads each; all if there are none."""
+    """The records of the datasets with exactly these metrics, as read by BasicSR; all if there are none."""
     better = {metric: options.get('better', 'higher') for metric, options in metrics.items()}
     return {
         name: records
@@ -261,7 +261,7 @@ def comparable(best: dict, metrics: dict) -> dict:
 
 
 def restore_pool(model, iteration: int, pool: dict) -> None:
-    """Give each process its pool of training pairs; `pool` is that of the first."""
+    """Restores each process's pool of training pairs; `pool` is that of the first."""
     rank, _ = get_dist_info()
     reason = 'its options have changed'
     if rank != 0:
@@ -273,4 +273,4 @@ def restore_pool(model, iteration: int, pool: dict) -> None:
         for name, value in pool.items():
             setattr(model, name, value.to(model.device) if isinstance(value, Tensor) else value)
     else:  # not by the logger, which only the first process has
-        print(f'WARNING: process {rank} begins with an empty pool of training pairs: {reason}', flush=True)
+        print(f'WARNING: process {rank} starts with an empty pool of training pairs: {reason}', flush=True)
