@@ -16,6 +16,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -87,8 +88,9 @@ def choose_format(arguments: argparse.Namespace) -> str:
 def trace(net: nn.Module) -> ExportedProgram:
     """The network as a graph of PyTorch's own operators, for any batch and any multiples of its stride."""
     batch, height, width = EXAMPLE
-    image = torch.rand(batch, 3, height * net.stride, width * net.stride)
-    sizes = {0: Dim('batch'), 2: net.stride * Dim('height'), 3: net.stride * Dim('width')}
+    stride = cast(int, net.stride)  # to a type checker, attributes of a module are tensors or modules
+    image = torch.rand(batch, 3, height * stride, width * stride)
+    sizes = {0: Dim('batch'), 2: stride * Dim('height'), 3: stride * Dim('width')}
     with torch.no_grad(), use_backend(LoopBackend), without_blocks(net):
         return torch.export.export(net, (image,), dynamic_shapes=(sizes,))
 
@@ -195,8 +197,9 @@ def run_torch(file: Path) -> Callable[[Tensor], Tensor]:
 @torch.no_grad()
 def check(net: nn.Module, run: Callable[[Tensor], Tensor]) -> None:
     """Prints the largest difference to the network at each size; raises ExportError if it is above TOLERANCE."""
+    stride = cast(int, net.stride)
     for batch, height, width in CHECKED:
-        image = torch.rand(batch, 3, height * net.stride, width * net.stride)
+        image = torch.rand(batch, 3, height * stride, width * stride)
         error = (run(image) - net(image)).abs().max().item()
         print(f'{" x ".join(map(str, image.shape))}: largest difference {error:.1e}', flush=True)
         if not error <= TOLERANCE:

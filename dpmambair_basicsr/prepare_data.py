@@ -86,8 +86,9 @@ def make_lmdb(folder: Path) -> None:
     shutil.rmtree(temporary, ignore_errors=True)
     pixels = 0
     for image in images.values():
-        width, height = image_size(image.read_bytes())  # an image: it was decoded to get there
-        pixels += width * height
+        size = image_size(image.read_bytes())
+        assert size is not None, 'an image: it was decoded to get there'
+        pixels += size[0] * size[1]
     room = 2**24 + 8 * pixels + 2**14 * len(images)  # above what 3 channels of 16 bits can take, and pages
     names = [image.name for image in images.values()]
     from basicsr.utils.lmdb_util import make_lmdb_from_imgs

@@ -99,7 +99,9 @@ def pipeline(name: str) -> Callable[[str], None]:
     except (ImportError, AttributeError) as error:
         spec = importlib.util.find_spec('basicsr')
         where = (
-            'no basicsr is installed' if spec is None else f'{list(spec.submodule_search_locations)[0]} is incompatible'
+            'no basicsr is installed'
+            if spec is None
+            else f'{list(spec.submodule_search_locations or [spec.name])[0]} is incompatible'
         )
         advice = INSTALL_TRAINING if spec is None else 'see docs/projects.md'
         raise MissingLibraryError(f'needs BasicSR 1.3 or newer, and {where} ({error}); {advice}') from error

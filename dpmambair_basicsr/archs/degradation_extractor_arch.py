@@ -253,6 +253,7 @@ class DegradationAutoencoder(nn.Module):
             (B, 3, H, W), not clamped.
         """
         if embedding is None:
+            assert degraded is not None, 'without its embedding'
             embedding = self.embed(clean, degraded)
         x = self.stem(clean)
         for block in self.fusion:

@@ -62,7 +62,7 @@ class OSSModule(PlanarScan):
         self.channel_scan = channel_scan
         self.channel_fusion = channel_fusion
 
-        def projection(inputs: int, outputs: int) -> nn.Module:
+        def projection(inputs: int, outputs: int) -> PixelLinear | nn.Conv2d:
             return PixelLinear(inputs, outputs) if linear_projection else nn.Conv2d(inputs, outputs, 1)
 
         self.in_conv = projection(channels, 2 * channels)
@@ -136,7 +136,7 @@ class OSSBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attn(self.norm1(x))
-        return x if self.ffn is None else x + self.ffn(self.norm2(x))
+        return x if self.ffn is None or self.norm2 is None else x + self.ffn(self.norm2(x))
 
 
 @ARCH_REGISTRY.register()

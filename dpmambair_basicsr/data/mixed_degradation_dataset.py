@@ -1,6 +1,7 @@
 import difflib
 import logging
 import random
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -138,7 +139,7 @@ class MixedDegradationDataset(ProgressiveBatches, Dataset):
         return item
 
 
-def apportion(total: int, weights: list[float]) -> list[int]:
+def apportion(total: int, weights: Sequence[float]) -> list[int]:
     """Integers proportional to the weights that sum to the total (largest remainder method)."""
     exact = total * np.asarray(weights, np.float64) / sum(weights)
     counts = np.floor(exact).astype(int)

@@ -51,7 +51,7 @@ def image_size(content: bytes) -> tuple[int, int] | None:
     Image.init()
     for name in FORMATS:
         read_header, accepts = Image.OPEN.get(name, (None, None))
-        if accepts is not None and accepts(content[:16]):
+        if read_header is not None and accepts is not None and accepts(content[:16]):
             try:
                 header = read_header(io.BytesIO(content), '')
             except Exception:  # whatever a damaged header makes of it

@@ -166,7 +166,7 @@ def read_pictures(path: Path) -> tuple[list[Picture], Timing | None]:
 
 def read_one(content: bytes) -> Picture:
     pixels, kinds, data = decode(content, cv2.IMREAD_UNCHANGED, cv2.imdecodeWithMetadata) or (None, (), ())
-    check_pixels(pixels, content)
+    pixels = check_pixels(pixels, content)
     metadata = {kind: np.asarray(part).reshape(-1) for kind, part in zip(kinds, data, strict=True)}
     if content[4:12] == b'ftypavif':
         metadata |= by_pillow(content)
@@ -183,11 +183,12 @@ def by_pillow(content: bytes) -> dict[int, np.ndarray]:
     return {}
 
 
-def check_pixels(pixels: np.ndarray | None, content: bytes) -> None:
+def check_pixels(pixels: np.ndarray | None, content: bytes) -> np.ndarray:
     if pixels is None:
         raise ValueError('not a picture, or truncated' if content else 'is empty')
     if pixels.dtype not in (np.uint8, np.uint16):
         raise ValueError(f'has {pixels.dtype} values; 8 or 16 bit integers can be restored')
+    return pixels
 
 
 def upright(pixels: np.ndarray, metadata: dict[int, np.ndarray], extras: Extras) -> Picture:
@@ -234,8 +235,7 @@ def read_page(content: bytes, number: int, ifd: Ifd) -> Picture:
         pixels, cmyk = tiff.decode_by_pillow(content, number)
     else:
         pixels = decode(content, cv2.IMREAD_UNCHANGED, lambda part, flags: tiff.decode_page(part, number, flags))
-        check_pixels(pixels, content)
-        pixels = tiff.straight(pixels, ifd)
+        pixels = tiff.straight(check_pixels(pixels, content), ifd)
     extras, exif = tiff_extras(ifd), exif_of_tags(tiff_extras(ifd).tags)
     found = {XMP: ifd.get(XMP_TAG), PROFILE: ifd.get(PROFILE_TAG)}
     metadata = {kind: np.frombuffer(tag.data, np.uint8) for kind, tag in found.items() if tag is not None}

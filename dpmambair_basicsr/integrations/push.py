@@ -70,6 +70,7 @@ def write_files(checkpoint: str, name: str, folder: Path) -> None:
         raise InputError(str(error).replace(str(folder / FILE), checkpoint)) from error
     (folder / 'config.json').write_text(json.dumps({'network_g': options}, indent=2) + '\n', encoding='utf-8')
     parameters = sum(value.numel() for value in weights.values())
+    assert options is not None, 'the network has just been loaded by them'
     card = CARD.format(name=name, type=options['type'], parameters=parameters)
     (folder / 'README.md').write_text(card, encoding='utf-8')
 

@@ -242,6 +242,7 @@ class RestorationMixin(SRModel):
             super().nondist_validation(dataloader, current_iter, tb_logger, save_img)
         averages = self.monitor.finish_set(getattr(self, 'metric_results', {}), tb_logger, current_iter)
         if averages is not None:
+            assert isinstance(current_iter, int), 'a name only in a test, which has no averages'
             self.best_checkpoint.offer(self, averages, current_iter)
 
     def get_current_visuals(self) -> 'OrderedDict[str, Tensor]':

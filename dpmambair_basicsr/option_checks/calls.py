@@ -133,7 +133,7 @@ def compares(metric: dict) -> bool:
     target = look_up(CALLS['METRIC'].known(), '', metric['type'])[0]
     if is_iqa(target):
         try:
-            return iqa.compares(metric.get('metric'))
+            return iqa.compares(metric['metric'])
         except (KeyError, TypeError, MissingLibraryError):  # reported by `check_iqa`
             return False
     return 'img2' in inspect.signature(target).parameters

@@ -81,7 +81,8 @@ def check_by_dry_run(opt: dict, model: Any, reported: list[str]) -> list[str]:
         if target is None:
             attempt(f'datasets.{phase}', check_basicsr_dataset, section, is_checked)
         dataset = None if target is None else attempt(f'datasets.{phase}', target, deepcopy(section))
-        if not getattr(dataset, 'has_labels', True) and getattr(networks.get('network_g'), 'needs_label', False):
+        has_labels = dataset is None or getattr(dataset, 'has_labels', True)
+        if not has_labels and getattr(networks.get('network_g'), 'needs_label', False):
             names = f': {dataset.unlabelled()}' if hasattr(dataset, 'unlabelled') else ''
             problems.append(f'datasets.{phase}: no labels, which network_g needs; not of a known degradation{names}')
         if phase == 'train' and dataset is not None:
@@ -96,7 +97,7 @@ def check_by_dry_run(opt: dict, model: Any, reported: list[str]) -> list[str]:
     if opt['is_train'] and is_checked:
         for key, section in opt['train'].items():
             loss = our_type('LOSS', section) if key.endswith('_opt') else None
-            if hasattr(loss, 'least_size'):
+            if loss is not None and hasattr(loss, 'least_size'):
                 attempt(f'train.{key}', check_least_size, opt, section['type'], loss.least_size(section))
     if is_checked:
         for key, section in (opt.get('train') or {}).items():

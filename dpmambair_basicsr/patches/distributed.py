@@ -20,7 +20,7 @@ def obey_timeout(opt: dict) -> None:
     """
     global timeout
     value = (opt.get('dist_params') or {}).get('timeout')
-    timeout = value if is_kind(value, float) and value >= 1 else None
+    timeout = value if value is not None and is_kind(value, float) and value >= 1 else None
 
 
 @replaces('basicsr.utils.dist_util', '_init_dist_pytorch')

@@ -21,9 +21,7 @@ def known_run(original):
     Remove once: BasicSR seeds each item.
     """
 
-    def build_dataloader(
-        dataset, dataset_opt, num_gpu=1, dist=False, sampler: EnlargedSampler | None = None, seed=None
-    ):
+    def build_dataloader(dataset, dataset_opt, num_gpu=1, dist=False, sampler: Any = None, seed=None):
         if dataset_opt['phase'] == 'train' and not hasattr(dataset, '__getitems__'):
             dataset = SeededItems(dataset)
         accum_iter = dataset_opt.get('accum_iter', 1)

@@ -85,7 +85,9 @@ class Job:
         elif self.part.subset:
             subset = spaced(list(found), self.part.subset)
         chosen = found if subset is None else {stem: found[stem] for stem in subset if stem in found}
-        self.pairs = {stem: [images.get(path) for path in paths] for stem, paths in chosen.items()}
+        self.pairs = {
+            stem: [None if path is None else images.get(path) for path in paths] for stem, paths in chosen.items()
+        }
         return [f'{self.name}: {problem}' for problem in problems]
 
     def hidden(self, file: str) -> Path:
@@ -183,6 +185,7 @@ class Job:
             try:
                 images.append(place and read(self.hidden(place) if isinstance(place, str) else place))
             except (OSError, ValueError) as error:
+                assert image is not None, 'what is not in the download is not read'
                 problems.append(f'{image[0].path / image[1]}: {error}')
             files += [place] if isinstance(place, str) else []
         if problems:

@@ -16,7 +16,7 @@ def complete_networks(opt: dict) -> None:
     """
     for network, section in opt.items():
         target = our_type('ARCH', section) if str(network).startswith('network_') else None
-        if not hasattr(target, 'options_of_weights'):
+        if target is None or not hasattr(target, 'options_of_weights'):
             continue
         if (file := opt['path'].get(f'pretrain_{network}')) is not None:
             keys = wanted_keys(opt['path'], network.removeprefix('network_'), opt['is_train'])

@@ -81,7 +81,7 @@ class UNet(nn.Module):
         encoder = [self.encoder_level1, self.encoder_level2, self.encoder_level3]
         return [*encoder, self.latent, self.decoder_level3, self.decoder_level2, self.decoder_level1, self.refinement]
 
-    def forward_features(self, image: Tensor, *context: Tensor) -> Tensor:
+    def forward_features(self, image: Tensor, *context: Tensor | None) -> Tensor:
         """(B, inp_channels, H, W) -> (B, 2C, H, W); `context` is passed to every block. H and W: multiples of 8."""
         # Layer norms need the channels of a pixel side by side; convolutions are faster so, and keep it.
         x = self.patch_embed(image.contiguous(memory_format=self.memory_format))
@@ -98,7 +98,7 @@ class UNet(nn.Module):
         x = self.run(0, self.decoder_level1, x, *context)  # (B, 2C, H, W)
         return self.run(0, self.refinement, x, *context)
 
-    def run(self, level: int, stage: nn.Sequential, x: Tensor, *context: Tensor) -> Tensor:
+    def run(self, level: int, stage: nn.Sequential, x: Tensor, *context: Tensor | None) -> Tensor:
         """Apply the blocks of a stage at resolution H / 2**level."""
         recompute = level in self.checkpoint_levels and torch.is_grad_enabled()
         for block in stage:
