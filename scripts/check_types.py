@@ -1,10 +1,10 @@
-"""Types and circular imports, by pyright (its options: pyproject.toml). Errors of a file may become fewer, never more.
+"""Checks types and circular imports with pyright (see pyproject.toml). The error count of a file may only fall.
 
     python scripts/check_types.py [--update]
 
-scripts/type_errors.json has how many errors of each file are known, and with which versions: with others they are shown
-and not compared. A circular import is never accepted. --update lowers the numbers to what is there and raises none;
-without the file, it writes a new one, as after an upgrade.
+scripts/type_errors.json has the known number of errors per file, and the versions they were counted with; with other
+versions, errors are printed but not compared. Circular imports are never accepted. --update lowers the numbers to the
+current ones but never raises any; without the file, e.g. after an upgrade, it writes a new one.
 """
 
 import argparse
@@ -22,7 +22,7 @@ DEPENDS_ON = ('numpy', 'opencv-python', 'pyright', 'torch')
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--update', action='store_true', help='lower the known numbers')
+    parser.add_argument('--update', action='store_true', help='lower the known numbers to the current ones')
     update = parser.parse_args().update
     found, versions = find_errors(), {name: version(name) for name in DEPENDS_ON}
     new = {'versions': versions, 'errors': {file: len(lines) for file, lines in found.items()}}
@@ -34,7 +34,7 @@ def main() -> int:
         print(f'{file}: {len(found[file])} errors, {known.get(file, 0)} known', *found[file], sep='\n  ')
     print(f'{sum(map(len, found.values()))} type errors, {sum(known.values())} known')
     if not comparable:
-        print(f'Not compared: these are for {baseline["versions"]}, here are {versions}')
+        print(f'Not compared: the known errors are for {baseline["versions"]}, installed are {versions}')
     elif update and not worse:
         BASELINE.write_text(json.dumps(new, indent=2, sort_keys=True) + '\n', encoding='utf-8')
     elif new['errors'] != known and not worse:

@@ -1,7 +1,7 @@
-"""DPMambaIR at small scale on two CPU cores in less than ten minutes, on any system: `python scripts/demo.py`.
+"""Small-scale DPMambaIR on two CPU cores in less than ten minutes, on any system: `python scripts/demo.py`.
 
-Data from photographs that come with scikit-image and scikit-learn, stage 1, stage 2, test, table and picture. Writes
-under datasets/, experiments/, results/. `bash scripts/demo.sh` makes the environment first.
+Prepares data from photographs in scikit-image and scikit-learn, runs stage 1, stage 2 and the test, and writes a table
+and a picture, below datasets/, experiments/, results/. `bash scripts/demo.sh` also sets up the environment.
 """
 
 import subprocess

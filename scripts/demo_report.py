@@ -1,4 +1,4 @@
-"""Table and picture of the demo: what the network gained on each degradation, and what its extractor can tell apart.
+"""Table and picture of the demo: gain of the network per degradation, and accuracy of its extractor.
 
 Reads datasets/demo, results/demo_test_dpmambair and the checkpoint of experiments/demo_degradation_extractor; writes
 results/demo/table.md and results/demo/comparison.png.
@@ -51,7 +51,7 @@ def main() -> None:
 
 
 def tested_kinds() -> list[str]:
-    """What the option file of the demo's test lists; a set is named after its degradation."""
+    """The sets in the option file of the demo's test, which are named after their degradations."""
     opt = yaml.safe_load((ROOT / 'options' / 'demo_test_dpmambair.yml').read_text(encoding='utf-8'))
     return [dataset['degradation'] for dataset in opt['datasets'].values()]
 

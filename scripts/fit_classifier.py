@@ -1,10 +1,10 @@
-"""Gives trained weights a classifier of degradations, made from photographs: what `dpmambair restore` says it finds.
+"""Fits a degradation classifier, which `dpmambair restore` reports, on photographs and adds it to trained weights.
 
     python scripts/fit_classifier.py net_g_latest.pth PHOTOS -o net_g.safetensors [--check OTHER_PHOTOS]
 
-Each photograph is degraded in every way of `versions`. OTHER_PHOTOS, which it must not have seen, are degraded alike
-and classified, and the shares that are right are printed. Then some photographs are restored both with the mean
-embedding of their class and with their own: classes that lose nothing by the former are steered by it.
+Each photograph is degraded in every way of `versions`. OTHER_PHOTOS, which must be unseen, are degraded likewise and
+classified, and the accuracies are printed. Then some photographs are restored with the mean embedding of their class and
+with their own: classes that lose nothing by the former are steered by it.
 """
 
 import argparse
@@ -30,10 +30,10 @@ from dpmambair_basicsr.inference.degradation_classifier import DegradationClassi
 from dpmambair_basicsr.inference.image_statistics import image_statistics
 from dpmambair_basicsr.inference.restorer import Restorer
 
-LARGEST, EMBEDDED = 320, 192  # pixels: centre crops whose statistics, and whose embedding, are taken
-EVERY = 4  # of so many photographs one is embedded
+LARGEST, EMBEDDED = 320, 192  # pixels: center crops for statistics and for the embedding
+EVERY = 4  # one in so many photographs is embedded
 RESTORED = 8  # photographs
-LOSS = 0.25  # dB of PSNR that are nothing
+LOSS = 0.25  # dB of PSNR that count as no loss
 KINDS = {
     'haze': {'beta': (0.4, 1.8), 'airlight': (0.7, 1.0)},
     'rain': {'strength': (0.2, 0.8)},
@@ -98,14 +98,14 @@ def mean_squared_error(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def degraded(path: Path) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-    """(class, image, what it should be), uint8."""
+    """(class, image, target), uint8."""
     rng = np.random.default_rng([zlib.crc32(path.name.encode()), 0])
     for kind, image, clean in versions(some_size(to_float(read_picture(path).image), rng), rng):
         yield kind, to_uint8(image), to_uint8(clean)
 
 
 def versions(photo: np.ndarray, rng: np.random.Generator) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-    """(class, image, what it should be): clean and nearly so, darker and lighter, and degraded in each of `KINDS`."""
+    """(class, image, target): clean or nearly so, darker and lighter, and degraded by each of `KINDS`."""
     yield 'clean', photo, photo
     for low, high in ((0.7, 2.2), (1.8, 3.2)):
         exposed = photo ** gamma(rng, low, high)
@@ -125,20 +125,20 @@ def gamma(rng: np.random.Generator, low: float, high: float) -> np.float32:
 
 
 def some_size(photo: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """As it is, or five eighths of it: sharper, with finer detail."""
+    """The photograph, or five eighths of its size: sharper, with finer detail."""
     if rng.random() < 0.5:
         photo = cv2.resize(photo, None, fx=0.625, fy=0.625, interpolation=cv2.INTER_AREA)
     return np.clip(photo, 0, 1)
 
 
 def middle(image: np.ndarray, size: int) -> np.ndarray:
-    """The centre crop, on the grid of JPEG's blocks."""
+    """Center crop, aligned to JPEG's blocks."""
     top, left = (max(length - size, 0) // 2 // 8 * 8 for length in image.shape[:2])
     return np.ascontiguousarray(image[top : top + size, left : left + size])
 
 
 def report(classifier: DegradationClassifier, statistics: dict[str, Tensor]) -> str:
-    """Shares of right classes, and the mean probability of the first class, which should be as large."""
+    """Accuracy per class, and the mean probability of the first class, which should be equally large."""
     right, sure, lines = [], [], []
     for kind, part in statistics.items():
         scores = classifier.scores(part)

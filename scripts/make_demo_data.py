@@ -1,11 +1,11 @@
-"""Makes the demo's degraded and clean images from photographs in scikit-image and scikit-learn; no downloads.
+"""Generates the demo's degraded and clean images from photographs in scikit-image and scikit-learn; no downloads.
 
     python scripts/make_demo_data.py --output datasets/demo
 
 Writes train/clean/*.png (tiles, to be degraded on the fly), test/<degradation>/{LQ,GT}/<photo>.png and demo.json.
-No test photograph is in the training set. The test images are degraded as strongly as those that the demo trains on,
-`degradations: demo` of its option files. Same arguments, same files; a complete set is left alone, another of
-this script is replaced.
+No test photograph is in the training set. The test images are degraded as strongly as the training images,
+`degradations: demo` of its option files. The same arguments give the same files; a complete set is kept, a different
+one of this script is replaced.
 """
 
 import argparse
@@ -114,7 +114,7 @@ def main() -> None:
         print(f'{args.output} is complete.')
     else:
         if args.output.exists() and not made and any(args.output.iterdir()):
-            raise SystemExit(f'{args.output} exists and was not made by this script: choose another --output')
+            raise SystemExit(f'{args.output} exists and was not made by this script; choose another --output')
         args.output.parent.mkdir(parents=True, exist_ok=True)
         # Beside the target, so that the last step is one rename and an interruption leaves no half-made set.
         temporary = Path(tempfile.mkdtemp(prefix=f'.{args.output.name}-', dir=args.output.parent))

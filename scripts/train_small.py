@@ -1,11 +1,11 @@
-"""From a folder of photographs to weights for `dpmambair restore`: data, both stages, classifier, one file.
+"""Trains weights for `dpmambair restore` on a folder of photographs: data, both stages, classifier, one file.
 
     python scripts/train_small.py PHOTOS [--minutes 9]
 
-PHOTOS are clean and sharp, of any size from 256 pixels; two hundred are enough. Everything is written below the working
-folder: datasets/small, experiments/train_small_extractor, experiments/train_small, and there small.safetensors.
-With --minutes it ends in time, at a state from which the same command goes on, exit status 3; it is done at 0. Half an
-hour on one GPU; days on a CPU. Arguments after -- go to both trainings, e.g. -- --force_yml num_gpu=0.
+PHOTOS must be clean and sharp, at least 256 pixels in size; two hundred are enough. Output goes to the working folder:
+datasets/small, experiments/train_small_extractor, experiments/train_small, and small.safetensors in the latter.
+With --minutes, it stops in time with exit status 3, and the same command continues; exit status 0: done. Takes half
+an hour on one GPU, days on a CPU. Arguments after -- go to both trainings, e.g. -- --force_yml num_gpu=0.
 """
 
 import argparse
@@ -37,7 +37,7 @@ def main() -> int:
     arguments, training = parse_arguments()
     deadline = None if arguments.minutes is None else time.monotonic() + 60 * arguments.minutes
     if DATA.is_dir():
-        print(f'{DATA} is there: {arguments.photos} is not read again')
+        print(f'{DATA} exists; {arguments.photos} is not read again')
     else:
         make_data(arguments.photos)
     for stage in STAGES:
@@ -51,26 +51,26 @@ def main() -> int:
 
 
 def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
-    """Ours, and what is for the trainings."""
+    """Our arguments, and those for the trainings."""
     split = sys.argv.index('--') if '--' in sys.argv else len(sys.argv)
     parser = argparse.ArgumentParser(description=__doc__.partition('\n\n')[0])
     parser.add_argument('photos', type=Path, help='folder of clean photographs')
-    parser.add_argument('--minutes', type=float, help='end after this long, to be gone on with')
+    parser.add_argument('--minutes', type=float, help='stop after this time; the same command continues')
     return parser.parse_args(sys.argv[1:split]), sys.argv[split + 1 :]
 
 
 def make_data(photos: Path) -> None:
-    """Photographs as PNG in datasets/small/{train,val}, as a whole or not at all."""
+    """Writes the photographs as PNG to datasets/small/{train,val}, atomically."""
     paths = list_pictures(str(photos))
     if len(paths) < 2:
-        raise SystemExit(f'{photos}: {len(paths)} photographs there; needed are two or more')
+        raise SystemExit(f'{photos}: {len(paths)} photographs; at least two are needed')
     made = DATA.with_name('small.part')
     shutil.rmtree(made, ignore_errors=True)
     for number, path in enumerate(tqdm(paths, desc='data', unit='photograph', disable=None)):
         image = read_picture(path).image
         short = min(image.shape[:2])
         if short < SIDE // 2:
-            raise SystemExit(f'{path}: {image.shape[1]} x {image.shape[0]} pixels; needed are {SIDE // 2} or more')
+            raise SystemExit(f'{path}: {image.shape[1]} x {image.shape[0]} pixels; at least {SIDE // 2} are needed')
         if short > SIDE:
             image = cv2.resize(image, None, fx=SIDE / short, fy=SIDE / short, interpolation=cv2.INTER_AREA)
         file = made / ('val' if number % HELD_OUT == 0 else 'train') / f'{number:05d}_{path.stem}.png'
@@ -84,7 +84,7 @@ def finished(stage: str) -> bool:
 
 
 def train(stage: str, arguments: list[str], deadline: float | None) -> int:
-    """Goes on with a stage until it or the time is over. Returns 0, `NOT_DONE`, or the training's exit status."""
+    """Continues a stage until it or the time is over. Returns 0, `NOT_DONE`, or the training's exit status."""
     file = SCRIPTS.parent / 'options' / f'{stage}.yml'
     command = [sys.executable, '-m', 'dpmambair_basicsr.train', '-opt', str(file), '--auto_resume', *arguments]
     process = subprocess.Popen(command)

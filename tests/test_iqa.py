@@ -56,10 +56,14 @@ def test_it_is_what_pyiqa_says_of_rgb_images_in_unit_range(pyiqa, name):
 def test_what_pyiqa_does_not_compute_so_is_refused_before_a_training(pyiqa):
     assert check_metric('val.metrics.m', iqa('psnr')) == []
     for metric, options, problem in (
-        ('niqee', {}, 'val.metrics.m.metric: niqee must be one of pyiqa, of single images, did you mean niqe?'),
-        ('niqe', {}, 'val.metrics.m.better: must be lower for niqe, as BasicSR takes the best by it; default higher'),
+        ('niqee', {}, 'val.metrics.m.metric: niqee must be a pyiqa metric of single images, did you mean niqe?'),
+        (
+            'niqe',
+            {},
+            'val.metrics.m.better: must be lower for niqe, BasicSR selects the best network by it; default higher',
+        ),
         ('psnr', {'better': 'lower'}, 'val.metrics.m.better: must be higher for psnr'),
-        ('fid', {'better': 'lower'}, 'val.metrics.m.metric: fid must be one of pyiqa, of single images'),
+        ('fid', {'better': 'lower'}, 'val.metrics.m.metric: fid must be a pyiqa metric of single images'),
         ('psnr', {'crop_bordr': 1}, 'val.metrics.m.crop_bordr: unknown key, did you mean crop_border?'),
     ):
         (found,) = check_metric('val.metrics.m', iqa(metric, **options))
@@ -68,7 +72,7 @@ def test_what_pyiqa_does_not_compute_so_is_refused_before_a_training(pyiqa):
 
 def test_only_metrics_with_a_reference_need_clean_images(pyiqa):
     assert compares(iqa('psnr')) and not compares(iqa('niqe', better='lower'))
-    with pytest.raises(ValueError, match='psnr compares with a clean image, and there is none'):
+    with pytest.raises(ValueError, match='psnr needs a clean image, and there is none'):
         calculate_metric({'img': photo(0)}, iqa('psnr'))
     with pytest.raises(ValueError, match=r'one size, got \(40, 44, 3\) and \(44, 40, 3\)'):
         calculate_metric({'img': photo(0), 'img2': photo(0, (44, 40, 3))}, iqa('psnr'))

@@ -94,8 +94,8 @@ def test_too_few_or_too_small_photographs_are_refused(photos):
     for name in ('coffee', 'chelsea'):
         (photos / f'photos/{name}.png').unlink()
     done = train_small(photos, 'photos')
-    assert done.returncode == 1 and 'photos: 1 photographs there; needed are two or more' in done.stdout
+    assert done.returncode == 1 and 'photos: 1 photographs; at least two are needed' in done.stdout
     assert cv2.imwrite(str(photos / 'photos/small.png'), np.zeros((200, 300, 3), np.uint8))
     done = train_small(photos, 'photos')
-    assert done.returncode == 1 and 'small.png: 300 x 200 pixels; needed are 256 or more' in done.stdout
+    assert done.returncode == 1 and 'small.png: 300 x 200 pixels; at least 256 are needed' in done.stdout
     assert not (photos / 'datasets/small').exists()

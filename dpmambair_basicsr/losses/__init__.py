@@ -1,4 +1,4 @@
-"""Losses: called as loss(pred, target), BasicSR's way."""
+"""Losses, called as loss(pred, target), as in BasicSR."""
 
 from dpmambair_basicsr.registry import lazy_attributes
 

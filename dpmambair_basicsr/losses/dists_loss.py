@@ -16,10 +16,10 @@ CHANNELS = (3, 64, 128, 256, 512, 512)  # of the image, and of these
 
 @LOSS_REGISTRY.register()
 class DISTSLoss(nn.Module):
-    """`loss_weight` x DISTS (Ding et al. 2020, arXiv 2004.07728), by the package piq; mean over the batch.
+    """`loss_weight` x DISTS (Ding et al. 2020, arXiv 2004.07728), from the package piq; mean over the batch.
 
-    Images are (b, 3, h, w) RGB in [0, 1]; larger ones than 256 pixels are made smaller, as the paper has it. Halves are
-    computed in fp32.
+    Images are (b, 3, h, w) RGB in [0, 1]; those larger than 256 pixels are downscaled, as in the paper. fp16 and bf16
+    are computed in fp32.
 
     Args:
         loss_weight: weight of the loss.
@@ -65,7 +65,7 @@ def build_dists(weights: str | None = None, heads: str | None = None) -> nn.Modu
     Raises:
         MissingLibraryError: piq is not installed.
         FileNotFoundError: no such file; says how to get it.
-        ValueError: a file holds something else.
+        ValueError: a file has other content.
     """
     perceptual = import_piq('DISTSLoss').perceptual
     files = find_files(weights, heads)

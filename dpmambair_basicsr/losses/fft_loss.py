@@ -8,8 +8,8 @@ def fft_l1(pred: Tensor, target: Tensor) -> Tensor:
     """Mean of |Re F(pred - target)| and |Im F(pred - target)| over all entries of the full spectrum.
 
     F is the un-normalised 2-D DFT over the last two axes. As in FocalNet (Cui et al. 2023), the L1 distance between the
-    stacked real and imaginary parts of the two spectra; F is linear, so one transform is enough. Halves are
-    computed in fp32. The value grows with the image, for white noise as sqrt(H W).
+    stacked real and imaginary parts of the two spectra; F is linear, so one transform is enough. fp16 and bf16
+    are computed in fp32. The value grows with the image, for white noise as sqrt(H W).
 
     Args:
         pred, target: (..., H, W), real.

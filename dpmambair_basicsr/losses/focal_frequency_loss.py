@@ -8,12 +8,12 @@ def focal_frequency(pred: Tensor, target: Tensor, alpha: float = 1.0, patch_fact
     """Mean over the spectrum of w |F(pred) - F(target)|^2 (Jiang et al., ICCV 2021, arXiv 2012.12821, Eq. 5 to 8).
 
     F is the orthonormal 2-D DFT, as in the authors' code. The weights w = |F(pred) - F(target)|^alpha, divided by their
-    largest value in each channel, have no gradient: what is far off counts most. Halves are computed in fp32.
+    largest value in each channel, have no gradient: the largest errors count most. fp16 and bf16 are computed in fp32.
 
     Args:
         pred, target: (b, c, H, W), real.
-        alpha: the larger it is, the more the weights focus.
-        patch_factor: H and W are cut into so many parts, each with a spectrum of its own.
+        alpha: larger values focus more on large errors.
+        patch_factor: number of parts into which H and W are split, each with its own spectrum.
 
     Raises:
         ValueError: H or W is not a multiple of `patch_factor`.
@@ -34,14 +34,14 @@ def focal_frequency(pred: Tensor, target: Tensor, alpha: float = 1.0, patch_fact
 
 @LOSS_REGISTRY.register()
 class FocalFrequencyLoss(nn.Module):
-    """`loss_weight` x the focal frequency loss (Jiang et al. 2021), which counts the frequencies that are far off.
+    """`loss_weight` x the focal frequency loss (Jiang et al. 2021), which focuses on the worst frequencies.
 
-    Not a part of VmambaIR or DPMambaIR. Without the options for ablations of the authors' code.
+    Not part of VmambaIR or DPMambaIR. Without the ablation options of the authors' code.
 
     Args:
         loss_weight: weight of the loss.
-        alpha: the larger it is, the more the loss focuses on the worst frequencies.
-        patch_factor: height and width of the crops are cut into so many parts, each with a spectrum of its own.
+        alpha: larger values focus more on the worst frequencies.
+        patch_factor: number of parts into which height and width are split, each with its own spectrum.
     """
 
     def __init__(self, loss_weight: float = 1.0, alpha: float = 1.0, patch_factor: int = 1):

@@ -6,7 +6,7 @@ from dpmambair_basicsr.registry import LOSS_REGISTRY
 
 @LOSS_REGISTRY.register()
 class LPIPSLoss(nn.Module):
-    """`loss_weight` x LPIPS, averaged over the batch. Images: (b, 3, h, w) RGB in [0, 1]; halves are computed in fp32.
+    """`loss_weight` x LPIPS, averaged over the batch. Images: (b, 3, h, w) RGB in [0, 1]; computed in fp32.
 
     Args:
         loss_weight: weight of the loss (1 in DPMambaIR's extractor pre-training).

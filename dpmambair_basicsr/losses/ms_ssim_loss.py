@@ -10,19 +10,19 @@ SCALES = 5
 
 @LOSS_REGISTRY.register()
 class MSSSIMLoss(nn.Module):
-    """`loss_weight` x (1 - MS-SSIM) (Wang et al. 2003), by the package piq; mean over the batch.
+    """`loss_weight` x (1 - MS-SSIM) (Wang et al. 2003), from the package piq; mean over the batch.
 
-    Images are (b, c, h, w) in [0, 1]. Values of `pred` outside are clamped, as piq takes no others: they have no
-    gradient here, so a pixel loss should stand beside this one. Halves are computed in fp32.
+    Images are (b, c, h, w) in [0, 1]. Values of `pred` outside are clamped, as piq requires, and get no gradient
+    here, so combine this loss with a pixel loss. fp16 and bf16 are computed in fp32.
 
     Args:
         loss_weight: weight of the loss.
-        scale_weights: exponents of the scales, of which each halves the image, normalized to a sum of 1; default: the
-            five of the paper, which need crops of 161 pixels. Three need 41.
+        scale_weights: exponents of the scales, each of which halves the image, normalised to a sum of 1; default: the
+            paper's five, which need crops of 161 pixels. Three need 41.
 
     Raises:
         MissingLibraryError: piq is not installed.
-        ValueError: images that are too small for so many scales.
+        ValueError: images too small for the number of scales.
     """
 
     def __init__(self, loss_weight: float = 1.0, scale_weights: list[float] | None = None):

@@ -4,7 +4,7 @@ from dpmambair_basicsr.files.errors import MissingLibraryError
 
 
 def import_piq(loss: str) -> ModuleType:
-    """The package piq. Raises MissingLibraryError with the line to type."""
+    """The package piq. Raises MissingLibraryError with the install command."""
     try:
         import piq
     except ImportError as error:

@@ -11,10 +11,10 @@ OF_SETS = ('fid', 'inception_score')  # what pyiqa computes of folders of images
 
 
 def configurations() -> dict[str, dict]:
-    """pyiqa's metrics by name: `metric_mode` is FR for those that compare with a truth, NR for the others.
+    """pyiqa's metrics by name; `metric_mode` is FR for full-reference metrics, NR for the others.
 
     Raises:
-        MissingLibraryError: with the line to type.
+        MissingLibraryError: with the install command.
     """
     try:
         from pyiqa.default_model_configs import DEFAULT_CONFIGS
@@ -32,15 +32,17 @@ def check_iqa(metric: str, better: str = 'higher') -> None:
     """Raises OptionError naming the key that is wrong; MissingLibraryError without pyiqa."""
     known = {name: of for name, of in configurations().items() if not any(part in name for part in OF_SETS)}
     if metric not in known:
-        raise OptionError(f'metric: {metric} must be one of pyiqa, of single images{did_you_mean(metric, known)}')
+        raise OptionError(f'metric: {metric} must be a pyiqa metric of single images{did_you_mean(metric, known)}')
     right = 'lower' if known[metric].get('lower_better') else 'higher'
     if better != right:
-        raise OptionError(f'better: must be {right} for {metric}, as BasicSR takes the best by it; default higher')
+        raise OptionError(
+            f'better: must be {right} for {metric}, BasicSR selects the best network by it; default higher'
+        )
 
 
 @lru_cache
 def network(metric: str, device: torch.device) -> torch.nn.Module:
-    """pyiqa's network, which it may download."""
+    """pyiqa's network, whose weights it may download."""
     configurations()
     import pyiqa
 
@@ -60,16 +62,16 @@ def calculate_iqa(
     crop_border: int = 0,
     better: str = 'higher',
 ) -> float:
-    """Any metric of the package pyiqa of one image, or of an image and its clean one, as pyiqa defines it.
+    """Any metric of the package pyiqa, for an image or for an image and its ground truth, as defined there.
 
     Its psnry is 1.32 dB less than BasicSR's PSNR of the Y channel, whose Y has 219 of pyiqa's 255 steps.
 
     Args:
         img, img2: (H, W, 3) BGR or (H, W) grey in [0, 255], as BasicSR passes them.
-        metric: pyiqa's name: niqe, musiq, topiq_fr, ... pyiqa downloads the weights of many when it first makes them,
-            which is when the option file is checked.
-        crop_border: pixels left out at each edge.
-        better: higher or lower. BasicSR reads this option too, and takes the best network by it.
+        metric: pyiqa's name: niqe, musiq, topiq_fr, ... For many, pyiqa downloads weights on first use, which is
+            when the option file is checked.
+        crop_border: pixels cropped at each edge.
+        better: higher or lower. BasicSR also reads this option, and selects the best network by it.
 
     Raises:
         MissingLibraryError: pyiqa is not installed.
@@ -79,7 +81,7 @@ def calculate_iqa(
     check_iqa(metric, better)
     pair = [img] if not compares(metric) else [img, img2]
     if pair[-1] is None:
-        raise ValueError(f'calculate_iqa: {metric} compares with a clean image, and there is none')
+        raise ValueError(f'calculate_iqa: {metric} needs a clean image, and there is none')
     if pair[-1].shape != img.shape:
         raise ValueError(f'{metric} needs images of one size, got {img.shape} and {pair[-1].shape}')
     with torch.no_grad():
