@@ -60,7 +60,7 @@ def test_what_pyiqa_does_not_compute_so_is_refused_before_a_training(pyiqa):
         (
             'niqe',
             {},
-            'val.metrics.m.better: must be lower for niqe, BasicSR selects the best network by it; default higher',
+            'val.metrics.m.better: must be lower for niqe, BasicSR selects the best network by it',
         ),
         ('psnr', {'better': 'lower'}, 'val.metrics.m.better: must be higher for psnr'),
         ('fid', {'better': 'lower'}, 'val.metrics.m.metric: fid must be a pyiqa metric of single images'),
