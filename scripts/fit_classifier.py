@@ -3,8 +3,8 @@
     python scripts/fit_classifier.py net_g_latest.pth PHOTOS -o net_g.safetensors [--check OTHER_PHOTOS]
 
 Each photograph is degraded in every way of `versions`. OTHER_PHOTOS, which must be unseen, are degraded likewise and
-classified, and the accuracies are printed. Then some photographs are restored with the mean embedding of their class and
-with their own: classes that lose nothing by the former are steered by it.
+classified, and the accuracies are printed. Then some photographs are restored with the mean embedding of their class
+and with their own: classes that lose nothing by the former are steered by it.
 """
 
 import argparse
