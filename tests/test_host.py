@@ -158,7 +158,7 @@ logger: {}
 RUN = '__import__("os").system("touch MARKER")'
 ATTACKS = {
     'a tag': ('extra: !!python/object/apply:os.system ["touch MARKER"]', '', 'python/object/apply'),
-    'a forced key': ('', f'name"];{RUN};opt["name=x', 'is not of the form'),
+    'a forced key': ('', f'name"];{RUN};opt["name=x', 'expected key=value'),
     'a forced list': ('', f'train:x=[{RUN}]', None),  # read as data, so not refused
 }
 

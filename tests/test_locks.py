@@ -180,7 +180,7 @@ def test_a_lock_that_another_machine_renews_is_respected(foreign, tmp_path):
     thread = threading.Thread(target=renew)
     thread.start()
     try:
-        with pytest.raises(lock.LockedFolderError, match='process 1 on other-node, since .*works in this folder'):
+        with pytest.raises(lock.LockedFolderError, match='process 1 on other-node, since .*is using this folder'):
             lock.hold(tmp_path / 'run')
     finally:
         stopped.set()

@@ -53,7 +53,7 @@ BILLIONS = 'a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n' + ''.join(
 TEXTS = {
     'aliases that stand for 10^9 values': (BILLIONS, 'line 4: more than 10000 values, aliases expanded'),
     'an alias inside itself': ('x: &a [1, *a]', 'line 1: *a contains itself'),
-    '900 levels': ('x:\n  ' + '[' * 900 + ']' * 900, 'line 2: more than 32 sections or lists in one another'),
+    '900 levels': ('x:\n  ' + '[' * 900 + ']' * 900, 'line 2: more than 32 nested sections or lists'),
     '10^5 levels': ('[' * 10**5, 'line 1: while increasing flow level exceeded maximum nesting depth'),
     '10^5 levels of lines': ('\n'.join(' ' * n + 'a:' for n in range(1000)), 'line 32: more than 32 sections'),
     '10^5 values': ('x: [' + '1, ' * 10**5 + ']', 'line 1: more than 10000 values'),

@@ -248,7 +248,7 @@ def test_basicsrs_own_model_follows_the_schedule_also_after_a_resume(options, tm
         ({'iters': [3, 4, 3, 2, 1]}, r'progressive\.iters: has 5 entries, gt_sizes has 4'),
         ({'batch_sizes': [5, 3, 2, 1]}, r'progressive\.batch_sizes: 5 is more than batch_size_per_gpu 4'),
         ({'iters': [3, 0, 3, 2]}, r'progressive\.iters: expected a list of positive ints'),
-        ({'iters': 3}, r'progressive\.iters: must be a list'),
+        ({'iters': 3}, r'progressive\.iters: expected a list of positive ints'),
         ({'sizes': [1]}, 'progressive: must have the keys gt_sizes, batch_sizes, iters'),
     ],
 )
