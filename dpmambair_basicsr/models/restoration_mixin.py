@@ -11,6 +11,7 @@ from basicsr.models.sr_model import SRModel
 from basicsr.utils import get_root_logger
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 from dpmambair_basicsr.data import progressive
@@ -33,7 +34,7 @@ from dpmambair_basicsr.models.step_guard import StepGuard
 from dpmambair_basicsr.models.validation_monitor import ValidationMonitor
 from dpmambair_basicsr.ops.selective_scan.backend import set_default_backend
 from dpmambair_basicsr.registry import arguments_of, make_without_storage, our_type
-from dpmambair_basicsr.results.run import mean
+from dpmambair_basicsr.results.run import SetResult, mean
 from dpmambair_basicsr.training import lr_schedulers
 from dpmambair_basicsr.training.earlier_options import complete_networks
 from dpmambair_basicsr.training.extractor import load_extractor
@@ -249,6 +250,14 @@ class RestorationMixin(SRModel):
         visuals, degraded = super().get_current_visuals(), self.network_inputs()[0]
         self.monitor.note_image(degraded, degraded is self.lq, visuals)
         return visuals
+
+    def measure_again(self, dataset, index: int) -> SetResult:
+        """One image of a test set, as `nondist_validation` does it; writes nothing."""
+        one = Subset(dataset, [index])
+        one.opt = dataset.opt
+        with self.monitor.watching(DataLoader(one), None, self.opt['name']):
+            super().nondist_validation(DataLoader(one), self.opt['name'], None, False)
+        return self.monitor.done
 
     # Checkpoints
 

@@ -18,6 +18,22 @@ NAMES = {dict: 'a mapping', list: 'a list', str: 'a text', int: 'an int', float:
 
 
 @dataclass
+class Sample:
+    """An image of a test that can be restored and measured again.
+
+    Args:
+        index: in the dataset.
+        truth: SHA-256 of the clean image's tensor, '' if there is none; `restored`: of the 8-bit image that is measured.
+        values: metric -> value of this image.
+    """
+
+    index: int
+    truth: str
+    restored: str
+    values: dict[str, float]
+
+
+@dataclass
 class SetResult:
     """One dataset.
 
@@ -27,6 +43,8 @@ class SetResult:
         images: name -> file of the degraded image.
         restored: metric -> mean over the images.
         unrestored: the same of the degraded images; empty where they are of another size than the restored ones.
+        hashes: name -> SHA-256 of the tensor that the network is called with; `samples`: name -> see `Sample`; both empty
+            in results of earlier versions.
     """
 
     name: str
@@ -35,6 +53,8 @@ class SetResult:
     images: dict[str, str] = field(default_factory=dict)
     restored: dict[str, float] = field(default_factory=dict)
     unrestored: dict[str, float] = field(default_factory=dict)
+    hashes: dict[str, str] = field(default_factory=dict)
+    samples: dict[str, Sample] = field(default_factory=dict)
 
 
 @dataclass
@@ -48,6 +68,7 @@ class Run:
         versions: package -> version.
         metrics: name -> type and arguments, the section `val.metrics`.
         suffix: restored images are visualization/<dataset>/<image>_<suffix>.png.
+        device: what restored, '' in results of earlier versions.
     """
 
     name: str
@@ -60,6 +81,7 @@ class Run:
     metrics: dict[str, dict]
     suffix: str
     sets: list[SetResult]
+    device: str = ''
 
 
 def mean(parts: Sequence[dict[str, float]]) -> dict[str, float]:
