@@ -201,7 +201,7 @@ def start_study(folder: Path) -> subprocess.Popen:
 
 @pytest.fixture(scope='module')
 def study(tmp_path_factory):
-    """The folder of a study that was killed in a training, with all its processes, and continued by the same command."""
+    """The folder of a study that was killed in a training, with all its processes, and then continued."""
     folder = tmp_path_factory.mktemp('study')
     write(folder, STUDY)
     process, end = start_study(folder), time.monotonic() + 200

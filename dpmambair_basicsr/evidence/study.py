@@ -9,7 +9,7 @@ import argparse
 import re
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from dpmambair_basicsr.evidence.jobs import Command, Job, device_slots, run_jobs
@@ -76,12 +76,18 @@ def main() -> None:
         metavar='N',
         help='at a time, on a CPU with one thread each; default: one for each GPU, or one',
     )
+    parser.add_argument(
+        '--iterations', type=int, metavar='N', help="of each training, not the file's; earlier ones in proportion"
+    )
     arguments = parser.parse_args()
-    if arguments.jobs is not None and arguments.jobs < 1:
-        parser.error('--jobs: 1 or more')
+    for name in ('jobs', 'iterations'):
+        if getattr(arguments, name) is not None and getattr(arguments, name) < 1:
+            parser.error(f'--{name}: 1 or more')
     try:
         with exit_on_error('dpmambair study', ValueError, OSError):
             study = read_study(find_study(arguments.file))
+            if arguments.iterations is not None:
+                study = with_iterations(study, arguments.iterations)
             folder = arguments.output or Path('studies', study.name)
             check_figure(folder / 'study.png')
             lock.hold(folder)
@@ -158,6 +164,16 @@ def stages(study: Study) -> dict[str, Stage]:
         'train': study.train,
         'test': study.test,
     }
+
+
+def with_iterations(study: Study, iterations: int) -> Study:
+    """The same on another budget: trainings of so many iterations, and those before them in proportion, 1 at least."""
+    factor = iterations / study.train.iterations
+    before = {
+        name: replace(stage, iterations=max(1, round(factor * stage.iterations)))
+        for name, stage in study.before.items()
+    }
+    return replace(study, train=replace(study.train, iterations=iterations), before=before)
 
 
 def option_file_problems(key: str, name: str) -> Iterator[tuple[str, str]]:
