@@ -23,7 +23,8 @@ class Sample:
 
     Args:
         index: in the dataset.
-        truth: SHA-256 of the clean image's tensor, '' if there is none; `restored`: of the 8-bit image that is measured.
+        truth: SHA-256 of the clean image's tensor, '' if there is none.
+        restored: SHA-256 of the 8-bit image that is measured.
         values: metric -> value of this image.
     """
 
@@ -43,8 +44,8 @@ class SetResult:
         images: name -> file of the degraded image.
         restored: metric -> mean over the images.
         unrestored: the same of the degraded images; empty where they are of another size than the restored ones.
-        hashes: name -> SHA-256 of the tensor that the network is called with; `samples`: name -> see `Sample`; both empty
-            in results of earlier versions.
+        hashes: name -> SHA-256 of the tensor that the network is called with; empty in results of earlier versions.
+        samples: name -> see `Sample`; likewise.
     """
 
     name: str

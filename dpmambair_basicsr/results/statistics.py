@@ -10,7 +10,7 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True)
 class Difference:
-    """Mean of paired differences, and the bounds of its two-sided t confidence interval; bounds of NaN: one pair only."""
+    """Mean of paired differences, and the bounds of its two-sided t confidence interval; of one pair they are NaN."""
 
     mean: float
     low: float

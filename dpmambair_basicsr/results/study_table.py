@@ -28,8 +28,8 @@ from dpmambair_basicsr.results.statistics import Difference, paired_difference, 
 
 AVERAGE = 'average'  # over the test sets, each of which counts alike
 NOTE = (
-    'Differences are paired by seed; in brackets their 95% t confidence interval, which supposes normal differences and '
-    'is not corrected for the number of comparisons. Where it includes 0, this study does not decide.'
+    'Differences are paired by seed; in brackets their 95% t confidence interval, which supposes normal differences '
+    'and is not corrected for the number of comparisons. Where it includes 0, this study does not decide.'
 )
 
 
