@@ -144,8 +144,10 @@ def run_command(command: Command, slot: str) -> None:
 
 
 def end_with_parent() -> None:
-    multiprocessing.parent_process().join()
-    os.kill(os.getpid(), signal.SIGTERM)
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def failure(command: Command, status: int) -> str:

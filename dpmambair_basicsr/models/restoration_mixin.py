@@ -48,6 +48,14 @@ def needs_label(network: dict) -> bool:
     return target is not None and getattr(make_without_storage(target, arguments_of(network)), 'needs_label', False)
 
 
+class OneImage(Subset):
+    """A dataset of one image of another."""
+
+    def __init__(self, dataset, index: int):
+        super().__init__(dataset, [index])
+        self.opt = dataset.opt
+
+
 class RestorationMixin(SRModel):
     """Mix-in for SRModel and its descendants; each method overrides the hook of the same name there."""
 
@@ -253,10 +261,9 @@ class RestorationMixin(SRModel):
 
     def measure_again(self, dataset, index: int) -> SetResult:
         """One image of a test set, as `nondist_validation` does it; writes nothing."""
-        one = Subset(dataset, [index])
-        one.opt = dataset.opt
-        with self.monitor.watching(DataLoader(one), None, self.opt['name']):
-            super().nondist_validation(DataLoader(one), self.opt['name'], None, False)
+        loader = DataLoader(OneImage(dataset, index))
+        with self.monitor.watching(loader, None, self.opt['name']):
+            super().nondist_validation(loader, self.opt['name'], None, False)
         return self.monitor.done
 
     # Checkpoints

@@ -92,7 +92,7 @@ class ValidationMonitor:
         degraded = degraded.detach().cpu()
         if not self.is_train:
             self.note_input_file(degraded, is_lq)
-            self.note_sample(degraded, visuals)
+            self.note_sample(self.current, degraded, visuals)
         if not self.is_train or self.current.name not in self.inputs_measured:
             self.measure_input(degraded, visuals)
         if self.samples is not None and len(self.samples) < SAMPLES:
@@ -110,11 +110,11 @@ class ValidationMonitor:
             write_image(path, tensor2img([degraded]))
         self.current.images[name] = path
 
-    def note_sample(self, degraded: Tensor, visuals: dict[str, Tensor]) -> None:
+    def note_sample(self, current: SetResult, degraded: Tensor, visuals: dict[str, Tensor]) -> None:
         """What tells whether a test repeats: hashes, and the values of the first, the middle and the last image."""
-        name, index, count = Path(self.current_path).stem, self.position, self.current.count
+        name, index, count = Path(self.current_path).stem, self.position, current.count
         self.position += 1
-        self.current.hashes[name] = hash_of(degraded)
+        current.hashes[name] = hash_of(degraded)
         if index in (0, count // 2, count - 1):
             truth = hash_of(visuals['gt']) if 'gt' in visuals else ''
             pair = measured_pair(visuals['result'], visuals)
@@ -123,7 +123,7 @@ class ValidationMonitor:
                 for metric, options in (self.opt['val'].get('metrics') or {}).items()
             }
             restored = hashlib.sha256(pair['img'].tobytes()).hexdigest()
-            self.current.samples[name] = Sample(index, truth, restored, values)
+            current.samples[name] = Sample(index, truth, restored, values)
 
     def measure_input(self, degraded: Tensor, visuals: dict[str, Tensor]) -> None:
         """Add the metrics of the network's input to `totals`, if it has the size of the result."""
