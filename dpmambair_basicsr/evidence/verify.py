@@ -113,6 +113,7 @@ def restore_again(folder: Path, run: Run, places: list[tuple[str, str]]) -> tupl
     sys.argv = ['dpmambair verify', '-opt', str(option_file(folder, run))]
     sys.argv += ['--force_yml', *run.forced] if run.forced else []
     opt, _ = pipeline.parse_options(str(Path.cwd()), is_train=False)
+    opt['val']['save_img'] = False
     model = pipeline.build_model(opt)
     if not hasattr(model, 'measure_again'):
         raise InputError(f'{folder}: {shlex.quote(opt["model_type"])} is not a model of ours')
