@@ -228,7 +228,7 @@ def converted(value, kind, place: str) -> Any:
         wrong = [f'{name} is missing' for name in missing] + [f'unknown {name!r}' for name in value.keys() - kinds]
         if wrong:
             raise ValueError(f'{place}: {wrong[0]}')
-        inside = '' if kind is Run else f'{place}.'
+        inside = '' if place == 'the file' else f'{place}.'
         return kind(**{name: converted(part, kinds[name], inside + name) for name, part in value.items()})
     if origin is list:
         return [converted(part, parts[0], f'{place}[{index}]') for index, part in enumerate(value)]
