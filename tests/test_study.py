@@ -65,6 +65,7 @@ network_g: {type: SRVGGNetCompact, num_feat: 4, num_conv: 1, upscale: 1}
 path: {pretrain_network_g: ~}
 val:
   save_img: true
+  suffix: restored
   metrics: {psnr: {type: calculate_psnr, crop_border: 0}}
 """
 STUDY = {
