@@ -108,6 +108,7 @@ def write(folder: Path, study: dict) -> Path:
         ('train.options', 'nowhere.yml', 'train.options: nowhere.yml: no such option file, here or in the package'),
         ('test.force_yml', ['name={sede}'], 'test.force_yml: {sede} must be one of seed, iterations'),
         ('variants.small', {'forced': []}, "variants.small: unknown 'forced'"),
+        ('variants.a=b', {}, 'variants.a=b: must not have a =, as --force_yml cannot'),
         ('variants.a/b', {}, "variants.a/b: must be one name, without / \\ and control characters, not 'a/b'"),
     ],
 )

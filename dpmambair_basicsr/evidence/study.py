@@ -128,7 +128,8 @@ def problems(study: Study) -> Iterator[tuple[str, str]]:
         f'{key}.{name}': name for key in ('variants', 'before') for name in getattr(study, key)
     }
     for key, name in names.items():
-        if problem := name_problem(name):
+        problem = name_problem(name) or ('must not have a =, as --force_yml cannot' if '=' in name else '')
+        if problem:
             yield key, problem
     if study.baseline not in study.variants:
         yield 'baseline', f'{study.baseline!r} is not one of the variants: {", ".join(study.variants)}'
