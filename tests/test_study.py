@@ -82,7 +82,7 @@ STUDY = {
 def write(folder: Path, study: dict) -> Path:
     """The study file, and the option files and images that it needs."""
     train, test = yaml.safe_load(OPTIONS), yaml.safe_load(TEST)
-    pairs = {name: folder / name for name in ('train', 'first', 'second')}
+    pairs = {name: folder / 'datasets' / name for name in ('train', 'first', 'second')}
     if not pairs['train'].exists():
         pairs = {name: pipelines.write_pairs(place, [(24, 25), (26, 24)]) for name, place in pairs.items()}
         train['datasets']['train'] |= pairs['train']
