@@ -14,6 +14,8 @@ COMMANDS = {
     'degradation': 'name the degradations of image files, and map their embeddings',
     'figures': 'draw spectra, step sizes, the extractor and the blocks of trained networks',
     'report': "compare test results with each other and with the papers'",
+    'study': 'train and test variants of a network over several seeds, and compare them with intervals',
+    'verify': "restore three images of a test's results again, and check that the numbers repeat",
     'convert': 'write a checkpoint as a safetensors file',
     'export': 'write a trained network as ONNX or as a program of torch.export',
     'prepare_data': 'arrange a downloaded public dataset as the option files expect it',
@@ -31,6 +33,8 @@ MODULES = {  # the others have their own names
     'init': 'prepare.init',
     'install_basicsr': 'prepare.install_basicsr',
     'push': 'integrations.push',
+    'study': 'evidence.study',
+    'verify': 'evidence.verify',
 }
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 for file in Path(__file__).parent.glob('*_arch.py'):
     importlib.import_module(f'basicsr.archs.{file.stem}')
 """
-OPTIONS = sorted(f'options/{file.name}' for file in (PACKAGE_PARENT / 'options').glob('*'))
+OPTIONS = sorted(f'options/{file.name}' for file in (PACKAGE_PARENT / 'options').glob('*.*'))
 
 
 @pytest.fixture(scope='module')

@@ -40,7 +40,9 @@ def test_anything_but_a_command_is_refused_with_the_choices(arguments, tmp_path)
     assert result.returncode == 2 and 'COMMAND' in result.stdout
 
 
-@pytest.mark.parametrize('command', ['', 'convert', 'dropin', 'init', 'install_basicsr', 'push', 'report', 'run'])
+@pytest.mark.parametrize(
+    'command', ['', 'convert', 'dropin', 'init', 'install_basicsr', 'push', 'report', 'run', 'study', 'verify']
+)
 def test_help_imports_neither_pytorch_nor_basicsr(command, tmp_path):
     code = f"""
 import sys
@@ -76,7 +78,8 @@ def test_the_wheel_holds_the_modules_the_option_files_and_the_command(distributi
         names = set(archive.namelist())
         (entry_points,) = (name for name in names if name.endswith('entry_points.txt'))
         assert 'dpmambair = dpmambair_basicsr.__main__:main' in archive.read(entry_points).decode()
-    options = {f'dpmambair_basicsr/option_files/{file.name}' for file in (PACKAGE_PARENT / 'options').iterdir()}
+    folder = PACKAGE_PARENT / 'options'
+    options = {f'dpmambair_basicsr/option_files/{file.relative_to(folder)}' for file in folder.rglob('*.*')}
     package = PACKAGE_PARENT / 'dpmambair_basicsr'
     files = {str(file.relative_to(PACKAGE_PARENT)) for file in package.rglob('*.*') if '__pycache__' not in file.parts}
     metadata = {name for name in names if '.dist-info/' in name}

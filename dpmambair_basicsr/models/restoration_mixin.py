@@ -11,6 +11,7 @@ from basicsr.models.sr_model import SRModel
 from basicsr.utils import get_root_logger
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 from dpmambair_basicsr.data import progressive
@@ -33,7 +34,7 @@ from dpmambair_basicsr.models.step_guard import StepGuard
 from dpmambair_basicsr.models.validation_monitor import ValidationMonitor
 from dpmambair_basicsr.ops.selective_scan.backend import set_default_backend
 from dpmambair_basicsr.registry import arguments_of, make_without_storage, our_type
-from dpmambair_basicsr.results.run import mean
+from dpmambair_basicsr.results.run import SetResult, mean
 from dpmambair_basicsr.training import lr_schedulers
 from dpmambair_basicsr.training.earlier_options import complete_networks
 from dpmambair_basicsr.training.extractor import load_extractor
@@ -45,6 +46,14 @@ def needs_label(network: dict) -> bool:
     """Whether these are options of one of our networks that takes the degradation label."""
     target = our_type('ARCH', network)
     return target is not None and getattr(make_without_storage(target, arguments_of(network)), 'needs_label', False)
+
+
+class OneImage(Subset):
+    """A dataset of one image of another."""
+
+    def __init__(self, dataset, index: int):
+        super().__init__(dataset, [index])
+        self.opt = dataset.opt
 
 
 class RestorationMixin(SRModel):
@@ -250,6 +259,13 @@ class RestorationMixin(SRModel):
         visuals, degraded = super().get_current_visuals(), self.network_inputs()[0]
         self.monitor.note_image(degraded, degraded is self.lq, visuals)
         return visuals
+
+    def measure_again(self, dataset, index: int) -> SetResult:
+        """One image of a test set, as `nondist_validation` does it; writes nothing."""
+        loader = DataLoader(OneImage(dataset, index))
+        with self.monitor.watching(loader, None, self.opt['name']):
+            super().nondist_validation(loader, self.opt['name'], None, False)
+        return self.monitor.done
 
     # Checkpoints
 

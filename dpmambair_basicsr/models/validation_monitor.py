@@ -1,5 +1,6 @@
 """Reports of our models on a run: the results table of a test, averages, sample images, the degradations drawn."""
 
+import hashlib
 import os
 from collections import Counter
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ import basicsr
 import torch
 from basicsr.metrics import calculate_metric
 from basicsr.utils import get_root_logger, tensor2img
+from basicsr.utils.options import copy_opt_file
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -17,7 +19,7 @@ import dpmambair_basicsr
 from dpmambair_basicsr.files.atomic import sha256
 from dpmambair_basicsr.files.codec import write_image
 from dpmambair_basicsr.models.best_checkpoint import validated_sets
-from dpmambair_basicsr.results.run import Run, SetResult, mean, to_markdown, write_run
+from dpmambair_basicsr.results.run import Run, Sample, SetResult, mean, to_markdown, write_run
 from dpmambair_basicsr.training.command_line import command_line
 
 SAMPLES = 2  # images of each validation set in TensorBoard
@@ -68,7 +70,7 @@ class ValidationMonitor:
     def watching(self, dataloader, tb_logger, current_iter: int | str) -> Iterator[None]:
         """Active while BasicSR validates a set."""
         self.current = SetResult(dataloader.dataset.opt['name'], count=len(dataloader))
-        self.current_kinds, self.totals = set(), Counter()
+        self.current_kinds, self.totals, self.position = set(), Counter(), 0
         self.samples = [] if tb_logger and self.is_train else None
         try:
             yield
@@ -90,6 +92,7 @@ class ValidationMonitor:
         degraded = degraded.detach().cpu()
         if not self.is_train:
             self.note_input_file(self.current, degraded, is_lq)
+            self.note_sample(self.current, degraded, visuals)
         if not self.is_train or self.current.name not in self.inputs_measured:
             self.measure_input(degraded, visuals)
         if self.samples is not None and len(self.samples) < SAMPLES:
@@ -107,10 +110,25 @@ class ValidationMonitor:
             write_image(path, tensor2img([degraded]))
         result.images[name] = path
 
+    def note_sample(self, current: SetResult, degraded: Tensor, visuals: dict[str, Tensor]) -> None:
+        """What tells whether a test repeats: hashes, and the values of the first, the middle and the last image."""
+        name, index, count = Path(self.current_path).stem, self.position, current.count
+        self.position += 1
+        current.hashes[name] = hash_of(degraded)
+        if index in (0, count // 2, count - 1):
+            truth = hash_of(visuals['gt']) if 'gt' in visuals else ''
+            pair = measured_pair(visuals['result'], visuals)
+            values = {
+                metric: float(calculate_metric(pair, options))
+                for metric, options in (self.opt['val'].get('metrics') or {}).items()
+            }
+            restored = hashlib.sha256(pair['img'].tobytes()).hexdigest()
+            current.samples[name] = Sample(index, truth, restored, values)
+
     def measure_input(self, degraded: Tensor, visuals: dict[str, Tensor]) -> None:
         """Adds the metrics of the network's input to `totals`, if it has the size of the result."""
         if degraded.shape == visuals['result'].shape:
-            pair = {'img': tensor2img([degraded])} | ({'img2': tensor2img([visuals['gt']])} if 'gt' in visuals else {})
+            pair = measured_pair(degraded, visuals)
             for metric, options in (self.opt['val'].get('metrics') or {}).items():
                 self.totals[metric] += calculate_metric(pair, options)
 
@@ -156,24 +174,52 @@ class ValidationMonitor:
         if not self.is_train:
             self.checkpoint = {'checkpoint': str(file), 'param_key': param_key or '', 'sha256': sha256(file)}
 
+    def circumstances(self) -> dict[str, str]:
+        """What the last bits of results depend on: the device, and package -> version."""
+        packages = {'torch': torch, 'basicsr': basicsr, 'dpmambair_basicsr': dpmambair_basicsr}
+        versions = {name: str(package.__version__) for name, package in packages.items()}
+        return {'device': device_name(self.opt), **versions}
+
     def write_results(self, sets: list[SetResult]) -> None:
         file, forced = command_line()
         opt = self.opt
-        packages = {'torch': torch, 'basicsr': basicsr, 'dpmambair_basicsr': dpmambair_basicsr}
+        versions = self.circumstances()
+        device = versions.pop('device')
         run = Run(
             name=opt['name'],
             options=file or '',
             forced=forced,
             **self.checkpoint,
-            versions={name: str(package.__version__) for name, package in packages.items()},
+            versions=versions,
             metrics={name: dict(metric) for name, metric in opt['val']['metrics'].items()},
             suffix=opt['val'].get('suffix') or opt['name'],
             sets=sets,
+            device=device,
         )
         folder = opt['path'].get('results_root')
         if folder is not None:
+            if file:
+                copy_opt_file(file, folder)
             write_run(run, folder)
         get_root_logger().info(f'Results of {run.name}\n\n{to_markdown(run)}')
+
+
+def measured_pair(image: Tensor, visuals: dict[str, Tensor]) -> dict:
+    """What a metric compares: 8-bit images, the second where there is a truth."""
+    return {'img': tensor2img([image])} | ({'img2': tensor2img([visuals['gt']])} if 'gt' in visuals else {})
+
+
+def hash_of(image: Tensor) -> str:
+    """SHA-256 of the float32 values, (1, 3, h, w) in C order."""
+    return hashlib.sha256(image.detach().cpu().float().contiguous().numpy().tobytes()).hexdigest()
+
+
+def device_name(opt: dict) -> str:
+    """What results may depend on in their last bits."""
+    if opt['num_gpu'] and torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    kind = 'mps' if opt['num_gpu'] and torch.backends.mps.is_available() else 'cpu'
+    return f'{kind} ({torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads)'
 
 
 def side_by_side(images: list[Tensor]) -> Tensor:

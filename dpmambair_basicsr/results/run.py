@@ -18,6 +18,23 @@ NAMES = {dict: 'a mapping', list: 'a list', str: 'a text', int: 'an int', float:
 
 
 @dataclass
+class Sample:
+    """An image of a test that can be restored and measured again.
+
+    Args:
+        index: in the dataset.
+        truth: SHA-256 of the clean image's tensor, '' if there is none.
+        restored: SHA-256 of the 8-bit image that is measured.
+        values: metric -> value of this image.
+    """
+
+    index: int
+    truth: str
+    restored: str
+    values: dict[str, float]
+
+
+@dataclass
 class SetResult:
     """One dataset.
 
@@ -27,6 +44,8 @@ class SetResult:
         images: name -> file of the degraded image.
         restored: metric -> mean over the images.
         unrestored: the same of the degraded images; empty where they are of another size than the restored ones.
+        hashes: name -> SHA-256 of the tensor that the network is called with; empty in results of earlier versions.
+        samples: name -> see `Sample`; likewise.
     """
 
     name: str
@@ -35,6 +54,8 @@ class SetResult:
     images: dict[str, str] = field(default_factory=dict)
     restored: dict[str, float] = field(default_factory=dict)
     unrestored: dict[str, float] = field(default_factory=dict)
+    hashes: dict[str, str] = field(default_factory=dict)
+    samples: dict[str, Sample] = field(default_factory=dict)
 
 
 @dataclass
@@ -48,6 +69,7 @@ class Run:
         versions: package -> version.
         metrics: name -> type and arguments, the section `val.metrics`.
         suffix: restored images are visualization/<dataset>/<image>_<suffix>.png.
+        device: what restored, '' in results of earlier versions.
     """
 
     name: str
@@ -60,6 +82,7 @@ class Run:
     metrics: dict[str, dict]
     suffix: str
     sets: list[SetResult]
+    device: str = ''
 
 
 def mean(parts: Sequence[dict[str, float]]) -> dict[str, float]:
@@ -205,7 +228,7 @@ def converted(value, kind, place: str) -> Any:
         wrong = [f'{name} is missing' for name in missing] + [f'unknown {name!r}' for name in value.keys() - kinds]
         if wrong:
             raise ValueError(f'{place}: {wrong[0]}')
-        inside = '' if kind is Run else f'{place}.'
+        inside = '' if place == 'the file' else f'{place}.'
         return kind(**{name: converted(part, kinds[name], inside + name) for name, part in value.items()})
     if origin is list:
         return [converted(part, parts[0], f'{place}[{index}]') for index, part in enumerate(value)]

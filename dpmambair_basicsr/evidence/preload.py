@@ -1,0 +1,9 @@
+"""What the process that others are forked from imports: all that train and test need."""
+
+import dpmambair_basicsr.training.huge_pages  # noqa: F401  (before PyTorch)
+
+# isort: split
+from dpmambair_basicsr import registration
+
+for name in ('train', 'test'):
+    registration.pipeline(name)

@@ -1,0 +1,46 @@
+"""Means over seeds, and differences to a baseline with confidence intervals."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean, stdev
+
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Mean of paired differences, and the bounds of its two-sided t confidence interval; of one pair they are NaN."""
+
+    mean: float
+    low: float
+    high: float
+
+    @property
+    def sign(self) -> int:
+        """1 or -1 if the interval is above or below 0, 0 if it does not decide."""
+        return int(self.low > 0) - int(self.high < 0)
+
+
+def spread(values: Sequence[float]) -> float:
+    """The sample standard deviation (n - 1); NaN of one value."""
+    return stdev(values) if len(values) > 1 else math.nan
+
+
+def paired_difference(values: Sequence[float], baseline: Sequence[float], confidence: float = CONFIDENCE) -> Difference:
+    """Of values that belong together in pairs, here by seed: d +- t(n - 1) s / sqrt(n), Student 1908.
+
+    It supposes that the differences are normal; it is not corrected for comparing several variants.
+
+    Raises:
+        ValueError: the sequences differ in length, or are empty.
+    """
+    differences = [value - other for value, other in zip(values, baseline, strict=True)]
+    mean = fmean(differences)
+    if len(differences) == 1:
+        return Difference(mean, math.nan, math.nan)
+    from scipy import stats
+
+    quantile = float(stats.t.ppf((1 + confidence) / 2, len(differences) - 1))
+    half = quantile * stdev(differences) / math.sqrt(len(differences))
+    return Difference(mean, mean - half, mean + half)
