@@ -193,7 +193,7 @@ import sys, dpmambair_basicsr
 large = {'torch', 'torchvision', 'basicsr', 'numpy', 'cv2', 'yaml'} & set(sys.modules)
 assert not large, large
 import dpmambair_basicsr.ops
-large = {'basicsr', 'cv2', 'triton'} & set(sys.modules)
+large = {'basicsr', 'cv2', 'cuda.bindings'} & set(sys.modules)
 assert not large, large
 """
     result = python('-c', code, cwd=tmp_path)
