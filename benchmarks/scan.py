@@ -222,8 +222,8 @@ def scan_by_pscan(pscan, u, delta, A, B, C, D, delta_bias):
     """As mambapy's Mamba block does it, from (b, d, l)."""
     delta = F.softplus(delta + delta_bias[:, None]).mT.unsqueeze(-1)  # (b, l, d, 1)
     decay, drive = torch.exp(delta * A), delta * B.transpose(1, 3).mT * u.mT.unsqueeze(-1)  # (b, l, d, n)
-    y = pscan(decay, drive) @ C.squeeze(1).mT.unsqueeze(-1)
-    return y.squeeze(-1).mT + D[:, None] * u
+    y = pscan(decay, drive) @ C.squeeze(1).mT.unsqueeze(-1).to(drive)  # u may be bf16, the parameters are fp32
+    return (y.squeeze(-1).mT + D[:, None] * u).to(u.dtype)
 
 
 def side_by_side(contenders, inputs, backward, args):

@@ -10,7 +10,13 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from operator_checks import assert_compiles_without_a_graph_break, assert_exports_as_one_node, scans_run_by
+from operator_checks import (
+    add_parameters,
+    added_parameters,
+    assert_compiles_without_a_graph_break,
+    assert_exports_as_one_node,
+    scans_run_by,
+)
 from support import cuda_on_host
 from test_omni_scan import assert_close, assert_same, in_double, omni_inputs, run_with_grads
 from test_selective_scan import TOLERANCE, scan_inputs, weights
@@ -299,13 +305,10 @@ class Omni(torch.nn.Module):
         super().__init__()
         inputs = image_inputs(d=2, size=(3, 2))
         self.x, self.directions = inputs.pop('x'), inputs.pop('directions')
-        for name, x in inputs.items():
-            self.register_parameter(name, torch.nn.Parameter(x))
+        add_parameters(self, inputs.values())
 
     def forward(self, x):
-        return (
-            omni_scan(2 * x, **dict(self.named_parameters()), directions=self.directions, backend='cuda').square().sum()
-        )
+        return omni_scan(2 * x, *added_parameters(self), self.directions, 'cuda').square().sum()
 
 
 def test_compiles_without_a_graph_break():

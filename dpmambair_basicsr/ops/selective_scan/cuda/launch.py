@@ -76,6 +76,7 @@ class _Launches(NamedTuple):
     """Of one pass, for one shape, types and device."""
 
     plan: Plan
+    common: bytes  # the arguments but for the tensors
     steps: list[tuple[Kernel, int, tuple[int, int, bool, bool]]]  # kernel, grid, what differs between them
 
 
@@ -89,18 +90,17 @@ def forward(inputs: Inputs, keep: bool) -> tuple[Tensor, Tensor]:
     """The sum of the scans, (b, l, row) in x's type, and the states that `backward` starts from, if `keep`."""
     x = inputs.x
     with launching_on(x.device) as stream:
-        plan, steps = _launches('forward', *_key(inputs))
+        launches = _launches('forward', *_key(inputs))
         out, new = torch.empty_like(x), _fp32_on(x)
         states = new(*shape_of_states(inputs)) if keep else new(0)
         _launch(
-            inputs,
-            plan,
-            steps,
+            launches,
             stream,
+            inputs,
             out=out,
             acc=out if x.dtype == torch.float32 else new(*x.shape),
             checkpoints=states if keep else None,
-            **_starts(inputs, plan, 'states', new),
+            **_starts(inputs, launches.plan, 'states', new),
         )
     return out, states
 
@@ -110,16 +110,16 @@ def backward(inputs: Inputs, states: Tensor, dy: Tensor) -> Gradients:
     x, delta, projected = inputs[:3]
     b, _, d, k, n, rank = inputs.shape
     with launching_on(x.device) as stream:
-        plan, steps = _launches('backward', *_key(inputs))
+        launches = _launches('backward', *_key(inputs))
+        plan = launches.plan
         new, parts = _fp32_on(x), plan.blocks
         dx, ddelta = torch.empty_like(x), None if delta is None else torch.empty_like(delta)
         dprojected = torch.empty_like(projected) if parts == 1 else new(parts, *projected.shape)
         dparameters = new(k, b, plan.chunks, n + 2 + rank, d)
         _launch(
-            inputs,
-            plan,
-            steps,
+            launches,
             stream,
+            inputs,
             checkpoints=states,
             dy=dy,
             out=dx,
@@ -140,12 +140,13 @@ def backward(inputs: Inputs, states: Tensor, dy: Tensor) -> Gradients:
 
 
 def _key(inputs):
-    types = inputs.x, inputs.x if inputs.delta is None else inputs.delta, inputs.projected
-    return inputs.shape, inputs.directions, inputs.softplus, tuple(x.dtype for x in types), inputs.x.device
+    x, own_A = inputs.x, inputs.A.dim() == 3
+    types = x.dtype, x.dtype if inputs.delta is None else inputs.delta.dtype, inputs.projected.dtype
+    return inputs.shape, inputs.size, inputs.directions, inputs.softplus, own_A, types, x.device
 
 
 @functools.lru_cache(4096)
-def _launches(name, shape, directions, softplus, types, device):
+def _launches(name, shape, size, directions, softplus, own_A, types, device):
     b, length, d, k, n, rank = shape
     plan = make_plan(b, d, length, n, rank, directions, shared_limit(device))
     constants = plan.constants | {'SOFTPLUS': int(softplus)}
@@ -157,31 +158,31 @@ def _launches(name, shape, directions, softplus, types, device):
         module = load(name, specialize(constants, max(1, len(pair))), device)
         orders = (*(pair[:1] or (0,)), *(pair[-1:] or (0,)), pair != first, pair == last)
         steps.append((module(step.kernel, step.threads, step.shared), step.grid, orders))
-    return _Launches(plan, steps)
-
-
-def _launch(inputs, plan, steps, stream, **tensors):
-    b, length, d, k, n, _ = inputs.shape
-    tensors |= inputs._asdict()
-    height, width = tensors.pop('size')
-    directions, _ = tensors.pop('directions'), tensors.pop('softplus')
-    arguments = Arguments(
+    common = Arguments(
         batch=b,
         length=length,
-        height=height,
-        width=width,
+        height=size[0],
+        width=size[1],
         d=d,
-        row=inputs.x.shape[2],
+        row=d if rank else k * d,
         orders=k,
         chunks=plan.chunks,
-        A_sample=k * d * n if inputs.A.dim() == 3 else 0,
+        A_sample=k * d * n if own_A else 0,
     )
+    for i, direction in enumerate(directions[:MAX_ORDERS]):  # a plain scan may have more groups, and reads none
+        common.direction[i] = direction
+    return _Launches(plan, bytes(common), steps)
+
+
+def _launch(launches, stream, inputs, **tensors):
+    arguments = Arguments.from_buffer_copy(launches.common)
+    for name, tensor in zip(inputs._fields[:7], inputs, strict=False):
+        if tensor is not None:
+            setattr(arguments, name, tensor.data_ptr())
     for name, tensor in tensors.items():
         if tensor is not None:
             setattr(arguments, name, tensor.data_ptr())
-    for i, direction in enumerate(directions[:MAX_ORDERS]):  # a plain scan may have more groups, and reads none
-        arguments.direction[i] = direction
-    for kernel, grid, (arguments.first, arguments.second, arguments.accumulate, arguments.last) in steps:
+    for kernel, grid, (arguments.first, arguments.second, arguments.accumulate, arguments.last) in launches.steps:
         kernel(arguments, grid, stream)
 
 

@@ -36,6 +36,11 @@ def why_unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why it cannot compute there in this type, and what to install; None if it can."""
     if dtype != torch.float32:
         return f'it computes in float32, not {str(dtype).removeprefix("torch.")}'
+    return _device_trouble(device)
+
+
+@functools.cache
+def _device_trouble(device):
     if device.type != 'cuda' or torch.version.hip or not torch.cuda.is_available():
         return 'it needs an NVIDIA GPU'
     if torch.cuda.get_device_capability(device) < (8, 0):
