@@ -10,6 +10,14 @@ export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 python="${PYTHON:-python3}"
 "$python" -c "import sys, torch; torch.cuda.is_available() or sys.exit('gpu_check: PyTorch finds no CUDA device')"
 failed=0
-"$python" -m pytest -q tests/ops || failed=1
+workers=()
+"$python" -c 'import xdist' 2>/dev/null && workers=(-n 8)  # most of the time is compiling, on the CPU
+"$python" -m pytest -q "${workers[@]}" tests/ops || failed=1
+if command -v compute-sanitizer >/dev/null; then  # comes with CUDA's toolkit
+    for tool in memcheck racecheck; do
+        PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --error-exitcode 9 "$python" -m pytest -q \
+            tests/ops/test_cuda_backend.py -k 'agrees_with_the_parts or sequences_agree_with_the_definition' || failed=1
+    done
+fi
 "$python" benchmarks/gpu.py ${restormer:+--restormer "$restormer"} || failed=1
 exit "$failed"
