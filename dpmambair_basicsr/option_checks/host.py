@@ -10,7 +10,7 @@ from importlib.util import find_spec
 
 import torch
 
-from dpmambair_basicsr.ops.selective_scan.backend import RENAMED, BackendError, check_backend
+from dpmambair_basicsr.ops.selective_scan.backend import BackendError, check_backend
 from dpmambair_basicsr.option_checks.schema import OPTIONS, SCAN_BACKEND, SET_BY_BASICSR
 from dpmambair_basicsr.option_checks.values import check_value
 
@@ -36,7 +36,6 @@ def check_start(opt: dict) -> list[str]:
 def check_scan_backend(opt: dict) -> list[str]:
     """Problem if the backend of selective scans that is asked for, here or by the environment, cannot run."""
     name = opt.get('scan_backend')
-    name = RENAMED.get(name, name) if isinstance(name, str) else name
     if problems := check_value('scan_backend', name, SCAN_BACKEND):
         return problems
     try:

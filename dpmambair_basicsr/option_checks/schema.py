@@ -6,11 +6,16 @@ What our models and datasets read beside them, those declare in rows of the same
 from typing import Literal
 
 from dpmambair_basicsr.files.option_row import TEST, TRAIN, Option
-from dpmambair_basicsr.ops.selective_scan import BACKENDS
+from dpmambair_basicsr.ops.selective_scan.backend import BACKENDS, RENAMED
 
 ALWAYS = (TRAIN, TEST)
 # Ours, but read whatever the model is.
-SCAN_BACKEND = Option('', 'scan_backend', Literal[tuple(BACKENDS)] | None, 'of selective scans; ~: the best available')
+SCAN_BACKEND = Option(
+    '',
+    'scan_backend',
+    Literal[(*BACKENDS, *RENAMED)] | None,
+    'of selective scans; ~: the best available; triton, of earlier versions, is cuda',
+)
 
 OPTIONS = (
     Option('', 'name', str, 'of the run, and of its folder in experiments/ or results/', required=ALWAYS),
