@@ -28,6 +28,7 @@ setup(
     package_dir={'dpmambair_basicsr.option_files': 'options'},  # `files.option_files.packaged_folder` finds them there
     package_data={
         'dpmambair_basicsr': ['py.typed'],
+        'dpmambair_basicsr.ops.selective_scan.cuda': ['*.cu', '*.cuh'],
         'dpmambair_basicsr.option_files': ['*.yml', '*.json', 'studies/*.yml'],
         'dpmambair_basicsr.weights': ['*.safetensors', '*.md'],
     },

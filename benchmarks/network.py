@@ -99,6 +99,7 @@ def main():
     parser.add_argument('--repeats', type=int, default=3, help='timed passes of each (default: 3)')
     parser.add_argument('--threads', type=int, default=torch.get_num_threads(), help='of the CPU')
     parser.add_argument('--devices', nargs='+', default=['cpu', 'cuda'] if torch.cuda.is_available() else ['cpu'])
+    parser.add_argument('--restormer', type=Path, metavar='FILE', help="its project's restormer_arch.py, timed beside")
     choices = '; '.join(f'{name}: {values}' for name, values in SETTINGS.items())
     parser.add_argument('--versus', nargs=3, metavar=('SETTING', 'VALUE', 'VALUE'), help=f'compare two. {choices}')
     args = parser.parse_args()
@@ -116,7 +117,12 @@ def main():
     print('| network | setting | time | CPU time | peak memory | ' + ' | '.join(PARTS) + ' | rest |')
     print('|---|---|---|---|---|' + '---|' * (len(PARTS) + 1))
     for device in map(torch.device, args.devices):
-        nets = {network: make(network, args.small, args.train).to(device) for network in args.networks}
+        nets = {network: make(network, args.small, args.train) for network in args.networks}
+        if args.restormer:
+            from peers import load  # which takes einops, as Restormer does
+
+            nets['Restormer'] = load(args.restormer).Restormer().train(args.train)
+        nets = {network: net.to(device) for network, net in nets.items()}
         cases = [(network, value) for network in nets for value in values]
         image = torch.rand(shape, device=device)
 

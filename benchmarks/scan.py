@@ -120,16 +120,20 @@ def omni(args):
         'fused': lambda inputs: omni_scan(**inputs),
         'by sequences': lambda inputs: scan_by_sequences(**inputs, directions=DIRECTIONS),
     }
-    table('b x d x h x w', 'pass', *contenders, 'ratio')
+    if 'mamba_ssm' in available_backends(args.device):  # what the published code does
+        contenders["by sequences, mamba_ssm's kernel"] = lambda inputs: scan_by_sequences(
+            **inputs, directions=DIRECTIONS, backend='mamba_ssm'
+        )
+    table('b x d x h x w', 'pass', 'fused', *(f'{name} (ratio)' for name in list(contenders)[1:]))
     limit, explanation = gpu_omni_limit(args.device) if args.device.type == 'cuda' else (None, None)
     for size in args.images:
         inputs = omni_inputs(*(int(number) for number in size.split('x')), args.device)
         for label, backward in args.passes.items():
-            first, second = side_by_side(contenders, inputs, backward, args).values()
-            row(size, label, f'{first:.3g} ms', f'{second:.3g} ms', f'{second / first:.2f}x')
+            first, *others = side_by_side(contenders, inputs, backward, args).values()
+            row(size, label, f'{first:.3g} ms', *(f'{ms:.3g} ms ({ms / first:.2f}x)' for ms in others))
             if limit is not None:
                 least = limit(inputs, backward)
-                row('', f'of the limit, {least:.3g} ms', f'{least / first:.1%}', f'{least / second:.1%}', '')
+                row('', f'of the limit, {least:.3g} ms', *(f'{least / ms:.1%}' for ms in (first, *others)))
     if explanation is not None:
         print(f'\n{explanation}')
 
@@ -218,8 +222,8 @@ def scan_by_pscan(pscan, u, delta, A, B, C, D, delta_bias):
     """As mambapy's Mamba block does it, from (b, d, l)."""
     delta = F.softplus(delta + delta_bias[:, None]).mT.unsqueeze(-1)  # (b, l, d, 1)
     decay, drive = torch.exp(delta * A), delta * B.transpose(1, 3).mT * u.mT.unsqueeze(-1)  # (b, l, d, n)
-    y = pscan(decay, drive) @ C.squeeze(1).mT.unsqueeze(-1)
-    return y.squeeze(-1).mT + D[:, None] * u
+    y = pscan(decay, drive) @ C.squeeze(1).mT.unsqueeze(-1).to(drive)  # u may be bf16, the parameters are fp32
+    return (y.squeeze(-1).mT + D[:, None] * u).to(u.dtype)
 
 
 def side_by_side(contenders, inputs, backward, args):

@@ -151,7 +151,7 @@ def test_every_library_that_the_package_imports_is_one_of_its_requirements():
     distributions = {'cv2': 'opencv-python', 'PIL': 'pillow', 'yaml': 'pyyaml', 'skimage': 'scikit-image'}
     distributions |= {
         'sklearn': 'scikit-learn',
-        'triton': 'torch',
+        'cuda': 'torch',
         'selective_scan_cuda': 'mamba-ssm',
         'llvmlite': 'numba',
     }

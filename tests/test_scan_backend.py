@@ -89,9 +89,11 @@ def test_wrong_names_are_problems_of_the_options(model, options, monkeypatch):
     assert check_options(opt | {'scan_backend': 'torch'}) == check_options(opt) == []
     for value in ('cuad', 3):
         (problem,) = check_options(opt | {'scan_backend': value})
-        assert re.fullmatch(rf'scan_backend: .*triton.* numba.* torch.* reference.* mamba_ssm.* {value!r}', problem)
+        assert re.fullmatch(rf'scan_backend: .*cuda.* numba.* torch.* reference.* mamba_ssm.* {value!r}', problem)
+    (problem,) = check_options(opt | {'scan_backend': 'triton'})  # of earlier versions
+    assert re.match("scan_backend: backend 'cuda' is not available: it needs an NVIDIA GPU", problem)
     monkeypatch.setenv(VARIABLE, 'cuad')
-    choices = 'triton, numba, torch, reference, mamba_ssm'
+    choices = 'cuda, numba, torch, reference, mamba_ssm'
     assert check_options(opt) == [f"{VARIABLE}: no backend 'cuad'; choose from {choices}"]
     assert check_options(opt | {'scan_backend': 'torch'}) == []
 
@@ -145,7 +147,7 @@ def test_restore_takes_it_as_an_argument(weights, tmp_path, monkeypatch):
         monkeypatch.setattr(sys, 'argv', ['restore', *map(str, [*arguments, *more])])
         return restore.main()
 
-    with pytest.raises(SystemExit, match=r"^scan_backend: no backend 'cuad'; choose from triton, .*mamba_ssm$"):
+    with pytest.raises(SystemExit, match=r"^scan_backend: no backend 'cuad'; choose from cuda, .*mamba_ssm$"):
         run('--scan-backend', 'cuad')
     assert not (tmp_path / 'out').exists()
     assert scans_run_by(lambda: run('--scan-backend', 'torch')) == {'dpmambair_basicsr::chunked_scan'}

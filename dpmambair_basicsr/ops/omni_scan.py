@@ -37,7 +37,7 @@ def omni_scan(
         A: (k * d, n), negative, or (b, k * d, n) for each sample its own.
         D: (k * d,).
         directions: k scan orders, see `cross_scan`.
-        backend: as in `selective_scan`. Those that can do it fused do, 'triton' and, where all is fp32, 'numba'; with
+        backend: as in `selective_scan`. Those that can do it fused do, 'cuda' and, where all is fp32, 'numba'; with
             the others it goes by sequences.
 
     Returns:

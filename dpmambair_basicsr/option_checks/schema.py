@@ -6,12 +6,15 @@ Our models and datasets declare their additional keys as rows of the same form, 
 from typing import Literal
 
 from dpmambair_basicsr.files.option_row import TEST, TRAIN, Option
-from dpmambair_basicsr.ops.selective_scan import BACKENDS
+from dpmambair_basicsr.ops.selective_scan.backend import BACKENDS, RENAMED
 
 ALWAYS = (TRAIN, TEST)
-# Ours, but read for every model.
+# Ours, but read whatever the model is.
 SCAN_BACKEND = Option(
-    '', 'scan_backend', Literal[tuple(BACKENDS)] | None, 'backend of selective scans; ~: the best available'
+    '',
+    'scan_backend',
+    Literal[(*BACKENDS, *RENAMED)] | None,
+    'of selective scans; ~: the best available; triton, of earlier versions, is cuda',
 )
 
 OPTIONS = (

@@ -1,10 +1,28 @@
 """Which operators a scan runs, and what torch.compile and torch.export make of a module that has one in it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
+
+
+def add_parameters(module: nn.Module, tensors: Iterable[Tensor]) -> None:
+    """One by one: Dynamo of PyTorch 2.11 cannot unpack an nn.ParameterList."""
+    module.parts = []
+    for i, tensor in enumerate(tensors):
+        module.parts.append(f'part_{i}')
+        module.register_parameter(module.parts[-1], nn.Parameter(tensor))
+
+
+def added_parameters(module: nn.Module) -> list[Tensor]:
+    return [getattr(module, name) for name in module.parts]
+
+
+def skip_where_forks_have_no_gradients() -> None:
+    if torch.cuda.is_initialized():
+        pytest.skip('PyTorch refuses gradients in a fork of a process that has used CUDA')
 
 
 def scans_run_by(function: Callable[[], object]) -> list[str]:

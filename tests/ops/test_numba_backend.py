@@ -12,7 +12,13 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from operator_checks import assert_compiles_without_a_graph_break, assert_exports_as_one_node
+from operator_checks import (
+    add_parameters,
+    added_parameters,
+    assert_compiles_without_a_graph_break,
+    assert_exports_as_one_node,
+    skip_where_forks_have_no_gradients,
+)
 from test_selective_scan import assert_agrees, run_with_grads, scan_inputs
 from torch.utils.data import DataLoader, Dataset
 
@@ -161,6 +167,7 @@ class Scans(Dataset):
 
 @pytest.mark.skipif(sys.platform == 'win32', reason='has no fork')
 def test_forked_data_loader_workers_may_scan(threads):
+    skip_where_forks_have_no_gradients()
     threads(2)
     expected = [Scans()[index] for index in range(4)]  # this process now has threads that its forks do not have
     loader = DataLoader(Scans(), batch_size=None, num_workers=2, multiprocessing_context='fork', timeout=30)
@@ -190,11 +197,11 @@ class Projected(torch.nn.Module):
         super().__init__()
         inputs = small_inputs(d=20, length=70, g=2)
         self.u = inputs.pop('u')
-        self.scanned = torch.nn.ParameterList(inputs.values())
+        add_parameters(self, inputs.values())
         self.weight = torch.nn.Parameter(torch.randn(20, 20))
 
     def forward(self, x):
-        return numba_backend.scan(self.weight @ x, *self.scanned, True).square().sum()
+        return numba_backend.scan(self.weight @ x, *added_parameters(self), True).square().sum()
 
 
 def test_compiles_without_a_graph_break():

@@ -9,7 +9,14 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from operator_checks import assert_compiles_without_a_graph_break, assert_exports_as_one_node, scans_run_by
+from operator_checks import (
+    add_parameters,
+    added_parameters,
+    assert_compiles_without_a_graph_break,
+    assert_exports_as_one_node,
+    scans_run_by,
+    skip_where_forks_have_no_gradients,
+)
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
@@ -389,6 +396,7 @@ class Scans(Dataset):
 @pytest.mark.skipif(sys.platform == 'win32', reason='has no fork')
 @needs_numba
 def test_forked_data_loader_workers_may_scan(threads):
+    skip_where_forks_have_no_gradients()
     threads(1)
     expected = [Scans()[index] for index in range(4)]
     threads(2)
@@ -421,10 +429,10 @@ class Omni(torch.nn.Module):
         super().__init__()
         inputs = omni_inputs()
         self.x, self.directions = inputs.pop('x'), inputs.pop('directions')
-        self.parts = torch.nn.ParameterList(inputs.values())
+        add_parameters(self, inputs.values())
 
     def forward(self, x):
-        return omni_scan(2 * x, *self.parts, self.directions).square().sum()
+        return omni_scan(2 * x, *added_parameters(self), self.directions).square().sum()
 
 
 @needs_numba

@@ -277,6 +277,7 @@ def test_can_be_traced(backend, device):
         return selective_scan(*x, delta_softplus=True, backend=backend)
 
     traced = torch.jit.trace(scan, tuple(inputs.values()))
+    assert 'repeat_interleave' not in str(traced.graph)  # by a number that is a tensor then, on the CPU
     torch.testing.assert_close(traced(*inputs.values()), scan(*inputs.values()))
 
 
@@ -325,13 +326,13 @@ def test_torch_is_one_node_in_a_flop_count():
 
 
 def test_every_name_of_the_contract_is_known():
-    assert set(BACKENDS) == {'reference', 'torch', 'numba', 'triton', 'mamba_ssm'}
+    assert set(BACKENDS) == {'reference', 'torch', 'numba', 'cuda', 'mamba_ssm'}
     assert {'reference', 'torch'} <= set(available_backends())
 
 
 def test_unknown_backend_lists_the_choices():
-    with pytest.raises(ValueError, match="'cuda'.*triton, numba, torch, reference, mamba_ssm"):
-        selective_scan(**scan_inputs(), backend='cuda')
+    with pytest.raises(ValueError, match="'cuad'.*cuda, numba, torch, reference, mamba_ssm"):
+        selective_scan(**scan_inputs(), backend='cuad')
 
 
 @pytest.mark.parametrize('backend', sorted(set(BACKENDS) - set(available_backends())))
@@ -368,8 +369,8 @@ def test_groups_must_divide_the_channels():
 
 def test_importing_ops_brings_in_torch_only():
     code = (
-        'import sys, dpmambair_basicsr.ops; '
-        "print([m for m in ('basicsr', 'cv2', 'triton', 'numba') if m in sys.modules])"
+        'import sys, torch; before = set(sys.modules); import dpmambair_basicsr.ops; '  # torch may import cuda.bindings
+        "print([m for m in ('basicsr', 'cv2', 'cuda', 'numba') if m in set(sys.modules) - before])"
     )
     result = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
     assert (result.returncode, result.stdout.strip()) == (0, '[]'), result.stderr

@@ -79,7 +79,7 @@ def test_the_argument_precedes_the_context_and_this_the_variable(monkeypatch):
 
 
 def test_unknown_names_are_refused_and_say_where_they_stand(monkeypatch):
-    choices = "no backend 'cuad'; choose from triton, numba, torch, reference, mamba_ssm"
+    choices = "no backend 'cuad'; choose from cuda, numba, torch, reference, mamba_ssm"
     with pytest.raises(BackendError, match=f'^selective_scan: {choices}$'):
         selective_scan(**INPUTS, backend='cuad')
     with pytest.raises(BackendError, match=f'^omni_scan: {choices}$'):

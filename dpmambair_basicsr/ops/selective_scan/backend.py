@@ -22,12 +22,14 @@ from torch import Tensor
 
 # Name -> module, the best first: the first that can run is taken, so what follows 'torch' runs on request only.
 BACKENDS = {
-    'triton': 'triton',
+    'cuda': 'cuda',
     'numba': 'numba',
     'torch': 'torch_chunked',
     'reference': 'reference',
     'mamba_ssm': 'mamba_ssm',
 }
+# Names of earlier versions -> what took their place.
+RENAMED = {'triton': 'cuda'}
 VARIABLE = 'DPMAMBAIR_SCAN_BACKEND'
 
 
@@ -81,7 +83,7 @@ def use_backend(backend: 'str | Backend | None') -> Iterator[None]:
     Raises:
         BackendError: there is no backend of this name. Whether it can run is found out when something is scanned.
     """
-    _check_name(backend, 'use_backend')
+    backend = _current(backend, 'use_backend')
     token = _context.set(_context.get() if backend is None else backend)
     try:
         yield
@@ -96,8 +98,7 @@ def set_default_backend(name: str | None) -> None:
         BackendError: there is no backend of this name.
     """
     global _default
-    _check_name(name, 'scan_backend')
-    _default = name
+    _default = _current(name, 'scan_backend')
 
 
 def check_backend(backend: str | None, source: str, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
@@ -173,7 +174,7 @@ def _asked_for(backend, source) -> tuple[Backend | None, str]:
         (os.environ.get(VARIABLE) or None, VARIABLE),
     )
     backend, source = next((choice for choice in choices if choice[0] is not None), (None, ''))
-    _check_name(backend, source)
+    backend = _current(backend, source)
     return (get_backend(backend) if isinstance(backend, str) else backend), source
 
 
@@ -182,11 +183,24 @@ def _best(device, dtype) -> Backend:
     return next(backend for backend in backends if backend.why_unavailable(device, dtype) is None)
 
 
-def _check_name(backend, source):
-    if isinstance(backend, str) and backend not in BACKENDS:
+def _current(backend, source):
+    """The backend, or its name of today."""
+    if not isinstance(backend, str):
+        return backend
+    if backend in RENAMED:
+        _log_renamed(source, backend)
+        return RENAMED[backend]
+    if backend not in BACKENDS:
         raise BackendError(f'{source}: no backend {backend!r}; choose from {", ".join(BACKENDS)}')
+    return backend
 
 
 @functools.cache
 def _log_once(what, name, device_type):
     logging.getLogger('basicsr.selective_scan').info('%s %r on %s', what, name, device_type)
+
+
+@functools.cache
+def _log_renamed(source, name):
+    text = '%s: backend %r is now %r, which takes its place'
+    logging.getLogger('basicsr.selective_scan').info(text, source, name, RENAMED[name])

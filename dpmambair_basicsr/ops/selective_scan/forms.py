@@ -29,7 +29,11 @@ def common_form(u, delta, B, C, delta_bias) -> tuple[Tensor, Tensor, Tensor, Ten
 def repeat_to(x, dim, size):
     """x with `size` entries along a dimension, each repeated as often as that takes; unchanged if it does not fit."""
     known = x.shape[dim]
-    return x.repeat_interleave(size // known, dim=dim) if known and known != size and size % known == 0 else x
+    if not known or known == size or size % known:
+        return x
+    # Not repeat_interleave: in a trace the number would be a tensor, on the CPU wherever x is.
+    behind = x.shape[dim + 1 :]
+    return x.unsqueeze(dim + 1).expand(*x.shape[: dim + 1], size // known, *behind).flatten(dim, dim + 1)
 
 
 def _in_groups(x, b, length):

@@ -3,6 +3,8 @@
 import torch
 import torch.nn.functional as F
 
+from dpmambair_basicsr.ops.selective_scan.forms import repeat_to
+
 name, reads_half, omni_scan = 'reference', False, None
 
 
@@ -12,8 +14,7 @@ def scan(u, delta, A, B, C, D, delta_bias, delta_softplus):
         delta = delta + delta_bias[:, None]
     if delta_softplus:
         delta = F.softplus(delta)
-    channels_per_group = u.shape[1] // B.shape[1]
-    B, C = (x.repeat_interleave(channels_per_group, dim=1) for x in (B, C))  # (b, d, n, l)
+    B, C = (repeat_to(x, 1, u.shape[1]) for x in (B, C))  # (b, d, n, l)
     h = u.new_zeros(*u.shape[:2], A.shape[1])  # (b, d, n)
     y = []
     # unbind: the gradient of indexing with t would be a full-size tensor for every t, time quadratic in l

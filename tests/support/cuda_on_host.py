@@ -1,0 +1,65 @@
+"""The CUDA kernels' own sources, built by g++ and run on the CPU: threads of a block are fibers, see host_shim.h."""
+
+import ctypes
+import functools
+import re
+import shutil
+import subprocess
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+
+from dpmambair_basicsr.ops.selective_scan.backend import get_backend
+from dpmambair_basicsr.ops.selective_scan.cuda import launch, runtime
+
+HERE = Path(__file__).parent
+needs_gxx = pytest.mark.skipif(
+    shutil.which('g++') is None, reason='g++, which builds the kernels for the CPU, is missing'
+)
+
+
+@functools.cache
+def build_dir():
+    return tempfile.TemporaryDirectory(prefix='cuda_on_host')
+
+
+@functools.cache
+def load(name, constants, device):
+    """In the place of the runtime's."""
+    text = runtime.source(name, constants)
+    kernels = re.findall(r'void __launch_bounds__\(.*\) (\w+)\(', text)
+    lines = ['#include "host_shim.h"', text, *(f'HOST_KERNEL({kernel})' for kernel in kernels)]
+    folder = Path(tempfile.mkdtemp(dir=build_dir().name))
+    (folder / 'host.cpp').write_text('\n'.join(lines))
+    # no-gnu-unique: libraries of other macros would share static variables, the kernels' shared memory
+    command = ['g++', '-O1', '-std=c++20', '-shared', '-fPIC', '-fno-gnu-unique', '-w', f'-I{HERE}']
+    subprocess.run([*command, 'host.cpp', '-o', 'host.so'], cwd=folder, check=True)
+    library = ctypes.CDLL(str(folder / 'host.so'))
+
+    def kernel(name, threads, shared):
+        function = getattr(library, f'run_{name}')
+
+        def run(arguments, grid, stream):
+            function(ctypes.byref(arguments), ctypes.c_uint(grid), ctypes.c_uint(threads))
+
+        return run
+
+    return kernel
+
+
+@contextmanager
+def launching_on(device):
+    yield 0
+
+
+def install(monkeypatch, shared_limit=227 << 10):
+    """The backend 'cuda' computes on the CPU, with as much shared memory as a GPU has."""
+    launch._launches.cache_clear()
+    monkeypatch.setattr(launch, 'load', load)
+    monkeypatch.setattr(launch, 'launching_on', launching_on)
+    monkeypatch.setattr(launch, 'shared_limit', lambda device: shared_limit)
+    backend, only_fp32 = get_backend('cuda'), 'it computes in float32'
+    monkeypatch.setattr(backend, 'why_unavailable', lambda device, dtype: None if dtype == torch.float32 else only_fp32)
