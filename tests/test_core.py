@@ -148,7 +148,7 @@ def test_another_file_than_basicsr_is_refused_before_anything_is_installed(index
 
 def test_an_index_without_basicsr_is_named(index, monkeypatch, tmp_path):
     monkeypatch.setenv('PIP_INDEX_URL', f'{index}/nowhere')
-    with pytest.raises(ValueError, match=f'^{index}/nowhere/basicsr/: HTTP Error 404.*give it as --file'):
+    with pytest.raises(ValueError, match=f'^{index}/nowhere/basicsr/: HTTP Error 404.*pass it as --file'):
         install_basicsr.download()
     monkeypatch.setenv('PIP_INDEX_URL', index)
     (tmp_path / 'simple/basicsr/index.html').write_text('nothing')

@@ -447,7 +447,7 @@ def test_training_noise_differs_where_the_crop_does_not(tmp_path):
         ([], 'degradations must name some of'),
         (['noise', 'fog'], "degradations, fog: unknown degradation 'fog', choose from haze"),
         ({'noise': {'sgima': 20}}, "degradations, noise: .* no parameter 'sgima', choose from sigma"),
-        ({'jpeg': {'quality': [0, 20]}}, 'degradations, jpeg: quality must be'),
+        ({'jpeg': {'quality': [0, 20]}}, 'degradations, jpeg: quality: expected int'),
     ],
 )
 def test_bad_degradations_fail_at_the_start(tmp_path, degradations, message):

@@ -95,7 +95,7 @@ def test_pictures_are_ranked_by_the_folders_of_the_reference(folder, monkeypatch
     for name, (kind, first, score, second, other, _) in table.items():
         assert name.split('/')[1] == kind == first != second
         assert 0.5 < float(score) <= 1 and float(score) + float(other) == pytest.approx(1, abs=0.011)
-    assert output.splitlines()[-1] == '6 of 6 are of the class that their folder is named after'
+    assert output.splitlines()[-1] == '6 of 6 are assigned to the class that their folder is named after'
 
 
 def test_synthetic_degradations_of_clean_pictures_are_the_classes(folder, monkeypatch, capsys):

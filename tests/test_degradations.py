@@ -200,14 +200,14 @@ def test_a_pair_is_drawn_from_and_a_number_is_not():
         ('fog', {}, "unknown degradation 'fog', choose from haze, rain"),
         ('noise', {'sgima': 3}, "noise has no parameter 'sgima', choose from sigma"),
         ('noise', {'sigma': -1}, 'sigma: expected number or .* got -1'),
-        ('noise', {'sigma': (30, 20)}, 'sigma must be'),
-        ('noise', {'sigma': '50'}, 'sigma must be'),
-        ('noise', {'sigma': float('nan')}, 'sigma must be'),
-        ('haze', {'airlight': 1.5}, r'airlight must be .* within \[0, 1\]'),
+        ('noise', {'sigma': (30, 20)}, 'sigma: expected number'),
+        ('noise', {'sigma': '50'}, 'sigma: expected number'),
+        ('noise', {'sigma': float('nan')}, 'sigma: expected number'),
+        ('haze', {'airlight': 1.5}, r'airlight: expected number .* within \[0, 1\]'),
         ('rain', {'layers': 2.5}, 'layers: expected int or '),
-        ('jpeg', {'quality': 0}, r'quality must be .* within \[1, 100\]'),
-        ('jpeg', {'quality': (10, 101)}, 'quality must be'),
-        ('blur', {'length': 0.5}, 'length must be'),
+        ('jpeg', {'quality': 0}, r'quality: expected int .* within \[1, 100\]'),
+        ('jpeg', {'quality': (10, 101)}, 'quality: expected int'),
+        ('blur', {'length': 0.5}, 'length: expected number'),
     ],
 )
 def test_errors_name_the_key(kind, parameters, message):
@@ -331,7 +331,7 @@ def test_one_line_adds_a_degradation_of_stored_pairs(registry):
 @pytest.mark.parametrize(
     ('name', 'label', 'message'),
     [
-        ('haze', 10, 'degradation haze: there is one of this name'),
+        ('haze', 10, 'degradation haze: already registered'),
         ('fog', 6, 'degradation fog: label must be 10, the next one, got 6'),
         ('fog', 11, 'degradation fog: label must be 10, the next one, got 11'),
     ],

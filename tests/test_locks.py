@@ -92,7 +92,7 @@ def test_a_killed_training_is_no_obstacle(opt, tmp_path):
     assert run.status() == -signal.SIGKILL
     assert json.loads((tmp_path / LOCK).read_text())['pid'] == run.process.pid
     log = train(changed(opt, {'train.total_iter': 2}), tmp_path)
-    assert f'process {run.process.pid} on ' in log and 'has ended without releasing it' in log
+    assert f'process {run.process.pid} on ' in log and 'has ended without releasing its lock' in log
     assert not (tmp_path / LOCK).exists()
 
 
@@ -199,7 +199,7 @@ def test_a_process_id_that_was_given_to_another_process_is_not_the_holder(tmp_pa
     file = tmp_path / '.run.lock'
     file.write_text(json.dumps(lock.identity() | {'started': '1'}))
     lock.hold(tmp_path / 'run')
-    assert 'has ended without releasing it' in capsys.readouterr().out
+    assert 'has ended without releasing its lock' in capsys.readouterr().out
     lock.release()
 
 

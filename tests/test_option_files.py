@@ -102,7 +102,7 @@ def test_no_key_stands_twice(opt, tmp_path, monkeypatch):
 # What is changed in the options of a training, and the whole of what is said.
 VALUES = {
     'a time that no calendar has': ({'train.total_iter': 1e18}, 'train.total_iter: must be at most 10'),
-    'infinity': ({'train.total_iter': float('inf')}, 'train.total_iter: must be at most 1000000000000, not inf'),
+    'infinity': ({'train.total_iter': float('inf')}, 'train.total_iter: must be at most 1000000000000, got inf'),
     '300 letters': ({'name': 'x' * 300}, 'name: must have at most 200 bytes, not 300 (line '),
     'the folder above': (
         {'name': '../datasets'},

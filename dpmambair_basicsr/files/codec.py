@@ -33,7 +33,7 @@ def check_size(content: bytes) -> tuple[int, int] | None:
     size = image_size(content)
     if size is not None and size[0] * size[1] > max_pixels():
         raise ValueError(
-            f'has {size[0]} x {size[1]} pixels, more than max_pixels, {max_pixels()}; to accept it, raise max_pixels '
+            f'is {size[0]} x {size[1]} pixels, more than max_pixels, {max_pixels()}; to accept it, raise max_pixels '
             f'in the option file or {MAX_PIXELS_VARIABLE} in the environment'
         )
     return size
