@@ -22,7 +22,11 @@ row() { # what is installed now, in how long
 
 use() { # what the extra is for
     case $1 in
-        app) (timeout 300 python -u -m dpmambair_basicsr app --no-browser --port 0 || true) | grep -m 1 http://127 ;;
+        app)
+            python -u -m dpmambair_basicsr app --no-browser --port 0 > page.log 2>&1 &
+            until grep http://127 page.log; do kill -0 $! || return 1; sleep 1; done
+            kill $!
+            ;;
         export) python -m dpmambair_basicsr export -w net.pth -o net.onnx ;;
         hub)
             mkdir -p hub/models--someone--net/{refs,snapshots/1}
