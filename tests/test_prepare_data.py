@@ -328,7 +328,7 @@ def test_bad_images_are_left_out_on_demand(tmp_path, capsys):
     said = capsys.readouterr().err
     assert 'no LQ image for' in said and 'target/1.png: not an image' in said and 'are skipped' in said
     (raw / 'test/Rain100H/target/2.png').write_bytes(b'no image')
-    assert 'nothing is left' in refusal('rain100h', raw, '--output', tmp_path / 'b', '--skip-bad', '--any-count')
+    assert 'no images left' in refusal('rain100h', raw, '--output', tmp_path / 'b', '--skip-bad', '--any-count')
 
 
 def test_two_images_of_one_name(tmp_path):
