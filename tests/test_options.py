@@ -193,7 +193,7 @@ MISTAKES = {
     'no best': (
         'val.metrics.m',
         {'type': 'checked_metric_with_better'},
-        'missing; set it to lower, or BasicSR selects the worst network as the best',
+        'missing; needs lower, or BasicSR selects the worst network as the best',
         'val.metrics.m.better',
     ),
     'no iterations': ('train.total_iter', 'many', "expected number >= 1, got 'many'"),

@@ -103,9 +103,7 @@ def check_metric(path: str, opt) -> list[str]:
         return check_iqa(path, arguments_of(opt))
     better = inspect.signature(target).parameters.get('better')
     if better is not None and 'better' not in opt:
-        problems = [
-            f'{path}.better: missing; set it to {better.default}, or BasicSR selects the worst network as the best'
-        ]
+        problems = [f'{path}.better: missing; needs {better.default}, or BasicSR selects the worst network as the best']
     elif opt.get('better', 'higher') not in ('higher', 'lower'):
         problems = [f'{path}.better: must be one of higher, lower, got {opt["better"]!r}']
     return problems
