@@ -218,7 +218,7 @@ def study(tmp_path_factory):
     """The folder of a study that was killed in a training, with all its processes, and then continued."""
     folder = tmp_path_factory.mktemp('study')
     write(folder, STUDY)
-    process, end = start_study(folder), time.monotonic() + 200
+    process, end = start_study(folder), time.monotonic() + 900
     states = 'studies/tiny/trials/*/seed_4/train/training_states/60.state'
     while not (found := [*folder.glob(states)]):
         assert process.poll() is None and time.monotonic() < end, (folder / 'log.txt').read_text()
@@ -226,7 +226,7 @@ def study(tmp_path_factory):
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     assert not (found[0].parents[1] / 'models/net_g_latest.pth').exists(), 'killed too late'
-    assert start_study(folder).wait(250) == 0, (folder / 'log.txt').read_text()
+    assert start_study(folder).wait(900) == 0, (folder / 'log.txt').read_text()
     return folder
 
 
