@@ -104,7 +104,7 @@ def test_option_files_are_copied_once_and_never_replaced(tmp_path):
     for _ in range(2):
         done = python('-m', 'dpmambair_basicsr', 'init', 'project', cwd=tmp_path)
         assert done.returncode == 0, done.stdout
-    options = {file.name: file.read_bytes() for file in (PACKAGE_PARENT / 'options').iterdir()}
+    options = {file.name: file.read_bytes() for file in (PACKAGE_PARENT / 'options').iterdir() if file.is_file()}
     assert {file.name: file.read_bytes() for file in (tmp_path / 'project/options').iterdir()} == options
     edited = tmp_path / 'project/options/train_your_own.yml'
     edited.write_text('name: mine')

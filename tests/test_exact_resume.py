@@ -237,3 +237,15 @@ def test_augmentation_differs_between_epochs_and_repeats_for_a_seed():
     drawn = [number for run in runs for item in run for number in item]
     assert len(drawn) == len(set(drawn)) == 4 * 5 * 3, 'no two items, epochs, seeds or processes agree'
     assert numbers(0, workers=2) == numbers(0) and numbers(1, workers=1) == numbers(1)
+
+
+def test_a_forced_seed_is_the_one_that_is_used(tmp_path):
+    """BasicSR seeds before it applies --force_yml: the log would have this seed, and the training another."""
+    opt = forked.options(forked.write_images(tmp_path / 'images'))
+    opt.pop('manual_seed')
+    weights = {}
+    for name, seed in {'a': 7, 'b': 7, 'c': 8}.items():
+        train(opt, tmp_path / name, '--force_yml', f'manual_seed={seed}')
+        weights[name] = forked.load(tmp_path / name, 'models/net_g_latest.pth')['params']
+    assert all(torch.equal(weights['a'][key], value) for key, value in weights['b'].items())
+    assert not all(torch.equal(weights['a'][key], value) for key, value in weights['c'].items())

@@ -55,7 +55,7 @@ TEXTS = {
     'an alias inside itself': ('x: &a [1, *a]', 'line 1: *a contains itself'),
     '900 levels': ('x:\n  ' + '[' * 900 + ']' * 900, 'line 2: more than 32 nested sections or lists'),
     '10^5 levels': ('[' * 10**5, 'line 1: while increasing flow level exceeded maximum nesting depth'),
-    '10^5 levels of lines': ('\n'.join(' ' * n + 'a:' for n in range(1000)), 'line 32: more than 32 sections'),
+    '10^5 levels of lines': ('\n'.join(' ' * n + 'a:' for n in range(1000)), 'line 32: more than 32 nested sections'),
     '10^5 values': ('x: [' + '1, ' * 10**5 + ']', 'line 1: more than 10000 values'),
     'a megabyte': ('#' * 2**20 + '\n', 'is larger than 1048576 bytes'),
     'NUL': ('name: x\nscale: \0', 'line 2: the character U+0000 is not allowed in YAML'),
@@ -141,7 +141,7 @@ def test_training_is_refused_before_it_makes_or_renames_anything(value, opt, tmp
         'name=../datasets': "name: must be one name, without / \\ and control characters, not '../datasets'",
         'name=': "name: must be a name, not ''",
         f'train:total_iter={10**25}': 'does not fit into 64 bits',
-        f'train:x={"[" * 900 + "]" * 900}': 'more than 32 sections or lists',
+        f'train:x={"[" * 900 + "]" * 900}': 'more than 32 nested sections or lists',
         'datasets:val:name=a/b': 'datasets.val.name: must be one name',
     }.items(),
 )

@@ -87,7 +87,7 @@ def test_a_mistake_is_marked_at_its_place(mistake):
 
 def test_descriptions_come_from_the_table_and_from_docstrings():
     train = SCHEMA['properties']['train']['properties']
-    assert 'average' in train['ema_decay']['description']
+    assert 'EMA' in train['ema_decay']['description']
     assert 'skipped' not in train and 'in a row' in train['max_skipped_steps']['description']
     (network,) = (
         choice['then']

@@ -221,7 +221,7 @@ def test_what_freeze_names_is_not_trained_and_takes_no_optimizer_state(model_typ
     [
         (
             ['output.*', 'encodr.*'],
-            r"^train\.freeze: 'encodr\.\*' matches no parameter of VmambaIR; there are .*output\.\*",
+            r"^train\.freeze: 'encodr\.\*' matches no parameter of VmambaIR; choose from .*output\.\*",
         ),
         (['*'], r'^train\.freeze: leaves no parameter of VmambaIR to train$'),
     ],

@@ -166,5 +166,5 @@ def test_shared_and_transposed_weights_are_written(tmp_path):
 def test_without_the_package_it_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, 'safetensors.torch', None)
     monkeypatch.setitem(sys.modules, 'safetensors', None)
-    with pytest.raises(ValueError, match=r'net\.safetensors: needs .*: pip install safetensors$'):
+    with pytest.raises(ValueError, match=r'net\.safetensors: requires .*: pip install safetensors$'):
         read_checkpoint(str(tmp_path / 'net.safetensors'))

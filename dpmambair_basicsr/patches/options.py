@@ -4,10 +4,12 @@ import os
 import re
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
+from basicsr.utils import set_random_seed
 from basicsr.utils.dist_util import master_only
 
 from dpmambair_basicsr.files.atomic import replacing
@@ -58,6 +60,7 @@ def checked_options(original, caller: dict):
                 os.environ[MAX_PIXELS_VARIABLE] = str(raw['max_pixels'])  # for the loader's workers too
             with more_arguments(*(('--force_yml', *entries) if entries != forced else ())):
                 opt, args = original(root_path, is_train)
+            obey_forced_seed(opt, entries)
             opt['path'].pop('results_root' if is_train else 'experiments_root', None)  # BasicSR would make this folder
             problems = []
             if not args.debug:  # whose runs must not take the place of the real ones: they have a folder of their own
@@ -94,6 +97,18 @@ def accept_local_rank() -> None:
     Remove once: BasicSR accepts both.
     """
     sys.argv[:] = [re.sub(r'^--local-rank\b', '--local_rank', argument) for argument in sys.argv]
+
+
+def obey_forced_seed(opt: dict, forced: Sequence[str]) -> None:
+    """Seeds with a `manual_seed` of `--force_yml`.
+
+    Fixes: `parse_options` seeds before it applies `--force_yml`: the run logs one seed and uses another, a random one if
+    the file has none.
+    Remove once: BasicSR seeds after applying it.
+    """
+    seed = opt.get('manual_seed')
+    if type(seed) is int and any(entry.partition('=')[0] == 'manual_seed' for entry in forced):
+        set_random_seed(seed + opt['rank'])
 
 
 def obey_experiments_root(opt: dict, wanted: dict) -> None:

@@ -1,5 +1,6 @@
 """How the CUDA kernels are planned, compiled and kept; nothing here needs a GPU, the compiler is a library."""
 
+import io
 import logging
 import re
 import sys
@@ -105,6 +106,14 @@ def test_compiles_and_hardly_spills(architecture, shape, spilled):
             assert found.keys() == kernels, said
             for kernel, (bytes, registers) in found.items():
                 assert bytes <= spilled and registers <= (168 if kernel == 'scan_gradients' else 128), kernel
+
+
+@needs_nvrtc
+def test_the_compiler_writes_into_nothing_that_others_share():
+    """Python has one object for each single byte; a log of one byte must not be written into that of a blank."""
+    code, said = runtime.compile_source('extern "C" __global__ void f(float* x) { x[0] = 1; }', 'x.cu', '90')
+    assert said == '' and code.startswith(b'\x7fELF') and isinstance(code, bytes)
+    assert [io.BytesIO(bytes([0, value])[1:]).read(1)[0] for value in range(256)] == [*range(256)]
 
 
 @needs_nvrtc

@@ -171,16 +171,16 @@ def compile_source(text: str, name: str, architecture: str, *options: str) -> tu
     try:
         words = [word.encode() for word in (f'--gpu-architecture=sm_{architecture}', *OPTIONS, *options)]
         result = nvrtc.nvrtcCompileProgram(program, len(words), words)
-        log = b' ' * check(nvrtc.nvrtcGetProgramLogSize(program))
+        log = bytearray(check(nvrtc.nvrtcGetProgramLogSize(program)))
         check(nvrtc.nvrtcGetProgramLog(program, log))
         said = log.decode(errors='replace').strip('\0 \n')
         if result[0]:
             raise CudaError(f'selective_scan: NVRTC cannot compile {name} for sm_{architecture}: {said}')
-        code = b' ' * check(nvrtc.nvrtcGetCUBINSize(program))
+        code = bytearray(check(nvrtc.nvrtcGetCUBINSize(program)))
         check(nvrtc.nvrtcGetCUBIN(program, code))
     finally:
         nvrtc.nvrtcDestroyProgram(program)
-    return code, said
+    return bytes(code), said
 
 
 def cache_folder() -> Path:
