@@ -102,8 +102,8 @@ def accept_local_rank() -> None:
 def obey_forced_seed(opt: dict, forced: Sequence[str]) -> None:
     """Seeds with a `manual_seed` of `--force_yml`.
 
-    Fixes: `parse_options` seeds before it applies `--force_yml`: the run logs one seed and uses another, a random one if
-    the file has none.
+    Fixes: `parse_options` seeds before it applies `--force_yml`: the run logs one seed and uses another, a random one
+    if the file has none.
     Remove once: BasicSR seeds after applying it.
     """
     seed = opt.get('manual_seed')
