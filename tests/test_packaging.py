@@ -191,6 +191,8 @@ def test_the_versions_of_python_are_the_same_everywhere():
     assert project['requires-python'] == f'>={tested[0]}'
     prefix = 'Programming Language :: Python :: '
     assert [name.removeprefix(prefix) for name in project['classifiers'] if name.startswith(prefix)] == tested
+    page = (PACKAGE_PARENT / 'docs/install.md').read_text('utf-8')
+    assert re.findall(r'^\| (3\.\d+)\.\d+ \|', page, re.M) == tested
 
 
 def test_the_citation_is_of_this_version_and_the_changelog_knows_it():
