@@ -236,6 +236,6 @@ def test_any_image_file(folder, quiet, data):
     try:
         image = ImageReader({'type': 'disk'}, {'lq': str(folder)}).read(str(file), 'lq', 7)
     except ValueError as error:
-        assert str(error).startswith(f'item 7: lq image {file} ')
+        assert str(error).startswith(f'item 7: lq image {file} is ')
     else:
         assert image.ndim == 3 and image.shape[2] == 3 and image.dtype in (np.uint8, np.uint16)
