@@ -151,7 +151,7 @@ def test_a_file_that_differs_is_not_left_behind(folder, monkeypatch, tmp_path):
     for value in changed['params'].values():
         value.mul_(1.1)
     torch.save(changed, tmp_path / 'w.pth')
-    with pytest.raises(SystemExit, match='differ by more than 0.001: nothing written'):
+    with pytest.raises(SystemExit, match='differ by more than 0.001; nothing was written'):
         run_main(monkeypatch, tmp_path / 'w.pth', tmp_path / 'x.pt2')
     assert [path.name for path in tmp_path.iterdir()] == ['w.pth']
 
