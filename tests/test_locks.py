@@ -17,6 +17,7 @@ from dpmambair_basicsr.files import lock
 
 LONG = {'train.total_iter': 200_000, 'logger.save_checkpoint_freq': 100_000, 'val.val_freq': 100_000}
 LOCK = 'experiments/.run.lock'
+PACKAGE = str(commands.PACKAGE_PARENT)
 
 
 @pytest.fixture(scope='module')
@@ -240,3 +241,27 @@ def test_of_many_that_find_a_dead_lock_one_gets_it(tmp_path):
     assert one.communicate('\n')[0].endswith('mine\n') and one.returncode == 0
     errors = [process.communicate()[1] for process in waiting if process is not one]
     assert all('LockedFolderError: ' in error for error in errors)
+
+
+def test_a_process_killed_while_it_makes_its_lock_is_no_obstacle(tmp_path):
+    code = (
+        'import os, signal, sys; from dpmambair_basicsr.files import lock\n'
+        'os.link = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n'
+        'lock.hold(sys.argv[1])'
+    )
+    done = subprocess.run([sys.executable, '-c', code, tmp_path / 'run'], env=os.environ | {'PYTHONPATH': PACKAGE})
+    assert done.returncode == -signal.SIGKILL and not (tmp_path / '.run.lock').exists()
+    lock.hold(tmp_path / 'run')
+    lock.release()
+
+
+def test_a_lock_needs_no_hard_links(tmp_path, monkeypatch):
+    def link(*_):
+        raise PermissionError(1, 'Operation not permitted')
+
+    monkeypatch.setattr(os, 'link', link)
+    lock.hold(tmp_path / 'run')
+    assert json.loads((tmp_path / '.run.lock').read_text())['pid'] == os.getpid()
+    assert [file.name for file in tmp_path.iterdir()] == ['.run.lock']
+    lock.release()
+    assert not (tmp_path / '.run.lock').exists()

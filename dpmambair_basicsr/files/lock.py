@@ -1,9 +1,10 @@
 """Locks a folder for one process, by the file `.<name>.lock` beside it.
 
-The lock is beside the folder because BasicSR renames the folder. It is created with O_EXCL, which is atomic on local
-disks and on NFS from version 3 on. It outlives a killed process: on the same machine, process id and start time tell
-whether the holder is still running. From elsewhere (a requeued job, a container with another name) they do not: the
-lock is taken over if its holder has not renewed it for LEASE seconds, and a holder that wakes up later stops writing.
+The lock is beside the folder because BasicSR renames the folder. It is linked to its name, which is atomic on local
+disks and on NFS; where there are no hard links, it is created with O_EXCL and then written. It outlives a killed
+process: on the same machine, process id and start time tell whether the holder is still running. From elsewhere (a
+requeued job, a container with another name) they do not: the lock is taken over if its holder has not renewed it for
+LEASE seconds, and a holder that wakes up later stops writing.
 """
 
 import atexit
@@ -99,6 +100,22 @@ def describe(holder: dict) -> str:
 
 def create(file: Path, record: dict) -> bool:
     """Whether the lock could be made."""
+    part = file.with_name(f'{file.name}.{record["host"]}.{record["pid"]}.part')
+    try:  # so that a process killed at this moment leaves no lock without its name in it
+        part.write_text(json.dumps(record))
+        os.link(part, file)
+        return True
+    except FileExistsError:
+        return False
+    except (OSError, NotImplementedError):
+        return create_and_write(file, record)
+    finally:
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
+
+
+def create_and_write(file: Path, record: dict) -> bool:
+    """Where there are no hard links, or the disk is full, which is said here."""
     try:
         descriptor = os.open(file, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
     except FileExistsError:
