@@ -313,6 +313,7 @@ def restore_video_file(
     notes = [f'{frames} frames, {len(shots)} shot{"s" * (len(shots) > 1)}, {seconds:.1f} s']
     notes += [f'left out: {", ".join(lost)}'] * bool(lost)
     notes += ['--compare is for pictures'] * arguments.compare
+    notes += ['--one-pass is for pictures: tiles of a video are seen once anyway'] * arguments.one_pass
     worst = next((finding for finding in findings if finding is not None and not finding.is_clean), findings[0])
     action = LEFT if clean else RESTORED
     return RestoredImage(str(source), str(target), action, seconds, '; '.join(notes), **found(worst))

@@ -247,12 +247,13 @@ def test_a_folder_of_videos_and_pictures(weights, tmp_path, monkeypatch, capsys)
     Image.fromarray(SCENES[0]).save(tmp_path / 'in/photo.png')
     (tmp_path / 'in/broken.mov').write_text('x')
     page = tmp_path / 'page.html'
-    status, said = command(
-        monkeypatch, capsys, tmp_path / 'in', '-o', tmp_path / 'out', '-w', weights, '--ext', 'webp', '--report', page
-    )
+    options = ('-w', weights, '--ext', 'webp', '--report', page, '--compare', '--one-pass')
+    status, said = command(monkeypatch, capsys, tmp_path / 'in', '-o', tmp_path / 'out', *options)
     assert status == 1 and 'broken.mov: not a .mov video' in said
     assert f'{tmp_path}/in/film.mp4: 12 frames, 2 shots, ' in said and '2 restored, 1 failed' in said
-    assert sorted(file.name for file in (tmp_path / 'out').iterdir()) == ['film.mp4', 'photo.webp']
+    assert sorted(file.name for file in (tmp_path / 'out').iterdir()) == ['compare', 'film.mp4', 'photo.webp']
+    line = next(line for line in said.splitlines() if 'film.mp4: ' in line)
+    assert '--compare is for pictures' in line and '--one-pass is for pictures' in line
     assert streams_of(tmp_path / 'out/film.mp4')[:2] == streams_of(tmp_path / 'in/film.mp4')[:2]
     assert page.read_text().count('type="range"') == 2, 'a slider for each, of a first frame'
 
