@@ -1,4 +1,4 @@
-"""Functions on tensors. They need torch only: importing this brings in neither basicsr nor any kernel language."""
+"""Tensor operations. They need torch only: importing this package imports neither basicsr nor a kernel compiler."""
 
 from dpmambair_basicsr.ops.cross_scan import cross_merge, cross_scan
 from dpmambair_basicsr.ops.omni_scan import omni_scan

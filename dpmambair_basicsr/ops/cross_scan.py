@@ -1,4 +1,4 @@
-"""Reading an image as sequences in several directions, and summing such sequences back into an image.
+"""Read an image as sequences along several directions, and sum such sequences back into an image.
 
 Directions, in VMamba's order (Liu et al. 2024, section 4.2; VmambaIR, Shi et al. 2024, uses the same), on a 2 x 3 image
     a b c
@@ -23,15 +23,15 @@ def cross_scan(x: Tensor, directions: Sequence[int] = DIRECTIONS) -> Tensor:
     if x.dim() != 4:
         raise ValueError(f'cross_scan: x must be (b, c, h, w), got {tuple(x.shape)}')
     if len(directions) > 1:
-        x = x.contiguous()  # a channels_last image is turned round once, not for every direction
+        x = x.contiguous()  # copies a channels_last image once, not once per direction
     sequences = [_to_sequence(x, direction) for direction in directions]
     return sequences[0].unsqueeze(1) if len(sequences) == 1 else torch.stack(sequences, dim=1)
 
 
 def cross_merge(ys: Tensor, size: tuple[int, int], directions: Sequence[int] = DIRECTIONS) -> Tensor:
-    """Put the sequences (b, k, c, l) back in place and sum them over k: (b, c, h, w), where size = (h, w).
+    """Put the sequences (b, k, c, l) back in image order and sum them over k: (b, c, h, w), where size = (h, w).
 
-    The adjoint of `cross_scan`, hence merging what was scanned gives k times the image. For directions=(0,), a view.
+    The adjoint of `cross_scan`, so merging a scanned image gives k times the image. For directions=(0,), a view.
     """
     _check(directions)
     h, w = size

@@ -23,33 +23,33 @@ def omni_scan(
     directions: Sequence[int] = DIRECTIONS,
     backend: str | None = None,
 ) -> Tensor:
-    """Project each pixel to delta, B and C, scan along each direction, sum the results in place.
+    """Project each pixel to delta, B and C, scan along each direction, and sum the results at each pixel.
 
-    Projections act on single pixels and do not mind their order. Where it can, it thus projects the image once and lets
-    the scans find their pixels: no sequences are written, reversed or merged, and of step sizes only the low-rank ones
-    are kept. `scan_by_sequences` is the definition.
+    Projections act on single pixels, so their order does not matter. Where possible, the image is therefore projected
+    once and the scans index its pixels: no sequences are written, reversed or merged, and only the low-rank step sizes
+    are stored. `scan_by_sequences` is the definition.
 
     Args:
-        x: (b, d, h, w), none of them 0; channels_last is copied less.
-        x_proj_weight: (k, r + 2n, d), or (b, k, r + 2n, d) for each sample its own; to low-rank delta, B and C.
+        x: (b, d, h, w), not empty; channels_last needs fewer copies.
+        x_proj_weight: (k, r + 2n, d), or (b, k, r + 2n, d), one per sample; to low-rank delta, B and C.
         dt_proj_weight: (k, d, r), from low-rank delta to delta.
         dt_proj_bias: (k, d), added to delta before softplus.
-        A: (k * d, n), negative, or (b, k * d, n) for each sample its own.
+        A: (k * d, n), negative, or (b, k * d, n), one per sample.
         D: (k * d,).
         directions: k scan orders, see `cross_scan`.
-        backend: as in `selective_scan`. Those that can do it fused do, 'cuda' and, where all is fp32, 'numba'; with
-            the others it goes by sequences.
+        backend: as in `selective_scan`. 'cuda' and, if everything is fp32, 'numba' have a fused kernel; the others
+            scan sequences.
 
     Returns:
         (b, d, h, w), in x's type.
 
     Raises:
-        ValueError: a direction or a shape does not fit.
-        BackendError: there is no backend of that name, or it is not available here.
+        ValueError: a direction is unknown or a shape does not match.
+        BackendError: the backend is unknown or not available here.
     """
     parameters = x_proj_weight, dt_proj_weight, dt_proj_bias, A, D
     _check(x, *parameters, directions)
-    # A trace is where FLOPs are counted, and those inside of our operator would be missing.
+    # FLOPs are counted on a trace, and those inside our operator would be missing.
     one_device = all(parameter.device == x.device for parameter in parameters)
     name = None
     if one_device and not torch.jit.is_tracing():
@@ -72,7 +72,7 @@ def scan_by_sequences(
     directions: Sequence[int],
     backend: str | None = None,
 ) -> Tensor:
-    """`omni_scan` by its parts: read the image in each direction, project, scan, merge."""
+    """`omni_scan` step by step: read the image in each direction, project, scan, merge."""
     xs = cross_scan(x, directions)  # (b, k, d, l)
     rank, n = dt_proj_weight.shape[2], A.shape[-1]
     delta, B, C = torch.matmul(x_proj_weight, xs).split([rank, n, n], dim=2)  # (b, k, r | n | n, l)
@@ -92,7 +92,7 @@ def scan_by_sequences(
 
 
 def _check(x, x_proj_weight, dt_proj_weight, dt_proj_bias, A, D, directions):
-    """Raise a one-line ValueError that names the first argument that does not fit."""
+    """Raise a one-line ValueError naming the first argument with a wrong shape."""
     if not directions or any(direction not in DIRECTIONS for direction in directions):
         raise ValueError(f'omni_scan: directions must be one or more of {DIRECTIONS}, got {directions!r}')
     if x.dim() != 4 or not x.numel():

@@ -3,9 +3,9 @@ from torch.nn import functional as F
 
 
 def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
-    """Extend (b, c, h, w) at the bottom and on the right so that h and w become multiples of `multiple`.
+    """Pad (b, c, h, w) at the bottom and right so that h and w become multiples of `multiple`.
 
-    By reflection, as the published test scripts do; by repeating the border where the image is too small to reflect.
+    By reflection, as in the published test scripts; by replication where the image is too small to reflect.
     """
     h, w = x.shape[-2:]
     bottom, right = -h % multiple, -w % multiple

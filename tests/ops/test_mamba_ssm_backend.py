@@ -25,7 +25,7 @@ def test_is_used_on_request_only():
 
 def test_takes_256_states_at_most():
     inputs = scan_inputs(b=1, d=1, n=257, length=1)
-    with pytest.raises(ValueError, match='mamba_ssm takes up to n = 256 states, got 257'):
+    with pytest.raises(ValueError, match='mamba_ssm supports up to n = 256 states, got 257'):
         mamba_ssm_backend.scan(*inputs.values(), True)
 
 

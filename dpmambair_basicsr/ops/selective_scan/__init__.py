@@ -1,6 +1,6 @@
 """The selective scan of Mamba (Gu & Dao 2023, section 3.2, algorithm 2): one signature, several backends.
 
-`backend.py` says what a backend is and which one runs.
+`backend.py` defines what a backend is and how one is chosen.
 """
 
 import torch
@@ -38,28 +38,29 @@ def selective_scan(
     """h_t = exp(delta_t A) h_{t-1} + delta_t B_t u_t,  y_t = C_t . h_t + D u_t,  h_0 = 0.
 
     Args:
-        u: input, (b, d, l), none of them 0.
-        delta: step sizes, (b, d, l), or (b, m, l), each for d / m consecutive channels; positive after delta_bias and
-            delta_softplus.
-        A: (d, n), negative, or (b, d, n) for each sample its own.
+        u: input, (b, d, l), not empty.
+        delta: step sizes, (b, d, l), or (b, m, l), each shared by d / m consecutive channels; positive after delta_bias
+            and delta_softplus.
+        A: (d, n), negative, or (b, d, n), one per sample.
         B, C: (b, g, n, l), each shared by the d / g consecutive channels of a group; (b, n, l) means g = 1; (d, n) is
-            the same at every position of every sample (this costs as much memory as g = d).
+            constant over positions and samples (this costs as much memory as g = d).
         D: (d,).
         delta_bias: (d,), or (m,) as in delta, added to delta.
-        delta_softplus: whether delta is then replaced by log(1 + exp(delta)).
-        backend: a name in `BACKENDS`; None: what `use_backend`, the option `scan_backend` or the environment variable
-            DPMAMBAIR_SCAN_BACKEND asks for, else the best one available for u's device and type. Logged once.
-        z: a gate, (b, d, l); y is then multiplied by silu(z).
-        return_last_state: whether h_l is returned too.
+        delta_softplus: whether to replace delta by log(1 + exp(delta)) after that.
+        backend: a name in `BACKENDS`; None: the one selected by `use_backend`, the option `scan_backend` or the
+            environment variable DPMAMBAIR_SCAN_BACKEND, else the best one available for u's device and type. Logged
+            once.
+        z: a gate, (b, d, l); y is multiplied by silu(z).
+        return_last_state: whether to return h_l too.
 
     Returns:
-        y, (b, d, l), in u's type; and h_l, (b, d, n), if asked for. The state and all arithmetic are fp32, or fp64 if u
+        y, (b, d, l), in u's type; and h_l, (b, d, n), if requested. The state and all arithmetic are fp32, or fp64 if u
         is.
         Differentiable in every tensor; once, except for 'reference'.
 
     Raises:
-        ValueError: a shape, type or device does not fit.
-        BackendError: there is no backend of that name, or it is not available here.
+        ValueError: a shape, type or device does not match.
+        BackendError: the backend is unknown or not available here.
     """
     if u.dim() != 3 or not u.numel():
         raise ValueError(f'selective_scan: u must be (b, d, l), not empty, got {tuple(u.shape)}')
@@ -87,7 +88,7 @@ def selective_scan(
 
 
 def _check(u, delta, A, B, C, D, delta_bias, z):
-    """Raise a one-line ValueError that names the first argument that does not fit."""
+    """Raise a one-line ValueError naming the first argument whose shape, type or device does not match."""
     b, d, length = u.shape
     if A.shape[:-1] != ((b, d) if A.dim() == 3 else (d,)):
         raise ValueError(

@@ -1,11 +1,11 @@
-"""The backends of the selective scan, and which of them runs.
+"""The backends of the selective scan, and how one is chosen.
 
-A backend is anything with the attributes of `Backend`. Ours are modules of this package, imported when first asked for.
-A new one is a file and its line in `BACKENDS`; the tests and `benchmarks/scan.py` find it there.
+A backend is any object with the attributes of `Backend`. Ours are modules of this package, imported on first use.
+A new one takes a file and a line in `BACKENDS`, where the tests and `benchmarks/scan.py` find it.
 
-Which one runs: the argument `backend` of a call, else the innermost `use_backend`, else the option `scan_backend` of an
-option file, else the environment variable `DPMAMBAIR_SCAN_BACKEND`, else the best available. One that is asked for and
-cannot run is an error; there is no substitute.
+The backend is the argument `backend` of a call, else the innermost `use_backend`, else `scan_backend` in the option
+file, else the environment variable `DPMAMBAIR_SCAN_BACKEND`, else the best available. A requested backend that cannot
+run is an error; no other one takes its place.
 """
 
 import functools
@@ -20,7 +20,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-# Name -> module, the best first: the first that can run is taken, so what follows 'torch' runs on request only.
+# Name -> module, best first: the first that can run is used, so those after 'torch' run on request only.
 BACKENDS = {
     'cuda': 'cuda',
     'numba': 'numba',
@@ -28,25 +28,25 @@ BACKENDS = {
     'reference': 'reference',
     'mamba_ssm': 'mamba_ssm',
 }
-# Names of earlier versions -> what took their place.
+# Names of earlier versions -> their replacements.
 RENAMED = {'triton': 'cuda'}
 VARIABLE = 'DPMAMBAIR_SCAN_BACKEND'
 
 
-chosen: 'dict[str, Backend]' = {}  # by name, those that have run
+chosen: 'dict[str, Backend]' = {}  # by name: the backends that have run
 _context: 'ContextVar[str | Backend | None]' = ContextVar('scan backend', default=None)
 _default: str | None = None
 
 
 class Backend(Protocol):
-    """What a backend has.
+    """The interface of a backend.
 
     Attributes:
         name: as in `BACKENDS`.
-        reads_half: whether it reads bf16 and fp16 itself, each tensor in its own type, which is half the bytes of fp32;
-            a backend that does not gets every tensor in one type, fp32 or fp64.
-        omni_scan: `omni_scan` fused, without sequences in memory, see `numba.omni.omni_scan` for its contract; None:
-            images are read as sequences for its `scan`.
+        reads_half: whether it reads bf16 and fp16 itself, each tensor in its own type, half the bytes of fp32; other
+            backends get all tensors in one type, fp32 or fp64.
+        omni_scan: a fused `omni_scan`, without sequences in memory (contract: `numba.omni.omni_scan`); None: images are
+            read as sequences for its `scan`.
     """
 
     name: str
@@ -54,34 +54,34 @@ class Backend(Protocol):
     omni_scan: Callable[..., Tensor] | None
 
     def why_unavailable(self, device: torch.device, dtype: torch.dtype) -> str | None:
-        """Why it cannot compute there in this type, and what to install; None if it can."""
+        """Why it cannot run on this device in this type, and what to install; None if it can."""
 
     def scan(self, u, delta, A, B, C, D, delta_bias, delta_softplus) -> Tensor:
-        """The contract of `selective_scan` for checked arguments: B and C are (b, g, n, l); strides are any."""
+        """The contract of `selective_scan` for validated arguments: B and C are (b, g, n, l), with any strides."""
 
 
 class BackendError(ValueError, RuntimeError):
-    """There is no backend of this name, or it cannot run on this device in this type."""
+    """The backend is unknown, or cannot run on this device in this type."""
 
 
 def available_backends(device: torch.device | str = 'cpu', dtype: torch.dtype = torch.float32) -> list[str]:
-    """The backends that can compute on this device in this type (torch.float32 or float64), the best first."""
+    """The backends that can run on this device in this type (torch.float32 or float64), best first."""
     device = torch.device(device)
     return [name for name in BACKENDS if get_backend(name).why_unavailable(device, dtype) is None]
 
 
 @contextmanager
 def use_backend(backend: 'str | Backend | None') -> Iterator[None]:
-    """All scans inside, fused or not, are computed by this backend: `with use_backend('reference'): net(image)`.
+    """Use this backend for all scans in the context, fused or not: `with use_backend('reference'): net(image)`.
 
-    It holds for this thread, or this task of asyncio, only; contexts may be nested. What torch.compile has compiled
-    keeps the backend of its first call.
+    Applies to the current thread, or asyncio task, only; contexts nest. Code compiled by torch.compile keeps the
+    backend of its first call.
 
     Args:
-        backend: a name in `BACKENDS`, or a backend of your own with a name of its own; None: no change.
+        backend: a name in `BACKENDS`, or a backend of your own under a name of its own; None: no change.
 
     Raises:
-        BackendError: there is no backend of this name. Whether it can run is found out when something is scanned.
+        BackendError: the backend is unknown. Whether it can run is checked by the first scan.
     """
     backend = _current(backend, 'use_backend')
     token = _context.set(_context.get() if backend is None else backend)
@@ -92,23 +92,23 @@ def use_backend(backend: 'str | Backend | None') -> Iterator[None]:
 
 
 def set_default_backend(name: str | None) -> None:
-    """The option `scan_backend`: what runs in this process where nothing else is asked for; None: the best available.
+    """Set the process-wide default, the option `scan_backend`; None: the best available.
 
     Raises:
-        BackendError: there is no backend of this name.
+        BackendError: the backend is unknown.
     """
     global _default
     _default = _current(name, 'scan_backend')
 
 
 def check_backend(backend: str | None, source: str, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
-    """Raises BackendError if the backend that is asked for, by a value of that name or otherwise, cannot run."""
+    """Raise BackendError if the requested backend cannot run; `source` names the option or argument `backend`."""
     if _asked_for(backend, source)[0] is not None:
         _find(backend, source, device, dtype)
 
 
 def keep_backend(function: Callable) -> Callable:
-    """The function with the `use_backend` of now, whenever and in whatever thread it is called."""
+    """Bind the current `use_backend` to a function, whenever and in whatever thread it is called."""
     backend = _innermost()
     if backend is None:
         return function
@@ -121,7 +121,7 @@ def keep_backend(function: Callable) -> Callable:
 
 
 def choose(backend: str | None, device: torch.device, dtype: torch.dtype) -> str:
-    """The name, in `chosen`, of the backend that a call has to take; `backend` is the call's argument. Logs it once."""
+    """The name, in `chosen`, of the backend for a call; `backend` is the call's argument. Logs it once."""
     found = _find(backend, 'selective_scan', device, dtype)
     _log_once('selective_scan: backend', found.name, device.type)
     chosen[found.name] = found
@@ -150,8 +150,8 @@ def _innermost():
     return _context.get()
 
 
-# torch.compile takes their results, constants, as they are and does not look inside.
-# torch.compiler.assume_constant_result does just this, but imports the compiler, which takes a second.
+# torch.compile treats their results as constants and does not trace into them.
+# torch.compiler.assume_constant_result does the same, but imports the compiler, which takes a second.
 choose._dynamo_marked_constant = choose_fused._dynamo_marked_constant = _innermost._dynamo_marked_constant = True
 
 
@@ -166,7 +166,7 @@ def _find(backend, source, device, dtype) -> Backend:
 
 
 def _asked_for(backend, source) -> tuple[Backend | None, str]:
-    """The backend that is asked for, if any, and what asks for it."""
+    """The requested backend, if any, and what requests it."""
     choices = (
         (backend, source),
         (_context.get(), 'use_backend'),
@@ -184,7 +184,7 @@ def _best(device, dtype) -> Backend:
 
 
 def _current(backend, source):
-    """The backend, or its name of today."""
+    """The backend, or its current name."""
     if not isinstance(backend, str):
         return backend
     if backend in RENAMED:

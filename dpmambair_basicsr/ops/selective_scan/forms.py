@@ -1,4 +1,4 @@
-"""Forms of the selective scan's inputs and results that only some callers use, brought to the one of the backends.
+"""Convert the less common forms of the selective scan's inputs and results to the one that the backends take.
 
 Shapes: b batch, d channels, l positions, n states, g groups.
 """
@@ -7,14 +7,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_NEVER = -1e4  # softplus of it, and of it plus any bias, is exactly 0, in every type
+_NEVER = -1e4  # its softplus, with any bias added, is exactly 0 in every type
 
 
 def common_form(u, delta, B, C, delta_bias) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """delta (b, d, l), delta_bias (d,) from (b, m, l), (m,), each for d / m consecutive channels; B, C (b, g, n, l).
+    """Expand delta (b, m, l) and delta_bias (m,), shared by d / m channels, to (b, d, l), (d,); B, C to (b, g, n, l).
 
-    Either of B and C may be (b, n, l), one group, or (d, n), constant over positions and samples, a group for each
-    channel; then the other one gets these groups too.
+    B and C may each be (b, n, l), one group, or (d, n), constant over positions and samples, one group per channel; the
+    other one then gets these groups too.
     """
     b, d, length = u.shape
     delta = repeat_to(delta, 1, d)
@@ -27,23 +27,23 @@ def common_form(u, delta, B, C, delta_bias) -> tuple[Tensor, Tensor, Tensor, Ten
 
 
 def repeat_to(x, dim, size):
-    """x with `size` entries along a dimension, each repeated as often as that takes; unchanged if it does not fit."""
+    """Repeat each entry of x along a dimension so that it has `size` entries; unchanged if `size` is not a multiple."""
     known = x.shape[dim]
     if not known or known == size or size % known:
         return x
-    # Not repeat_interleave: in a trace the number would be a tensor, on the CPU wherever x is.
+    # Not repeat_interleave: in a trace, the count would be a tensor on the CPU, whatever x's device.
     behind = x.shape[dim + 1 :]
     return x.unsqueeze(dim + 1).expand(*x.shape[: dim + 1], size // known, *behind).flatten(dim, dim + 1)
 
 
 def _in_groups(x, b, length):
-    if x.dim() == 2:  # a group for each channel
+    if x.dim() == 2:  # one group per channel
         return x[None, :, :, None].expand(b, -1, -1, length)
     return x.unsqueeze(1) if x.dim() == 3 else x
 
 
 def samples_as_groups(u, delta, A, B, C, D, delta_bias) -> dict[str, Tensor | None]:
-    """A (b, d, n), each sample's own: the same scans as b * d channels in b * g groups of one sample."""
+    """For A (b, d, n), one per sample: the same scans as b * d channels in b * g groups of a single sample."""
     b = u.shape[0]  # len(u) would fix it in an exported graph
     D, delta_bias = (None if x is None else x.repeat(b) for x in (D, delta_bias))
     u, delta, B, C = (x.flatten(0, 1).unsqueeze(0) for x in (u, delta, B, C))
@@ -51,10 +51,10 @@ def samples_as_groups(u, delta, A, B, C, D, delta_bias) -> dict[str, Tensor | No
 
 
 def with_states_at_the_end(u, delta, A, B, C, D, delta_bias, delta_softplus: bool):
-    """The same tensors with n more positions, whose outputs are the n states after the last position.
+    """Append n positions, whose outputs are the n entries of the last state.
 
-    Their steps are 0, so that the state stays as it is, and C picks one of its entries at each. So any backend returns
-    the last state, with its gradient, and the other outputs are the same to the bit.
+    Their step sizes are 0, so the state does not change, and C selects one entry at each. Thus any backend can return
+    the last state, with its gradient, and the other outputs are bit-identical.
     """
     (b, groups, n, _), d = B.shape, u.shape[1]
     if not delta_softplus and delta_bias is not None:

@@ -1,22 +1,22 @@
-"""How the operators of the backends get their gradients: from an operator for the backward pass, and kept states."""
+"""Gradients of the backends' operators: by an operator for the backward pass, from stored states."""
 
 import torch
 
 
 def keeps_states(tensors) -> bool:
-    """Whether a call with these inputs (Tensors or None) has to keep the states that its backward pass starts from."""
+    """Whether a call with these inputs (Tensors or None) must store the states that its backward pass starts from."""
     differentiable = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
     return differentiable or torch.jit.is_tracing()  # a trace, which may be taken without gradients, fixes this value
 
 
 def differentiate(forward, backward, count: int) -> None:
-    """Let the operator `backward` give the gradients of the operator `forward`.
+    """Register the operator `backward` as the gradient of the operator `forward`.
 
     Args:
         forward: (*tensors, *settings, keep) -> the result and the states, which are empty unless `keep`.
-        backward: (*tensors, states, gradient of the result, *settings) -> the gradient of each of the tensors; where
-            none is needed, it is dropped.
-        count: how many tensors there are; some may be None.
+        backward: (*tensors, states, gradient of the result, *settings) -> the gradient of each tensor; those not needed
+            are dropped.
+        count: number of tensors; some may be None.
     """
 
     def setup_context(ctx, inputs, output):

@@ -1,21 +1,21 @@
-"""Selective scan in plain PyTorch: any device, fp32 and fp64; the backward recomputes the states from a few kept ones.
+"""Selective scan in plain PyTorch: any device, fp32 and fp64; the backward recomputes states from a few stored ones.
 
 One Python step per position would cost more than its arithmetic. So the sequence is cut into chunks of T positions, and
-c chunks stand side by side on the last, contiguous axis and advance together: T steps where there were c * T. What a
-chunk does to the state it starts from is a mere factor, exp(A * sum(delta)), and this links the chunks.
+c chunks lie side by side on the last, contiguous axis and advance together: T steps instead of c * T. A chunk scales
+its initial state by a factor, exp(A * sum(delta)), which links the chunks.
 One block of c * T positions:
 
 1. sweep all chunks from a zero state, which gives what each adds to the state: end[i];
 2. chain them: start[i + 1] = exp(A * sum(delta over chunk i)) * start[i] + end[i];
-3. sweep again, now from start[i], and read y off.
+3. sweep again, from start[i], and compute y.
 
-The backward pass repeats step 3 from the kept starts, then takes the same three steps from right to left with the
-adjoint state. Every exponential is of a sum of delta * A, never positive; the shorter form, which divides by
+The backward pass repeats step 3 from the stored starts, then takes the same three steps from right to left with the
+adjoint state. Every exponent is a sum of delta * A, never positive; the shorter form, which divides by
 exp(cumsum(delta * A)), overflows.
 
 Shapes: b batch, g groups, w channels per group, d = g * w channels, n states, l positions, m = b * c.
-A state is (n, g, w, m); what does not vary along an axis has size 1 there; a block of T steps is (T, n, g, w, m).
-Extra memory: n / T of u for the kept starts, plus buffers for one block, whose size does not depend on l.
+A state is (n, g, w, m); axes along which a tensor is constant have size 1; a block of T steps is (T, n, g, w, m).
+Extra memory: n / T of u for the stored starts, plus buffers for one block, whose size does not depend on l.
 """
 
 import math
@@ -29,11 +29,11 @@ from dpmambair_basicsr.ops.selective_scan.operators import keeps_states
 name, reads_half, omni_scan = 'torch', False, None
 
 # Elements of one step. On a CPU its few tensors stay in cache and still outweigh the cost of a call; measured flat from
-# 2^15 to 2^17. Elsewhere a launch costs more, so steps are larger (not measured).
+# 2^15 to 2^17. On other devices a launch costs more, so steps are larger (not measured).
 _STEP_ELEMENTS_CPU = 2**16
 _STEP_ELEMENTS_ELSEWHERE = 2**20
-# T. Larger keeps fewer states, smaller keeps the backward's 2 * T states nearer to the cache; measured flat from 16
-# to 64.
+# T. A larger one stores fewer states, a smaller one keeps the backward's 2 * T states closer to the cache; measured
+# flat from 16 to 64.
 _POSITIONS_MAX, _POSITIONS_MIN = 32, 8
 # PyTorch's CPU loops take two vector registers (2 * 16 floats) of a row at a time and the rest one by one.
 _ROW = 32
@@ -42,19 +42,19 @@ _LOG2_E = math.log2(math.e)
 
 
 class _Plan(NamedTuple):
-    cuts: list[slice]  # the channels of each group that are handled together
-    blocks: int  # along the sequence
-    chunks: int  # of a block, side by side: c
-    positions: int  # of a chunk: T
+    cuts: list[slice]  # the channels of each group that are processed together
+    blocks: int  # number along the sequence
+    chunks: int  # number in a block, side by side: c
+    positions: int  # number in a chunk: T
 
 
 def _plan(u: Tensor, A: Tensor, B: Tensor) -> _Plan:
-    """How to divide the work; depends on shapes and device only, so the backward pass finds the same plan."""
+    """How to divide the work; depends on shapes and device only, so the backward pass uses the same plan."""
     (b, d, length), n, g = u.shape, A.shape[1], B.shape[1]
     budget = _STEP_ELEMENTS_CPU if u.device.type == 'cpu' else _STEP_ELEMENTS_ELSEWHERE
     w = d // g
     width = min(w, max(1, budget // (n * g * max(b, _ROW))))
-    width = _ceil_div(w, _ceil_div(w, width))  # as many cuts, but equal ones
+    width = _ceil_div(w, _ceil_div(w, width))  # the same number of cuts, of equal size
     multiple = _ROW // math.gcd(b, _ROW)
     chunks = max(1, budget // (n * g * width * b) // multiple * multiple)
     blocks = _ceil_div(length, _POSITIONS_MAX * chunks)
@@ -69,7 +69,7 @@ def _ceil_div(a, b):
 
 
 class _Views(NamedTuple):
-    """The inputs, or their gradients, in a common shape; None: not given, or no gradient wanted."""
+    """The inputs, or their gradients, in a common shape; None: not given, or no gradient needed."""
 
     u: Tensor | None  # (b, 1, g, w, l)
     delta: Tensor | None  # (b, 1, g, w, l)
@@ -103,10 +103,10 @@ def _by_chunk(steps, b):
 
 
 def _read(x, start, steps, beyond_end='repeat'):
-    """Fill steps (T, ..., b * c) with x (b, ..., l) from start on; beyond l repeat the last position, or put zeros.
+    """Fill steps (T, ..., b * c) with x (b, ..., l) from start on; beyond l repeat the last position, or insert zeros.
 
-    Inputs are repeated, for steps that are as harmless as the last; what comes of them is dropped. Zeros in dy keep the
-    adjoint state at zero until the sequence begins.
+    Inputs are repeated, so that the extra steps are as well-behaved as the last; their results are dropped. Zeros in dy
+    keep the adjoint state at zero until the sequence begins.
     """
     view = _by_chunk(steps, x.shape[0])
     chunks, positions = view.shape[-2:]
@@ -130,12 +130,12 @@ def _add(steps, start, x):
 
 
 def _new_steps(x, plan):
-    """Room for one block of x (b, ..., l): (T, ..., b * c)."""
+    """Allocate one block of x (b, ..., l): (T, ..., b * c)."""
     return x.new_empty(plan.positions, *x.shape[1:-1], x.shape[0] * plan.chunks)
 
 
 def _chain(first, gains, ends, reverse=False):
-    """The state each chunk starts from: first (n, g, w, b), then gain * state + end; those are (n, g, w, b * c)."""
+    """The initial state of each chunk: first (n, g, w, b), then gain * state + end; gains and ends (n, g, w, b * c)."""
     b = first.shape[-1]
     chunks = list(zip(gains.unflatten(-1, (b, -1)).unbind(-1), ends.unflatten(-1, (b, -1)).unbind(-1), strict=True))
     states = [first]
@@ -163,7 +163,7 @@ class _Block:
         if self.x.delta_bias is not None:
             self.raw += self.x.delta_bias
         if self.step is not self.raw:
-            # softplus, without the cut at 20 of F.softplus, which takes ten times as long there.
+            # softplus without F.softplus's threshold at 20; F.softplus takes ten times as long here.
             torch.logaddexp(self.raw, self.zero, out=self.step)
         torch.mul(self.step, self.u, out=self.drive)
 
@@ -172,7 +172,7 @@ class _Block:
 
 
 def _forward(x: _Views, delta_softplus: bool, plan: _Plan, y: Tensor, starts: list[Tensor] | None):
-    """Add the outputs to y, shaped as x.u, and append the states that each block's chunks start from to starts."""
+    """Add the outputs to y, shaped as x.u, and append the initial states of each block's chunks to starts."""
     b, T = x.u.shape[0], plan.positions
     block = _Block(x, delta_softplus, plan)
     out_steps = _new_steps(x.u, plan)
@@ -269,7 +269,7 @@ def _scan(
     delta_softplus: bool,
     keep: bool,
 ) -> tuple[Tensor, list[Tensor]]:
-    """y, and if keep the states that each block's chunks start from, for the backward pass."""
+    """Return y and, if `keep`, the initial states of each block's chunks for the backward pass."""
     g, plan = B.shape[1], _plan(u, A, B)
     y = torch.zeros_like(u, memory_format=torch.contiguous_format)
     starts = []
@@ -293,7 +293,7 @@ def _scan_backward(
     dy: Tensor,
     needed: list[bool],
 ) -> list[Tensor]:
-    """The gradients of those of the seven tensors that need one. Has no gradient itself: PyTorch refuses, by name."""
+    """Return the gradients of the tensors that need one. Not differentiable itself: PyTorch raises, by name."""
     g, plan = B.shape[1], _plan(u, A, B)
     tensors = (u, delta, A, B, C, D, delta_bias)
     grads = [x.new_zeros(x.shape) if need else None for x, need in zip(tensors, needed, strict=True)]

@@ -1,8 +1,8 @@
-"""The omni scan on the CPU by numba's kernels, fused: fp32, any size.
+"""Fused omni scan on the CPU by numba kernels: fp32, any size.
 
-Both passes are PyTorch operators, so that torch.compile and torch.export take them as they are. Extra memory: n / 64 of
-x per direction for the states that the backward pass starts from, the gradients, and, for less than 8 images, partial
-sums: of outputs if channels are few, of the gradients of projections, one direction's at a time.
+Both passes are PyTorch operators, opaque to torch.compile and torch.export. Extra memory: n / 64 of x per direction for
+the states that the backward pass starts from, the gradients, and, for fewer than 8 images, partial sums: of outputs if
+there are few channels, and of the gradients of the projections, one direction at a time.
 """
 
 from collections.abc import Sequence
@@ -24,8 +24,8 @@ from dpmambair_basicsr.ops.selective_scan.numba.runtime import (
 from dpmambair_basicsr.ops.selective_scan.operators import differentiate, keeps_states
 
 _KERNELS = 'omni_kernels'
-# So many units, and so threads with work, there are at least, if blocks and directions suffice. If samples do not, some
-# directions' outputs, or some blocks' gradients of projections, are summed by themselves first.
+# Minimum number of units, and thus of busy threads, if there are enough blocks and directions. If there are too few
+# samples, some directions' outputs, or some blocks' gradients of projections, are first summed separately.
 _UNITS = 8
 
 
@@ -39,13 +39,13 @@ def omni_scan(
     directions: Sequence[int],
     size: tuple[int, int],
 ) -> Tensor:
-    """The sum of the scans of projected images.
+    """Sum the scans of projected images over the directions.
 
     Args:
         x: (b, h * w, d), fp32 on the CPU.
         projected: (b, h * w, k * (r + 2n)), per direction low-rank step sizes, B and C; rounded under autocast.
-        dt_weight, dt_bias, A, D: see `omni_scan`; A may be each sample's own.
-        directions: k of them.
+        dt_weight, dt_bias, A, D: see `omni_scan`; A may be one per sample.
+        directions: k scan orders.
         size: (h, w).
 
     Returns:
@@ -56,20 +56,20 @@ def omni_scan(
 
 
 def _layout(x, dt_weight, A):
-    """k, d, n, r, and the number of blocks."""
+    """Return k, d, n, r and the number of blocks."""
     k, d, rank = dt_weight.shape
     return k, d, A.shape[-1], rank, -(-d // LANES)
 
 
 def _results(x, dt_weight, A, keep):
-    """Room for what `_forward` returns."""
+    """Allocate the results of `_forward`."""
     k, _, n, _, blocks = _layout(x, dt_weight, A)
     states = (len(x), k, blocks, -(-x.shape[1] // CHUNK), n, LANES) if keep else (0,)
     return x.new_empty(x.shape), x.new_empty(states)
 
 
 def _pack(dt_weight, dt_bias, A, D):
-    """All parameters for the kernels, (samples, k * blocks, n + 2 + r, 16); one sample if A is shared."""
+    """Pack all parameters for the kernels, (samples, k * blocks, n + 2 + r, 16); one sample if A is shared."""
     A = LOG2_E * (A if A.dim() == 3 else A.unsqueeze(0))
     shared = D.unsqueeze(1), dt_bias.reshape(-1, 1), dt_weight.flatten(0, 1)
     columns = torch.cat([A, *(x.expand(len(A), -1, -1) for x in shared)], dim=2)
@@ -93,7 +93,7 @@ def _forward(
     width: int,
     keep: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The sum of the scans, and the states that `_backward` starts from, if `keep`."""
+    """Return the sum of the scans and, if `keep`, the states that `_backward` starts from."""
     kernels = load_kernels(_KERNELS)
     x, projected, orders = x.contiguous(), projected.contiguous(), torch.tensor(directions)
     y, states = _results(x, dt_weight, A, keep)
@@ -131,7 +131,7 @@ def _backward(
     height: int,
     width: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of the first six."""
+    """Return the gradients of the first six arguments."""
     kernels = load_kernels(_KERNELS)
     x, projected, dy = x.contiguous(), projected.contiguous(), dy.contiguous()
     parameters = _pack(dt_weight, dt_bias, A, D)
@@ -149,7 +149,7 @@ def _backward(
             *(parameters.data_ptr(), _bytes_per_sample(parameters), dy.data_ptr(), states.data_ptr(), dx.data_ptr()),
             *(*view(part)[:3], dparameters.data_ptr(), parts),
         )
-        # a step back is worth two forward
+        # a backward step costs as much as two forward
         run(kernels.backward, arguments, b * parts, 2 * x.numel() * n, kernels.backward_scratch(n, rank, blocks))
         if parts > 1:
             add_parts(sums, target)

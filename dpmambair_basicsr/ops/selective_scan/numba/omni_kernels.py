@@ -1,12 +1,12 @@
 """CPU kernels of the omni scan in numba. Importing this module compiles them, or loads them from a disk cache.
 
-The pixels of a chunk, on a direction's way, are found by counting. Their rows of x and of the projections are gathered
-into tiles, and results go back to the same pixels. So no direction needs a copy of the image, and step sizes exist in
-tiles only.
+The pixels of a chunk, in a direction's scan order, are found by counting. Their rows of x and of the projections are
+gathered into tiles, and results are scattered to the same pixels. So no direction needs a copy of the image, and step
+sizes exist in tiles only.
 
 Images are (b, h * w, d) in memory, their projections (b, h * w, k, r + 2n): low-rank step sizes, B and C.
-The parameters of a block are (n + 2 + r, 16): A * log2(e), D, delta_bias, and the projection to step sizes. From one
-sample's to the next are so many bytes, 0 if all samples share them.
+The parameters of a block are (n + 2 + r, 16): A * log2(e), D, delta_bias, and the projection to step sizes. Samples are
+`per_sample` bytes apart, 0 if all share them.
 """
 
 from numba import types
@@ -59,7 +59,7 @@ _PIXELS = CHUNK * INTEGER_BYTES  # bytes of the list of pixels of a chunk
 
 @subroutine
 def _find_pixels(pixels, direction, height, width, chunk):
-    """The pixels of a chunk on the way of a direction, see `cross_scan`. Nothing is found outside of the image."""
+    """Write the pixels of a chunk in a direction's scan order (see `cross_scan`); none outside the image."""
     start = chunk * CHUNK
     steps, position, stride = min(CHUNK, height * width - start), start, 1
     if direction & 2:
@@ -82,9 +82,9 @@ def _find_pixels(pixels, direction, height, width, chunk):
 
 @subroutine
 def _gather_pixels(tile, pitch, source, stride, pixels, next_pixels, steps, columns):
-    """Copy `columns` floats of each pixel to a row of the tile; if they are less than 16, zeros follow.
+    """Copy `columns` floats of each pixel to a row of the tile, zero-padded to 16 columns.
 
-    What will be read next is fetched: the CPU does not foresee it.
+    The next pixels are prefetched, since the CPU cannot predict them.
     """
     for t in range(steps):
         row, place = tile + t * pitch, source + load_integer(pixels + t * INTEGER_BYTES) * stride
@@ -98,12 +98,12 @@ def _gather_pixels(tile, pitch, source, stride, pixels, next_pixels, steps, colu
                 prefetch_read(source + ahead + i)
                 store(row + i, load(place + i))
             prefetch_read(source + ahead + end)
-            store(row + end, load(place + end))  # may overlap with the one before
+            store(row + end, load(place + end))  # may overlap the previous one
 
 
 @subroutine
 def _scatter_pixels(target, stride, pixels, next_pixels, tile, pitch, steps, columns, accumulate):
-    """Copy, or add if `accumulate`, the rows of the tile to the pixels; for adding there may be 16 columns at most."""
+    """Copy, or add if `accumulate`, the rows of the tile to the pixels; adding supports at most 16 columns."""
     for t in range(steps):
         row, place = tile + t * pitch, target + load_integer(pixels + t * INTEGER_BYTES) * stride
         if columns < LANES:
@@ -124,7 +124,7 @@ def _scatter_pixels(target, stride, pixels, next_pixels, tile, pitch, steps, col
 
 @subroutine
 def _project_steps(tile_delta, projections, pitch, weights, rank, steps):
-    """The step sizes of a block, before the bias, from the low-rank ones, which the rows of projections begin with."""
+    """Compute the step sizes of a block, before the bias, from the low-rank ones that start each projection row."""
     for t in range(steps):
         delta, place = zeros(), projections + t * pitch
         for i in range(rank):
@@ -134,7 +134,7 @@ def _project_steps(tile_delta, projections, pitch, weights, rank, steps):
 
 @subroutine
 def _project_steps_back(tiles, projections, pitch, weights, dweights, rank, steps, tile_dprojections):
-    """Add the gradients of what `_project_steps` takes to dweights and to the first rows of tile_dprojections."""
+    """Add the gradients of `_project_steps`'s inputs to dweights and to the first rows of tile_dprojections."""
     for i in range(rank):
         weight, dweight = load(weights + i * VECTOR_BYTES), zeros()
         for t in range(steps):
@@ -147,12 +147,12 @@ def _project_steps_back(tiles, projections, pitch, weights, dweights, rank, step
 
 @subroutine
 def _pitch(columns):
-    """Bytes of a row of that many floats, in whole vectors."""
+    """Bytes of a row of `columns` floats, in whole vectors."""
     return (columns + LANES - 1) // LANES * VECTOR_BYTES
 
 
 def forward_scratch(n, rank, blocks):
-    """Floats that `forward` needs as scratch."""
+    """Size of `forward`'s scratch memory, in floats."""
     projections = CHUNK * -(-(rank + 2 * n) // LANES) * VECTOR_BYTES
     return (FORWARD_TILES + projections + 2 * n * ROW + blocks * n * VECTOR_BYTES + 2 * _PIXELS) // FLOAT_BYTES
 
@@ -162,14 +162,14 @@ _sizes = types.UniTuple(Integer, 7)  # b, k, d, n, r, h, w
 
 @kernel(_sizes, Address, Address, Address, Address, Integer, Address, Address, Integer, Integer, Integer, Address)
 def forward(sizes, directions, x, projected, parameters, per_sample, y, states, teams, first, last, scratch):
-    """Outputs of the blocks [first, last), counted over (b, teams, blocks of an image).
+    """Compute the outputs of the blocks [first, last), counted over (b, teams, blocks of an image).
 
     Args:
-        directions: (k,) integers. They are dealt to `teams`, each of which sums its directions' outputs.
+        directions: (k,) integers, distributed over `teams`; each team sums the outputs of its directions.
         parameters: (samples, k * blocks, n + 2 + r, 16).
         per_sample: bytes between samples' parameters.
         y: (teams, b, h * w, d).
-        states: (b, k, blocks, chunks, n, 16), receives the state that each chunk starts from; or address 0.
+        states: (b, k, blocks, chunks, n, 16), receives the initial state of each chunk; or address 0.
     """
     samples, orders, channels, n, rank, height, width = sizes
     length, blocks, columns = height * width, (channels + LANES - 1) // LANES, rank + 2 * n
@@ -219,7 +219,7 @@ def forward(sizes, directions, x, projected, parameters, per_sample, y, states, 
 
 
 def backward_scratch(n, rank, blocks):
-    """Floats that `backward` needs as scratch."""
+    """Size of `backward`'s scratch memory, in floats."""
     columns = rank + 2 * n
     projections = CHUNK * -(-columns // LANES) * VECTOR_BYTES
     rows = (2 * n + columns) * ROW
@@ -250,15 +250,15 @@ def backward(
     last,
     scratch,
 ):
-    """Gradients through the direction that is number `order` of k.
+    """Compute the gradients through direction number `order` of k.
 
-    The blocks of an image are dealt to `parts`; [first, last) are parts, counted over (b, parts).
+    The blocks of an image are distributed over `parts`; [first, last) are parts, counted over (b, parts).
 
     Args:
         parameters, per_sample, states: as in `forward`, states filled.
-        dx: (b, h * w, d); written if order is 0, otherwise added to.
-        dprojected: (parts, b * h * w, r + 2n), strides of both in bytes; receives each part's sums.
-        dparameters: (b, k * blocks, n + 2 + r, 16), zeros at first; the gradients are added.
+        dx: (b, h * w, d); overwritten if order is 0, otherwise added to.
+        dprojected: (parts, b * h * w, r + 2n), both strides in bytes; receives each part's sums.
+        dparameters: (b, k * blocks, n + 2 + r, 16), initially zero; the gradients are added.
     """
     samples, orders, channels, n, rank, height, width = sizes
     length, blocks, columns = height * width, (channels + LANES - 1) // LANES, rank + 2 * n

@@ -1,11 +1,10 @@
-"""Selective scan on the CPU by numba's kernels: fp32, any size and strides.
+"""Selective scan on the CPU by numba kernels: fp32, any size and strides.
 
-The shapes alone cut the work into units: a block of 16 channels of a sample in the forward pass, a few blocks of a
-group in the backward pass. Units share nothing and every sum has a fixed order: results are bitwise the same for any
-number of threads. The threads are our own; numba's kill a forked process, or abort when two Python threads call them.
+A unit of work is a block of 16 channels of a sample in the forward pass, a few blocks of a group in the backward pass;
+see `runtime`.
 
-Both passes are PyTorch operators, so that torch.compile and torch.export take them as they are. Extra memory: n / 64 of
-u for the states that the backward pass starts from, the gradients, and a buffer whose size does not depend on l.
+Both passes are PyTorch operators, opaque to torch.compile and torch.export. Extra memory: n / 64 of u for the states
+that the backward pass starts from, the gradients, and a buffer whose size does not depend on l.
 """
 
 import torch
@@ -24,10 +23,10 @@ from dpmambair_basicsr.ops.selective_scan.numba.runtime import (
 )
 from dpmambair_basicsr.ops.selective_scan.operators import differentiate, keeps_states
 
-# The backward pass has at least this many units (as many threads can work), if there are as many blocks.
+# The backward pass has at least this many units (as many threads can be busy), if there are as many blocks.
 _BACKWARD_UNITS = 16
-# Units of the same group sum dB and dC each for itself. After this many positions the sums are added up and
-# their memory is free again.
+# Each unit of a group sums dB and dC separately. After this many positions the sums are added up and their memory is
+# reused.
 _BACKWARD_POSITIONS = 8192
 
 _KERNELS = 'selective_kernels'
@@ -40,14 +39,14 @@ def scan(u, delta, A, B, C, D, delta_bias, delta_softplus):
 
 
 def _layout(u, B):
-    """What the kernels call sizes (groups, channels per group, n, l), the blocks of a group and the chunks of l."""
+    """The kernels' sizes (groups, channels per group, n, l), the blocks of a group and the chunks of l."""
     groups, n, length = B.shape[1:]
     width = u.shape[1] // groups
     return (groups, width, n, length), -(-width // LANES), -(-length // CHUNK)
 
 
 def _results(u, B, keep):
-    """Room for what `_forward` returns."""
+    """Allocate the results of `_forward`."""
     (groups, _, n, _), blocks, chunks = _layout(u, B)
     states = (u.shape[0], groups * blocks, chunks, n, LANES) if keep else (0,)
     return torch.empty_like(u), u.new_empty(states)
@@ -65,7 +64,7 @@ def _forward(
     delta_softplus: bool,
     keep: bool,
 ) -> tuple[Tensor, Tensor]:
-    """y, in the layout of u, and the states that `_backward` starts from, if `keep`."""
+    """Return y, in the layout of u, and, if `keep`, the states that `_backward` starts from."""
     kernels = load_kernels(_KERNELS)
     sizes, blocks, _ = _layout(u, B)
     y, states = _results(u, B, keep)
@@ -95,7 +94,7 @@ def _backward(
     dy: Tensor,
     delta_softplus: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of the seven tensors, D and delta_bias counting as zeros where they are None."""
+    """Return the gradients of the seven tensors; D and delta_bias count as zeros where they are None."""
     kernels = load_kernels(_KERNELS)
     sizes, blocks, chunks = _layout(u, B)
     b, (groups, _, n, length) = u.shape[0], sizes
@@ -117,7 +116,7 @@ def _backward(
     )
     for last in range(chunks, 0, -window):
         first = max(0, last - window)
-        work = 2 * u.numel() * n * (last - first) // chunks  # a step back is worth two forward
+        work = 2 * u.numel() * n * (last - first) // chunks  # a backward step costs as much as two forward
         run(kernels.backward, (*arguments, first, last), b * groups * parts, work, kernels.backward_scratch(n))
         if parts > 1:
             positions = slice(first * CHUNK, min(length, last * CHUNK))

@@ -1,7 +1,7 @@
 """CPU kernels of the selective scan in numba. Importing this module compiles them, or loads them from a disk cache.
 
-The inputs of a block and chunk are gathered, whatever their strides. The forward pass keeps the states that chunks
-start from; the backward pass recomputes the others from these, chunk by chunk.
+The inputs of a block and chunk are gathered, whatever their strides. The forward pass keeps the initial state of each
+chunk; the backward pass recomputes the others from these, chunk by chunk.
 """
 
 from numba import types
@@ -46,17 +46,17 @@ def _place(view, i, j, k):
 
 
 def forward_scratch(n):
-    """Floats that `forward` needs as scratch."""
+    """Size of `forward`'s scratch memory, in floats."""
     return (FORWARD_TILES + 2 * n * ROW + n * VECTOR_BYTES) // FLOAT_BYTES
 
 
 @kernel(_sizes, types.boolean, _view_u, _view_u, Address, _view_B, _view_B, _view_u, Address, Integer, Integer, Address)
 def forward(sizes, delta_softplus, u, delta, parameters, B, C, y, states, first, last, scratch):
-    """Outputs of the blocks [first, last), counted over (b, g, blocks of a group).
+    """Compute the outputs of the blocks [first, last), counted over (b, g, blocks of a group).
 
     Args:
         parameters: (g * blocks, n + 2, 16); per block A * log2(e), D, delta_bias.
-        states: (b * g * blocks, chunks, n, 16), receives the state that each chunk starts from; or address 0.
+        states: (b * g * blocks, chunks, n, 16), receives the initial state of each chunk; or address 0.
     """
     groups, width, n, length = sizes
     blocks, chunks = (width + LANES - 1) // LANES, (length + CHUNK - 1) // CHUNK
@@ -87,7 +87,7 @@ def forward(sizes, delta_softplus, u, delta, parameters, B, C, y, states, first,
 
 
 def backward_scratch(n):
-    """Floats that `backward` needs as scratch."""
+    """Size of `backward`'s scratch memory, in floats."""
     return (BACKWARD_TILES + 4 * n * ROW) // FLOAT_BYTES
 
 
@@ -119,14 +119,14 @@ def backward(
     last,
     scratch,
 ):
-    """Gradients in the chunks [first_chunk, last_chunk); calls must come from the end of the sequence to its start.
+    """Compute the gradients in the chunks [first_chunk, last_chunk); call it from the end of the sequence to its start.
 
-    The blocks of each group are dealt to `parts`; [first, last) are parts, counted over (b, g, parts).
+    The blocks of each group are distributed over `parts`; [first, last) are parts, counted over (b, g, parts).
 
     Args:
         parameters, states: as in `forward`, states filled.
-        dparameters: (b * g * blocks, n + 2, 16), zeros at first; the gradients of A, D, delta_bias are added.
-        adjoints: (b * g * blocks, n, 16), zeros at first; the gradients of the states that the last call started from.
+        dparameters: (b * g * blocks, n + 2, 16), initially zero; the gradients of A, D, delta_bias are added.
+        adjoints: (b * g * blocks, n, 16), initially zero; the gradients of the states that the last call started from.
         dB, dC: (parts, b * g * n, positions in these chunks); each part writes the sums over its blocks.
     """
     groups, width, n, length = sizes
@@ -154,7 +154,7 @@ def backward(
                 h = states + (block_number * chunks + chunk) * n * VECTOR_BYTES
                 dblock = dparameters + block_number * (n + 2) * VECTOR_BYTES
                 adjoint = adjoints + block_number * n * VECTOR_BYTES
-                # to what comes next, in channels and positions: the next block or, after the last, the chunk before
+                # offset of the next unit in channels and positions: the next block or, after the last, the chunk before
                 onward, back = (LANES, 0) if block + 1 < last_block else ((first_block - block) * LANES, CHUNK)
                 place, ahead = _place(u, sample, channel, start), onward * u[2] - back * u[3]
                 gather(tiles + BACK_U, VECTOR_BYTES, place, u[3], u[2], steps, lanes, ahead)

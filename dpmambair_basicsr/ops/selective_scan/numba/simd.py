@@ -1,7 +1,7 @@
 """Vectors for numba, and how the CPU kernels are compiled.
 
-Numba has no vectors, and leaving it to LLVM to find them in scalar loops costs a factor of five. LLVM maps the type
-that is added here, <16 x float>, to whatever there is (AVX-512, AVX2, SSE, NEON). Addresses and strides are in bytes.
+Numba has no vector type, and leaving LLVM to vectorise scalar loops costs a factor of five. LLVM maps the type added
+here, <16 x float>, to the available instructions (AVX-512, AVX2, SSE, NEON). Addresses and strides are in bytes.
 """
 
 import functools
@@ -102,13 +102,13 @@ def _select(builder, comparison, x, y, where, otherwise):
     return builder.select(builder.fcmp_ordered(comparison, x, y), where, otherwise)
 
 
-# 2^f on [-0.5, 0.5], relative error 1.8e-7 with the rounding. This polynomial and the next are least squares fits,
-# reweighted until their largest relative error was smallest; Taylor's of the same degree is twenty times worse.
+# 2^f on [-0.5, 0.5], relative error 1.8e-7 including rounding. This polynomial and the next are least-squares fits,
+# reweighted to minimise the largest relative error; the Taylor polynomial of this degree is twenty times worse.
 _EXP2 = (1.0, 0.69314697799, 0.24022242911, 0.055507336729, 0.0096714609269, 0.0013264565863)
 
 
 def _exp2(builder, x):
-    """2^x for x < 128; what is below 2^-126 becomes that. x = integer + fraction in [-0.5, 0.5]."""
+    """2^x for x < 128, clamped to 2^-126 from below. x = integer + fraction in [-0.5, 0.5]."""
     # `x < -126` is false for nan, which thus stays nan
     x = _select(builder, '<', x, _constant(-126.0), _constant(-126.0), x)
     shift = _constant(1.5 * 2**23)  # floats of this size are integers, so adding it rounds x
@@ -125,7 +125,7 @@ def _exp_minus_abs(builder, x):
     return _exp2(builder, builder.fmul(minus_abs, _constant(LOG2_E)))
 
 
-# log(1 + z) / z on [0, 1], relative error 1.7e-7 with the rounding.
+# log(1 + z) / z on [0, 1], relative error 1.7e-7 including rounding.
 _LOG1P = (
     *(0.99999997, -0.49999493, 0.33319097, -0.24842983, 0.19106008),
     *(-0.13663247, 0.07822596, -0.02950524, 0.00523269),
@@ -209,7 +209,7 @@ def _prefetch(builder, address, write):
 
 @_instruction(types.void, Address)
 def prefetch_read(builder, address):
-    """Fetch what will be read soon; the address need not exist."""
+    """Prefetch data to be read soon; the address need not be valid."""
     _prefetch(builder, address, 0)
 
 
@@ -224,7 +224,7 @@ def broadcast(builder, address):
 
 
 def _interleave(builder, x, y, width):
-    """Two vectors: the even runs of `width` lanes of x and y by turns, and the odd ones."""
+    """Two vectors: the even runs of `width` lanes of x and y, alternating, and the odd runs."""
 
     def runs(first):
         starts = range(first, LANES, 2 * width)
@@ -248,7 +248,7 @@ def transpose(builder, target, target_stride, source, source_stride):
 
 @_instruction(Vector, Address)
 def row_sums(builder, source):
-    """The sums over each of 16 vectors that follow one another."""
+    """The sum of each of 16 consecutive vectors."""
     stride = ir.Constant(_INT64, VECTOR_BYTES)
     rows = [_load(builder, _offset(builder, source, stride, i)) for i in range(LANES)]
     for width in (1, 2, 4, 8):
@@ -272,12 +272,12 @@ _overload(operator.add, 'fadd')
 _overload(operator.mul, 'fmul')
 
 
-# Numba recompiles a cached kernel when its file changes; it knows nothing of other files that the kernel is made of.
+# Numba recompiles a cached kernel when its file changes, but does not track the other files that it uses.
 _VERSION = hashlib.sha256(b''.join(path.read_bytes() for path in sorted(Path(__file__).parent.glob('*.py'))))
 
 
 def kernel(*arguments):
-    """Compile for these argument types alone, and keep the result unless numba finds no place where it could.
+    """Compile for these argument types only, and cache the result unless numba finds no writable directory.
 
     A kernel takes addresses and strides in bytes, allocates nothing, holds no state and releases the GIL.
     """

@@ -1,13 +1,13 @@
-"""What the CPU kernels do with a block and a chunk, and how these get into small dense tiles in the first-level cache.
+"""The computation of a block and chunk, and the copies to and from small dense tiles in the first-level cache.
 
-A block is 16 neighbouring channels, a vector. A chunk is `CHUNK` successive positions of a sequence. Of these,
+A block is 16 neighbouring channels, a vector. A chunk is `CHUNK` successive positions of a sequence. For these,
 
 - u, delta, y and their gradients are (CHUNK, 16) tiles, a vector per position;
 - B, C and their gradients are (n, CHUNK) tiles, a float per state and position, broadcast to a vector when used.
 
-Then one state after the other runs along the chunk in registers. Channels of a block beyond the end of their group are
-zeros in u, A, D, delta_bias and dy, and so add nothing. The parameters of a block are (n + 2 or more, 16): A * log2(e),
-D, delta_bias.
+One state after another then runs along the chunk in registers. Channels of a block beyond the end of their group are
+zero in u, A, D, delta_bias and dy, and so contribute nothing. The parameters of a block are (n + 2 or more, 16):
+A * log2(e), D, delta_bias.
 """
 
 import math
@@ -38,15 +38,15 @@ from dpmambair_basicsr.ops.selective_scan.numba.simd import (
 )
 
 ROW = FLOAT_BYTES * CHUNK  # bytes of a row of an (n, CHUNK) tile
-# Bytes of a (CHUNK, 16) tile and a gap: loads and stores 4096 bytes apart are taken for one another and wait.
+# Bytes of a (CHUNK, 16) tile and a gap: loads and stores 4096 bytes apart alias and stall.
 _TILE = (CHUNK + 21) * VECTOR_BYTES
 
 _LN_2 = math.log(2)
 
-# Where the (CHUNK, 16) tiles of the forward pass are: given are u and delta, the result is y.
+# Offsets of the (CHUNK, 16) tiles of the forward pass: inputs u and delta, result y.
 TILE_U, TILE_DELTA, TILE_Y = (i * _TILE for i in range(3))
 FORWARD_TILES = 3 * _TILE
-# The same of the backward pass: given are u, delta and dy, results are du and ddelta.
+# The same for the backward pass: inputs u, delta and dy, results du and ddelta.
 BACK_U, BACK_DELTA, BACK_DY, BACK_DU, BACK_DDELTA = (i * _TILE for i in range(5))
 BACK_SCRATCH, _SLOPE, _DRIVE, _DECAY, _KEPT = (i * _TILE for i in range(5, 10))
 BACKWARD_TILES = 10 * _TILE
@@ -54,7 +54,7 @@ BACKWARD_TILES = 10 * _TILE
 
 @subroutine
 def clear(target, size):
-    """Zeros in `size` bytes, a multiple of a vector's."""
+    """Zero `size` bytes, a multiple of a vector's size."""
     for i in range(0, size, VECTOR_BYTES):
         store(target + i, zeros())
 
@@ -67,10 +67,10 @@ def copy(target, source, size):
 
 @subroutine
 def gather(tile, pitch, source, row_stride, column_stride, rows, columns, ahead):
-    """Copy `columns` floats of each row to the tile, its rows `pitch` bytes apart; zeros up to a multiple of 16.
+    """Copy `columns` floats of each row to the tile, its rows `pitch` bytes apart, zero-padded to 16 columns.
 
-    The next tile of this source will be read `ahead` bytes from here: short pieces of many rows, which the CPU does not
-    foresee. Fetching them saves a tenth to a sixth of the time where the sequences do not fit into the cache.
+    The next tile of this source will be read `ahead` bytes from here: short pieces of many rows, which the CPU cannot
+    predict. Prefetching them saves a tenth to a sixth of the time where the sequences exceed the cache.
     """
     for column in range(0, columns, LANES):
         source_block, tile_block = source + column * column_stride, tile + column * FLOAT_BYTES
@@ -99,7 +99,7 @@ def gather(tile, pitch, source, row_stride, column_stride, rows, columns, ahead)
 
 @subroutine
 def scatter(target, row_stride, column_stride, tile, pitch, rows, columns, ahead):
-    """Copy `columns` floats of each row of the tile to the target; the next tile goes `ahead` bytes from here."""
+    """Copy `columns` floats of each row of the tile to the target; the next tile is written `ahead` bytes from here."""
     for column in range(0, columns, LANES):
         target_block, tile_block = target + column * column_stride, tile + column * FLOAT_BYTES
         count = min(LANES, columns - column)
@@ -130,14 +130,14 @@ def add(target, value):
 
 @subroutine
 def add_row_sums(row, tile, steps):
-    """Add to a row of an (n, CHUNK) tile the sums over the channels of a (CHUNK, 16) tile."""
+    """Sum a (CHUNK, 16) tile over its channels and add the sums to a row of an (n, CHUNK) tile."""
     for t in range(0, steps, LANES):
         add(row + t * FLOAT_BYTES, row_sums(tile + t * VECTOR_BYTES))
 
 
 @subroutine
 def forward_chunk(n, steps, delta_softplus, parameters, h, tiles, tile_B, tile_C):
-    """From u and delta to y, and the states h (n, 16) from before the chunk to after it. Overwrites u and delta."""
+    """Compute y from u and delta, and advance the states h (n, 16) over the chunk. Overwrites u and delta."""
     tile_drive, tile_step, tile_y = tiles + TILE_U, tiles + TILE_DELTA, tiles + TILE_Y
     D, delta_bias = load(parameters + n * VECTOR_BYTES), load(parameters + (n + 1) * VECTOR_BYTES)
     for t in range(0, steps * VECTOR_BYTES, VECTOR_BYTES):
@@ -162,17 +162,17 @@ def forward_chunk(n, steps, delta_softplus, parameters, h, tiles, tile_B, tile_C
 def backward_chunk(
     n, steps, delta_softplus, parameters, h, adjoint, dparameters, tiles, tile_B, tile_C, tile_dB, tile_dC
 ):
-    """From u, delta and dy to du and ddelta.
+    """Compute du and ddelta from u, delta and dy.
 
     Args:
         h: (n, 16), the states before the chunk.
-        adjoint: (n, 16), the gradients of the states after the chunk; becomes that of those before it.
-        dparameters: (n + 2, 16), to which the gradients of the parameters are added, A's as if it were not scaled.
-        tile_dB, tile_dC: to which those of B and C are added.
+        adjoint: (n, 16), the gradients of the states after the chunk; replaced by the gradients of those before it.
+        dparameters: (n + 2, 16); the gradients of the parameters are added, A's without the factor log2(e).
+        tile_dB, tile_dC: the gradients of B and C are added.
     """
     tile_u, tile_step, tile_dy, tile_slope = tiles + BACK_U, tiles + BACK_DELTA, tiles + BACK_DY, tiles + _SLOPE
     tile_drive, tile_decay, tile_product = tiles + _DRIVE, tiles + _DECAY, tiles + BACK_SCRATCH
-    tile_kept = tiles + _KEPT  # decay * h before the step: what is kept of the state
+    tile_kept = tiles + _KEPT  # decay * h before the step: the part of the state that is kept
     tile_ddrive = tiles + BACK_DU
     tile_dlog = tiles + BACK_DDELTA  # sum over n of A * (gradient of the decay's exponent)
     D, delta_bias = load(parameters + n * VECTOR_BYTES), load(parameters + (n + 1) * VECTOR_BYTES)
@@ -224,7 +224,7 @@ def backward_chunk(
 
 @kernel(Integer, Address, Integer, Integer, Address, Integer, Integer, Integer, Integer)
 def add_parts(parts, source, part_stride, source_stride, target, target_stride, columns, first, last):
-    """Sum `parts` arrays in order: of rows [first, last), `source_stride` bytes apart, the first `columns` floats."""
+    """Sum `parts` arrays in order: the first `columns` floats of rows [first, last), `source_stride` bytes apart."""
     for row in range(first, last):
         source_row, target_row = source + row * source_stride, target + row * target_stride
         vectors = columns // LANES * VECTOR_BYTES
