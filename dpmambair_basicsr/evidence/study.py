@@ -77,7 +77,7 @@ def main() -> None:
         help='at a time, on a CPU with one thread each; default: one for each GPU, or one',
     )
     parser.add_argument(
-        '--iterations', type=int, metavar='N', help="of each training, not the file's; earlier ones in proportion"
+        '--iterations', type=int, metavar='N', help="of each variant's training, not the file's"
     )
     arguments = parser.parse_args()
     for name in ('jobs', 'iterations'):
@@ -168,13 +168,8 @@ def stages(study: Study) -> dict[str, Stage]:
 
 
 def with_iterations(study: Study, iterations: int) -> Study:
-    """The same on another budget: trainings of so many iterations, and those before them in proportion, 1 at least."""
-    factor = iterations / study.train.iterations
-    before = {
-        name: replace(stage, iterations=max(1, round(factor * stage.iterations)))
-        for name, stage in study.before.items()
-    }
-    return replace(study, train=replace(study.train, iterations=iterations), before=before)
+    """The same on another budget; the trainings before, which all variants share, keep theirs."""
+    return replace(study, train=replace(study.train, iterations=iterations))
 
 
 def option_file_problems(key: str, name: str) -> Iterator[tuple[str, str]]:
