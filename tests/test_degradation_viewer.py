@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from support.commands import python
+from support.commands import command
 from torch.nn import functional as F
 
 import dpmambair_basicsr
@@ -217,6 +217,6 @@ def test_classes_have_to_be_chosen(folder, monkeypatch, capsys):
 
 
 def test_the_command(folder):
-    command = ('-m', 'dpmambair_basicsr.degradation', '-w', 'w.pth', '--reference', 'reference')
-    done = python(*command, 'pictures/dark/10.png', cwd=folder)
+    arguments = ('-w', 'w.pth', '--reference', 'reference', 'pictures/dark/10.png')
+    done = command('degradation', *arguments, cwd=folder)
     assert done.returncode == 0 and rows(done.stdout)['pictures/dark/10.png'][0] == 'dark', done.stdout

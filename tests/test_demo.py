@@ -7,7 +7,7 @@ import shutil
 import cv2
 import pytest
 import yaml
-from support.commands import PACKAGE_PARENT, python
+from support.commands import PACKAGE_PARENT, command, python
 
 from dpmambair_basicsr.data.degradations import demo_strengths
 
@@ -38,10 +38,10 @@ def demo_commands() -> list[tuple[str, ...]]:
     return [
         ('scripts/make_demo_data.py', '--size', '64'),
         *(
-            ('-m', 'dpmambair_basicsr.train', '-opt', f'options/demo_{stage}.yml', '--force_yml', *short)
+            ('train', '-opt', f'options/demo_{stage}.yml', '--force_yml', *short)
             for stage in ('degradation_extractor', 'dpmambair')
         ),
-        ('-m', 'dpmambair_basicsr.test', '-opt', 'options/demo_test_dpmambair.yml'),
+        ('test', '-opt', 'options/demo_test_dpmambair.yml'),
         ('scripts/demo_report.py',),
     ]
 
@@ -51,10 +51,11 @@ def test_demo(tmp_path):
         shutil.copytree(PACKAGE_PARENT / folder, tmp_path / folder)
     commands = demo_commands()
     steps = runpy.run_path(str(PACKAGE_PARENT / 'scripts/demo.py'))['STEPS']
-    written = re.findall(r'^(?:-m )?(\S+)', steps, re.M)
-    assert written == [command[1] if command[0] == '-m' else command[0] for command in commands]
-    for command in commands:
-        done = python(*command, cwd=tmp_path)
+    written = re.findall(r'^(?:-m dpmambair_basicsr\.)?(\S+)', steps, re.M)
+    assert written == [name for name, *_ in commands]
+    for first, *arguments in commands:
+        run = command if first in ('train', 'test') else python
+        done = run(first, *arguments, cwd=tmp_path)
         assert done.returncode == 0, done.stdout
     results = tmp_path / 'results' / 'demo'
     lines = (results / 'table.md').read_text(encoding='utf-8').splitlines()

@@ -12,7 +12,7 @@ from basicsr.models import build_model
 from basicsr.utils import set_random_seed
 from basicsr.utils.options import ordered_yaml
 from support import pipelines
-from support.commands import python
+from support.commands import command
 from torchvision.models import AlexNet, vgg
 
 TINY_NET = {'dim': 4, 'num_blocks': [1, 1, 1, 1], 'num_refinement_blocks': 1}
@@ -142,7 +142,7 @@ def test_recipe_trains_resumes_and_tests(recipe, data, weights, tmp_path):
     def run(stage, *arguments, file=recipe):
         if recipe != 'derain':
             return getattr(pipelines, stage)(option_file(stage, file), *arguments, cwd=tmp_path)
-        result = python('-m', f'dpmambair_basicsr.{stage}', '-opt', option_file(stage, file), *arguments, cwd=tmp_path)
+        result = command(stage, '-opt', option_file(stage, file), *arguments, cwd=tmp_path)
         assert result.returncode == 0, result.stdout
         return result.stdout
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from support.commands import PACKAGE_PARENT, python
+from support.commands import PACKAGE_PARENT, command
 
 import dpmambair_basicsr  # noqa: F401  (first: it makes BasicSR importable, and registers the networks)
 from dpmambair_basicsr import prepare_data
@@ -59,8 +59,8 @@ def tested(tmp_path_factory):
     torch.nn.init.normal_(network.output.weight, std=0.02)  # so that it changes the images
     torch.save({'params': network.state_dict()}, folder / 'tiny.pth')
     small = [f'network_g:{key}={value}' for key, value in NETWORK.items()]
-    command = ('-m', 'dpmambair_basicsr.test', '-opt', OPTIONS, '--force_yml', 'num_gpu=0', *small)
-    process = python(*command, 'path:pretrain_network_g=tiny.pth', cwd=folder)
+    changes = ('num_gpu=0', *small, 'path:pretrain_network_g=tiny.pth')
+    process = command('test', '-opt', OPTIONS, '--force_yml', *changes, cwd=folder)
     assert process.returncode == 0, process.stdout
     return folder, process.stdout
 

@@ -71,8 +71,7 @@ def tested(pairs, tmp_path_factory):
         torch.save({'params': VmambaIR(**NETWORK).state_dict()}, folder / f'{name}.pth')
         opt = options(name, sets, {'pretrain_network_g': str(folder / f'{name}.pth')})
         commands.write_options(opt, folder / f'{name}.yml')
-    command = ('-m', 'dpmambair_basicsr.test', '-opt', 'one.yml', '--force_yml', 'val:suffix=restored')
-    process = commands.python(*command, cwd=folder)
+    process = commands.command('test', '-opt', 'one.yml', '--force_yml', 'val:suffix=restored', cwd=folder)
     assert process.returncode == 0, process.stdout
     logs = {'one': process.stdout, 'two': pipelines.test(folder / 'two.yml', cwd=folder)}
     return folder, logs
@@ -222,7 +221,7 @@ def write_runs(folder, *runs: results.Run) -> list[str]:
 
 
 def command(*arguments, cwd):
-    return commands.python('-m', 'dpmambair_basicsr.report', *arguments, cwd=cwd)
+    return commands.command('report', *arguments, cwd=cwd)
 
 
 def table_of(text: str) -> dict[tuple[str, str], dict[str, str]]:

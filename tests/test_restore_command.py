@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image, ImageCms, ImageOps
-from support.commands import python
+from support.commands import command
 from support.restorers import VMAMBAIR, photo, restorer_of
 
 from dpmambair_basicsr import restore
@@ -214,7 +214,7 @@ def restored(tmp_path_factory):
     folder = tmp_path_factory.mktemp('restored')
     names = write_pictures(folder / 'in')
     weights = identity(folder, 'identity.pth', VMAMBAIR)
-    process = python('-m', 'dpmambair_basicsr.restore', '-w', weights, 'in', '-o', 'out', cwd=folder)
+    process = command('restore', '-w', weights, 'in', '-o', 'out', cwd=folder)
     assert process.returncode == 1, process.stdout
     return folder, names, process.stdout
 
@@ -258,8 +258,8 @@ def test_resume_does_only_what_is_missing_and_tiles_change_nothing_here(restored
     before = (out / 'wide.png').read_bytes()
     (out / 'wide.png').unlink()
     times = {path: path.stat().st_mtime_ns for path in out.iterdir()}
-    command = ('-w', 'identity.pth', '--input', 'in/*[e-y].png', '--output', 'out', '--resume', '--tile', '64')
-    process = python('-m', 'dpmambair_basicsr.restore', *command, cwd=folder)
+    arguments = ('-w', 'identity.pth', '--input', 'in/*[e-y].png', '--output', 'out', '--resume', '--tile', '64')
+    process = command('restore', *arguments, cwd=folder)
     asked = [good for name, good in names.items() if name.endswith('.png') and 'e' <= name[-5] <= 'y']
     assert process.returncode == 1, process.stdout
     counts = f'1 restored, {asked.count(False)} failed, {asked.count(True) - 1} there already'

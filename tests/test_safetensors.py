@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support import forked
-from support.commands import python
+from support.commands import command
 from support.forked import Training, changed, train
 
 import dpmambair_basicsr
@@ -32,7 +32,7 @@ def converted(tmp_path_factory):
     folder = tmp_path_factory.mktemp('converted')
     content = {'params': network(0), 'params_ema': network(1), 'network_g': NETWORK}
     torch.save(content, folder / 'net.pth')
-    result = python('-m', 'dpmambair_basicsr.convert', 'net.pth', 'net.safetensors', cwd=folder)
+    result = command('convert', 'net.pth', 'net.safetensors', cwd=folder)
     assert result.returncode == 0 and re.fullmatch(r'net\.safetensors: \d+ tensors\n', result.stdout), result.stdout
     write(folder / 'net.pth', folder / 'params.safetensors', '--key', 'params')
     return folder

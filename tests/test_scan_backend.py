@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 from basicsr.models import build_model
-from support.commands import python
+from support import commands
 from support.pipelines import write_pairs
 from torch.profiler import ProfilerActivity, profile
 
@@ -55,7 +55,7 @@ def options(tmp_path):
 
 def command(name, opt, folder, *arguments, **environment):
     (folder / 'x.yml').write_text(yaml.safe_dump(opt))
-    return python('-m', f'dpmambair_basicsr.{name}', '-opt', 'x.yml', *arguments, cwd=folder, **environment)
+    return commands.command(name, '-opt', 'x.yml', *arguments, cwd=folder, **environment)
 
 
 def backends_in(log):

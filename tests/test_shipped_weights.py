@@ -8,7 +8,7 @@ import pytest
 import torch
 from basicsr.metrics import calculate_psnr
 from skimage import data
-from support.commands import python
+from support.commands import command
 
 from dpmambair_basicsr import load
 from dpmambair_basicsr.data.degradations import degrade, to_uint8
@@ -84,7 +84,7 @@ def test_the_command_needs_no_weights_and_says_once_which_it_takes(net, photogra
     degraded = to_uint8(degrade(to_float(photograph), 'rain', np.random.default_rng(0)))
     for name in ('a.png', 'b.png'):
         cv2.imwrite(str(pictures / name), degraded[..., ::-1])
-    result = python('-m', 'dpmambair_basicsr.restore', 'pictures', '-o', 'out', cwd=tmp_path)
+    result = command('restore', 'pictures', '-o', 'out', cwd=tmp_path)
     assert result.returncode == 0, result.stdout
     assert result.stdout.count(SHIPPED_WEIGHTS.name) == 1 and 'trial' in result.stdout
     restored = cv2.imread(str(tmp_path / 'out/a.png'))[..., ::-1]

@@ -16,7 +16,7 @@ import pytest
 import torch
 import yaml
 from support import pipelines
-from support.commands import PACKAGE_PARENT, python
+from support.commands import PACKAGE_PARENT, command, python
 
 from dpmambair_basicsr import archs
 from dpmambair_basicsr.evidence import verify
@@ -242,7 +242,7 @@ def test_a_killed_study_continues_and_has_the_numbers_of_an_uninterrupted_traini
         entries = [entry.replace('seed_4/t', 'seed_4/again/t') for entry in record['force_yml']]
         options = (f'{module}.yml', '--force_yml', *entries)
         if module == 'train':  # in a process of its own: the random numbers of a second one in a process are others
-            assert python('-m', 'dpmambair_basicsr.train', '-opt', *options, cwd=study).returncode == 0
+            assert command('train', '-opt', *options, cwd=study).returncode == 0
         else:
             with one_thread():
                 pipelines.test(*options, cwd=study)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from support.commands import PACKAGE_PARENT, python, write_options
+from support.commands import PACKAGE_PARENT, command, write_options
 
 from dpmambair_basicsr.data.degradations import degrade, to_uint8
 
@@ -117,7 +117,7 @@ def project(tmp_path_factory):
     )
     logs = {}
     for stage in ('stage1', 'stage2'):
-        process = python('-m', 'dpmambair_basicsr.train', '-opt', f'{stage}.yml', cwd=folder)
+        process = command('train', '-opt', f'{stage}.yml', cwd=folder)
         assert process.returncode == 0, process.stdout
         logs[stage] = process.stdout
     return folder, logs
@@ -174,7 +174,7 @@ def test_the_checkpoint_gives_the_tested_images(project):
     from dpmambair_basicsr.archs import DPMambaIR
 
     folder, _ = project
-    process = python('-m', 'dpmambair_basicsr.test', '-opt', 'test.yml', cwd=folder)
+    process = command('test', '-opt', 'test.yml', cwd=folder)
     assert process.returncode == 0, process.stdout
     saved = cv2.imread(str(folder / 'results/test/visualization/pairs/1_test.png'))
     lq = cv2.cvtColor(cv2.imread(str(folder / 'LQ/1.png')), cv2.COLOR_BGR2RGB)
@@ -190,9 +190,8 @@ def test_the_checkpoint_gives_the_tested_images(project):
 
 def test_auto_resume_continues_from_any_directory(project, tmp_path):
     folder, _ = project
-    process = python(
-        '-m',
-        'dpmambair_basicsr.train',
+    process = command(
+        'train',
         '-opt',
         folder / 'stage2.yml',
         '--auto_resume',

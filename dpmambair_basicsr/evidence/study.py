@@ -76,9 +76,7 @@ def main() -> None:
         metavar='N',
         help='at a time, on a CPU with one thread each; default: one for each GPU, or one',
     )
-    parser.add_argument(
-        '--iterations', type=int, metavar='N', help="of each variant's training, not the file's"
-    )
+    parser.add_argument('--iterations', type=int, metavar='N', help="of each variant's training, not the file's")
     arguments = parser.parse_args()
     for name in ('jobs', 'iterations'):
         if getattr(arguments, name) is not None and getattr(arguments, name) < 1:

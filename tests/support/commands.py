@@ -1,11 +1,14 @@
 """For tests that run real commands: a subprocess, small images, options for BasicSR's MSRResNet, BasicSR's source."""
 
 import copy
+import multiprocessing
 import os
+import runpy
 import shutil
 import subprocess
 import sys
 import tarfile
+import tempfile
 from pathlib import Path
 
 import cv2
@@ -35,6 +38,46 @@ def run(*command, cwd, **environment) -> subprocess.CompletedProcess:
 
 def python(*arguments, cwd, **environment) -> subprocess.CompletedProcess:
     return run(sys.executable, *arguments, cwd=cwd, **environment)
+
+
+def command(name: str, *arguments, cwd: Path, **environment) -> subprocess.CompletedProcess:
+    """`python -m dpmambair_basicsr.<name> <arguments>`, forked from a process that has imported PyTorch and BasicSR.
+
+    Saves the seconds in which Python starts; tests of how a command starts, and what it imports, use `python`.
+    """
+    context = multiprocessing.get_context('forkserver')
+    context.set_forkserver_preload(['dpmambair_basicsr.evidence.preload'])
+    environment = {'PYTHONPATH': PACKAGE_PARENT, 'OMP_NUM_THREADS': 1} | environment
+    environment = os.environ | {variable: str(value) for variable, value in environment.items()}
+    arguments = [str(argument) for argument in arguments]
+    saved = dict(os.environ)
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder, 'output.txt')
+        process = context.Process(target=forked, args=(name, arguments, cwd, environment, output))
+        os.environ |= environment
+        try:  # the first call starts the process that the others are forked from
+            process.start()
+        finally:
+            os.environ.clear()
+            os.environ.update(saved)
+        process.join(300)
+        if process.exitcode is None:
+            process.kill()
+            raise subprocess.TimeoutExpired(name, 300, output.read_bytes())
+        return subprocess.CompletedProcess([name, *arguments], process.exitcode, output.read_text(encoding='utf-8'))
+
+
+def forked(name: str, arguments: list[str], cwd: Path, environment: dict[str, str], output: Path) -> None:
+    multiprocessing.set_start_method('fork', force=True)  # for the loader's workers, as in a command
+    with output.open('wb') as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    os.chdir(cwd)
+    os.environ.clear()
+    os.environ.update(environment)
+    sys.path.insert(0, str(cwd))
+    sys.argv = [name, *arguments]
+    runpy.run_module(f'dpmambair_basicsr.{name}', run_name='__main__', alter_sys=True)
 
 
 def write_images(folder: Path) -> dict[str, str]:
