@@ -45,7 +45,7 @@ with av.open("video.mp4", "w") as file:
     file.mux(stream.encode())'
             python -m dpmambair_basicsr restore -w net.pth video.mp4 -o videos
             ;;
-        viewer) python -m dpmambair_basicsr degradation -w "$weights" pictures -o map.png --map tsne && test -s map.png ;;
+        viewer) python -m dpmambair_basicsr degradation -w "$weights" pictures --clean pictures -o map.png --map tsne && test -s map.png ;;
         test) (cd checkout && ruff check . && python -m build --no-isolation --outdir ../dist . && twine check --strict ../dist/*) ;;
     esac
 }
