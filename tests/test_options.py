@@ -16,6 +16,7 @@ from support.commands import stock_options, write_images
 
 import dpmambair_basicsr
 from dpmambair_basicsr.archs import DegradationAutoencoder, DPMambaIR
+from dpmambair_basicsr.data.degradations import DEGRADATIONS
 from dpmambair_basicsr.files.option_files import OptionError
 from dpmambair_basicsr.files.option_row import Option
 from dpmambair_basicsr.option_checks.sections import check_options
@@ -516,6 +517,19 @@ def test_a_network_that_needs_labels_is_given_some(ours):
         'datasets.train: no labels, which network_g needs; not of a known degradation: rian (did you mean rain?)'
     ]
     ours['network_g'] |= {'degradation': 'extractor', 'insertion': 'none'}
+    assert check_options(ours) == []
+
+
+def test_a_network_has_an_embedding_for_each_label(ours):
+    highest = max(DEGRADATIONS[name].label for name in ours['datasets']['train']['datasets'])
+    name = list(DEGRADATIONS)[highest]
+    ours['network_g'] |= {'degradation': 'class', 'num_degradations': highest}
+    ours['path']['pretrain_network_e'] = None
+    assert check_options(ours) == [
+        f'network_g.num_degradations: {highest}, but datasets.train has the label {highest} ({name}), '
+        f'which needs {highest + 1}'
+    ]
+    ours['network_g']['num_degradations'] += 1
     assert check_options(ours) == []
 
 

@@ -21,7 +21,7 @@ from support.commands import PACKAGE_PARENT, command, python
 from dpmambair_basicsr import archs
 from dpmambair_basicsr.evidence import verify
 from dpmambair_basicsr.evidence.jobs import Command, failure
-from dpmambair_basicsr.evidence.study import filled, find_options, read_study
+from dpmambair_basicsr.evidence.study import filled, find_options, read_study, with_iterations
 from dpmambair_basicsr.files.errors import InputError, OptionError
 from dpmambair_basicsr.files.option_files import read_options
 from dpmambair_basicsr.option_checks.structure import apply_forced
@@ -131,6 +131,12 @@ def test_values_take_the_place_of_names_in_braces(tmp_path):
     entries = filled(['a={seed}', 'b=[{iterations}]', 'c={extractor}', 'd=!!map {}'], study, tmp_path, 7, 20)
     checkpoint = tmp_path / 'before/extractor/seed_7/train/models/net_g_latest.pth'
     assert entries == ['a=7', 'b=[20]', f'c={checkpoint}', 'd=!!map {}']
+
+
+def test_another_budget_leaves_the_trainings_before_alone():
+    study = read_study(PACKAGE_PARENT / 'options/studies/pretraining.yml')
+    shorter = with_iterations(study, 30)
+    assert shorter.train.iterations == 30 != study.train.iterations and shorter.before == study.before
 
 
 @pytest.mark.parametrize('file', SHIPPED, ids=lambda file: file.stem)

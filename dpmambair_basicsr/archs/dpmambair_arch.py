@@ -300,6 +300,7 @@ class DPMambaIR(UNet):
             self.extractor.requires_grad_(False).eval()
         elif insertion != 'none':
             self.classes = (ClassEmbedding if unit_classes else nn.Embedding)(num_degradations, embed_dim)
+        self.num_degradations = num_degradations
 
     @property
     def needs_label(self) -> bool:

@@ -80,6 +80,10 @@ class MixedDegradationDataset(ProgressiveBatches, Dataset):
     def has_labels(self) -> bool:
         return all(getattr(dataset, 'has_labels', True) for dataset in self.datasets)
 
+    @property
+    def labels(self) -> set[int]:
+        return set().union(*(getattr(dataset, 'labels', set()) for dataset in self.datasets))
+
     def unlabelled(self) -> str:
         """The sub-datasets without labels, as text, with suggestions for misspelt names."""
         parts = zip(self.names, self.datasets, strict=True)

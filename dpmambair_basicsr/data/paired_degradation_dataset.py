@@ -61,6 +61,10 @@ class PairedDegradationDataset(ProgressiveBatches, Dataset):
     def has_labels(self) -> bool:
         return 'label' in self.kind
 
+    @property
+    def labels(self) -> set[int]:
+        return {self.kind['label']} if self.has_labels else set()
+
     def __len__(self):
         return len(self.paths)
 

@@ -73,6 +73,10 @@ class SyntheticDegradationDataset(ProgressiveBatches, Dataset):
         self.images = ImageReader(opt['io_backend'], {'gt': folder})
         self.start_progressive()
 
+    @property
+    def labels(self) -> set[int]:
+        return {DEGRADATIONS[kind].label for kind in self.kinds}
+
     def __len__(self):
         return len(self.paths) * (1 if self.opt['phase'] == 'train' else len(self.kinds))
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from dpmambair_basicsr.data.basicsr_datasets import channels, paths_by_folder
+from dpmambair_basicsr.data.degradations import DEGRADATIONS
 from dpmambair_basicsr.files.checkpoints import differences, read_checkpoint, select_weights, wanted_keys
 from dpmambair_basicsr.files.image_folders import some
 from dpmambair_basicsr.files.image_lists import missing_files
@@ -85,6 +86,8 @@ def check_by_dry_run(opt: dict, model: Any, reported: list[str]) -> list[str]:
         if not has_labels and getattr(networks.get('network_g'), 'needs_label', False):
             names = f': {dataset.unlabelled()}' if hasattr(dataset, 'unlabelled') else ''
             problems.append(f'datasets.{phase}: no labels, which network_g needs; not of a known degradation{names}')
+        if getattr(networks.get('network_g'), 'needs_label', False):
+            attempt('network_g.num_degradations', check_labels, phase, dataset, networks['network_g'])
         if phase == 'train' and dataset is not None:
             attempt('datasets.train', check_batches, opt, len(dataset))
             attempt('datasets.train.gt_size', check_crop, dataset)
@@ -186,6 +189,16 @@ def micro_batches(opt: dict) -> int:
     """`train.accum_iter`, for models that support it; BasicSR's do not."""
     model, _ = look_up(registered('MODEL'), 'model_type', opt['model_type'])
     return opt['train'].get('accum_iter', 1) if any(row.name == 'accum_iter' for row in rows_of(model)) else 1
+
+
+def check_labels(phase: str, dataset: Any, net: torch.nn.Module) -> None:
+    """Raises ValueError if the network has no embedding for a label of the dataset."""
+    label = max(getattr(dataset, 'labels', ()), default=-1)
+    if label >= net.num_degradations:
+        name = list(DEGRADATIONS)[label]
+        raise ValueError(
+            f'{net.num_degradations}, but datasets.{phase} has the label {label} ({name}), which needs {label + 1}'
+        )
 
 
 def check_crop(dataset) -> None:
