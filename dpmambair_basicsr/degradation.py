@@ -23,7 +23,7 @@ from dpmambair_basicsr.inference.restorer import choose_device
 
 
 def main() -> int:
-    """Returns the exit status: 0, or 1 if a picture failed. Wrong arguments end with a message and 1 or 2."""
+    """Return the exit status: 0, 1 if a picture failed; 1 or 2 for wrong arguments."""
     arguments = parse_arguments()
     print_any_name()
     try:
@@ -72,7 +72,7 @@ def parse_arguments() -> argparse.Namespace:
     add = parser.add_argument
     inputs = 'image, pattern, or folder: its images and those of its sub-folders, whose names are their kinds'
     add('inputs', nargs='*', metavar='INPUT', help=inputs)
-    add('-i', '--input', nargs='+', default=[], metavar='INPUT', help='the same')
+    add('-i', '--input', nargs='+', default=[], metavar='INPUT', help='same as INPUT')
     add('-w', '--weights', required=True, metavar='FILE', help='checkpoint of stage 1, or of a DPMambaIR')
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument('--reference', type=Path, metavar='FOLDER', help='one sub-folder of images per class')
@@ -87,25 +87,25 @@ def parse_arguments() -> argparse.Namespace:
     if not arguments.inputs and not arguments.input:
         parser.error('no INPUT')
     if arguments.crop is not None and arguments.crop < 1:
-        parser.error('--crop: 1 or more')
+        parser.error('--crop: must be 1 or more')
     return arguments
 
 
 def find_pictures(inputs: list[str]) -> dict[Path, str]:
-    """{picture: kind}, the kind being the name of its sub-folder or ''. Raises InputError where there is no picture."""
+    """{picture: kind}, the name of its sub-folder or ''. Raises InputError for an input without pictures."""
     kinds = {}
     for argument in inputs:
         found = dict.fromkeys(list_pictures(argument), '')
         if Path(argument).is_dir():
             found |= {path: name for name, paths in sub_folders(Path(argument)).items() for path in paths}
         if not found:
-            raise InputError(f'{argument}: no picture there')
+            raise InputError(f'{argument}: no pictures found')
         kinds |= found
     return kinds
 
 
 def table(paths: list[Path], kinds: list[str], classes: Classes, embeddings: Tensor) -> list[str]:
-    """A line for each picture: the three most likely classes, each with its score, and the distance to the first."""
+    """One line per picture: the three most likely classes, each with its score, and the distance to the first."""
     distances = classes.distances(embeddings)
     scores = classes.scores(distances)
     shown = min(3, len(classes.names))

@@ -1,11 +1,11 @@
 """Restore pictures: `python -m dpmambair_basicsr.restore pictures/ -o restored/`.
 
-Without -w, the small network that comes with the package restores them; its card says what it does well and badly.
+Without -w, the small bundled network is used; its model card lists its strengths and weaknesses.
 
-Each result has the name and the format of its picture, and its bit depth, colour profile, EXIF data and alpha channel.
-EXIF orientation is carried out: results are upright. JPEG stays JPEG, at quality 98. What cannot be read or written is
-reported and skipped, and the exit status is 1 in the end. Videos (.mp4, .mkv, .mov, .webm) are restored frame by frame,
-with their sound. See `pictures` and `videos` for files, `restorer` for the rest.
+Each result keeps the name and format of its picture, its bit depth, colour profile, EXIF data and alpha channel.
+EXIF orientation is applied: results are upright. JPEG stays JPEG, at quality 98. Files that cannot be read or written
+are reported and skipped, and the exit status is then 1. Videos (.mp4, .mkv, .mov, .webm) are restored frame by frame
+and keep their sound. See `pictures` and `videos` for files, `restorer` for the rest.
 """
 
 import argparse
@@ -45,11 +45,11 @@ from dpmambair_basicsr.ops.selective_scan import BACKENDS
 from dpmambair_basicsr.results import restored_images
 from dpmambair_basicsr.results.restored_images import LEFT, NOT_TRIED, RESTORED, RestoredImage
 
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # the next picture would meet them too
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # the next picture would fail too
 
 
 def main() -> int:
-    """Returns the exit status: 0, 1 if a picture failed, 130 after Ctrl-C. Wrong arguments end with 1 or 2."""
+    """Return the exit status: 0, 1 if a picture failed, 130 after Ctrl-C; 1 or 2 for wrong arguments."""
     arguments = parse_arguments()
     print_any_name()
     try:
@@ -75,7 +75,7 @@ def run(arguments: argparse.Namespace) -> int:
     steering = steering_embedding(restorer, arguments)
     if arguments.weights is None:
         card = SHIPPED_WEIGHTS.with_name('README.md')
-        print(f'no -w: {SHIPPED_WEIGHTS.name}, a trial of six minutes of training; what it does badly: {card}')
+        print(f'no -w: using {SHIPPED_WEIGHTS.name}, a trial trained for six minutes; its weaknesses: {card}')
     work.folder.mkdir(parents=True, exist_ok=True)
     if work.skipped:
         print(work.skipped_summary(), flush=True)
@@ -106,11 +106,11 @@ def run(arguments: argparse.Namespace) -> int:
     clean = sum(image.action == LEFT for image in images)
     images += [RestoredImage(str(source), None, NOT_TRIED, 0) for source, _ in left[len(images) :]]
     write_records(images, arguments)
-    there = f', {clean} left as they are' if clean else ''
-    there += f', {len(work.jobs) - len(left)} there already' if arguments.resume else ''
+    others = f', {clean} left unchanged' if clean else ''
+    others += f', {len(work.jobs) - len(left)} already done' if arguments.resume else ''
     not_tried = sum(image.action == NOT_TRIED for image in images)
-    there += f', {not_tried} not tried: free some space and use --resume' if not_tried else ''
-    print(f'{arguments.output}: {len(left) - failed - clean - not_tried} restored, {failed} failed{there}')
+    others += f', {not_tried} not tried: free some space and use --resume' if not_tried else ''
+    print(f'{arguments.output}: {len(left) - failed - clean - not_tried} restored, {failed} failed{others}')
     return 1 if failed else 0
 
 
@@ -124,15 +124,15 @@ def parse_arguments() -> argparse.Namespace:
         'inputs',
         nargs='*',
         metavar='INPUT',
-        help='picture or video, folder (those directly in it, or -r) or pattern such as "*.png"',
+        help='picture, video, pattern such as "*.png", or folder: the files directly in it; with -r, all below it',
     )
-    add('-i', '--input', nargs='+', default=[], metavar='INPUT', help='the same')
+    add('-i', '--input', nargs='+', default=[], metavar='INPUT', help='same as INPUT')
     add(
         '-w',
         '--weights',
         metavar='FILE',
-        help='checkpoint, net_g_*.pth or *.safetensors, or hf:user/name of the Hugging Face hub; '
-        'default: those that come with the package',
+        help='checkpoint, net_g_*.pth or *.safetensors, or hf:user/name on the Hugging Face Hub; '
+        'default: the bundled weights',
     )
     add(
         '-o',
@@ -140,68 +140,68 @@ def parse_arguments() -> argparse.Namespace:
         required=True,
         type=Path,
         metavar='PATH',
-        help='folder for the results, made if it is missing; or, of one picture, a file such as out.png',
+        help='folder for the results, created if missing; or, for a single picture, a file such as out.png',
     )
-    add('-r', '--recursive', action='store_true', help='folders with all below them; results keep their folders')
+    add('-r', '--recursive', action='store_true', help='include sub-folders; results keep the folder structure')
     add(
         '--ext',
         type=lambda text: f'.{text.lower().removeprefix(".")}',
         metavar='FORMAT',
-        help='of restored pictures: png, tif, jpg, webp, ...; default: that of their picture',
+        help='format of the results: png, tif, jpg, webp, ...; default: the format of each picture',
     )
-    add('--opt', metavar='FILE', help='option file with network_g, for a checkpoint that does not hold its own')
-    add('--tile', type=int, metavar='N', help='size of tiles; 0: none; default: by the size of the picture, see README')
+    add('--opt', metavar='FILE', help='option file with network_g, for a checkpoint without its own')
+    add('--tile', type=int, metavar='N', help='tile size; 0: no tiles; default: by the size of the picture, see README')
     add('--overlap', type=int, default=OVERLAP, metavar='N', help='of tiles, up to half a tile; default: %(default)s')
-    add('--one-pass', action='store_true', help='tiles in half the time, but less like the whole image')
+    add('--one-pass', action='store_true', help='tiles in half the time, but less faithful to the untiled result')
     add('--device', default='auto', help='auto, cpu, mps, cuda or cuda:<n>; default: %(default)s')
-    add('--scan-backend', metavar='NAME', help=f'of the scans: {", ".join(BACKENDS)}; default: the best available')
-    add('--half', action='store_true', help='half precision')
-    add('--self-ensemble', action='store_true', help='mean over eight flips and rotations, in eight times the time')
-    add('--suffix', default='', help='added to the names of the results')
-    add('--resume', action='store_true', help='skip pictures whose result is there')
+    add('--scan-backend', metavar='NAME', help=f'one of {", ".join(BACKENDS)}; default: the best available')
+    add('--half', action='store_true', help='compute in half precision')
+    add('--self-ensemble', action='store_true', help='average over eight flips and rotations, in eight times the time')
+    add('--suffix', default='', help='suffix added to the names of the results')
+    add('--resume', action='store_true', help='skip pictures whose result exists')
     add(
         '--strength',
         type=float,
         default=1,
         metavar='S',
-        help='0 to 1: how much of the restored picture is blended in; default: 1',
+        help='blend the result with the input: 0, only the input, to 1, only the result; default: 1',
     )
-    add('--force', action='store_true', help='also restore what is found clean, which otherwise is copied')
+    add('--force', action='store_true', help='also restore pictures found to be clean, which otherwise are copied')
     steering = parser.add_mutually_exclusive_group()
     steering.add_argument('--kind', metavar='NAME', help='undo this degradation, whatever is found: rain, haze, ...')
-    steering.add_argument('--like', type=Path, metavar='FILE', help='undo what this picture suffers from')
+    steering.add_argument('--like', type=Path, metavar='FILE', help='undo the degradation of this picture')
     add(
         '--table',
         type=Path,
         metavar='FILE',
-        help='.csv or .json: what was found and done, a row for each picture of this call',
+        help='.csv or .json: what was found and done, one row per picture of this run',
     )
-    add('--report', type=Path, metavar='FILE.html', help='a page with sliders, and why not to trust a result')
-    add('--compare', action='store_true', help='also write picture and result side by side, in compare/')
+    add('--report', type=Path, metavar='FILE.html', help='page with sliders, and reasons not to trust a result')
+    add('--compare', action='store_true', help='also write picture and result side by side, to compare/')
     arguments = parser.parse_args()
     if arguments.ext is not None and arguments.ext not in FORMATS:
         parser.error(f'--ext: must be one of {", ".join(extension[1:] for extension in FORMATS)}')
     if not arguments.inputs and not arguments.input:
         parser.error('no INPUT')
     if not 0 <= arguments.strength <= 1:
-        parser.error('--strength: from 0 to 1')
+        parser.error('--strength: must be from 0 to 1')
     if arguments.table is not None and arguments.table.suffix not in ('.csv', '.json'):
-        parser.error('--table: a .csv or .json')
+        parser.error('--table: must end in .csv or .json')
     if arguments.tile is not None and arguments.tile < 0 or arguments.overlap < 0:
-        parser.error('--tile and --overlap: 0 or more')
+        parser.error('--tile and --overlap: must be 0 or more')
     return arguments
 
 
 def steering_embedding(restorer: Restorer, arguments: argparse.Namespace) -> Tensor | None:
-    """(1, E) in place of every picture's own: of --kind or --like.
+    """The embedding of --kind or --like, (1, E), that replaces every picture's own.
 
     Raises:
-        InputError: the network has no such kind, or embeds nothing; the picture of --like cannot be restored.
-        OSError: it cannot be read.
+        InputError: the network has no such kind, or no embedding; the picture of --like cannot be restored.
+        OSError: the picture of --like cannot be read.
     """
     if arguments.kind is not None:
         if restorer.classifier is None:
-            raise InputError(f'--kind: {arguments.weights} holds no classes of degradations; --like takes a picture')
+            raise InputError(f'--kind: {arguments.weights} contains no degradation classes; use --like with a picture')
         try:
             return restorer.classifier.embedding_of(arguments.kind)
         except ValueError as error:
@@ -213,7 +213,7 @@ def steering_embedding(restorer: Restorer, arguments: argparse.Namespace) -> Ten
     except ValueError as error:
         raise InputError(f'--like: {arguments.like}: {error}') from None
     if embedding is None:
-        raise InputError(f'--like: {type(restorer.net).__name__} is not told what to undo')
+        raise InputError(f'--like: {type(restorer.net).__name__} has no degradation embedding')
     return embedding
 
 
@@ -226,19 +226,19 @@ def restore_file(
     folder: Path,
     bar: tqdm,
 ) -> RestoredImage:
-    """Restores one picture, or all frames or pages of a file; one that is found clean, in all of them, is copied.
+    """Restore one picture, or all frames or pages of a file; if all are found clean, copy it.
 
     Args:
         steering: see `steering_embedding`.
 
     Raises:
-        OSError, ValueError, MemoryError, RuntimeError: it cannot be read, restored or written.
+        OSError, ValueError, MemoryError, RuntimeError: the picture cannot be read, restored or written.
     """
     begin = time.monotonic()
     pictures, timing = read_pictures(source)
     keeps_format = arguments.ext is None and target.suffix == source.suffix
     kind = format_of(source) if keeps_format else target.suffix.lower()
-    check_format(target, pictures, timing, kind)  # before the work
+    check_format(target, pictures, timing, kind)  # up front
     findings = [restorer.find(picture.visible_image()) for picture in pictures]
     clean = all(finding is not None and finding.is_clean for finding in findings)
     clean = clean and steering is None and not arguments.force
@@ -246,7 +246,7 @@ def restore_file(
     if not clean:
         results, spreads = restore_pictures(restorer, pictures, findings, steering, arguments, bar)
     target.parent.mkdir(parents=True, exist_ok=True)
-    if arguments.compare:  # first: where the result is, everything is
+    if arguments.compare:  # first, so that an existing result means that everything was written
         beside = folder / 'compare' / target.relative_to(folder)
         beside.parent.mkdir(parents=True, exist_ok=True)
         write_pictures(beside, [*map(side_by_side, pictures, results)], timing, kind)
@@ -258,8 +258,8 @@ def restore_file(
     seconds = time.monotonic() - begin
     notes = [summary(restorer, pictures, arguments.tile, seconds)]
     notes += [f'left out: {", ".join(lost)}'] * bool(lost)
-    notes += [f'a {kind[1:]} file by its content, and so is the result'] * (kind != target.suffix.lower())
-    looked_at = findings[0] if clean else look_again(restorer, results[0], arguments)
+    notes += [f'actually a {kind[1:]} file, and so is the result'] * (kind != target.suffix.lower())
+    found_after = findings[0] if clean else find_in_result(restorer, results[0], arguments)
     return RestoredImage(
         str(source),
         str(target),
@@ -267,8 +267,8 @@ def restore_file(
         seconds,
         '; '.join(notes),
         **found(findings[0]),
-        found_after=None if looked_at is None else looked_at.kind,
-        probability_after=None if looked_at is None else looked_at.probability,
+        found_after=None if found_after is None else found_after.kind,
+        probability_after=None if found_after is None else found_after.probability,
         spread=float(np.mean([spread.mean() for spread in spreads])) if spreads else None,
         spread_map=spreads[0] if spreads else None,
     )
@@ -283,7 +283,7 @@ def restore_video_file(
     folder: Path,
     bar: tqdm,
 ) -> RestoredImage:
-    """Restores a video; one whose sampled frames are all found clean is copied. As `restore_file`."""
+    """Restore a video, or copy it if all sampled frames are found clean. Arguments and errors as in `restore_file`."""
     begin = time.monotonic()
     bar.set_postfix_str('looking for cuts')
     shots = find_shots(source)
@@ -312,8 +312,8 @@ def restore_video_file(
     seconds = time.monotonic() - begin
     notes = [f'{frames} frames, {len(shots)} shot{"s" * (len(shots) > 1)}, {seconds:.1f} s']
     notes += [f'left out: {", ".join(lost)}'] * bool(lost)
-    notes += ['--compare is for pictures'] * arguments.compare
-    notes += ['--one-pass is for pictures: tiles of a video are seen once anyway'] * arguments.one_pass
+    notes += ['--compare applies to pictures only'] * arguments.compare
+    notes += ['--one-pass applies to pictures only: videos always take one pass over their tiles'] * arguments.one_pass
     worst = next((finding for finding in findings if finding is not None and not finding.is_clean), findings[0])
     action = LEFT if clean else RESTORED
     return RestoredImage(str(source), str(target), action, seconds, '; '.join(notes), **found(worst))
@@ -327,7 +327,7 @@ def restore_pictures(
     arguments: argparse.Namespace,
     bar: tqdm,
 ) -> tuple[list[Picture], list[np.ndarray]]:
-    """The restored frames or pages, and with --self-ensemble where the eight disagree."""
+    """The restored frames or pages and, with --self-ensemble, the spread of the eight results."""
     results, spreads = [], []
     for index, picture in enumerate(pictures):
         of_all = f'{index + 1}/{len(pictures)} ' if len(pictures) > 1 else ''
@@ -352,8 +352,8 @@ def restore_pictures(
     return results, spreads
 
 
-def look_again(restorer: Restorer, result: Picture, arguments: argparse.Namespace) -> Finding | None:
-    """What is found in the result, if somebody will read it."""
+def find_in_result(restorer: Restorer, result: Picture, arguments: argparse.Namespace) -> Finding | None:
+    """What is found in the result, if it goes into a table or report."""
     return None if arguments.table is arguments.report is None else restorer.find(result.visible_image())
 
 
@@ -372,7 +372,7 @@ def found(finding: Finding | None) -> dict:
 
 
 def write_records(images: list[RestoredImage], arguments: argparse.Namespace) -> None:
-    """The table and the report, if asked for."""
+    """Write the table and the report, if requested."""
     if arguments.table is not None:
         restored_images.write_table(arguments.table, images)
     if arguments.report is not None:

@@ -177,12 +177,12 @@ def test_mistakes_end_with_one_line(folder, monkeypatch, capsys, tmp_path):
     (tmp_path / 'text.png').write_text('')
     right = {'-w': 'w.pth', '--reference': 'reference', '-o': tmp_path / 'map.png'}
     wrong = {
-        'v.pth: holds no degradation extractor': {'-w': tmp_path / 'v.pth'},
+        'v.pth: contains no degradation extractor': {'-w': tmp_path / 'v.pth'},
         'nowhere.pth': {'-w': 'nowhere.pth'},
-        'class a: a class needs two or more readable pictures, it has 1': {'--reference': tmp_path / 'one'},
-        'clean: no sub-folder with pictures in it': {'--reference': 'clean'},
+        'class a: a class needs two or more readable pictures, got 1': {'--reference': tmp_path / 'one'},
+        'clean: no sub-folder contains pictures': {'--reference': 'clean'},
         'nowhere': {'--reference': 'nowhere'},
-        'map.jpg: a map is a .png': {'-o': tmp_path / 'map.jpg'},
+        'map.jpg: must end in .png': {'-o': tmp_path / 'map.jpg'},
         'cannot be written: ': {'-o': tmp_path / 'text.png' / 'map.png'},
         "device: must be one of auto, cpu, cuda, mps, got 'tpu9'": {'--device': 'tpu9'},
     }
@@ -192,7 +192,7 @@ def test_mistakes_end_with_one_line(folder, monkeypatch, capsys, tmp_path):
         with pytest.raises(SystemExit, match=message) as caught:
             run(monkeypatch, capsys, folder, 'pictures', *arguments)
         assert '\n' not in str(caught.value)
-    with pytest.raises(SystemExit, match='nowhere: no picture there'):
+    with pytest.raises(SystemExit, match='nowhere: no pictures found'):
         run(monkeypatch, capsys, folder, 'nowhere', '-w', 'w.pth', '--reference', 'reference')
 
 

@@ -115,13 +115,13 @@ def test_frequency(folder):
     networks = {row['network'] for row in rows}
     assert networks == {'same', 'with HEB', 'degraded image'} and len(rows) == 3 * 3 * RINGS
 
-    def curve(network, kind, column='amplitude lacking (dB)'):
+    def curve(network, kind, column='missing amplitude (dB)'):
         return [float(row[column]) for row in rows if (row['network'], row['degradation']) == (network, kind)]
 
     for kind in (*KINDS, 'all'):
         assert curve('same', kind) == curve('degraded image', kind) != curve('with HEB', kind)
     assert curve('same', 'dark')[:4] == pytest.approx([20 * np.log10(8)] * 4, abs=0.5), 'an eighth of the brightness'
-    for column in ('amplitude lacking (dB)', 'relative difference'):
+    for column in ('missing amplitude (dB)', 'relative difference'):
         both = [curve('with HEB', kind, column) for kind in KINDS]
         assert curve('with HEB', 'all', column) == pytest.approx(np.mean(both, axis=0))
 
@@ -163,7 +163,7 @@ def test_step_sizes_by_degradation(folder):
     sizes = {row['block']: float(row['mean Δ']) for row in rows if row['degradation'] == 'noisy'}
     assert sizes == pytest.approx({block: np.mean(values) for block, values in found.items()}, rel=1e-5)
     for block in BLOCKS:
-        ratios = [float(row['Δ over its mean']) for row in rows if row['block'] == block]
+        ratios = [float(row['Δ / mean']) for row in rows if row['block'] == block]
         assert np.mean(ratios) == pytest.approx(1) and ratios[0] != ratios[1]
 
 
@@ -213,14 +213,14 @@ def test_alpha(folder):
 @pytest.mark.parametrize(
     ('arguments', 'message'),
     {
-        ('alpha', '-w', 'without.pth', '-o', 'x.png'): 'without.pth: holds no high-frequency enhancement block',
-        ('alpha', '-w', 'with.pth', '-o', 'x.jpg'): 'x.jpg: a figure is a .png',
+        ('alpha', '-w', 'without.pth', '-o', 'x.png'): 'without.pth: contains no high-frequency enhancement block',
+        ('alpha', '-w', 'with.pth', '-o', 'x.jpg'): 'x.jpg: must end in .png',
         ('alpha', '-w', 'with.pth', 'a/with.pth', '-o', 'x.png'): 'two networks are called with; write NAME=with.pth',
-        ('alpha', '-w', 'with.pth', '-d', 'data', '-o', 'x.png'): '-d: needed by all figures but alpha',
-        ('frequency', '-w', 'with.pth', '-o', 'x.png'): '-d: needed by all figures but alpha',
-        ('frequency', '-w', 'with.pth', '-d', 'made', '-o', 'x.png'): 'made: no folder LQ in it',
+        ('alpha', '-w', 'with.pth', '-d', 'data', '-o', 'x.png'): '-d: required by all figures except alpha',
+        ('frequency', '-w', 'with.pth', '-o', 'x.png'): '-d: required by all figures except alpha',
+        ('frequency', '-w', 'with.pth', '-d', 'made', '-o', 'x.png'): 'made: neither it nor any of its sub-folders',
         ('frequency', '-w', 'with.pth', '-d', 'broken', '-o', 'x.png'): 'broken/LQ/0.png: not a picture',
-        ('extractor', '-w', 'with.pth', '-d', 'data', '-o', 'x.png'): 'with.pth: holds a DPMambaIR; reconstruction',
+        ('extractor', '-w', 'with.pth', '-d', 'data', '-o', 'x.png'): 'with.pth: contains a DPMambaIR; reconstruction',
         ('delta', '-w', 'no.pth', '-d', 'data', '-o', 'x.png'): 'no.pth',
         ('delta', '-w', 'with.pth', '-d', 'data', '-o', 'x.png', '--count', '0'): '--count: 1 or more',
     }.items(),

@@ -188,7 +188,7 @@ def run(monkeypatch, capsys, *arguments):
 def test_a_line_says_what_was_found_and_done_and_clean_files_are_copied(folder, monkeypatch, capsys):
     status, output, _ = run(monkeypatch, capsys, 'pictures', '-o', 'out', '--table', 'out/table.csv')
     lines = {line.partition(':')[0]: line for line in output.splitlines()}
-    assert status == 0 and output.endswith('out: 1 restored, 0 failed, 1 left as they are\n')
+    assert status == 0 and output.endswith('out: 1 restored, 0 failed, 1 left unchanged\n')
     assert 'clean' in lines['pictures/clean.png'] and 'left as it is' in lines['pictures/clean.png']
     assert 'rain' in lines['pictures/rain.png'] and 'restored' in lines['pictures/rain.png']
     assert (folder / 'out/clean.png').read_bytes() == (folder / 'pictures/clean.png').read_bytes()
@@ -238,7 +238,7 @@ def test_weights_without_classes_find_nothing_and_have_no_kinds(folder, tiny, mo
     status, output, _ = run(monkeypatch, capsys, '-w', 'tiny.pth', 'pictures', '-o', 'out')
     assert status == 0 and output.endswith('out: 2 restored, 0 failed\n')
     assert 'pictures/clean.png: 112 x 96, ' in output, 'as before there were classes'
-    with pytest.raises(SystemExit, match='--kind: tiny.pth holds no classes'):
+    with pytest.raises(SystemExit, match='--kind: tiny.pth contains no degradation classes'):
         run(monkeypatch, capsys, '-w', 'tiny.pth', 'pictures', '-o', 'out', '--kind', 'rain')
 
 

@@ -519,7 +519,7 @@ def test_results_have_the_format_that_is_asked_for(identity, tmp_path):
     (tmp_path / 'png.jpg').write_bytes(encoded(Image.fromarray(noise(9, 8, 4)), 'png'))
     done = restore(identity, 'alpha.tif', 'cmyk.tif', 'png.jpg', '-o', 'out', cwd=tmp_path)
     assert done.returncode == 0, done.stdout
-    assert 'png.jpg: 8 x 9, ' in done.stdout and 'a png file by its content, and so is the result' in done.stdout
+    assert 'png.jpg: 8 x 9, ' in done.stdout and 'actually a png file, and so is the result' in done.stdout
     assert 'left out: CMYK and its colour profile' in done.stdout
     for name, kind, mode in (('alpha.tif', 'TIFF', 'RGBA'), ('cmyk.tif', 'TIFF', 'RGB'), ('png.jpg', 'PNG', 'RGBA')):
         with Image.open(tmp_path / 'out' / name) as image:
@@ -546,7 +546,7 @@ def test_folders_are_kept_below_one_and_others_files_counted(identity, tmp_path)
     names = {'x.png', 'a/x.png', 'a/b/x.png'}
     assert {str(file.relative_to(tmp_path / 'in/out')) for file in (tmp_path / 'in/out').rglob('*.png')} == names
     done = restore(identity, 'in', '-r', '--resume', '-o', 'in/out', cwd=tmp_path)
-    assert done.stdout.splitlines()[-1] == 'in/out: 0 restored, 0 failed, 3 there already', 'results are no pictures'
+    assert done.stdout.splitlines()[-1] == 'in/out: 0 restored, 0 failed, 3 already done', 'results are no pictures'
     done = restore(identity, 'in/**/x.png', '-o', 'pattern', cwd=tmp_path)
     assert {str(f.relative_to(tmp_path / 'pattern')) for f in (tmp_path / 'pattern').rglob('*.png')} == names | {
         'out/x.png',

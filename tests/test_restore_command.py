@@ -262,7 +262,7 @@ def test_resume_does_only_what_is_missing_and_tiles_change_nothing_here(restored
     process = command('restore', *arguments, cwd=folder)
     asked = [good for name, good in names.items() if name.endswith('.png') and 'e' <= name[-5] <= 'y']
     assert process.returncode == 1, process.stdout
-    counts = f'1 restored, {asked.count(False)} failed, {asked.count(True) - 1} there already'
+    counts = f'1 restored, {asked.count(False)} failed, {asked.count(True) - 1} already done'
     assert process.stdout.splitlines()[-1] == f'out: {counts}'
     assert (out / 'wide.png').read_bytes() == before
     assert times == {path: path.stat().st_mtime_ns for path in out.iterdir() if path.name != 'wide.png'}
@@ -301,8 +301,8 @@ def test_wrong_arguments_end_with_one_line(monkeypatch, tmp_path):
     (tmp_path / 'empty.yml').write_text('name: no network')
     monkeypatch.chdir(tmp_path)
     wrong = {
-        ('nowhere/*.png', '-o', 'out'): r'^nowhere/\*\.png: no picture there$',
-        ('none', '-o', 'out'): '^none: no picture there$',
+        ('nowhere/*.png', '-o', 'out'): r'^nowhere/\*\.png: no pictures found$',
+        ('none', '-o', 'out'): '^none: no pictures found$',
         ('a', 'b', '-o', 'out'): '^out/x.png: would be the result of both a/x.png and b/x.png; -r keeps folders',
         ('a', '-o', 'a'): '^a/x.png: is a picture itself',
         ('a', '-o', 'a', '--suffix', '_2'): '^a/x_2.png: is a picture itself',

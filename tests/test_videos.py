@@ -253,7 +253,7 @@ def test_a_folder_of_videos_and_pictures(weights, tmp_path, monkeypatch, capsys)
     assert f'{tmp_path}/in/film.mp4: 12 frames, 2 shots, ' in said and '2 restored, 1 failed' in said
     assert sorted(file.name for file in (tmp_path / 'out').iterdir()) == ['compare', 'film.mp4', 'photo.webp']
     line = next(line for line in said.splitlines() if 'film.mp4: ' in line)
-    assert '--compare is for pictures' in line and '--one-pass is for pictures' in line
+    assert '--compare applies to pictures only' in line and '--one-pass applies to pictures only' in line
     assert streams_of(tmp_path / 'out/film.mp4')[:2] == streams_of(tmp_path / 'in/film.mp4')[:2]
     assert page.read_text().count('type="range"') == 2, 'a slider for each, of a first frame'
 
@@ -267,7 +267,7 @@ def test_a_clean_video_is_copied(tmp_path, monkeypatch, capsys):
     )
     source = write_video(tmp_path / 'a.mp4', SCENES)
     status, said = command(monkeypatch, capsys, source, '-o', tmp_path / 'b.mp4')
-    assert status == 0 and '1 left as they are' in said
+    assert status == 0 and '1 left unchanged' in said
     assert (tmp_path / 'b.mp4').read_bytes() == source.read_bytes()
 
 

@@ -53,7 +53,7 @@ def plan(
         found = find(argument, recursive, result.skipped, output, RESTORED)
         if not found:
             skipped = f'; {result.skipped_summary()}' if result.skipped else ''
-            raise InputError(f'{argument}: no picture there{skipped}')
+            raise InputError(f'{argument}: no pictures found{skipped}')
         for source, below in found:
             is_video = source.suffix.lower() in VIDEOS
             if is_file and is_video != (output.suffix.lower() in VIDEOS):

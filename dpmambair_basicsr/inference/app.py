@@ -1,8 +1,8 @@
 """A page in your browser that restores the picture you drop on it: `dpmambair app`.
 
-It says what it finds in the picture, lets you choose how much is undone and what, shows before and after, and gives you
-the result as a file. Pictures stay on this machine: the page is served to it alone and fetches nothing from elsewhere.
-What it wrote is removed when it ends.
+It shows what it finds in the picture, lets you choose what to undo and how much, compares before and after, and offers
+the result as a file. Pictures stay on this machine: the page is served locally only and fetches nothing from elsewhere.
+Its temporary files are deleted on exit.
 """
 
 import argparse
@@ -24,16 +24,16 @@ AS_FOUND = 'what is found'
 
 def main() -> int:
     arguments = parse_arguments()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the folder goes then too
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # removes the folder then too
     with (
         exit_on_error('dpmambair app', ValueError, OSError),
         tempfile.TemporaryDirectory(prefix='dpmambair_', ignore_cleanup_errors=True) as folder,
     ):
-        os.environ['GRADIO_TEMP_DIR'] = folder  # read when it is imported: its own copies of the pictures
+        os.environ['GRADIO_TEMP_DIR'] = folder  # read on import: where it copies the pictures to
         gradio = import_gradio()
         restorer = load(arguments.weights, device=arguments.device)
         page = build(gradio, restorer, folder)
-        page.queue(default_concurrency_limit=1)  # one picture at a time: the memory is for one
+        page.queue(default_concurrency_limit=1)  # one picture at a time, to bound the memory
         look = {'theme': gradio.themes.Default(font='system-ui', font_mono='monospace'), 'footer_links': []}
         page.launch(
             server_name='127.0.0.1',
@@ -47,24 +47,24 @@ def main() -> int:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog='dpmambair app', description=__doc__.partition('\n\n')[2])
     add = parser.add_argument
-    add('-w', '--weights', metavar='FILE', help='checkpoint; default: the weights that come with the package')
+    add('-w', '--weights', metavar='FILE', help='checkpoint; default: the bundled weights')
     add('--device', default='auto', help='auto, cpu, mps, cuda or cuda:<n>; default: %(default)s')
-    add('--port', type=int, default=7860, help='0: a free one; default: %(default)s')
+    add('--port', type=int, default=7860, help='0: any free port; default: %(default)s')
     add('--no-browser', action='store_true', help='only print the address')
     arguments = parser.parse_args()
     if not 0 <= arguments.port <= 65535:
-        parser.error('--port: from 0 to 65535')
+        parser.error('--port: must be from 0 to 65535')
     return arguments
 
 
 def free_port() -> int:
-    with socket.create_server(('127.0.0.1', 0)) as server:  # gradio takes 0 for a port
+    with socket.create_server(('127.0.0.1', 0)) as server:  # gradio does not support port 0
         return server.getsockname()[1]
 
 
 def import_gradio():
     """Raises ValueError naming the extra."""
-    os.environ.setdefault('GRADIO_ANALYTICS_ENABLED', 'False')  # read when it is imported
+    os.environ.setdefault('GRADIO_ANALYTICS_ENABLED', 'False')  # read on import
     try:
         import gradio
     except ImportError as error:
@@ -73,10 +73,10 @@ def import_gradio():
 
 
 def build(gradio, restorer, folder: str):
-    """The page, a `gradio.Blocks`; its pictures are written below the folder."""
+    """The page, a `gradio.Blocks`; its pictures are written to sub-folders of `folder`."""
     kinds = [] if restorer.classifier is None else [name for name in restorer.classifier.names if name != 'clean']
     with gradio.Blocks(title='dpmambair', analytics_enabled=False) as page:
-        gradio.Markdown('# Restore a picture\nWhat it finds is a guess, and results are not evidence: compare.')
+        gradio.Markdown('# Restore a picture\nThe degradation found is a guess, and results are not evidence: compare.')
         with gradio.Row():
             with gradio.Column(scale=1):
                 source = gradio.File(label='Picture', type='filepath', file_types=['image'], elem_id='source')
@@ -104,7 +104,7 @@ def build(gradio, restorer, folder: str):
 
 
 def find(gradio, restorer, path: str) -> dict[str, float] | None:
-    """The probabilities of what is in a picture, for the page."""
+    """The probabilities of the degradations in a picture, for the page."""
     try:
         finding = restorer.find(read_picture(Path(path)).visible_image())
     except (OSError, ValueError) as error:
@@ -131,9 +131,9 @@ def restore(gradio, restorer, path: Path, kind: str, strength: float, parent: st
         raise gradio.Error(f'{path.name}: {error}') from None
     notes = [f'Done: {result.name}.']
     if finding is not None and finding.is_clean:
-        notes.append('**It looks clean: restoring may make it worse.**')
+        notes.append('**The picture looks clean: restoring may make it worse.**')
     if finding is not None and not finding.familiar:
-        notes.append('**It is unlike the pictures this was trained on: do not trust the result.**')
+        notes.append('**The picture is unlike the training data: do not trust the result.**')
     return str(folder / 'before.png'), str(folder / 'after.png'), str(result), ' '.join(notes)
 
 

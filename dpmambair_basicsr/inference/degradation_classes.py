@@ -1,11 +1,11 @@
-"""Which degradation an embedding belongs to: classes known by reference pictures."""
+"""Which degradation an embedding belongs to: classes defined by reference pictures."""
 
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-# For reference pictures that are nearly alike.
+# For nearly identical reference pictures.
 SMALLEST_DEVIATION = 1e-4  # of a coordinate of a unit vector
 
 
@@ -14,18 +14,19 @@ SMALLEST_SPREAD = 1e-2
 
 @dataclass(frozen=True)
 class Classes:
-    """Degradations, each known by the mean embedding of its reference pictures.
+    """Degradations, each represented by the mean embedding of its reference pictures.
 
-    The distance of an embedding to a class is Euclidean, from the class's mean, in units of the standard deviation that
-    each coordinate has within the classes; divided by the class's spread, the root mean square distance of its members,
-    it is about 1 for a member. The scores are the probabilities of the classes, all as likely at first, if members lay
-    around the mean as in a two-dimensional Gaussian of that spread: softmax of -(distance / spread)^2 - 2 log(spread).
-    They sum to 1 even where no class fits; the distance tells. (The paper has no scores: our inference. Of one, two and
-    four dimensions, two gave the best calibrated scores for the demo's extractor on pictures it never saw.)
+    The distance of an embedding to a class is Euclidean, to the class's mean, in units of each coordinate's standard
+    deviation within the classes; divided by the class's spread, the root mean square distance of its members, it is
+    about 1 for a member. The scores are the posterior probabilities of the classes, with equal priors, if members were
+    distributed around the mean as a two-dimensional Gaussian of that spread: softmax of
+    -(distance / spread)^2 - 2 log(spread). They sum to 1 even where no class matches; the distance shows this. (The
+    paper has no scores: our inference. Of one, two and four dimensions, two gave the best calibrated scores for the
+    demo's extractor on unseen pictures.)
 
     Attributes:
         names: of the K classes.
-        embeddings: of all reference pictures, (N, E), of unit length, as DPMambaIR gets them.
+        embeddings: of all reference pictures, (N, E), of unit length, as DPMambaIR receives them.
         labels: the class of each, (N,).
         means: (K, E).
         deviation: of the coordinates within the classes, (E,).
@@ -41,10 +42,10 @@ class Classes:
 
     @classmethod
     def of(cls, references: dict[str, list[Tensor]]) -> 'Classes':
-        """Classes from {name: embeddings, each (1, E)}. Raises ValueError for fewer than two, of two pictures each."""
+        """Classes from {name: embeddings, each (1, E)}. Raises ValueError for fewer than two, of two each."""
         for name, members in references.items():
             if len(members) < 2:
-                raise ValueError(f'class {name}: a class needs two or more readable pictures, it has {len(members)}')
+                raise ValueError(f'class {name}: a class needs two or more readable pictures, got {len(members)}')
         if len(references) < 2:
             raise ValueError(f'two or more classes are needed, found {", ".join(references) or "none"}')
         means = torch.cat([torch.cat(members).mean(dim=0, keepdim=True) for members in references.values()])
@@ -57,7 +58,7 @@ class Classes:
         return cls(list(references), embeddings, labels, means, deviation, spread)
 
     def distances(self, embeddings: Tensor) -> Tensor:
-        """(M, E) -> (M, K), in units of the spread of each class."""
+        """(M, E) -> (M, K), in units of each class's spread."""
         return torch.stack([((embeddings - x) / self.deviation).norm(dim=1) for x in self.means], dim=1) / self.spread
 
     def scores(self, distances: Tensor) -> Tensor:
@@ -65,11 +66,11 @@ class Classes:
         return torch.softmax(-distances.square() - 2 * self.spread.log(), dim=1)
 
     def accuracy(self) -> float:
-        """Share of the reference pictures that are recognised."""
+        """Share of the reference pictures that are classified correctly."""
         return self.recognised().float().mean().item()
 
     def recognised(self) -> Tensor:
-        """(N,) bool: reference pictures whose own class has the best score, its mean being taken without them."""
+        """(N,) bool: whether a reference picture's class has the best score, its mean computed without the picture."""
         distances = self.distances(self.embeddings)
         members = self.labels.bincount()[self.labels]
         own = self.labels[:, None]
@@ -86,5 +87,5 @@ class Classes:
 
 
 def most_likely(classes: Classes, embeddings: Tensor) -> list[str]:
-    """The name of the class with the best score of each of (M, E)."""
+    """The name of the class with the best score, for each row of (M, E)."""
     return [classes.names[k] for k in classes.scores(classes.distances(embeddings)).argmax(dim=1)]

@@ -1,4 +1,4 @@
-"""Pictures to embeddings, by the extractor of a checkpoint."""
+"""Embed picture files with the extractor of a checkpoint."""
 
 import sys
 from collections.abc import Callable
@@ -20,7 +20,7 @@ from dpmambair_basicsr.inference.degradation_classes import Classes
 
 
 def sub_folders(folder: Path) -> dict[str, list[Path]]:
-    """{name: pictures} of the folders in a folder that hold pictures, sorted; hidden ones are left out."""
+    """{name: pictures} for the sub-folders with pictures, sorted; hidden ones are left out."""
     folders = sorted(path for path in folder.iterdir() if path.is_dir() and path.name[0] != '.')
     return {path.name: pictures for path in folders if (pictures := list_pictures(str(path)))}
 
@@ -28,17 +28,17 @@ def sub_folders(folder: Path) -> dict[str, list[Path]]:
 def load_extractor(weights: str) -> DegradationExtractor:
     """The extractor of a DegradationAutoencoder, DegradationExtractor or DPMambaIR, merged.
 
-    Its widths are those of its weights, so the checkpoint need not hold its options.
+    Its widths are inferred from its weights, so the checkpoint need not hold its options.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: naming the file: no checkpoint, or one without an extractor.
+        ValueError: naming the file: not a checkpoint, or one without an extractor.
     """
     state_dict = select_weights(weights, read_checkpoint(weights), *WRAPPINGS)
     prefix = 'extractor.' if any(name.startswith('extractor.') for name in state_dict) else ''
     own = {name.removeprefix(prefix): value for name, value in state_dict.items() if name.startswith(prefix)}
     if not {'layers.0.bias', 'head.0.bias', 'head.2.bias'} <= own.keys():
-        raise ValueError(f'{weights}: holds no degradation extractor; checkpoints of stage 1 and of most DPMambaIRs do')
+        raise ValueError(f'{weights}: contains no degradation extractor; use one of stage 1 or of a DPMambaIR')
     widths = DegradationExtractor.options_of_weights(own)
     extractor = DegradationExtractor(embed_dim=len(own['head.2.bias']), merged='layers.0.weight' in own, **widths)
     if report := differences(extractor, own):
@@ -48,12 +48,12 @@ def load_extractor(weights: str) -> DegradationExtractor:
 
 
 class Embedder:
-    """Embeds picture files; reports what it cannot read and counts it in `failed`.
+    """Embeds picture files; reports unreadable ones and counts them in `failed`.
 
     Args:
         extractor: merged or not.
         device: where it runs.
-        crop: side of the part that is looked at, in the middle; None: all.
+        crop: side of the center crop that is embedded; None: the whole picture.
     """
 
     def __init__(self, extractor: DegradationExtractor, device: torch.device, crop: int | None):
@@ -63,17 +63,17 @@ class Embedder:
         self.failed = 0
 
     def classes_of_folders(self, folder: Path) -> Classes:
-        """Raises OSError if there is no such folder, ValueError without enough pictures in its sub-folders."""
+        """Classes from one sub-folder each. Raises OSError for a missing folder, ValueError for too few pictures."""
         folders = sub_folders(folder)
         if not folders:
-            raise ValueError(f'{folder}: no sub-folder with pictures in it; expected one for each class')
+            raise ValueError(f'{folder}: no sub-folder contains pictures; expected one sub-folder per class')
         return Classes.of({name: list(self.embed(paths, name).values()) for name, paths in folders.items()})
 
     def classes_of_degradations(self, folder: Path) -> Classes:
-        """Of the pictures in the folder, each degraded in all ways. Raises ValueError if there are fewer than two."""
+        """Classes from the folder's pictures, each degraded in every way. Raises ValueError for fewer than two."""
         paths = list_pictures(str(folder))
         if not paths:
-            raise ValueError(f'{folder}: no picture there')
+            raise ValueError(f'{folder}: no pictures found')
         found = self.embed(paths, 'clean', degraded_versions)
         return Classes.of({kind: [part[i : i + 1] for part in found.values()] for i, kind in enumerate(single_kinds())})
 
@@ -83,12 +83,12 @@ class Embedder:
         description: str,
         versions: Callable[[np.ndarray, int], list[np.ndarray]] = lambda image, seed: [image],
     ) -> dict[Path, Tensor]:
-        """{picture: embeddings (V, E) of unit length of its V versions}, without those that fail."""
+        """{picture: embeddings of its V versions, (V, E), of unit length}, without the pictures that fail."""
         embeddings = {}
         bar = tqdm(paths, desc=description, unit='picture', disable=None)
         for seed, path in enumerate(bar):
             try:
-                image = middle(to_float(read_picture(path).image), self.crop)
+                image = center_crop(to_float(read_picture(path).image), self.crop)
                 embeddings[path] = torch.cat([self.embed_image(version) for version in versions(image, seed)])
             except (OSError, ValueError, MemoryError, RuntimeError) as error:  # RuntimeError: out of memory, in PyTorch
                 self.failed += 1
@@ -101,7 +101,7 @@ class Embedder:
             return F.normalize(self.extractor(to_tensor(image)[None].to(self.device)), dim=1).cpu()
 
 
-def middle(image: np.ndarray, size: int | None) -> np.ndarray:
+def center_crop(image: np.ndarray, size: int | None) -> np.ndarray:
     if size is None:
         return image
     top, left = (max(length - size, 0) // 2 for length in image.shape[:2])
@@ -109,11 +109,11 @@ def middle(image: np.ndarray, size: int | None) -> np.ndarray:
 
 
 def single_kinds() -> list[str]:
-    """The degradations that have a function, without the mixture of all."""
+    """The degradations that have a function, without the composite."""
     return [kind for kind in synthetic() if kind != 'composed']
 
 
 def degraded_versions(image: np.ndarray, seed: int) -> list[np.ndarray]:
-    """One for each of `single_kinds`."""
+    """One version for each of `single_kinds`."""
     rng = np.random.default_rng(seed)
     return [degrade(image, kind, rng) for kind in single_kinds()]

@@ -1,4 +1,4 @@
-"""Embeddings as a map, PNG."""
+"""Draw embeddings as a map, PNG."""
 
 import importlib
 from pathlib import Path
@@ -13,14 +13,14 @@ from dpmambair_basicsr.inference.degradation_classes import Classes, most_likely
 
 
 def check_map(file: Path, method: str) -> None:
-    """Before the work: whether the map can be made.
+    """Check up front that the map can be drawn.
 
     Raises:
         InputError: the file is not named .png.
-        MissingLibraryError: what draws it is not installed.
+        MissingLibraryError: matplotlib or scikit-learn is not installed.
     """
     if file.suffix.lower() != '.png':
-        raise InputError(f'{file}: a map is a .png')
+        raise InputError(f'{file}: must end in .png')
     for library, module in [('matplotlib', 'matplotlib'), ('scikit-learn', 'sklearn')][: 1 + (method == 'tsne')]:
         try:
             importlib.import_module(module)
@@ -31,9 +31,9 @@ def check_map(file: Path, method: str) -> None:
 
 
 def draw_map(file: Path, method: str, classes: Classes, embeddings: Tensor, kinds: list[str]) -> None:
-    """Pictures as large marks, the references as small ones, coloured by kind: PNG.
+    """Draw pictures as large markers and references as small ones, coloured by kind.
 
-    A picture's kind is the one given, where all have one, otherwise its most likely class.
+    A picture's kind is the given one if all have one, otherwise its most likely class.
 
     Raises:
         InputError: the file cannot be written.
@@ -67,10 +67,10 @@ def draw_map(file: Path, method: str, classes: Classes, embeddings: Tensor, kind
 
 
 def positions(method: str, classes: Classes, embeddings: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """Places of embeddings (M, E) and of the references (N, E) on the map, (M, 2) and (N, 2).
+    """Positions of embeddings (M, E) and of the references (N, E) on the map, (M, 2) and (N, 2).
 
     pca: the two directions in which the references vary most, in units of `Classes.deviation`.
-    tsne: neighbours stay neighbours, distances mean nothing; depends on all pictures together.
+    tsne: preserves neighbourhoods, not distances; depends on all pictures together.
     """
     centre = classes.embeddings.mean(dim=0)
     points, references = ((x - centre) / classes.deviation for x in (embeddings, classes.embeddings))

@@ -1,4 +1,4 @@
-"""How well a degradation extractor knows degradations: v3's Table VII, "Rec. PSNR" and "Cls. Acc."."""
+"""Quality of a degradation extractor: "Rec. PSNR" and "Cls. Acc." of v3's Table VII."""
 
 import math
 from pathlib import Path
@@ -17,13 +17,13 @@ Pairs = dict[str, list[tuple[Path, Path]]]  # degradation -> (degraded, clean)
 
 @torch.no_grad()
 def reconstruct(net: DegradationAutoencoder, degraded: np.ndarray, clean: np.ndarray) -> tuple[float, Tensor]:
-    """PSNR of the degraded image that stage 1 makes of the clean one, and the embedding that it makes it with.
+    """PSNR of the degraded image that stage 1 reconstructs from the clean one, and the embedding used for it.
 
     Args:
         degraded, clean: (H, W, 3) RGB, uint8 or uint16.
 
     Returns:
-        dB, of 8-bit RGB images; (1, E), of unit length.
+        dB, for 8-bit RGB images; (1, E), of unit length.
     """
     wanted, source = (to_tensor(to_float(image))[None].to(next(net.parameters()).device) for image in (degraded, clean))
     embedding = net.embed(source, wanted)
@@ -35,9 +35,9 @@ def reconstruct(net: DegradationAutoencoder, degraded: np.ndarray, clean: np.nda
 
 
 def accuracies(embeddings: dict[str, list[Tensor]]) -> dict[str, float]:
-    """Degradation -> share of its images that `Classes` recognises when left out of their own class's mean.
+    """Degradation -> share of its images that `Classes` assigns to it when left out of their class's mean.
 
-    The paper does not say how it classifies: ours.
+    The paper does not say how it classifies: this is our choice.
     """
     classes = Classes.of(embeddings)
     right = classes.recognised()

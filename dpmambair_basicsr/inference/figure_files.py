@@ -1,4 +1,4 @@
-"""A figure as a table, CSV, and as a drawing of it, PNG."""
+"""Write a figure as a table, CSV, and as a drawing, PNG."""
 
 import csv
 import importlib
@@ -15,10 +15,10 @@ Row = dict[str, str | float]
 class Figure:
     """
     Args:
-        rows: of the table, all of the same columns.
-        lines: label -> the rows that it is drawn through.
-        x: a column; numbers, or text, in the order of the rows.
-        ys: columns, a panel for each.
+        rows: of the table, all with the same columns.
+        lines: label -> the rows that the line passes through.
+        x: name of a column of numbers, or of text in the order of the rows.
+        ys: names of columns, one panel each.
     """
 
     rows: list[Row]
@@ -29,14 +29,14 @@ class Figure:
 
 
 def check_figure(file: Path) -> None:
-    """Before the work: whether `file` can become a figure.
+    """Check up front that the figure can be drawn.
 
     Raises:
-        InputError: it is no .png.
-        MissingLibraryError: no matplotlib.
+        InputError: the file is not named .png.
+        MissingLibraryError: matplotlib is not installed.
     """
     if file.suffix.lower() != '.png':
-        raise InputError(f'{file}: a figure is a .png, and its table a .csv beside it')
+        raise InputError(f'{file}: must end in .png; the table is written beside it as .csv')
     try:
         importlib.import_module('matplotlib.figure')
     except ImportError as error:
@@ -44,7 +44,7 @@ def check_figure(file: Path) -> None:
 
 
 def write_figure(file: Path, figure: Figure) -> None:
-    """Writes the table to <file>.csv and the drawing to `file`."""
+    """Write the drawing to `file` and the table beside it, as .csv."""
     from matplotlib import figure as matplotlib_figure
 
     drawing = matplotlib_figure.Figure(figsize=(9, 3.5 * len(figure.ys)), layout='constrained')

@@ -1,9 +1,9 @@
 """Figures of DPMambaIR: `python -m dpmambair_basicsr figures frequency -w net_g_latest.pth -d test/ -o gap.png`.
 
 frequency  where in the spectrum restored images differ from the clean ones (v1, Fig. 5)
-delta      step sizes of the scans, block by block, for each degradation (v3, Fig. 5)
-extractor  PSNR of reconstruction and accuracy of classification of stage 1 (v3, Table VII)
-alpha      how much each block's HEB adds of high frequencies
+delta      step sizes of the scans, by block and degradation (v3, Fig. 5)
+extractor  reconstruction PSNR and classification accuracy of stage 1 (v3, Table VII)
+alpha      how much each block's HEB amplifies high frequencies
 
 Each writes the drawing, a .png, and its numbers, a .csv beside it. Several networks are drawn in one figure.
 """
@@ -23,7 +23,7 @@ from dpmambair_basicsr.files.errors import InputError, exit_on_error
 from dpmambair_basicsr.files.image_folders import list_images, pair_images
 from dpmambair_basicsr.files.images import to_float
 from dpmambair_basicsr.files.pictures import read_picture
-from dpmambair_basicsr.inference.embedder import middle
+from dpmambair_basicsr.inference.embedder import center_crop
 from dpmambair_basicsr.inference.extractor_quality import Pairs, accuracies, reconstruct
 from dpmambair_basicsr.inference.figure_files import Figure, check_figure, write_figure
 from dpmambair_basicsr.inference.frequency_gap import RINGS, amplitudes, frequency_gap
@@ -31,7 +31,7 @@ from dpmambair_basicsr.inference.restorer import choose_device, load, load_netwo
 from dpmambair_basicsr.inference.step_sizes import recorded_step_sizes
 
 ALPHA = '.high_frequency.alpha'
-ALL = 'all'  # the mean over degradations, each of which counts alike
+ALL = 'all'  # the mean over degradations, with equal weights
 
 
 def main() -> None:
@@ -54,23 +54,23 @@ def parse_arguments() -> argparse.Namespace:
     add('figure', choices=FIGURES)
     weights = 'checkpoint, or NAME=checkpoint; repeatable; default name: the folder of the run, or the file'
     add('-w', '--weights', nargs='+', required=True, metavar='FILE', help=weights)
-    data = 'LQ and GT, or sub-folders of degradations with LQ and GT in each, as datasets/all_in_one/test'
+    data = 'folder with LQ and GT, or with one such sub-folder per degradation, such as datasets/all_in_one/test'
     add('-d', '--data', type=Path, metavar='FOLDER', help=data)
     add('-o', '--output', type=Path, required=True, metavar='FILE.png', help='the drawing; the table is FILE.csv')
-    add('--crop', type=int, metavar='N', help='the middle N x N pixels of each image only, which is faster')
-    add('--count', type=int, metavar='N', help='the first N images of each degradation only')
+    add('--crop', type=int, metavar='N', help='use only the N x N center crop of each image, which is faster')
+    add('--count', type=int, metavar='N', help='use only the first N images of each degradation')
     add('--device', default='auto', help='auto, cpu, mps, cuda or cuda:<n>; default: %(default)s')
     arguments = parser.parse_args()
     if (arguments.data is None) != (arguments.figure == 'alpha'):
-        parser.error('-d: needed by all figures but alpha, which takes none')
+        parser.error('-d: required by all figures except alpha, which takes none')
     for name in ('crop', 'count'):
         if getattr(arguments, name) is not None and getattr(arguments, name) < 1:
-            parser.error(f'--{name}: 1 or more')
+            parser.error(f'--{name}: must be 1 or more')
     return arguments
 
 
 def named_files(entries: list[str]) -> dict[str, str]:
-    """{name: checkpoint}. Raises InputError for two of one name."""
+    """{name: checkpoint}. Raises InputError for duplicate names."""
     files = {}
     for entry in entries:
         name, _, file = ('', '', entry) if Path(entry).is_file() else entry.rpartition('=')
@@ -83,7 +83,7 @@ def named_files(entries: list[str]) -> dict[str, str]:
 
 
 def pairs_of(folder: Path, count: int | None) -> Pairs:
-    """Degradation, '' for a folder without -> its pairs of files.
+    """{degradation: its pairs of files}; '' for a folder without sub-folders.
 
     Raises:
         ValueError, OSError: naming the folder or the file.
@@ -91,7 +91,7 @@ def pairs_of(folder: Path, count: int | None) -> Pairs:
     folders = {'': folder} if (folder / 'LQ').is_dir() else {path.name: path for path in sorted(folder.iterdir())}
     folders = {name: path for name, path in folders.items() if (path / 'LQ').is_dir()}
     if not folders:
-        raise InputError(f'{folder}: no folder LQ in it, nor in its sub-folders')
+        raise InputError(f'{folder}: neither it nor any of its sub-folders contains a folder LQ')
     found = {}
     for name, path in folders.items():
         items = pair_images(list_images(str(path / 'LQ')), list_images(str(path / 'GT')))
@@ -100,13 +100,13 @@ def pairs_of(folder: Path, count: int | None) -> Pairs:
 
 
 def read_pairs(arguments: argparse.Namespace, network: str) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-    """Yields degradation, degraded and clean image, (H, W, 3) RGB each."""
+    """Yield degradation, degraded and clean image, (H, W, 3) RGB each."""
     pairs = [(kind, *files) for kind, found in pairs_of(arguments.data, arguments.count).items() for files in found]
     for kind, *files in tqdm(pairs, desc=network, unit='image', disable=None):
         images = []
         for file in files:
             try:
-                images.append(middle(read_picture(file).image, arguments.crop))
+                images.append(center_crop(read_picture(file).image, arguments.crop))
             except ValueError as error:
                 raise InputError(f'{file}: {error}') from None
         if images[0].shape != images[1].shape:
@@ -134,15 +134,15 @@ def frequency(networks: dict[str, str], arguments: argparse.Namespace) -> Figure
             'degradation': kind,
             'images': counts[label, kind],
             'cycles per pixel': (ring + 0.5) / (2 * RINGS),
-            'amplitude lacking (dB)': gap,
+            'missing amplitude (dB)': gap,
             'relative difference': difference,
         }
         for (label, kind), values in gaps.items()
         for ring, (gap, difference) in enumerate(values.T)
     ]
     lines = group((row['network'], row) for row in rows if row['degradation'] == ALL)
-    title = 'Spectrum of restored images against that of the clean ones'
-    return Figure(rows, lines, 'cycles per pixel', ['amplitude lacking (dB)', 'relative difference'], title)
+    title = 'Spectra of restored and clean images'
+    return Figure(rows, lines, 'cycles per pixel', ['missing amplitude (dB)', 'relative difference'], title)
 
 
 def delta(networks: dict[str, str], arguments: argparse.Namespace) -> Figure:
@@ -151,7 +151,7 @@ def delta(networks: dict[str, str], arguments: argparse.Namespace) -> Figure:
         restorer = load(file, device=arguments.device)
         with recorded_step_sizes(restorer.net) as found:
             if not found:
-                raise InputError(f'{file}: holds a {type(restorer.net).__name__}, which has no DPSS modules')
+                raise InputError(f'{file}: contains a {type(restorer.net).__name__}, which has no DPSS modules')
             for kind, degraded, _ in read_pairs(arguments, name):
                 restorer.restore(degraded, tile=0)
                 for block, values in found.items():
@@ -162,11 +162,11 @@ def delta(networks: dict[str, str], arguments: argparse.Namespace) -> Figure:
     ]
     over_kinds = group(((row['network'], row['block']), row['mean Δ']) for row in rows)
     for row in rows:
-        row['Δ over its mean'] = row['mean Δ'] / np.mean(over_kinds[row['network'], row['block']])
+        row['Δ / mean'] = row['mean Δ'] / np.mean(over_kinds[row['network'], row['block']])
     several = len(networks) > 1
     lines = group((f'{row["network"]}, {row["degradation"]}' if several else row['degradation'], row) for row in rows)
-    title = 'Step size Δ of the scans: mean over pixels and channels; and over its mean of all degradations'
-    return Figure(rows, lines, 'block', ['mean Δ', 'Δ over its mean'], title)
+    title = 'Step size Δ of the scans: mean over pixels and channels; relative to the mean over degradations'
+    return Figure(rows, lines, 'block', ['mean Δ', 'Δ / mean'], title)
 
 
 def extractor(networks: dict[str, str], arguments: argparse.Namespace) -> Figure:
@@ -174,7 +174,7 @@ def extractor(networks: dict[str, str], arguments: argparse.Namespace) -> Figure
     for name, file in networks.items():
         net = load_network(file)
         if not isinstance(net, DegradationAutoencoder):
-            raise InputError(f'{file}: holds a {type(net).__name__}; reconstruction needs a checkpoint of stage 1')
+            raise InputError(f'{file}: contains a {type(net).__name__}; reconstruction needs a checkpoint of stage 1')
         net = net.to(choose_device(arguments.device)).eval()
         psnrs, embeddings = defaultdict(list), defaultdict(list)
         for kind, degraded, clean in read_pairs(arguments, name):
@@ -190,7 +190,7 @@ def extractor(networks: dict[str, str], arguments: argparse.Namespace) -> Figure
             for kind, count, psnr, accuracy in own
         ]
     lines = group((row['network'], row) for row in rows)
-    title = 'Degradation extractor: reconstruction by stage 1, classification by the nearest mean'
+    title = 'Degradation extractor: reconstruction by stage 1, nearest-mean classification'
     return Figure(rows, lines, 'degradation', ['reconstruction PSNR (dB)', 'classification accuracy'], title)
 
 
@@ -200,7 +200,7 @@ def alpha(networks: dict[str, str], _: argparse.Namespace) -> Figure:
         state_dict = select_weights(file, read_checkpoint(file), 'params_ema', 'params', None)
         found = {key.removesuffix(ALPHA): value.item() for key, value in state_dict.items() if key.endswith(ALPHA)}
         if not found:
-            raise InputError(f'{file}: holds no high-frequency enhancement block')
+            raise InputError(f'{file}: contains no high-frequency enhancement block')
         rows += [{'network': name, 'block': block, 'alpha': value} for block, value in found.items()]
     lines = group((row['network'], row) for row in rows)
     return Figure(rows, lines, 'block', ['alpha'], 'HEB: F + alpha (F - mean of F)')

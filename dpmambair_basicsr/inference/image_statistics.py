@@ -1,14 +1,14 @@
-"""Statistics of an image in which haze, rain, snow, darkness, blur, noise and JPEG differ; NumPy and OpenCV only.
+"""Image statistics that tell haze, rain, snow, darkness, blur, noise and JPEG apart; NumPy and OpenCV only.
 
 They are classical: the dark channel (He et al., CVPR 2009), second differences as a measure of noise (Immerkaer, CVIU
-1996), morphological top-hats for what is brighter than its surroundings, differences across the grid of 8 x 8 blocks.
+1996), morphological top-hats for bright spots and streaks, differences across the grid of 8 x 8 blocks.
 """
 
 import cv2
 import numpy as np
 
 SMALL = 1e-4  # added before logarithms, in [0, 1]
-VISIBLE = 0.01  # differences of brightness below are not seen
+VISIBLE = 0.01  # smaller differences in brightness are invisible
 EDGE = 0.05  # larger differences are edges of the scene, not of blocks
 STEP = 3  # percentiles are taken of every third row and column
 LAPLACIAN = np.float32([[1, -2, 1], [-2, 4, -2], [1, -2, 1]]) / 6  # unit variance for white noise of unit variance
@@ -39,7 +39,7 @@ def percentiles(plane: np.ndarray, *which: float) -> np.ndarray:
 
 
 def fine_detail(plane: np.ndarray) -> np.ndarray:
-    """How strong detail of one, two and four pixels is, from the smoothest to the busiest places: noise, blur."""
+    """Strength of detail of one, two and four pixels, from the smoothest to the busiest regions: noise, blur."""
     parts = []
     for _ in range(3):
         strength = cv2.blur(np.abs(cv2.filter2D(plane, -1, LAPLACIAN)), (7, 7))
@@ -49,7 +49,7 @@ def fine_detail(plane: np.ndarray) -> np.ndarray:
 
 
 def directions(plane: np.ndarray) -> np.ndarray:
-    """Differences along rows, columns and both diagonals, relative to each other, and the least: motion, rain."""
+    """Differences along rows, columns and both diagonals, relative to each other, and the smallest: motion, rain."""
     here = plane[1:, 1:]
     differences = here - plane[1:, :-1], here - plane[:-1, 1:], here - plane[:-1, :-1], plane[1:, :-1] - plane[:-1, 1:]
     strength = np.log(np.array([np.abs(part).mean() for part in differences]) + SMALL)
@@ -58,7 +58,7 @@ def directions(plane: np.ndarray) -> np.ndarray:
 
 
 def spots(plane: np.ndarray, size: int) -> np.ndarray:
-    """What is brighter than its surroundings of `size` pixels, and how much more of it than of darker there is."""
+    """Amount of structure brighter than its surroundings of `size` pixels, and its excess over darker structure."""
     kernel = np.ones((size, size), np.uint8)
     bright, dark = (
         percentiles(np.abs(plane - cv2.morphologyEx(plane, operation, kernel)), 75, 99)
@@ -68,7 +68,7 @@ def spots(plane: np.ndarray, size: int) -> np.ndarray:
 
 
 def blocks(plane: np.ndarray, axis: int) -> np.ndarray:
-    """How much first and second differences vary with the place in a block of 8, wherever the grid begins: JPEG."""
+    """How much first and second differences vary with the position in a block of 8, for any grid offset: JPEG."""
     parts = []
     for order in (1, 2):
         strength = np.minimum(np.abs(np.diff(plane, n=order, axis=axis)), EDGE).mean(axis=1 - axis)

@@ -1,4 +1,4 @@
-"""How much memory there is, and how much a network needs."""
+"""How much memory is available, and how much a network needs."""
 
 import re
 import weakref
@@ -20,42 +20,42 @@ CGROUP = Path('/sys/fs/cgroup')
 
 
 class OutOfMemory(UserError, MemoryError):
-    """An image is too large for the memory. The message says which, and what needs less."""
+    """An image is too large for the memory. The message names its size, and what needs less."""
 
 
-# How libraries say it without an exception of its own: PyTorch's allocator, C++, OpenCV, cuBLAS, and oneDNN, which has
-# no better word for it.
+# Messages of libraries without a dedicated exception: PyTorch's allocator, C++, OpenCV, cuBLAS, and oneDNN, whose
+# message is not specific.
 MESSAGES = re.compile(
     r"can't allocate memory|std::bad_alloc|Insufficient memory|CUBLAS_STATUS_ALLOC_FAILED|could not create a primitive"
 )
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether that is what an exception of Python, NumPy, PyTorch on any device, or OpenCV means."""
+    """Whether an exception of Python, NumPy, PyTorch on any device, or OpenCV means out of memory."""
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or MESSAGES.search(str(error)) is not None
 
 
 def smaller_tile(tile: int, height: int, width: int) -> int:
-    """What may fit where `tile` (0: the whole image) does not."""
+    """A tile size that may fit where `tile` (0: the whole image) does not."""
     return min(tile or max(height, width), 1024) // 2
 
 
 def out_of_memory(height: int, width: int, tile: int, option: str, prefix: str = '') -> OutOfMemory:
-    """What to raise for an image in tiles of `tile` pixels (0: none); `option` is how smaller ones are asked for."""
+    """The error for an image in tiles of `tile` pixels (0: none); `option` is the format of the option to suggest."""
     how = f' in tiles of {tile}' if tile else ''
     advice = option.format(smaller_tile(tile, height, width))
     return OutOfMemory(f'{prefix}{width} x {height} pixels{how}: out of memory; {advice} needs less')
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that can still be allocated; beside a CUDA device by the system, the control group and `ulimit -v`."""
+    """Bytes that can still be allocated, on the device or, on a CPU, within system, control group and `ulimit -v`."""
     if device.type == 'cuda':
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached
     free = [psutil.virtual_memory().available]
     limit, used, kinds = (read(CGROUP / f'memory.{name}').strip() for name in ('max', 'current', 'stat'))
     if limit.isdecimal() and used.isdecimal():
-        cached = kinds.partition('inactive_file ')[2].split()  # files that were read; given back when it is needed
+        cached = kinds.partition('inactive_file ')[2].split()  # page cache, reclaimed when needed
         free.append(int(limit) - int(used) + int(cached[0] if cached else 0))
     if resource is not None:
         limit, _ = resource.getrlimit(resource.RLIMIT_AS)
@@ -72,12 +72,12 @@ def read(file: Path) -> str:
 
 
 class PeakMemory(TorchDispatchMode):
-    """Inside `with PeakMemory() as memory:`, `memory.peak` is the most bytes that tensors made there held at once.
+    """Inside `with PeakMemory() as memory:`, `memory.peak` is the peak size in bytes of the tensors created there.
 
-    What kernels allocate for themselves is not seen: on a CPU, resident memory grew by 1.2 to 1.5 times as much.
+    Allocations inside kernels are not counted: on a CPU, resident memory grew by 1.2 to 1.5 times as much.
 
     Args:
-        known: tensors that were there before.
+        known: tensors that existed before.
     """
 
     def __init__(self, known):

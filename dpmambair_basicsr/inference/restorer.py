@@ -1,4 +1,4 @@
-"""From a checkpoint to restored images: `load` and `Restorer`. Whole images or tiles, uint8, uint16 or float."""
+"""Restore images with a checkpoint: `load` and `Restorer`. Whole images or tiles, uint8, uint16 or float."""
 
 import importlib
 import importlib.util
@@ -33,13 +33,13 @@ from dpmambair_basicsr.registry import (
 )
 
 LOGGER = logging.getLogger('dpmambair_basicsr')
-# What comes with the package; its card is the README.md beside it.
+# The weights bundled with the package; the README.md beside them is the model card.
 SHIPPED_WEIGHTS = Path(__file__).parents[1] / 'weights' / 'dpmambair_small_trial.safetensors'
-SMALL = 256  # pixels: smaller images are not cut into tiles unless asked for
+SMALL = 256  # pixels: smaller images are tiled on request only
 PROBE = 64  # pixels: size of the image whose memory is measured
-REPEATED = 4  # how many times tensors of a file may share its bytes
+REPEATED = 4  # limit of a file's tensors, in multiples of its bytes: tensors may share storage
 PARTS_PER_TENSOR = 4  # modules and parameters; ours have 2
-BUDGET = 2**32  # bytes of a network's tensors in one tile; with kernels' own, up to 1.5 times as much
+BUDGET = 2**32  # bytes of a network's tensors in one tile; up to 1.5 times as much with the kernels' allocations
 STEP = 64  # pixels
 
 
@@ -55,22 +55,22 @@ def load(
 
     Args:
         weights: a checkpoint, net_g_*.pth or a .safetensors file, or `hf:user/name`, which is downloaded from the
-            Hugging Face hub, see `files.hub`. The average of the network, `params_ema`, is used if there is one,
-            otherwise `params`, otherwise what other programs have under the other keys of `WRAPPINGS`, otherwise the
-            file itself as a state dict. None: `SHIPPED_WEIGHTS`.
-        network: `network_g` of the option file, which takes the place of the file's own. Without either, a VmambaIR or
-            DPMambaIR is recognised by names and shapes, see `archs.recognition`; the log says so.
-        device: 'auto' (what PyTorch finds: CUDA, Apple's MPS, otherwise the CPU), 'cpu', 'mps', 'cuda' or 'cuda:<n>'.
+            Hugging Face Hub, see `files.hub`. The averaged weights, `params_ema`, are used if there are any, otherwise
+            `params`, otherwise the other programs' keys in `WRAPPINGS`, otherwise the file itself as a state dict.
+            None: `SHIPPED_WEIGHTS`.
+        network: `network_g` of the option file, which overrides the file's own. Without either, a VmambaIR or DPMambaIR
+            is recognised by names and shapes, see `archs.recognition`, and the log says so.
+        device: 'auto' (the first that PyTorch finds: CUDA, Apple's MPS, the CPU), 'cpu', 'mps', 'cuda' or 'cuda:<n>'.
         half: compute in half precision, float16 on a GPU, bfloat16 on a CPU: half the memory, about two digits.
-        scan_backend: what scans are computed by, a name in `dpmambair_basicsr.ops.selective_scan.BACKENDS`; None: see
-            `use_backend`, in the end the best available.
+        scan_backend: a name in `dpmambair_basicsr.ops.selective_scan.BACKENDS`; None: see `use_backend`, by default the
+            best available.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: naming file and key: the file is not a checkpoint, holds no options, or its weights do not fit them;
-            the network does not turn one RGB image into another; there is no such device; the checkpoint's own options
-            name a network that is not ours, or stand for more than the file holds. A BackendError if there is no such
-            backend, or it cannot run there.
+        ValueError: naming file and key: the file is not a checkpoint or holds no options, or its weights do not match
+            them; the network does not map one RGB image to another; there is no such device; the checkpoint's own
+            options name a network that is not ours, or describe one larger than the file. A BackendError if the backend
+            is unknown or cannot run on the device.
     """
     weights = hub.local_file(str(SHIPPED_WEIGHTS if weights is None else weights))
     device = choose_device(device)
@@ -85,17 +85,17 @@ def load(
             raise
         reason = ' '.join(str(error).split())
         raise ValueError(
-            f'{weights}: network_g.type: {type(net).__name__} does not turn one RGB image into another ({reason})'
+            f'{weights}: network_g.type: {type(net).__name__} does not map one RGB image to another ({reason})'
         ) from error
 
 
 def load_network(weights: str | Path, network: dict | None = None) -> nn.Module:
-    """The network of a checkpoint, on the CPU; arguments and errors as `load` has them."""
+    """The network of a checkpoint, on the CPU; arguments and errors as in `load`."""
     return network_of(str(weights), read_checkpoint(str(weights)), network)
 
 
 def network_of(weights: str, checkpoint: dict, network: dict | None) -> nn.Module:
-    """`load_network` of a file that has been read."""
+    """`load_network` for a file that has been read."""
     state_dict = own_names(select_weights(weights, checkpoint, *WRAPPINGS))
     options = checkpoint.get('network_g') if network is None else network
     if options is None:
@@ -109,14 +109,14 @@ def network_of(weights: str, checkpoint: dict, network: dict | None) -> nn.Modul
     if network is None and not is_ours(known):
         raise ValueError(
             f'{weights}: network_g.type: {options["type"]} is not a network of dpmambair_basicsr, and a checkpoint may '
-            'choose among these alone; give its options yourself, as --opt or load(..., network=...)'
+            'name only these; pass its options explicitly, as --opt or load(..., network=...)'
         )
     arguments = arguments_of(options) | told_by_weights(known, options, state_dict, weights)
     return build(known, arguments, state_dict, weights)
 
 
 def recognised(weights: str, state_dict: dict[str, Tensor]) -> dict | None:
-    """`network_options`; the log has what they are, since not all of it can be seen."""
+    """`network_options`, logged, since some of them are assumptions."""
     try:
         options = network_options(state_dict)
     except ValueError as error:
@@ -129,10 +129,10 @@ def recognised(weights: str, state_dict: dict[str, Tensor]) -> dict | None:
 
 
 def find_network(path: str, name: str | None) -> type:
-    """The class of a network: ours, or, for another name, what BasicSR has, which is imported for that alone.
+    """The class of a network: ours, or else BasicSR's, which is imported only for this.
 
     Raises:
-        ValueError: naming the key at `path`: there is none, or BasicSR, which may have it, is not installed.
+        ValueError: naming the key at `path`: there is no such network, or BasicSR, which may have it, is not installed.
     """
     with_basicsr = name in registered('ARCH') or importlib.util.find_spec('basicsr') is not None
     if name not in registered('ARCH') and with_basicsr:
@@ -144,10 +144,10 @@ def find_network(path: str, name: str | None) -> type:
 
 
 def build(target: type, arguments: dict, state_dict: dict[str, Tensor], weights: str) -> nn.Module:
-    """The network with its weights, float32. Ours is made without storage: a few bytes can ask for any memory and time.
+    """The network with its weights, float32. Ours are built on the meta device, since options can demand any memory.
 
     Raises:
-        ValueError: naming the file: options that do not fit its weights, or weights that are more than it has bytes.
+        ValueError: naming the file: options that do not match its weights, or tensors larger than the file.
     """
     if sum(value.nbytes for value in state_dict.values()) > REPEATED * Path(weights).stat().st_size:
         raise ValueError(f'{weights}: its tensors would take more than {REPEATED} times the bytes of the file')
@@ -158,11 +158,11 @@ def build(target: type, arguments: dict, state_dict: dict[str, Tensor], weights:
             if ours
             else target(**arguments)
         )
-    except Exception as error:  # whatever a constructor makes of foreign options
+    except Exception as error:  # any: constructors fail in many ways on foreign options
         raise ValueError(describe(f'{weights}: network_g', error)) from error
     if report := differences(net, state_dict):
         raise ValueError(f'{weights}: {report}')
-    net.load_state_dict(state_dict, assign=ours)  # ours have no tensors beside those
+    net.load_state_dict(state_dict, assign=ours)  # ours have no tensors outside the state dict
     return net.float()
 
 
@@ -188,13 +188,13 @@ def choose_device(name: str) -> torch.device:
 
 
 class Restorer(TiledNetwork):
-    """A network that turns an RGB image into another, ready for images of any size. Several threads may share one.
+    """A network that maps an RGB image to another, for images of any size. Thread-safe.
 
     Args:
         net: see `TiledNetwork`; it is moved to the device, and its parameters are frozen.
         device: where it runs.
         half, scan_backend: see `load`.
-        classifier: of images, None if the checkpoint has none.
+        classifier: of degradations, None if the checkpoint has none.
 
     Attributes:
         scale: output pixels per input pixel.
@@ -236,31 +236,31 @@ class Restorer(TiledNetwork):
     ) -> np.ndarray | Tensor | tuple[np.ndarray, np.ndarray] | tuple[Tensor, Tensor]:
         """The restored image, `scale` times as large.
 
-        Tiles bound the memory: beside the image in float32 and the result, it takes that of one row of results and what
-        the network needs for one tile. How they change the result, see `TiledNetwork`.
+        Tiles bound the memory: besides the image in float32 and the result, it needs one row of result tiles and the
+        network's memory for one tile. For their effect on the result, see `TiledNetwork`.
 
         Args:
             image: (H, W, 3) RGB uint8 or uint16 array, or (3, H, W) or (B, 3, H, W) float tensor in [0, 1].
-            tile: size of the tiles in pixels of the image, rounded down to a multiple of the network's stride. 0: the
-                whole image at once. None: by the size of the image, see `fitting_tile`.
-            overlap: pixels that neighbouring tiles share at least, up to half a tile; they are blended across it.
-            strength: 1: the network's result; 0: the image; between them a blend. Only for networks of scale 1.
+            tile: tile size in pixels of the image, rounded down to a multiple of the network's stride. 0: no tiles.
+                None: by the size of the image, see `fitting_tile`.
+            overlap: minimum overlap of neighbouring tiles in pixels, up to half a tile; they are blended across it.
+            strength: 1: the network's result; 0: the image; in between, a blend. Only for networks of scale 1.
             embedding: (1, E) that tells the network what to undo: `embedding_of` another image, or
                 `classifier.embedding_of` a kind. None: `embedding_for` the image.
-            self_ensemble: average of the results for the eight flips and rotations, in eight times the time.
-            one_pass: tiles in half the time, each with means of its own.
-            return_spread: self_ensemble, and how far the eight disagree: a pair of the image and ([B,] H, W) float32,
-                the standard deviation over the three colours, in [0, 1].
+            self_ensemble: average the results for the eight flips and rotations, in eight times the time.
+            one_pass: tiles in half the time, each with its own means.
+            return_spread: as self_ensemble, and return how far the eight disagree: a pair of the image and ([B,] H, W)
+                float32, the standard deviation over the three colours, in [0, 1].
             means: of several images of one scene, see `TiledNetwork.bands`.
-            progress: called with the number of tiles done and of all, those of both passes.
+            progress: called with the number of finished tiles and the total, over both passes.
 
         Returns:
-            Of the same kind and type, on the same device, clamped to the type's range or to [0, 1].
+            Array or tensor like `image`, on the same device, clamped to the type's range or to [0, 1].
 
         Raises:
-            ValueError: an image of another shape or type, or an empty one; a tile smaller than the network's stride;
-                a strength outside of [0, 1], or a blend of different sizes; an output that is not finite.
-            OutOfMemory: naming the image's size, its tile, and a smaller one.
+            ValueError: wrong shape or type, or an empty image; a tile smaller than the network's stride; a strength
+                outside [0, 1], or a blend of different sizes; an output that is not finite.
+            OutOfMemory: naming the image's size, the tile, and a smaller one.
         """
         check_image(image)
         if isinstance(image, Tensor) and image.dim() == 4:
@@ -269,7 +269,7 @@ class Restorer(TiledNetwork):
             parts = [self.restore(part, **options, return_spread=return_spread) for part in image]
             return tuple(map(torch.stack, zip(*parts, strict=True))) if return_spread else torch.stack(parts)
         if not 0 <= strength <= 1 or strength < 1 and self.scale > 1:
-            limits = '0 to 1' if self.scale == 1 else f'1, since results are {self.scale} times as large as images'
+            limits = '0 to 1' if self.scale == 1 else f'1, since results are {self.scale} times as large as the images'
             raise ValueError(f'strength: {strength}; expected {limits}')
         if embedding is None:
             embedding = self.embedding_for(image)
@@ -306,7 +306,7 @@ class Restorer(TiledNetwork):
     def finished(
         self, bands: Iterator[Tensor], source: Tensor, strength: float, spreads: list[Tensor]
     ) -> Iterator[Tensor]:
-        """(1, 3 or 4, rows, W) each -> (3, rows, W) in [0, 1], blended with source; a fourth channel goes to `spreads`.
+        """Bands (1, 3 or 4, rows, W) -> (3, rows, W) in [0, 1], blended with source; a fourth channel to `spreads`.
 
         Raises:
             ValueError: a band is not finite.
@@ -322,13 +322,13 @@ class Restorer(TiledNetwork):
             top = bottom
 
     def embedding_of(self, image: np.ndarray | Tensor) -> Tensor | None:
-        """What `restore` tells the network of the degradation of an image, (B, E); None if it embeds nothing.
+        """The network's own embedding of an image's degradation, (B, E); None if the network has none.
 
         Args:
-            image: as `restore` takes it.
+            image: as in `restore`.
 
         Raises:
-            ValueError: an image of another shape or type.
+            ValueError: wrong shape or type.
         """
         check_image(image)
         source = to_tensor(to_float(image)) if isinstance(image, np.ndarray) else image.float().cpu()
@@ -336,15 +336,15 @@ class Restorer(TiledNetwork):
         return None if embedding is None else embedding.cpu()
 
     def embedding_for(self, image: np.ndarray | Tensor, finding: Finding | None = None) -> Tensor | None:
-        """What `restore` tells the network where nothing else is asked for; None: the image's own embedding.
+        """The embedding that `restore` uses by default; None: the image's own.
 
-        That of the class that is found, for those that the classifier steers by: an image unlike all that the extractor
-        has seen can have an embedding that means something else, such as darkness. The paper has no classes: our
+        For the classes in the classifier's `steered`, the mean embedding of the class found: an image unlike all that
+        the extractor has seen can get an embedding of something else, such as darkness. The paper has no classes: our
         inference.
 
         Args:
-            image: as `restore` takes it, but one.
-            finding: of the image, if it is known.
+            image: as in `restore`, but a single one.
+            finding: of the image, if known.
         """
         if self.classifier is None or not self.classifier.steered:
             return None
@@ -364,9 +364,9 @@ class Restorer(TiledNetwork):
             return super().call(image, embedding, means)
 
     def fitting_tile(self, height: int, width: int) -> int:
-        """The tile where none is asked for; 0: the whole image. The same on every machine.
+        """The default tile; 0: the whole image. The same on every machine.
 
-        The largest multiple of `STEP` for which the network's tensors take `BUDGET` bytes.
+        The largest multiple of `STEP` for which the network's tensors fit into `BUDGET` bytes.
         """
         if height * width <= SMALL**2:
             return 0
@@ -374,12 +374,12 @@ class Restorer(TiledNetwork):
         return 0 if height * width <= pixels else max(int(pixels**0.5) // STEP * STEP, STEP)
 
     def needed(self, pixels: int) -> float:
-        """Bytes for an image or tile of so many pixels; 0 for those that every machine has memory for."""
+        """Bytes for an image or tile of `pixels` pixels; 0 for those that fit on every machine."""
         return self.bytes_per_pixel * pixels if pixels > SMALL**2 else 0
 
     @cached_property
     def bytes_per_pixel(self) -> float:
-        """What the network needs for each pixel of its input, on a small image, by a backend that every machine has."""
+        """Bytes per input pixel of the network, measured on a small image with a backend that every machine has."""
         side = math.ceil(PROBE / self.stride) * self.stride
         image = torch.zeros(1, 3, side, side)
         with use_backend('torch'):
@@ -390,7 +390,7 @@ class Restorer(TiledNetwork):
 
 
 def check_image(image: np.ndarray | Tensor) -> None:
-    """Raises ValueError unless it is one of the kinds that `Restorer.restore` takes."""
+    """Raise ValueError unless `Restorer.restore` supports the image's type, shape and range."""
     if isinstance(image, np.ndarray):
         if image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape or image.dtype not in (np.uint8, np.uint16):
             raise ValueError(f'image: {image.dtype} {image.shape}; an array must be (H, W, 3) of uint8 or uint16')
@@ -403,7 +403,7 @@ def check_image(image: np.ndarray | Tensor) -> None:
 
 
 def collect_array(bands: Iterator[Tensor], image: np.ndarray, scale: int) -> np.ndarray:
-    """The bands as one (H, W, 3) array of image's type, each rounded as it comes."""
+    """The bands as one (H, W, 3) array of image's type, each rounded on arrival."""
     result = np.empty((image.shape[0] * scale, image.shape[1] * scale, 3), image.dtype)
     top = 0
     for band in bands:

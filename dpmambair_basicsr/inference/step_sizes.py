@@ -11,11 +11,11 @@ from dpmambair_basicsr.archs.dpmambair_arch import DPSSModule
 
 
 def step_size(module: DPSSModule, features: Tensor, embedding: Tensor | None) -> Tensor:
-    """Delta_dp of Eq. 8, mean over pixels, channels and directions: what `DPSSModule.scan` scans `features` with.
+    """Delta_dp of Eq. 8 for the scan of `features` by `DPSSModule.scan`, mean over pixels, channels and directions.
 
     Args:
         features: (B, D, H, W), the input of the scan.
-        embedding: (B, E), or None for a network without.
+        embedding: (B, E), or None for a network without one.
 
     Returns:
         (B,)
@@ -33,7 +33,7 @@ def step_size(module: DPSSModule, features: Tensor, embedding: Tensor | None) ->
 
 @contextmanager
 def recorded_step_sizes(net: nn.Module) -> Iterator[dict[str, list[Tensor]]]:
-    """Name of each DPSS module -> `step_size` of each call, filled in while the network runs, whole images only."""
+    """{name of a DPSS module: `step_size` of each call}, filled in while the network runs, on whole images only."""
     found, hooks = {}, []
     for name, module in net.named_modules():
         if isinstance(module, DPSSModule):
@@ -47,7 +47,7 @@ def recorded_step_sizes(net: nn.Module) -> Iterator[dict[str, list[Tensor]]]:
 
 
 def record(module: DPSSModule, sizes: list[Tensor]) -> list:
-    """Hooks that append; the input of the scan is seen on its way, the embedding comes with the call."""
+    """Hooks that append to `sizes`; they capture the scan's input inside the module and the embedding from its call."""
     seen = {}
 
     def before(_, arguments) -> None:

@@ -1,4 +1,4 @@
-"""A network on an image, whole or in tiles: the one engine of `restore`, of tests and of validations."""
+"""Apply a network to an image, whole or in tiles, for `restore`, tests and validations."""
 
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -15,16 +15,16 @@ OVERLAP = 64
 
 
 class TiledNetwork:
-    """Applies a network to an image in overlapping tiles, or to all of it. Several threads may share one.
+    """Applies a network to an image, whole or in overlapping tiles. Thread-safe.
 
-    Tiles bound the memory. They get the degradation embedding of the whole image, and its means wherever VmambaIR and
-    DPMambaIR pool over an image, for which the network runs over all tiles twice. Their scans, too, reach across an
-    image: there tiles do change the result, the larger the less.
+    Tiles bound the memory. They share the degradation embedding of the whole image, and its means wherever VmambaIR and
+    DPMambaIR pool over an image, for which the network runs over all tiles twice. Scans, too, reach across an image:
+    there, tiles do change the result, the less the larger they are.
 
     Args:
-        net: on `device`, in evaluation mode; called with (b, 3, h, w) in [0, 1]. Tiles begin and, but for the last,
-            end at multiples of its `stride`, if it has one. If it has an `embed` (DPMambaIR), the whole image is
-            embedded once, and the network is called with that `embedding` as well.
+        net: on `device`, in evaluation mode; called with (b, 3, h, w) in [0, 1]. Tiles begin and, except the last, end
+            at multiples of its `stride`, if it has one. If it has an `embed` (DPMambaIR), the whole image is embedded
+            once, and the network is called with that `embedding` as well.
         device: where it runs.
         scale: output pixels per input pixel.
         half: compute in half precision, float16 on a GPU, bfloat16 on a CPU.
@@ -49,27 +49,27 @@ class TiledNetwork:
         means: MeansOverTiles | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> Iterator[Tensor]:
-        """The result for (b, 3, h, w) float32, from top to bottom.
+        """The result for (b, 3, h, w) float32, in bands from top to bottom.
 
         Args:
-            context: what the network's `embed` takes beside the image.
-            tile: size of the tiles in pixels of the image, rounded down to a multiple of the stride. 0: the whole.
-            overlap: pixels that neighbouring tiles share at least, up to half a tile; they are blended across it.
-            embedding: (b, E) in the place of the image's own.
-            self_ensemble: average of the results for the eight flips and rotations.
-            spread: self_ensemble, and a fourth channel: the standard deviation of the eight, over the three colours.
-            one_pass: each tile has means of its own.
-            means: of several images of one scene: collected, or used once they are complete; tiles are seen once.
-            progress: called with the number of tiles done and of all, those of both passes.
+            context: arguments of the network's `embed` besides the image.
+            tile: tile size in pixels of the image, rounded down to a multiple of the stride. 0: no tiles.
+            overlap: minimum overlap of neighbouring tiles in pixels, up to half a tile; they are blended across it.
+            embedding: (b, E) instead of the image's own.
+            self_ensemble: average the results for the eight flips and rotations.
+            spread: as self_ensemble, and a fourth channel: the standard deviation of the eight, over the three colours.
+            one_pass: each tile has its own means.
+            means: of several images of one scene: collected or, once complete, used; tiles then take a single pass.
+            progress: called with the number of finished tiles and the total, over both passes.
 
         Yields:
             (b, 3 or 4, any number of rows, scale * w), float32 on the CPU, not clamped.
 
         Raises:
-            ValueError: a tile smaller than the stride, a negative overlap, context for a network that embeds nothing.
+            ValueError: a tile smaller than the stride, a negative overlap, context for a network without `embed`.
         """
         scale, (h, w) = self.scale, image.shape[2:]
-        padded = pad_to_multiple(image, self.stride)  # here, so that all tiles see the grid of the whole image
+        padded = pad_to_multiple(image, self.stride)  # here, so that all tiles share the grid of the whole image
         rows, columns = (
             tile_spans(length, length if tile == 0 else tile, overlap, self.stride) for length in padded.shape[2:]
         )
@@ -99,10 +99,10 @@ class TiledNetwork:
             remaining = max(remaining - band.shape[2], 0)
 
     def embed(self, image: Tensor, *context: Tensor) -> Tensor | None:
-        """Embedding of the degradation, (b, E), if the network uses one."""
+        """The embedding of the degradation, (b, E), if the network uses one."""
         if not hasattr(self.net, 'embed'):
             if context:
-                raise ValueError(f'{type(self.net).__name__} takes more than an image, and has no `embed`: no tiles')
+                raise ValueError(f'{type(self.net).__name__} takes more than an image and has no `embed`: no tiles')
             return None
         return self.net.embed(image.to(self.device), *context)
 
@@ -110,14 +110,14 @@ class TiledNetwork:
         """(b, 3, h, w) -> (b, 3, scale * h, scale * w), float32 on the CPU."""
         context = {} if embedding is None else {'embedding': embedding}
         dtype = torch.float16 if self.device.type == 'cuda' else torch.bfloat16
-        # Not net.half(): under autocast the input that the network adds in the end stays float32.
+        # Not net.half(): under autocast, the input that the network adds to its output stays float32.
         with torch.autocast(self.device.type, dtype, enabled=self.half), means or nullcontext():
             return self.net(image.to(self.device), **context).float().cpu()
 
     def call_eight_ways(
         self, image: Tensor, embedding: Tensor | None, means: MeansOverTiles | None, spread: bool = False
     ) -> Tensor:
-        """The mean of `call` for the eight flips and rotations, each turned back; see `bands` for the spread."""
+        """The mean of `call` over the eight flips and rotations, each inverted; see `bands` for the spread."""
         total, squares = 0, 0
         for turns in range(4):
             for flipped in (False, True):

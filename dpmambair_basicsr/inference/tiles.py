@@ -1,4 +1,4 @@
-"""An image in overlapping tiles, for networks whose memory grows with the area. Lengths are in pixels of the input."""
+"""Overlapping tiles, for networks whose memory grows with the area. Lengths are in pixels of the input."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -12,22 +12,22 @@ Span = tuple[int, int]  # first pixel, one past the last
 
 
 def tile_spans(length: int, tile: int, overlap: int, stride: int) -> list[Span]:
-    """The fewest spans of `tile` pixels that cover `length` and share `overlap` or more with the next, evenly spread.
+    """The fewest spans of `tile` pixels that cover `length` and overlap by at least `overlap`, evenly spaced.
 
     Args:
-        length: a multiple of stride, as are the first pixels of the spans: each tile sees the grid of the whole image.
+        length: a multiple of stride, as are the first pixels of the spans: tiles share the grid of the whole image.
         tile: rounded down to a multiple of stride.
-        overlap: rounded down to a multiple of stride and to half a tile at most.
+        overlap: rounded down to a multiple of stride, and to at most half a tile.
 
     Raises:
-        ValueError: tile is smaller than stride, overlap is negative, or one of them is no int.
+        ValueError: tile is smaller than stride, overlap is negative, or one of them is not an int.
     """
     for name, value in (('tile', tile), ('overlap', overlap)):
         if not isinstance(value, Integral):
             raise ValueError(f'{name}: expected int, got {value!r}')
     if tile < stride or overlap < 0:
         raise ValueError(
-            f'tile: {tile} with overlap {overlap}; a tile has {stride} pixels or more, an overlap 0 or more'
+            f'tile: {tile} with overlap {overlap}; a tile must be at least {stride} pixels, an overlap at least 0'
         )
     tile = tile // stride * stride
     overlap = min(overlap, tile // 2) // stride * stride
@@ -39,10 +39,10 @@ def tile_spans(length: int, tile: int, overlap: int, stride: int) -> list[Span]:
 
 
 def blend_weights(spans: list[Span], scale: int = 1) -> list[Tensor]:
-    """Weights of the output pixels of each span; those of one pixel sum to 1.
+    """Blending weights of each span's output pixels; at each pixel they sum to 1.
 
-    Across an overlap, the outer quarter of a tile has weight 0, then comes half a period of a cosine, then 1: pixels
-    near a tile's border, which lack their surroundings, are not used. At the border of the image the weight is 1.
+    Across an overlap, the weight is 0 in the outer quarter, then rises by half a period of a cosine to 1: pixels near a
+    tile's border, which lack their surroundings, are not used. At the border of the image the weight is 1.
 
     Args:
         spans: from `tile_spans`.
@@ -71,8 +71,7 @@ def tiled(
 ) -> Iterator[Tensor]:
     """function(image), computed tile by tile and blended, in bands from top to bottom.
 
-    With one tile this is function(image) exactly, otherwise for a function whose output pixels depend on no more around
-    them than a quarter of the overlap.
+    Exact for a single tile, and for any function whose receptive field reaches at most a quarter of the overlap.
 
     Args:
         function: (b, c, h, w) -> (b, c', scale * h, scale * w).
@@ -80,10 +79,10 @@ def tiled(
         rows, columns: from `tile_spans`, for h and w.
 
     Yields:
-        (b, c', any number of rows, scale * w), on the device of what the function returns.
+        (b, c', any number of rows, scale * w), on the device of the function's output.
     """
     row_weights, column_weights = blend_weights(rows, scale), blend_weights(columns, scale)
-    rest = None  # of the tiles above: rows that the next tiles blend with
+    rest = None  # rows of the tiles above that the next tiles blend with
     for index, (top, bottom) in enumerate(rows):
         band = None  # (b, c', scale * (bottom - top), scale * w)
         for (left, right), weight in zip(columns, column_weights, strict=True):

@@ -1,7 +1,7 @@
-"""Restoring a video: each shot with one degradation embedding and one set of image means, those of a few of its frames.
+"""Restore a video: each shot with one degradation embedding and one set of image means, from a few of its frames.
 
-What a network estimates anew for each frame differs from frame to frame, and the brightness flickers with it. Papers
-and published code restore single images; holding the statistics is our inference.
+A network's estimates differ from frame to frame, which makes the brightness flicker. Papers and published code restore
+single images; sharing the statistics over a shot is our inference.
 """
 
 from collections.abc import Callable, Iterator
@@ -19,7 +19,7 @@ from dpmambair_basicsr.files.videos import Frame, read_frames, rewrite
 from dpmambair_basicsr.inference.degradation_classifier import Finding
 from dpmambair_basicsr.inference.restorer import Restorer
 
-SAMPLES = 5  # frames of a shot, evenly spread
+SAMPLES = 5  # frames per shot, evenly spaced
 CUT = 0.35  # share of the pixels whose colour class changes from one frame to the next; our inference
 BINS = 8  # of brightness, for each colour
 
@@ -28,10 +28,10 @@ BINS = 8  # of brightness, for each colour
 class Shot:
     """
     Attributes:
-        first, end: frames, the second not of it.
+        first, end: its first frame, and the one after its last.
         findings: of its samples.
         embedding: see `Restorer.restore`.
-        means: collected over its samples, None for a network without.
+        means: collected over its samples, None for a network without means.
     """
 
     first: int
@@ -42,7 +42,7 @@ class Shot:
 
     @property
     def samples(self) -> list[int]:
-        """Numbers of the frames in the middle of `SAMPLES` equal parts."""
+        """Indices of the central frames of `SAMPLES` equal parts."""
         length = self.end - self.first
         return sorted({self.first + (2 * k + 1) * length // (2 * SAMPLES) for k in range(SAMPLES)})
 
@@ -61,23 +61,23 @@ def find_shots(video: Path) -> list[Shot]:
 
 
 def histogram(image: np.ndarray) -> np.ndarray:
-    """(3, BINS), shares of the pixels, divided by 3, so that all sum to 1."""
+    """(3, BINS), shares of the pixels divided by 3, so that the total is 1."""
     small = cv2.resize(image, (64, 64), interpolation=cv2.INTER_AREA).reshape(-1, 3)
     classes = (small.astype(np.int64) * BINS) // (np.iinfo(image.dtype).max + 1)
     return np.stack([np.bincount(part, minlength=BINS) for part in classes.T]) / classes.size
 
 
 def find_in(restorer: Restorer, video: Path, shots: list[Shot]) -> None:
-    """Fills in the shots' findings."""
+    """Fill in the shots' findings."""
     for shot, images in samples_of(video, shots):
         shot.findings = [restorer.find(image) for image in images]
 
 
 def measure(restorer: Restorer, video: Path, shots: list[Shot], embedding: Tensor | None, **options) -> None:
-    """Fills in the embeddings and means of shots that have their findings.
+    """Fill in the embeddings and means of shots that have their findings.
 
     Args:
-        embedding: (1, E) for all shots, in the place of their own.
+        embedding: (1, E) for all shots, instead of their own.
         options: of `Restorer.restore`.
     """
     for shot, images in samples_of(video, shots):
@@ -103,7 +103,7 @@ def samples_of(video: Path, shots: list[Shot]) -> Iterator[tuple[Shot, list[np.n
 
 
 def mean_embedding(restorer: Restorer, images: list[np.ndarray], findings: list[Finding | None]) -> Tensor | None:
-    """(1, E) of unit length, None for a network that embeds nothing."""
+    """(1, E) of unit length, None for a network without an embedding."""
     parts = []
     for image, finding in zip(images, findings, strict=True):
         by_kind = restorer.embedding_for(image, finding)
@@ -114,15 +114,15 @@ def mean_embedding(restorer: Restorer, images: list[np.ndarray], findings: list[
 def restore_video(
     restorer: Restorer, source: Path, target: Path, shots: list[Shot], progress: Callable[[int], None], **options
 ) -> list[str]:
-    """Writes the restored video. Returns what it does not have of the source, for people.
+    """Write the restored video. Returns what it does not keep from the source, as text for users.
 
     Args:
-        shots: measured.
-        progress: called with the number of frames done.
+        shots: with embeddings and means from `measure`.
+        progress: called with the number of finished frames.
         options: of `Restorer.restore`.
 
     Raises:
-        OSError, ValueError, MemoryError, RuntimeError: there is no result then.
+        OSError, ValueError, MemoryError, RuntimeError: no result was written.
     """
     numbered = iter([shot for shot in shots for _ in range(shot.first, shot.end)])
     done = 0
@@ -131,7 +131,7 @@ def restore_video(
         nonlocal done
         shot = next(numbered)
         image = restorer.restore(frame.image, embedding=shot.embedding, means=shot.means, **options)
-        assert isinstance(image, np.ndarray), 'as the frame is'
+        assert isinstance(image, np.ndarray), 'like the frame'
         done += 1
         progress(done)
         return image
