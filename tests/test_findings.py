@@ -189,13 +189,13 @@ def test_a_line_says_what_was_found_and_done_and_clean_files_are_copied(folder, 
     status, output, _ = run(monkeypatch, capsys, 'pictures', '-o', 'out', '--table', 'out/table.csv')
     lines = {line.partition(':')[0]: line for line in output.splitlines()}
     assert status == 0 and output.endswith('out: 1 restored, 0 failed, 1 left unchanged\n')
-    assert 'clean' in lines['pictures/clean.png'] and 'left as it is' in lines['pictures/clean.png']
+    assert 'clean' in lines['pictures/clean.png'] and 'left unchanged' in lines['pictures/clean.png']
     assert 'rain' in lines['pictures/rain.png'] and 'restored' in lines['pictures/rain.png']
     assert (folder / 'out/clean.png').read_bytes() == (folder / 'pictures/clean.png').read_bytes()
     with open('out/table.csv', newline='') as file:
         rows = {row['image']: row for row in csv.DictReader(file)}
     assert rows['pictures/rain.png']['found'] == 'rain' and rows['pictures/rain.png']['found_after'] != ''
-    assert rows['pictures/clean.png']['action'] == 'left as it is'
+    assert rows['pictures/clean.png']['action'] == 'left unchanged'
 
 
 def test_force_kind_like_and_strength(folder, monkeypatch, capsys):

@@ -185,7 +185,7 @@ def a_run(**changes) -> dict:
 
 PART = a_run()['sets'][0]
 WRONG = {
-    'no metrics': (a_run(metrics={}), 'metrics: there is none'),
+    'no metrics': (a_run(metrics={}), 'metrics: must not be empty'),
     'metrics are a list': (a_run(metrics=['psnr']), r'metrics: expected a mapping, got \["psnr"\]'),
     'a metric is a list': (a_run(metrics={'psnr': []}), r'metrics.psnr: expected a mapping, got \[\]'),
     'no type': (a_run(metrics={'psnr': {}}), 'metrics.psnr.type: expected a text, got null'),
@@ -231,7 +231,7 @@ def test_results_made_by_hand_get_one_message(mistake, tmp_path, monkeypatch):
     (tmp_path / 'results.json').write_text(json.dumps(content))
     monkeypatch.chdir(tmp_path)
     said = refused(Path('results.json'), monkeypatch)
-    assert re.match(rf'dpmambair_basicsr.report: results.json: is not a results.json of a test \(.*{message}', said), (
+    assert re.match(rf'dpmambair_basicsr.report: results.json: not the results.json of a test \(.*{message}', said), (
         said
     )
 
@@ -292,7 +292,7 @@ def foreign(private: Path, way: str) -> dict:
 def test_no_private_picture_gets_into_the_page(way, private, monkeypatch):
     text = made_page(foreign(private, way), monkeypatch)
     assert 'data:image' not in text and 'type="range"' not in text
-    assert re.search('no slider, .* is outside of received or datasets; --data names its folder', text)
+    assert re.search('no slider: .* is outside received or datasets; pass its folder as --data', text)
 
 
 def test_pictures_of_the_results_and_of_the_data_named_are_in_the_page(private, monkeypatch):

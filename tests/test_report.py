@@ -248,7 +248,9 @@ def test_two_runs_stand_in_one_table_beside_the_papers(tested):
     paper = table['DPMambaIR', 'DPMambaIR, arXiv 2504.17732v1, Table 1: all in one']
     assert list(paper.values())[1:-1] == ['27.07 / 0.926 (other SSIM)', '-', '-']
     assert not any('VmambaIR, arXiv' in source for _, source in table), 'measured on the Y channel'
-    assert 'Table 3: deraining: left out what was measured otherwise, psnr with test_y_channel' in process.stdout
+    assert (
+        'Table 3: deraining: metrics measured in another way were left out: psnr with test_y_channel' in process.stdout
+    )
 
 
 def test_an_average_needs_every_set(tmp_path):
@@ -415,9 +417,12 @@ def test_images_are_chosen_and_missing_ones_are_named(tested, pairs):
     assert process.returncode == 0, process.stdout
     page = (folder / 'page.html').read_text()
     assert page.count('type="range"') == 3, 'the first image of two sets in two runs, but for one'
-    assert 'Rain100H/00, two: no slider, results/two/visualization/Rain100H/00_two.png not found.' in page
+    assert 'Rain100H/00, two: no slider: results/two/visualization/Rain100H/00_two.png not found.' in page
     process = command('results/one', '--html', 'other.html', '--image', 'Rain100H/02', cwd=folder)
-    assert process.returncode == 1 and '--image Rain100H/02: no run has it; there are 6: Rain100H/00' in process.stdout
+    assert (
+        process.returncode == 1
+        and '--image Rain100H/02: no run has this image; available: 6, Rain100H/00' in process.stdout
+    )
     assert not (folder / 'other.html').exists()
 
 

@@ -102,11 +102,11 @@ def write(folder: Path, study: dict) -> Path:
     [
         ('baseline', 'huge', "baseline: 'huge' is not one of the variants: small, large"),
         ('seeds', [1, 1], 'seeds: expected one or more, all different'),
-        ('seeds', [-1], 'seeds: must be in [0, 4294967295], not -1'),
+        ('seeds', [-1], 'seeds: must be in [0, 4294967295], got -1'),
         ('seeds', 'five', 'seeds: expected a list, got "five"'),
         ('sedes', [1], "the file: unknown 'sedes'"),
         ('train.iterations', 0, 'train.iterations: expected 1 or more'),
-        ('train.options', 'nowhere.yml', 'train.options: nowhere.yml: no such option file, here or in the package'),
+        ('train.options', 'nowhere.yml', 'train.options: nowhere.yml: no such option file here or in the package'),
         ('test.force_yml', ['name={sede}'], 'test.force_yml: {sede} must be one of seed, iterations'),
         ('variants.small', {'forced': []}, "variants.small: unknown 'forced'"),
         ('variants.a=b', {}, 'variants.a=b: must not have a =, as --force_yml cannot'),
@@ -182,7 +182,7 @@ def test_differences_are_paired_by_seed_and_only_over_common_seeds():
     assert (row.difference.low, row.difference.high) == pytest.approx((2 - half, 2 + half))
     assert table.row('a', 'set', 'psnr').difference is None
     text = to_markdown(table)
-    assert '5 of 6 are done' in text and '+2.000 \\[-10.706, +14.706\\]' in text and '25.000 ± 7.071' in text
+    assert '5 of 6 finished' in text and '+2.000 \\[-10.706, +14.706\\]' in text and '25.000 ± 7.071' in text
     assert to_csv(table).splitlines()[2].startswith('b,set,psnr,3,18.0,')
 
 
@@ -239,7 +239,7 @@ def study(tmp_path_factory):
 def test_a_killed_study_continues_and_has_the_numbers_of_an_uninterrupted_training(study):
     place = study / 'studies/tiny'
     log = (study / 'log.txt').read_text()
-    assert 'tiny: 0 of 4' in log and re.search('tiny: [123] of 4 trials are done', log) and '[4/4]' in log
+    assert 'tiny: 0 of 4' in log and re.search('tiny: [123] of 4 trials finished', log) and '[4/4]' in log
     own = next(
         file.parent for file in place.glob('trials/*/seed_4/output.txt') if 'Resuming training from' in file.read_text()
     )
@@ -264,7 +264,7 @@ def test_a_study_leaves_its_table_with_intervals(study):
     table = json.loads((place / 'study.json').read_text())
     large = next(row for row in table['rows'] if (row['variant'], row['set']) == ('large', 'average'))
     assert large['difference']['low'] < large['difference']['mean'] < large['difference']['high']
-    assert table['facts']['trials'] == '4 of 4 are done'
+    assert table['facts']['trials'] == '4 of 4 finished'
     names = {f'study.{suffix}' for suffix in ('md', 'csv', 'json', 'html', 'png')}
     assert {file.name for file in place.iterdir() if file.is_file()} == names
     page = (place / 'study.html').read_text()
@@ -278,14 +278,14 @@ def test_a_study_refuses_trials_that_were_begun_with_other_options(study):
     (study / 'changed.yml').write_text(yaml.safe_dump(changed))
     result = python('-m', 'dpmambair_basicsr', 'study', 'changed.yml', cwd=study)
     assert result.returncode == 1
-    assert 'large/seed_3: was begun with other options than the study file has now' in result.stdout.splitlines()[-1]
+    assert 'large/seed_3: was started with options that differ from the study file' in result.stdout.splitlines()[-1]
 
 
 def test_a_command_that_fails_is_one_line_with_the_last_thing_it_wrote(tmp_path):
     output = tmp_path / 'output.txt'
     output.write_text('much\nValueError: this\n\n')
     message = failure(Command('train', [], output, tmp_path / 'result', {}), 1)
-    assert message == f'train ended with status 1: ValueError: this (all it wrote: {output})'
+    assert message == f'train ended with status 1: ValueError: this (full output: {output})'
 
 
 # Verification
@@ -315,7 +315,7 @@ def test_a_result_repeats_bit_for_bit(results, monkeypatch, capsys):
     status, output = verified(results[0], monkeypatch, capsys)
     lines = [line for line in output.splitlines() if 'psnr' in line]
     assert [line.partition(':')[0] for line in lines] == ['first/00', 'second/00', 'first/01']
-    assert all(line.endswith('equal bit for bit') for line in lines) and status == 0
+    assert all(line.endswith('bit-identical') for line in lines) and status == 0
     assert output.endswith('the numbers repeat (same device and versions)\n')
     assert {file: file.stat().st_mtime_ns for file in results[0].rglob('*')} == before, 'it writes nothing'
 
@@ -361,9 +361,9 @@ def forget_hashes(folder, content):
     ('change', 'message'),
     [
         (change_checkpoint, 'net_g_latest.pth: not the checkpoint of the test, whose SHA-256 is 0000'),
-        (change_image, 'first: image 0 is not 00 of the test any more, the data are others'),
-        (change_truth, 'first: the clean image of 00 is not that of the test'),
-        (forget_hashes, 'its results.json has no hashes, as of a version without verify; run the test again'),
+        (change_image, 'first: image 0 is no longer 00: the data have changed'),
+        (change_truth, 'first: the clean image of 00 has changed since the test'),
+        (forget_hashes, 'its results.json has no hashes, since an earlier version wrote it; run the test again'),
     ],
 )
 def test_what_is_not_that_of_the_test_is_one_line(change, message, results, monkeypatch, capsys):

@@ -1,7 +1,7 @@
-"""Our commands in processes of their own, several at a time.
+"""Run our commands in separate processes, several at a time.
 
-Where systems can fork and have no GPU, all are forked from one process that has imported PyTorch and BasicSR, which
-takes longer than many a small training. Elsewhere each starts anew.
+On systems that can fork and without a GPU, all are forked from one process that has imported PyTorch and BasicSR, since
+importing takes longer than many small trainings. Elsewhere, each is spawned.
 """
 
 import importlib
@@ -29,8 +29,8 @@ class Command:
 
     Args:
         output: the file to which its output is appended.
-        result: the file that is there once it is done.
-        record: what it is made with, kept beside the output before it starts.
+        result: the file that exists once the command is done.
+        record: its settings, written beside the output before it starts.
     """
 
     module: str
@@ -48,11 +48,11 @@ class Command:
         return self.output.with_name(f'{self.module}.json')
 
     def check_record(self) -> None:
-        """Raises InputError if it was begun with something else: its numbers would be those of another study."""
+        """Raise InputError if it was started with other settings: its results would belong to another study."""
         if self.record_file.is_file() and self.record_file.read_text(encoding='utf-8') != self.record_text():
             raise InputError(
-                f'{self.record_file.parent}: was begun with other options than the study file has now, see '
-                f'{self.record_file.name} there; remove this folder, or name another --output'
+                f'{self.record_file.parent}: was started with options that differ from the study file, see '
+                f'{self.record_file.name} there; remove this folder, or choose another --output'
             )
 
     def write_record(self) -> None:
@@ -64,17 +64,17 @@ class Command:
         return json.dumps(self.record, indent=1, ensure_ascii=False) + '\n'
 
 
-Job = list[Command]  # of which each needs the one before it
+Job = list[Command]  # each command needs the previous one
 
 
 def run_jobs(jobs: list[Job], slots: list[str], done: Callable[[Job], None]) -> None:
-    """Runs what of the jobs is not done, as many at a time as there are slots; calls `done` after each.
+    """Run the unfinished jobs, as many at a time as there are slots; call `done` after each.
 
     Args:
-        slots: the value of CUDA_VISIBLE_DEVICES for each; '': as it is.
+        slots: value of CUDA_VISIBLE_DEVICES for each slot; '': unchanged.
 
     Raises:
-        InputError: a command failed; the others are told to save and end, as with any other exception.
+        InputError: a command failed; the others are told to save and exit, as after any other exception.
     """
     waiting, free, running = deque(jobs), list(slots), {}  # sentinel -> process, its command, job and slot
     with environment():
@@ -97,7 +97,7 @@ def run_jobs(jobs: list[Job], slots: list[str], done: Callable[[Job], None]) -> 
 
 
 def start(context, job: Job, slot: str, free: list[str], running: dict, done: Callable[[Job], None]) -> None:
-    """The job's next command; or its slot is free."""
+    """Start the job's next command; if there is none, free its slot."""
     command = next((command for command in job if not command.is_done), None)
     if command is None:
         free.insert(0, slot)
@@ -111,7 +111,7 @@ def start(context, job: Job, slot: str, free: list[str], running: dict, done: Ca
 
 @contextmanager
 def environment() -> Iterator[None]:
-    """One thread for each, so that numbers do not depend on how many run, unless OMP_NUM_THREADS says otherwise."""
+    """One thread per process, unless OMP_NUM_THREADS is set, so that results do not depend on how many run at once."""
     added = {'OMP_NUM_THREADS': '1'} if 'OMP_NUM_THREADS' not in os.environ else {}
     os.environ |= added
     try:
@@ -122,7 +122,7 @@ def environment() -> Iterator[None]:
 
 
 def process_context(slots: list[str]):
-    """CUDA cannot be used in a process that is forked from one that has asked for it."""
+    """forkserver, or spawn with a GPU: CUDA does not work in a process forked from one that has used it."""
     can_fork = 'forkserver' in multiprocessing.get_all_start_methods() and not any(slots)
     context = multiprocessing.get_context('forkserver' if can_fork else 'spawn')
     if can_fork:
@@ -131,7 +131,7 @@ def process_context(slots: list[str]):
 
 
 def run_command(command: Command, slot: str) -> None:
-    """In the new process. It saves and ends, as by Ctrl-C, if the process that started it is killed."""
+    """Run in the new process, which saves and exits, as after Ctrl-C, if its parent is killed."""
     descriptor = os.open(command.output, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
@@ -151,14 +151,14 @@ def end_with_parent() -> None:
 
 
 def failure(command: Command, status: int) -> str:
-    """One line: what failed and the last line that it wrote."""
+    """One line: the command that failed and the last line of its output."""
     lines = command.output.read_text(encoding='utf-8', errors='replace').split('\n')
-    last = next((line.strip() for line in reversed(lines) if line.strip()), 'it wrote nothing')
-    return f'{command.module} ended with status {status}: {last} (all it wrote: {command.output})'
+    last = next((line.strip() for line in reversed(lines) if line.strip()), 'no output')
+    return f'{command.module} ended with status {status}: {last} (full output: {command.output})'
 
 
 def device_slots(jobs: int | None) -> list[str]:
-    """One for each job: by default one job for each GPU, and one where there is none."""
+    """One slot per job: by default one job per GPU, or a single one without GPUs."""
     count = 0
     if shutil.which('nvidia-smi'):  # otherwise PyTorch need not be imported here
         import torch

@@ -1,4 +1,4 @@
-"""What the process that others are forked from imports: all that train and test need."""
+"""Imported by the process that others are forked from: everything that train and test need."""
 
 import dpmambair_basicsr.training.huge_pages  # noqa: F401  (before PyTorch)
 

@@ -1,8 +1,8 @@
 """Train and test variants of a network over several seeds, and compare them: `dpmambair study FILE`.
 
-FILE says which variants, seeds, data and how many iterations; docs/evidence.md has its keys. Studies that come with the
-package can be named without a folder: dpmambair_table3.yml. Everything is written below studies/<name>: the trials, and
-after each the table, study.{md,csv,json,html} and study.png. The same command continues after any kind of end.
+FILE lists the variants, seeds, data and iterations; its keys are in docs/evidence.md. Studies bundled with the package
+can be named without a folder: dpmambair_table3.yml. Everything is written to studies/<name>: the trials and, after each
+of them, the table, study.{md,csv,json,html} and study.png. To resume an interrupted study, repeat the command.
 """
 
 import argparse
@@ -29,7 +29,7 @@ PLACEHOLDER = r'\{(\w+)\}'
 
 @dataclass
 class Stage:
-    """A training or a test: an option file, which may be one of the package, and `--force_yml` entries."""
+    """A training or a test: an option file, possibly one of the package, and `--force_yml` entries."""
 
     options: str
     iterations: int = 0
@@ -38,7 +38,7 @@ class Stage:
 
 @dataclass
 class Variant:
-    """What is other than in the study's `train` and `test`. Entries of `network_g` are given to the test as well."""
+    """Differences from the study's `train` and `test`. Entries of `network_g` are passed to the test as well."""
 
     force_yml: list[str] = field(default_factory=list)
     train: str = ''
@@ -47,12 +47,12 @@ class Variant:
 
 @dataclass
 class Study:
-    """What a study file has.
+    """The content of a study file.
 
     Args:
         baseline: the variant that the others are compared with.
-        before: trainings that come first, once for each seed, in order. In later entries `{name}` is the checkpoint, as
-            `{seed}` is the seed and `{iterations}` the number of iterations.
+        before: trainings that run first, once per seed, in order. In later entries, `{name}` stands for their
+            checkpoint, `{seed}` for the seed and `{iterations}` for the number of iterations.
     """
 
     name: str
@@ -69,18 +69,18 @@ def main() -> None:
         prog='dpmambair study', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument('file', help='study file')
-    parser.add_argument('-o', '--output', type=Path, metavar='FOLDER', help='default: studies/<name>')
+    parser.add_argument('-o', '--output', type=Path, metavar='FOLDER', help='results; default: studies/<name>')
     parser.add_argument(
         '--jobs',
         type=int,
         metavar='N',
-        help='at a time, on a CPU with one thread each; default: one for each GPU, or one',
+        help='trainings at a time, each with one thread on a CPU; default: one per GPU, or one',
     )
-    parser.add_argument('--iterations', type=int, metavar='N', help="of each variant's training, not the file's")
+    parser.add_argument('--iterations', type=int, metavar='N', help="of each variant; overrides the file's")
     arguments = parser.parse_args()
     for name in ('jobs', 'iterations'):
         if getattr(arguments, name) is not None and getattr(arguments, name) < 1:
-            parser.error(f'--{name}: 1 or more')
+            parser.error(f'--{name}: must be 1 or more')
     try:
         with exit_on_error('dpmambair study', ValueError, OSError):
             study = read_study(find_study(arguments.file))
@@ -102,13 +102,13 @@ def main() -> None:
 
 
 def find_study(name: str) -> Path:
-    """The file, or the one of this name that comes with the package."""
+    """The file, or the bundled study of this name."""
     packaged = packaged_folder() / 'studies' / name
     return packaged if Path(name).name == name and not Path(name).exists() and packaged.is_file() else Path(name)
 
 
 def read_study(file: Path) -> Study:
-    """Raises OptionError naming the file and the key."""
+    """Read a study file. Raises OptionError, naming the file and the key."""
     try:
         study = converted(read_options(file), Study, 'the file')
     except OptionError:
@@ -135,7 +135,7 @@ def problems(study: Study) -> Iterator[tuple[str, str]]:
         yield 'seeds', 'expected one or more, all different'
     for seed in study.seeds:
         if not 0 <= seed <= MAX_SEED:
-            yield 'seeds', f'must be in [0, {MAX_SEED}], not {seed}'
+            yield 'seeds', f'must be in [0, {MAX_SEED}], got {seed}'
     for name in study.before:
         if not name.isidentifier() or name in ('seed', 'iterations'):
             yield f'before.{name}', 'expected a name of letters, other than seed and iterations'
@@ -166,13 +166,13 @@ def stages(study: Study) -> dict[str, Stage]:
 
 
 def with_iterations(study: Study, iterations: int) -> Study:
-    """The same on another budget; the trainings before, which all variants share, keep theirs."""
+    """The study with another budget per variant; earlier trainings, which all variants share, keep theirs."""
     return replace(study, train=replace(study.train, iterations=iterations))
 
 
 def option_file_problems(key: str, name: str) -> Iterator[tuple[str, str]]:
     if not find_options(name).is_file():
-        yield key, f'{name}: no such option file, here or in the package'
+        yield key, f'{name}: no such option file here or in the package'
 
 
 def find_options(name: str) -> Path:
@@ -181,16 +181,16 @@ def find_options(name: str) -> Path:
     return packaged if Path(name).name == name and not Path(name).exists() else Path(name)
 
 
-# Its trials
+# The trials
 
 Place = tuple[str, int]  # variant and seed
 
 
 def run_study(study: Study, folder: Path, jobs: int | None) -> StudyTable:
-    """Runs what is not done yet; the table of all.
+    """Run the unfinished trials and return the table of all.
 
     Raises:
-        InputError: a command failed, or one in the folder was begun with other options.
+        InputError: a command failed, or one in the folder was started with other options.
     """
     places = [(variant, seed) for seed in study.seeds for variant in study.variants]  # so that pairs are complete early
     trainings_before = [[[before(study, folder, name, seed)] for seed in study.seeds] for name in study.before]
@@ -199,7 +199,7 @@ def run_study(study: Study, folder: Path, jobs: int | None) -> StudyTable:
         for command in job:
             command.check_record()
     trials = {place: read_trial(folder, *place) for place, job in work.items() if job[-1].is_done}
-    print(f'{study.name}: {len(trials)} of {len(places)} trials are done, in {folder}', flush=True)
+    print(f'{study.name}: {len(trials)} of {len(places)} trials finished, in {folder}', flush=True)
 
     def tabulated() -> StudyTable:
         found = [trials[place] for place in places if place in trials]
@@ -221,7 +221,7 @@ def run_study(study: Study, folder: Path, jobs: int | None) -> StudyTable:
 
 
 def before(study: Study, folder: Path, name: str, seed: int) -> Command:
-    """An earlier training of a seed."""
+    """The earlier training `name` of a seed."""
     return training(study, folder, folder / 'before' / name / f'seed_{seed}', study.before[name], seed)
 
 
@@ -246,7 +246,7 @@ def training(study: Study, folder: Path, place: Path, stage: Stage, seed: int) -
     entries = [
         f'name={run_name(study, place)}',
         f'train:total_iter={stage.iterations}',
-        f'logger:save_checkpoint_freq={max(1, stage.iterations // 2)}',  # what a kill costs at most
+        f'logger:save_checkpoint_freq={max(1, stage.iterations // 2)}',  # at most half a training is lost when killed
         f'logger:print_freq={max(1, stage.iterations // 4)}',
         'logger:use_tb_logger=false',
         *filled(stage.force_yml, study, folder, seed, stage.iterations),
@@ -261,7 +261,7 @@ def run_name(study: Study, place: Path) -> str:
 
 
 def filled(entries: list[str], study: Study, folder: Path, seed: int, iterations: int) -> list[str]:
-    """With values in the place of names in braces."""
+    """The entries with the names in braces replaced by values."""
     values = {'seed': seed, 'iterations': iterations}
     values |= {name: before_checkpoint(folder, name, seed) for name in study.before}
     return [re.sub(PLACEHOLDER, lambda match: str(values[match[1]]), entry) for entry in entries]
@@ -278,7 +278,7 @@ def command(module: str, place: Path, options: str, entries: list[str], result: 
     return Command(module, arguments, place / 'output.txt', result, record)
 
 
-# What they give
+# The results
 
 
 def read_trial(folder: Path, variant: str, seed: int) -> Trial:

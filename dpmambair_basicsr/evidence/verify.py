@@ -1,8 +1,8 @@
-"""Restore three images of a test again and say whether the numbers repeat: `dpmambair verify results/NAME`.
+"""Restore three images of a test again and check that the numbers repeat: `dpmambair verify results/NAME`.
 
-Of the checkpoint, option file and images that results.json of the folder names, whose hashes are compared first. On the
-device and with the versions of the test, restored images and numbers must be equal bit for bit; elsewhere numbers must
-agree to a thousandth. The exit status is 1 if they do not.
+Checkpoint, option file and images are those named in the folder's results.json; their hashes are compared first. On the
+same device and with the same versions as the test, restored images and numbers must be bit-identical; otherwise the
+numbers must agree to a thousandth. The exit status is 1 if they do not.
 """
 
 import argparse
@@ -21,8 +21,8 @@ TOLERANCE = 1e-3  # relative, on another device or with other versions
 
 
 @dataclass(frozen=True)
-class Again:
-    """An image that was restored again: the sample of the test, and that of now."""
+class Repetition:
+    """An image restored again: the sample of the test, and the new one."""
 
     name: str
     then: Sample
@@ -43,7 +43,7 @@ class Again:
     def line(self) -> str:
         values = ', '.join(f'{metric} {value:.6f}' for metric, value in self.now.values.items())
         if self.is_equal:
-            return f'{self.name}: {values}: equal bit for bit'
+            return f'{self.name}: {values}: bit-identical'
         before = ', '.join(f'{metric} {value:.6f}' for metric, value in self.then.values.items())
         return f'{self.name}: {values}; in the test {before}'
 
@@ -66,30 +66,30 @@ def main() -> None:
         print(f'{folder}: the numbers {"repeat" if equal else "DO NOT repeat"} (same device and versions)')
         sys.exit(not equal)
     close = all(image.is_close for image in images)
-    repeat = 'repeat bit for bit' if equal else f'agree to {TOLERANCE:g}' if close else 'DO NOT repeat'
-    print(f'{folder}: the numbers {repeat}; not as in the test: {"; ".join(changed)}')
+    repeat = 'are bit-identical' if equal else f'agree to {TOLERANCE:g}' if close else 'DO NOT repeat'
+    print(f'{folder}: the numbers {repeat}; changed since the test: {"; ".join(changed)}')
     sys.exit(not close)
 
 
 def chosen(folder: Path, run: Run) -> list[tuple[str, str]]:
-    """(set, image) of three samples, of as many sets as there are.
+    """(set, image) of three samples, from as many sets as possible.
 
     Raises:
-        InputError: the results are of a version that kept no hashes.
+        InputError: the results were written by a version without hashes.
     """
     by_set = [[(part.name, image) for image in part.samples] for part in run.sets]
     rounds = [images[place] for place in range(IMAGES) for images in by_set if place < len(images)]
     if not rounds:
         raise InputError(
-            f'{folder}: its results.json has no hashes, as of a version without verify; run the test again'
+            f'{folder}: its results.json has no hashes, since an earlier version wrote it; run the test again'
         )
     return rounds[:IMAGES]
 
 
 def check_files(folder: Path, run: Run) -> None:
-    """Raises CheckpointError or InputError if the checkpoint or the option file is not there, or another one."""
+    """Raise CheckpointError or InputError if the checkpoint or the option file is missing or has changed."""
     if run.checkpoint and not Path(run.checkpoint).is_file():
-        raise CheckpointError(f'{run.checkpoint}: not found; call verify in the folder where the test was called')
+        raise CheckpointError(f'{run.checkpoint}: not found; run verify in the folder where the test was run')
     if run.checkpoint and sha256(run.checkpoint) != run.sha256:
         raise CheckpointError(f'{run.checkpoint}: not the checkpoint of the test, whose SHA-256 is {run.sha256}')
     if not option_file(folder, run).is_file():
@@ -100,12 +100,12 @@ def option_file(folder: Path, run: Run) -> Path:
     return folder / Path(run.options).name
 
 
-def restore_again(folder: Path, run: Run, places: list[tuple[str, str]]) -> tuple[list[str], list[Again]]:
-    """What is not as in the test, and the images; by BasicSR's validation, which writes nothing here.
+def restore_again(folder: Path, run: Run, places: list[tuple[str, str]]) -> tuple[list[str], list[Repetition]]:
+    """What has changed since the test, and the images; by BasicSR's validation, without writing anything.
 
     Raises:
-        OptionError: the option file cannot be used any more.
-        InputError: the data are other ones.
+        OptionError: the option file can no longer be used.
+        InputError: the data have changed.
     """
     from dpmambair_basicsr import registration
 
@@ -116,21 +116,21 @@ def restore_again(folder: Path, run: Run, places: list[tuple[str, str]]) -> tupl
     opt['val']['save_img'] = False
     model = pipeline.build_model(opt)
     if not hasattr(model, 'measure_again'):
-        raise InputError(f'{folder}: {shlex.quote(opt["model_type"])} is not a model of ours')
+        raise InputError(f'{folder}: {shlex.quote(opt["model_type"])} is not one of our models')
     images = []
     datasets = {dataset['name']: dataset for dataset in opt['datasets'].values()}
     for set_name, image in places:
         part = next(part for part in run.sets if part.name == set_name)
         if set_name not in datasets:
-            raise InputError(f'{folder}: the option file has no set {set_name} any more')
+            raise InputError(f'{folder}: the option file no longer has a set {set_name}')
         then = part.samples[image]
         again = model.measure_again(pipeline.build_dataset(datasets[set_name]), then.index)
         if again.hashes != {image: part.hashes[image]}:
-            raise InputError(f'{set_name}: image {then.index} is not {image} of the test any more, the data are others')
+            raise InputError(f'{set_name}: image {then.index} is no longer {image}: the data have changed')
         if again.samples[image].truth != then.truth:
-            raise InputError(f'{set_name}: the clean image of {image} is not that of the test')
+            raise InputError(f'{set_name}: the clean image of {image} has changed since the test')
         now = replace(again.samples[image], index=then.index)
-        images.append(Again(f'{set_name}/{image}', then, now))
+        images.append(Repetition(f'{set_name}/{image}', then, now))
     return changes(run, model.monitor.circumstances()), images
 
 

@@ -1,4 +1,4 @@
-"""Several tests beside each other and beside the papers, as one table."""
+"""One table that compares several tests with each other and with the papers."""
 
 import math
 import re
@@ -17,8 +17,8 @@ from dpmambair_basicsr.results.run import (
     settings_of,
 )
 
-DIGITS = {'calculate_psnr': 2, 'calculate_ssim': 3}  # as in the papers; results.json has all
-AVERAGE = ''  # takes the place of a set's key
+DIGITS = {'calculate_psnr': 2, 'calculate_ssim': 3}  # as in the papers; results.json has all digits
+AVERAGE = ''  # in place of a set's key
 
 
 @dataclass
@@ -27,10 +27,10 @@ class Row:
 
     Args:
         kind: input, run or published.
-        cells: key of the set, or AVERAGE -> metric -> number as text.
+        cells: {key of the set, or AVERAGE: {metric: number as text}}.
         own: whether a published row is the paper's own method.
-        marks: metric -> mark of a number that is not measured as the runs' are; see `published_tables.MARKS`. A marked
-            number is shown, and compared with nothing: it is in no bar, and in no average but that of its own row.
+        marks: {metric: mark} of numbers not measured like the runs', see `published_tables.MARKS`. Marked numbers are
+            shown but not compared: they are in no bar, and in no average except that of their own row.
     """
 
     label: str
@@ -41,7 +41,7 @@ class Row:
     marks: dict[str, str] = field(default_factory=dict)
 
     def text(self, key: str, metric: str) -> str:
-        """A number with its mark, a dash for none."""
+        """A number with its mark, or a dash."""
         number = self.cells[key].get(metric, '-')
         return f'{number} ({self.marks[metric]})' if metric in self.marks and number != '-' else number
 
@@ -50,8 +50,9 @@ class Row:
 class Comparison:
     """
     Args:
-        metrics: name -> type and arguments.
-        sets: key -> name; `degradations`: key -> what its images suffer from, '' if unknown or mixed.
+        metrics: {name: type and arguments}.
+        sets: {key: name}.
+        degradations: {key: degradation of the set's images}; '' if unknown or mixed.
     """
 
     metrics: dict[str, dict]
@@ -61,24 +62,24 @@ class Comparison:
     notes: list[str]
 
     def columns(self) -> dict[str, str]:
-        """Key -> heading."""
+        """{key: heading}"""
         return {**self.sets, AVERAGE: 'average'} if len(self.sets) > 1 else self.sets
 
     def numbers(self, row: Row, key: str) -> list[str]:
-        """What stands in a cell: one number for each metric, or a dash for all."""
+        """The content of a cell: one number per metric, or a single dash."""
         return [row.text(key, metric) for metric in self.metrics] if row.cells.get(key) else ['-']
 
 
 def key_of(name: str) -> str:
-    """What the name of a dataset is recognised by."""
+    """The part of a dataset's name that is compared: without case and punctuation."""
     return re.sub(r'[\W_]', '', name.lower()) or name
 
 
 def compare(runs: dict[str, Run]) -> Comparison:
-    """Label -> run, to one table.
+    """One table of the runs, {label: run}.
 
     Raises:
-        ValueError: runs that measure one metric in two ways.
+        ValueError: runs measure a metric in different ways.
     """
     metrics, measured_by, sets, degradations = {}, {}, {}, {}
     for label, run in runs.items():
@@ -86,7 +87,7 @@ def compare(runs: dict[str, Run]) -> Comparison:
             other = metrics.setdefault(name, metric)
             if settings_of(other) != settings_of(metric):
                 ways = f'{describe_metric(other)} in {measured_by[name]}, {describe_metric(metric)} in {label}'
-                raise ValueError(f'{name} is measured in two ways: {ways}; these runs do not go into one table')
+                raise ValueError(f'{name} is measured in two ways: {ways}; these runs cannot share a table')
             measured_by.setdefault(name, label)
         for part in run.sets:
             sets.setdefault(key_of(part.name), part.name)
@@ -105,7 +106,7 @@ def compare(runs: dict[str, Run]) -> Comparison:
 
 
 def input_values(runs: dict[str, Run], comparison: Comparison) -> dict[str, dict[str, float]]:
-    """Key of the set -> metric -> value of the degraded images. Where runs do not agree on them, a note says so."""
+    """{key of the set: {metric: value of the degraded images}}. Adds a note where runs disagree on them."""
     values, counts = {}, {}
     for run in runs.values():
         for part in run.sets:
@@ -123,7 +124,7 @@ def input_values(runs: dict[str, Run], comparison: Comparison) -> dict[str, dict
 
 
 def cells(comparison: Comparison, values: dict[str, dict[str, float]]) -> dict[str, dict[str, str]]:
-    """Numbers as text, with the average if there is a value for every set of the table."""
+    """Numbers as text, with the average if every set of the table has a value."""
     every = [values.get(key, {}) for key in comparison.sets]
     digits = {name: DIGITS.get(metric['type'], 4) for name, metric in comparison.metrics.items()}
     return {
@@ -133,7 +134,7 @@ def cells(comparison: Comparison, values: dict[str, dict[str, float]]) -> dict[s
 
 
 def add_published(comparison: Comparison, table: PublishedTable) -> None:
-    """The rows of a published table, for the sets and metrics that it has in common with the runs."""
+    """Add the rows of a published table, for the sets and metrics that it shares with the runs."""
     keys = {key_of(name): name for name in table.sets if key_of(name) in comparison.sets}
     if not keys:
         return
@@ -145,7 +146,7 @@ def add_published(comparison: Comparison, table: PublishedTable) -> None:
             for name in others
             for argument, value in table.settings[common.pop(name)['type']].items()
         )
-        comparison.notes.append(f'{table.source}: left out what was measured otherwise, {ways}.')
+        comparison.notes.append(f'{table.source}: metrics measured in another way were left out: {ways}.')
     if not common:
         return
     rows = table.rows()
@@ -163,12 +164,12 @@ def add_published(comparison: Comparison, table: PublishedTable) -> None:
 
 
 def is_measured_with(metric: dict, arguments: dict) -> bool:
-    defaults = {'test_y_channel': False, 'net': 'alex', 'crop_border': 0}  # of BasicSR's PSNR and SSIM, of our LPIPS
+    defaults = {'test_y_channel': False, 'net': 'alex', 'crop_border': 0}  # of BasicSR's PSNR and SSIM, and our LPIPS
     return all(metric.get(name, defaults[name]) == value for name, value in arguments.items())
 
 
 def label_runs(paths: list[str]) -> dict[str, Run]:
-    """Label -> run; by its name, with its folder where two have one name."""
+    """{label: run}; the label is the run's name, with its folder if the name is not unique."""
     runs = [(path, read_run(path)) for path in dict.fromkeys(paths)]
     names = [run.name for _, run in runs]
     return {run.name if names.count(run.name) == 1 else f'{run.name} ({path})': run for path, run in runs}

@@ -1,4 +1,4 @@
-"""The page of `python -m dpmambair_basicsr.report --html`: one file that fetches nothing."""
+"""The page of `python -m dpmambair_basicsr.report --html`: one self-contained file."""
 
 import base64
 import math
@@ -14,8 +14,8 @@ from dpmambair_basicsr.files.regular import open_regular
 from dpmambair_basicsr.results.comparison import Comparison
 from dpmambair_basicsr.results.run import Run, provenance
 
-MAX_PAIRS = 24  # of images in a page
-MAX_SIDE = 640  # pixels of an image
+MAX_PAIRS = 24  # image pairs per page
+MAX_SIDE = 640  # pixels
 LOSSLESS_BYTES = 300_000  # up to this size images are embedded as PNG
 
 STYLE = """
@@ -64,11 +64,11 @@ def page(
 
     Args:
         folders, runs: by label.
-        data: folders whose pictures may be shown, beside those of the results; a results.json can name any file.
+        data: folders whose pictures may be shown, besides the results; a results.json can name any file.
         images: 'set/image', or None for the first image of each set.
 
     Raises:
-        ValueError: an image that no run has.
+        ValueError: no run has an image of this name.
     """
     figures, notes = sliders(folders, runs, images, data)
     title = 'Restoration results: ' + ', '.join(runs)
@@ -78,7 +78,7 @@ def page(
         + '</dl>'
         for label, run in runs.items()
     )
-    shrunk = f'Shrunk to {MAX_SIDE} pixels where they are larger, and then not lossless: to look at, not to measure.'
+    shrunk = f'Images larger than {MAX_SIDE} pixels are reduced, with some loss: for viewing, not for measuring.'
     pictures = f'<h2>Degraded and restored</h2><p>{shrunk}</p><div class="sliders">{"".join(figures)}</div>'
     table = html_table(comparison)
     body = f"""<div class="scroll" tabindex="0" role="region" aria-label="table of results">{table}</div>
@@ -91,7 +91,7 @@ def page(
 
 
 def document(title: str, body: str) -> str:
-    """A whole page that fetches nothing, with the script of `slider`; the title is text, the body HTML."""
+    """A self-contained page, with the script of `slider`; the title is text, the body HTML."""
     policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
     return f"""<!doctype html>
 <html lang="en">
@@ -112,7 +112,7 @@ def document(title: str, body: str) -> str:
 
 
 def html_table(comparison: Comparison) -> str:
-    """The metrics of a cell below one another."""
+    """The table as HTML; the metrics of a cell are stacked."""
 
     def lines(texts) -> str:
         return '<br>'.join(escape(text) for text in texts)
@@ -131,7 +131,7 @@ def html_table(comparison: Comparison) -> str:
 
 
 def bars(comparison: Comparison) -> str:
-    """PSNR, or else the first metric, of the degraded images, the runs and the papers' own methods, set by set."""
+    """Bars for PSNR, or else the first metric, of degraded images, runs and the papers' own methods, by set."""
     metric = next((name for name, m in comparison.metrics.items() if m['type'] == 'calculate_psnr'), None)
     metric = metric or next(iter(comparison.metrics))
     groups = {
@@ -168,8 +168,8 @@ def bars(comparison: Comparison) -> str:
 def sliders(
     folders: dict[str, Path], runs: dict[str, Run], images: list[str] | None, data: list[str]
 ) -> tuple[list[str], list[str]]:
-    """The figures, and notes on images that are not there, or not shown."""
-    pairs = {}  # set/image -> label -> (degraded, restored)
+    """The figures, and notes on images that are missing or not shown."""
+    pairs = {}  # {set/image: {label: (degraded, restored)}}
     first = []
     for label, run in runs.items():
         for part in run.sets:
@@ -183,7 +183,7 @@ def sliders(
         if name not in pairs:
             some = ', '.join(list(pairs)[:5])
             raise ValueError(
-                f'--image {name}: no run has it; there are {len(pairs)}: {some}{", ..." * (len(pairs) > 5)}'
+                f'--image {name}: no run has this image; available: {len(pairs)}, {some}{", ..." * (len(pairs) > 5)}'
             )
     wanted = [(name, label, *files) for name in images or first for label, files in pairs[name].items()]
     figures, notes = [], []
@@ -192,18 +192,18 @@ def sliders(
         missing = [str(file) for file in files if not file.is_file()]
         if outside:
             known = ' or '.join([str(folders[label]), *data])
-            notes.append(f'{name}, {label}: no slider, {outside[0]} is outside of {known}; --data names its folder.')
+            notes.append(f'{name}, {label}: no slider: {outside[0]} is outside {known}; pass its folder as --data.')
         elif missing:
-            notes.append(f'{name}, {label}: no slider, {" and ".join(missing)} not found.')
+            notes.append(f'{name}, {label}: no slider: {" and ".join(missing)} not found.')
         else:
             figures.append(slider(name, label, *map(read_image, files)))
     if len(wanted) > MAX_PAIRS:
-        notes.append(f'{MAX_PAIRS} of {len(wanted)} images are shown; --image chooses.')
+        notes.append(f'{MAX_PAIRS} of {len(wanted)} images are shown; select with --image.')
     return figures, notes
 
 
 def may_be_shown(file: Path, results: Path, data: list[str]) -> bool:
-    """Inside the results, wherever links in them lead; or in a folder of the user's, whose links are the user's."""
+    """Whether a file is really inside the results, links resolved, or in a folder of `data`, by name."""
     real, absolute = file.resolve(), Path(os.path.abspath(file))
     return any(real.is_relative_to(folder.resolve()) for folder in (results, *map(Path, data))) or any(
         absolute.is_relative_to(os.path.abspath(folder)) for folder in data

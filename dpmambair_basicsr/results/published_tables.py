@@ -1,4 +1,4 @@
-"""What the papers print, for `dpmambair_basicsr.report`. Numbers are kept as they are printed."""
+"""The papers' tables, for `dpmambair_basicsr.report`. Numbers are kept as printed."""
 
 from dataclasses import dataclass, field
 
@@ -6,9 +6,9 @@ RGB = {'calculate_psnr': {'test_y_channel': False}, 'calculate_ssim': {'test_y_c
 LUMINANCE = {'calculate_psnr': {'test_y_channel': True}, 'calculate_ssim': {'test_y_channel': True}}
 OTHER_SSIM, ON_Y = 'other SSIM', 'Y'
 MARKS = {
-    OTHER_SSIM: 'an SSIM of a definition that the paper does not give, about 0.1 above calculate_ssim; compare it with '
-    'no other',
-    ON_Y: 'measured on the Y channel; compare it with no RGB figure',
+    OTHER_SSIM: 'an SSIM whose definition the paper does not give, about 0.1 above calculate_ssim; not comparable '
+    'with any other',
+    ON_Y: 'measured on the Y channel; not comparable with RGB values',
 }
 SSIM_OF_DPMAMBAIR = {'calculate_ssim': OTHER_SSIM}
 
@@ -19,10 +19,10 @@ class PublishedTable:
 
     Args:
         source: paper and table.
-        settings: metric -> what it was measured with, as far as the paper or its code says, in the order of the cells.
+        settings: {metric: its arguments}, as far as the paper or its code gives them, in the order of the cells.
         sets: the columns, by the names of their test sets.
-        text: one method per line: its name, then `|`, then a cell per set. The paper's own method is the last.
-        marks: method, or '*' for those not named -> metric -> why its numbers are not what `settings` says, of MARKS.
+        text: one method per line: its name, then `|`, then one cell per set. The paper's own method is the last.
+        marks: {method, or '*' for all others: {metric: key of MARKS}}: why its numbers deviate from `settings`.
     """
 
     source: str
@@ -32,11 +32,11 @@ class PublishedTable:
     marks: dict[str, dict[str, str]] = field(default_factory=dict)
 
     def marks_of(self, method: str) -> dict[str, str]:
-        """Metric -> mark."""
+        """{metric: mark}"""
         return self.marks.get(method, self.marks.get('*', {}))
 
     def rows(self) -> dict[str, dict[str, dict[str, str]]]:
-        """Method -> set -> metric -> number as printed."""
+        """{method: {set: {metric: number as printed}}}"""
         rows = {}
         for line in self.text.strip().splitlines():
             method, _, cells = line.partition('|')

@@ -15,9 +15,9 @@ from dpmambair_basicsr.files.pictures import read_pictures
 from dpmambair_basicsr.files.videos import VIDEOS, read_frames
 from dpmambair_basicsr.results.page import MAX_PAIRS, data_uri, document, slider
 
-SURE = 0.6  # a smaller probability of the first class is called unsure
-RESTORED, LEFT, NOT_TRIED = 'restored', 'left as it is', 'not tried'  # actions
-DISAGREEMENT = 4 / 255  # of eight flips, mean over an image, above which the page warns
+SURE = 0.6  # below this probability of the first class, the page calls it unsure
+RESTORED, LEFT, NOT_TRIED = 'restored', 'left unchanged', 'not tried'  # actions
+DISAGREEMENT = 4 / 255  # mean difference of eight flips over an image above which the page warns
 
 
 @dataclass(frozen=True)
@@ -25,15 +25,15 @@ class RestoredImage:
     """A row of the table.
 
     Attributes:
-        image, result: files; no result: it failed.
-        action: 'restored', 'left as it is', 'not tried' or 'failed: ...'.
-        seconds: reading and writing included.
-        notes: for people: size, tiles, seconds, what the result does not keep.
+        image, result: files; result is None after a failure.
+        action: 'restored', 'left unchanged', 'not tried' or 'failed: ...'.
+        seconds: including reading and writing.
+        notes: text for users: size, tiles, seconds, what the result does not keep.
         found, probability, second, second_probability: the two most probable classes; None without a classifier.
         distance, familiar: see `inference.degradation_classifier.Finding`.
-        found_after, probability_after: the most probable class of the result, if it was looked at.
-        spread: mean standard deviation of eight flips, in [0, 1]; None unless there were eight.
-        spread_map: (H, W) of it, not in the table.
+        found_after, probability_after: the most probable class of the result, if it was classified.
+        spread: mean standard deviation of eight flips, in [0, 1]; None without --self-ensemble.
+        spread_map: the standard deviations, (H, W), not in the table.
     """
 
     image: str
@@ -56,7 +56,7 @@ class RestoredImage:
         return {name: getattr(self, name) for name in COLUMNS}
 
     def line(self) -> str:
-        """For people: photo.jpg: rain 0.91 (snow 0.06), restored, 320 x 240, 1.8 s."""
+        """Text for users: photo.jpg: rain 0.91 (snow 0.06), restored, 320 x 240, 1.8 s."""
         found = '' if self.found is None else f'{self.findings()}, {self.action}, '
         return f'{self.image}: {found}{self.notes}'
 
@@ -93,12 +93,12 @@ def page(images: list[RestoredImage], weights: str) -> str:
     figures = ''.join(figure(image) for image in done[:MAX_PAIRS])
     notes = [f'{MAX_PAIRS} of {len(done)} images have a slider.'] if len(done) > MAX_PAIRS else []
     if all(image.spread is None for image in images):
-        notes.append('With --self-ensemble, each image has a map of where eight flips of it are restored differently.')
+        notes.append('With --self-ensemble, each image has a map of where the results of eight flips differ.')
     summary = [f'{sum(image.action == action for image in images)} {action}' for action in (RESTORED, LEFT)]
     summary.append(f'{len(images) - len(done)} failed or not tried')
     notes.append(
-        'What was found is a guess of a classifier, and so is whether it helped: there is no clean original to compare '
-        'with. Do not measure, diagnose or identify by a restored image.'
+        'The degradation found is a guess of a classifier, and so is whether restoring helped: there is no clean '
+        'original to compare with. Do not use restored images to measure, diagnose or identify.'
     )
     body = (
         f'<p>{escape(", ".join(summary))}, with {escape(weights)}</p>'
@@ -136,34 +136,34 @@ def figure(image: RestoredImage) -> str:
 
 
 def judgement(image: RestoredImage) -> list[str]:
-    """What is wrong, whether it helped, and what speaks against trusting it: a sentence for each."""
+    """Sentences: what is wrong with the image, whether restoring helped, and reasons not to trust the result."""
     texts = []
     if image.found is not None:
         texts.append(f'Found: {image.findings()}.')
         if image.probability < SURE:
             texts.append('Unsure what is wrong: compare before you use it.')
         if not image.familiar:
-            texts.append('Do not trust it: farther from everything trained on than 99% of the training images.')
+            texts.append('Do not trust the result: this image is less like the training data than 99% of that data.')
     if image.found_after is not None:
         helped = {
-            'clean': 'by the classifier, it helped',
-            image.found: 'by the classifier, it did not help, or not enough',
-        }.get(image.found_after, 'something else is seen there now')
+            'clean': 'according to the classifier, restoring helped',
+            image.found: 'according to the classifier, restoring did not help, or not enough',
+        }.get(image.found_after, 'the classifier now finds something else')
         texts.append(f'The result looks {after(image)}: {helped}.')
     if image.spread is not None:
         doubt = 'more than usual: details may be invented' if image.spread > DISAGREEMENT else 'little'
-        texts.append(f'Eight flips of it differ by {255 * image.spread:.1f}/255 on average, {doubt}.')
+        texts.append(f'The results of eight flips differ by {255 * image.spread:.1f}/255 on average, {doubt}.')
     return texts
 
 
 def heat(spread: np.ndarray) -> np.ndarray:
-    """(H, W) in [0, 1] -> BGR uint8, black to white at 8 times what is called a disagreement."""
+    """(H, W) in [0, 1] -> BGR uint8, black at 0 to white at 8 times `DISAGREEMENT`."""
     grey = np.uint8(255 * np.clip(spread / (8 * DISAGREEMENT), 0, 1))
     return cv2.applyColorMap(grey, cv2.COLORMAP_INFERNO)
 
 
 def read_bgr(file: Path) -> np.ndarray:
-    """(H, W, 3) uint8 of the first frame or page, upright."""
+    """The first frame or page, (H, W, 3) uint8, upright."""
     is_video = file.suffix.lower() in VIDEOS
     image = next(read_frames(file)).image if is_video else read_pictures(file)[0][0].image
     return cv2.cvtColor(image if image.dtype == np.uint8 else np.uint8(image // 257), cv2.COLOR_RGB2BGR)

@@ -13,19 +13,19 @@ from typing import Any, get_args, get_origin, get_type_hints
 from dpmambair_basicsr.files.atomic import replacing
 from dpmambair_basicsr.files.regular import open_regular
 
-MAX_BYTES = 2**26  # of a results.json: some hundred thousand images
+MAX_BYTES = 2**26  # of a results.json: a few hundred thousand images
 NAMES = {dict: 'a mapping', list: 'a list', str: 'a text', int: 'an int', float: 'a number'}
 
 
 @dataclass
 class Sample:
-    """An image of a test that can be restored and measured again.
+    """An image of a test, with what is needed to verify it.
 
     Args:
         index: in the dataset.
         truth: SHA-256 of the clean image's tensor, '' if there is none.
-        restored: SHA-256 of the 8-bit image that is measured.
-        values: metric -> value of this image.
+        restored: SHA-256 of the measured 8-bit image.
+        values: {metric: value of this image}.
     """
 
     index: int
@@ -39,13 +39,13 @@ class SetResult:
     """One dataset.
 
     Args:
-        count: of images.
-        degradation: of its items, '' if unknown or if there are several.
-        images: name -> file of the degraded image.
-        restored: metric -> mean over the images.
-        unrestored: the same of the degraded images; empty where they are of another size than the restored ones.
-        hashes: name -> SHA-256 of the tensor that the network is called with; empty in results of earlier versions.
-        samples: name -> see `Sample`; likewise.
+        count: number of images.
+        degradation: of its images, '' if unknown or mixed.
+        images: {name: file of the degraded image}.
+        restored: {metric: mean over the images}.
+        unrestored: the same for the degraded images; empty if their size differs from that of the restored ones.
+        hashes: {name: SHA-256 of the network's input tensor}; empty in results of earlier versions.
+        samples: {name: `Sample`}; likewise.
     """
 
     name: str
@@ -64,12 +64,12 @@ class Run:
 
     Args:
         options: the option file; `forced`: the `--force_yml` entries.
-        checkpoint: the file of the network, '' without one; `param_key`: what was used of it, '' for the whole file;
+        checkpoint: the file of the network, '' without one; `param_key`: the key used, '' for the whole file;
             `sha256`: of the file.
-        versions: package -> version.
-        metrics: name -> type and arguments, the section `val.metrics`.
+        versions: {package: version}.
+        metrics: {name: type and arguments}, the section `val.metrics`.
         suffix: restored images are visualization/<dataset>/<image>_<suffix>.png.
-        device: what restored, '' in results of earlier versions.
+        device: on which images were restored, '' in results of earlier versions.
     """
 
     name: str
@@ -86,7 +86,7 @@ class Run:
 
 
 def mean(parts: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Metric -> mean; of the metrics that every part has. Every dataset counts alike, however many images it has."""
+    """{metric: mean} of the metrics that all parts have. Datasets have equal weights, whatever their size."""
     common = [metric for metric in parts[0] if all(metric in part for part in parts)] if parts else []
     return {metric: math.fsum(part[metric] for part in parts) / len(parts) for metric in common}
 
@@ -98,14 +98,14 @@ def average_of(run: Run) -> SetResult:
 
 
 def columns(run: Run) -> list[tuple[str, str, str]]:
-    """(heading, which of SetResult's dictionaries, metric); the input's beside the restored image's."""
+    """(heading, SetResult's dictionary, metric); the input's column follows the restored image's."""
     kinds = ['restored'] + ['unrestored'] * any(part.unrestored for part in run.sets)
     headings = {'restored': '{}', 'unrestored': '{} of the input'}
     return [(headings[kind].format(metric), kind, metric) for metric in run.metrics for kind in kinds]
 
 
 def to_markdown(run: Run) -> str:
-    """The table, and below it what was tested with what."""
+    """The table and, below it, options, checkpoint and versions."""
     wanted = columns(run)
     header = ['dataset', 'images', *(heading for heading, _, _ in wanted)]
     rows = [
@@ -133,7 +133,7 @@ def describe_metric(metric: dict) -> str:
 
 
 def settings_of(metric: dict) -> dict:
-    """What a metric is measured with, without what does not change its value."""
+    """A metric's type and arguments, without those that do not change its value."""
     ignored = ('better', 'weights')
     return {
         key: value for key, value in metric.items() if key not in ignored and value is not None and value is not False
@@ -141,7 +141,7 @@ def settings_of(metric: dict) -> dict:
 
 
 def to_csv(run: Run) -> str:
-    """One line per dataset and one for the average, with all that identifies the run, so that files can be joined."""
+    """One line per dataset and one for the average, each with everything that identifies the run, for joining files."""
     wanted = columns(run)
     facts = {'run': run.name} | provenance(run)
     stream = io.StringIO()
@@ -154,7 +154,7 @@ def to_csv(run: Run) -> str:
 
 
 def to_json(run: Run) -> str:
-    """Numbers that JSON does not have, infinite ones and NaN, are text."""
+    """As JSON; infinity and NaN, which JSON does not have, are text."""
 
     def plain(value):
         if isinstance(value, dict):
@@ -169,30 +169,30 @@ def to_json(run: Run) -> str:
 
 
 def write_run(run: Run, folder: str | Path) -> None:
-    """Writes results.md, results.csv and results.json."""
+    """Write results.md, results.csv and results.json."""
     for suffix, content in {'md': to_markdown(run), 'csv': to_csv(run), 'json': to_json(run)}.items():
         with replacing(Path(folder) / f'results.{suffix}') as part:
             part.write_text(content, encoding='utf-8')
 
 
 def read_run(path: str | Path) -> Run:
-    """The run of a results folder, or of the results.json in one.
+    """Read the run of a results folder, or of the results.json in one.
 
     Raises:
-        ValueError: naming the file and the place in it, if there is none or it is not what `write_run` writes.
+        ValueError: naming the file and the place in it: there is no such file, or `write_run` did not write it.
     """
     file = Path(path) / 'results.json' if Path(path).is_dir() else Path(path)
     try:
         with open_regular(file) as stream:
             content = stream.read(MAX_BYTES + 1)
         if len(content) > MAX_BYTES:
-            raise ValueError(f'it is larger than {MAX_BYTES} bytes')
+            raise ValueError(f'larger than {MAX_BYTES} bytes')
         content = json.loads(content.decode())
         if isinstance(content, dict):
-            content.pop('average', None)  # made again
+            content.pop('average', None)  # recomputed
         run = converted(content, Run, 'the file')
         if not run.metrics:
-            raise ValueError('metrics: there is none')
+            raise ValueError('metrics: must not be empty')
         for name, metric in run.metrics.items():
             converted(metric.get('type'), str, f'metrics.{name}.type')
         for index, part in enumerate(run.sets):
@@ -200,17 +200,17 @@ def read_run(path: str | Path) -> Run:
                 if unknown := getattr(part, kind).keys() - run.metrics:
                     raise ValueError(f'sets[{index}].{kind}: {min(unknown)!r} is not in metrics')
     except OSError as error:
-        raise ValueError(f'{file}: {error.strerror}; a test with val.metrics writes it') from None
+        raise ValueError(f'{file}: {error.strerror}; it is written by a test with val.metrics') from None
     except (ValueError, RecursionError) as error:
-        raise ValueError(f'{file}: is not a results.json of a test ({error})') from None
+        raise ValueError(f'{file}: not the results.json of a test ({error})') from None
     return run
 
 
 def converted(value, kind, place: str) -> Any:
-    """What JSON has for a text, number, list, mapping or data class, as that.
+    """Convert a value from JSON to a type: str, a number, list, dict or dataclass.
 
     Raises:
-        ValueError: naming the place, if it has something else there.
+        ValueError: naming the place, if the value is of another type.
     """
     origin, parts = get_origin(kind) or kind, get_args(kind)
     if kind is float and type(value) in (int, str):
@@ -242,7 +242,7 @@ def number(value: float | None, digits: int = 4) -> str:
 
 
 def markdown_table(header: Sequence, rows: Sequence[Sequence]) -> str:
-    """Cells are escaped; all columns but the first are aligned to the right."""
+    """A Markdown table; cells are escaped, and all columns except the first are right-aligned."""
     lines = [[escape_markdown(cell) for cell in row] for row in [header, *rows]]
     widths = [max(3, *(len(line[column]) for line in lines)) for column in range(len(header))]
     aligned = [
@@ -257,6 +257,6 @@ def markdown_table(header: Sequence, rows: Sequence[Sequence]) -> str:
 
 
 def escape_markdown(value) -> str:
-    """As text in a table: no markup, no column or line of its own. Within words underscores are no markup."""
+    """Escape a value as text of a table cell: markup, column and line separators. Underscores inside words are safe."""
     text = ' '.join(str(value).split())
     return re.sub(r'[\\`*\[\]<>|&]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])', r'\\\g<0>', text)

@@ -1,4 +1,4 @@
-"""Means over seeds, and differences to a baseline with confidence intervals."""
+"""Means over seeds, and differences from a baseline with confidence intervals."""
 
 import math
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True)
 class Difference:
-    """Mean of paired differences, and the bounds of its two-sided t confidence interval; of one pair they are NaN."""
+    """Mean of paired differences, and the bounds of its two-sided t confidence interval; NaN for a single pair."""
 
     mean: float
     low: float
@@ -18,19 +18,19 @@ class Difference:
 
     @property
     def sign(self) -> int:
-        """1 or -1 if the interval is above or below 0, 0 if it does not decide."""
+        """1 or -1 if the interval is above or below 0, 0 if it includes 0."""
         return int(self.low > 0) - int(self.high < 0)
 
 
 def spread(values: Sequence[float]) -> float:
-    """The sample standard deviation (n - 1); NaN of one value."""
+    """The sample standard deviation (n - 1); NaN for a single value."""
     return stdev(values) if len(values) > 1 else math.nan
 
 
 def paired_difference(values: Sequence[float], baseline: Sequence[float], confidence: float = CONFIDENCE) -> Difference:
-    """Of values that belong together in pairs, here by seed: d +- t(n - 1) s / sqrt(n), Student 1908.
+    """The difference of paired values, here by seed: d +- t(n - 1) s / sqrt(n), Student 1908.
 
-    It supposes that the differences are normal; it is not corrected for comparing several variants.
+    Assumes normally distributed differences; not corrected for multiple comparisons.
 
     Raises:
         ValueError: the sequences differ in length, or are empty.

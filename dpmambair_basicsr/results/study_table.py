@@ -26,10 +26,10 @@ from dpmambair_basicsr.results.run import (
 )
 from dpmambair_basicsr.results.statistics import Difference, paired_difference, spread
 
-AVERAGE = 'average'  # over the test sets, each of which counts alike
+AVERAGE = 'average'  # over the test sets, with equal weights
 NOTE = (
-    'Differences are paired by seed; in brackets their 95% t confidence interval, which supposes normal differences '
-    'and is not corrected for the number of comparisons. Where it includes 0, this study does not decide.'
+    'Differences are paired by seed; in brackets, their 95% t confidence interval, which assumes normally distributed '
+    'differences and is not corrected for multiple comparisons. Where it includes 0, this study is inconclusive.'
 )
 
 
@@ -38,7 +38,8 @@ class Trial:
     """One training and its test.
 
     Args:
-        parameters: of the network; `seconds`: of a training iteration, the mean over the run's last process.
+        parameters: number of the network's parameters.
+        seconds: per training iteration, mean over the run's last process.
     """
 
     variant: str
@@ -55,7 +56,7 @@ class Row:
 
     Args:
         values: by seed.
-        difference: to the baseline, over the seeds that both have; None for the baseline itself, and without a pair.
+        difference: from the baseline, over the seeds that both have; None for the baseline itself, or without a pair.
     """
 
     variant: str
@@ -73,7 +74,7 @@ class Row:
         return spread([*self.values.values()])
 
     def text(self, digits: int) -> str:
-        """23.456 ± 0.123; the difference has `difference_text`."""
+        """The mean as text, 23.456 ± 0.123."""
         sd = '' if math.isnan(self.sd) else f' ± {number(self.sd, digits)}'
         return f'{number(self.mean, digits)}{sd}'
 
@@ -88,8 +89,11 @@ class Row:
 class StudyTable:
     """
     Args:
-        baseline: a variant; `variants`: all, in order; `wanted`: how many trials the study has.
-        rows: only of variants with a trial; `inputs`: (set, metric) -> value of the unrestored images.
+        baseline: a variant.
+        variants: all of them, in order.
+        wanted: number of trials of the study.
+        rows: for variants with a trial only.
+        inputs: {(set, metric): value of the unrestored images}.
     """
 
     name: str
@@ -114,18 +118,18 @@ class StudyTable:
         return next((row for row in self.rows if (row.variant, row.set, row.metric) == wanted), None)
 
     def digits(self, metric: str) -> int:
-        """One more than the papers print: differences are small."""
+        """One digit more than in the papers, since differences are small."""
         return DIGITS.get(self.metrics[metric]['type'], 4) + 1
 
 
 def tabulate(name: str, baseline: str, variants: list[str], wanted: int, trials: list[Trial]) -> StudyTable:
-    """Of the trials that are done.
+    """The table of the finished trials.
 
     Raises:
-        InputError: there is none, or two were measured in different ways or on different images.
+        InputError: there are none, or two were measured in different ways or on different images.
     """
     if not trials:
-        raise InputError(f'{name}: no training is done yet')
+        raise InputError(f'{name}: no trial has finished yet')
     for trial in trials:
         check_comparable(trials[0], trial)
     table = StudyTable(name, baseline, variants, wanted, trials)
@@ -156,26 +160,26 @@ def difference_of(own: dict[int, float], other: dict[int, float], is_baseline: b
 
 
 def check_comparable(first: Trial, trial: Trial) -> None:
-    """Raises InputError naming both folders and what differs."""
+    """Raise InputError, naming both folders and what differs, unless two trials are comparable."""
     ways = [{name: settings_of(metric) for name, metric in each.run.metrics.items()} for each in (first, trial)]
     images = [{part.name: part.hashes or [*part.images] for part in each.run.sets} for each in (first, trial)]
     for what, (one, other) in {'metrics': ways, 'test images': images}.items():
         if one != other:
-            raise InputError(f'{first.folder} and {trial.folder} have different {what}: they do not go into one table')
+            raise InputError(f'{first.folder} and {trial.folder} have different {what}: they cannot share a table')
 
 
 Grid = tuple[str, list[str], list[list[str]]]  # heading, header, lines
 
 
 def grids(table: StudyTable) -> list[Grid]:
-    """The main table, and for several test sets one of each metric with a column for each."""
+    """The main table and, for several test sets, one table per metric with a column per set."""
     first = table.sets[0]
     columns = [text for metric in table.metrics for text in (metric, f'{metric} - {table.baseline}')]
     found = [(first, ['', 'seeds', 'parameters', 's/iteration', *columns], main_lines(table, first))]
     for metric in table.metrics if len(table.sets) > 1 else ():
         sets = table.sets[1:]
         lines = [[variant, *(cell(table, variant, name, metric) for name in sets)] for variant in done(table)]
-        found.append((f'{metric}: the baseline, and differences to it', ['', *sets], lines))
+        found.append((f'{metric}: the baseline, and differences from it', ['', *sets], lines))
     return found
 
 
@@ -209,7 +213,7 @@ def cell(table: StudyTable, variant: str, set_name: str, metric: str) -> str:
 
 
 def facts(table: StudyTable) -> dict[str, str]:
-    """What was run, with what."""
+    """Metrics, versions, devices and number of trials."""
     run = table.trials[0].run
     measures = '; '.join(f'{name} {describe_metric(metric)}' for name, metric in run.metrics.items())
     unique = {
@@ -217,7 +221,7 @@ def facts(table: StudyTable) -> dict[str, str]:
         'devices': {trial.run.device or 'not recorded' for trial in table.trials},
     }
     return {
-        'trials': f'{len(table.trials)} of {table.wanted} are done',
+        'trials': f'{len(table.trials)} of {table.wanted} finished',
         'baseline': table.baseline,
         'metrics': measures,
         **{name: '; '.join(sorted(values)) for name, values in unique.items()},
@@ -234,7 +238,7 @@ def to_markdown(table: StudyTable) -> str:
 
 
 def to_csv(table: StudyTable) -> str:
-    """One line for each variant, test set and metric."""
+    """One line per variant, test set and metric."""
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator='\n')
     names = ['variant', 'set', 'metric', 'seeds', 'mean', 'sd', 'difference', 'low', 'high']
@@ -247,7 +251,7 @@ def to_csv(table: StudyTable) -> str:
 
 
 def to_json(table: StudyTable) -> str:
-    """With the value of every seed. NaN, of a single seed, is null."""
+    """As JSON, with the value of every seed. NaN, for a single seed, is null."""
     rows = [
         asdict(row) | {'mean': row.mean, 'sd': row.sd, 'values': {str(seed): row.values[seed] for seed in row.values}}
         for row in table.rows
@@ -266,7 +270,7 @@ def to_json(table: StudyTable) -> str:
 
 
 def plain(value):
-    """As JSON can have it: no NaN, no infinity."""
+    """Replace NaN and infinity, which JSON does not have."""
     if isinstance(value, dict):
         return {key: plain(part) for key, part in value.items()}
     if isinstance(value, list):
@@ -275,7 +279,7 @@ def plain(value):
 
 
 def draw(table: StudyTable) -> bytes:
-    """PNG: for each metric the value of every seed, and beside it the differences with their intervals."""
+    """PNG: for each metric, the value of every seed and, beside it, the differences with their intervals."""
     from matplotlib.figure import Figure
 
     variants, first = done(table)[::-1], table.sets[0]
@@ -294,7 +298,7 @@ def draw(table: StudyTable) -> bytes:
                 error = None if math.isnan(low) else [[mean - low], [high - mean]]
                 differences.errorbar(mean, position, xerr=error, fmt='o', color='C1', capsize=3)
         values.set_yticks(range(len(variants)), variants)
-        values.set_xlabel(f'{metric}, {first}; a dot for each seed')
+        values.set_xlabel(f'{metric}, {first}; one dot per seed')
         differences.set_xlabel(f'{metric} - {table.baseline}, 95% interval')
         differences.axvline(0, color='0.5', linewidth=1)
     stream = io.BytesIO()
@@ -303,10 +307,10 @@ def draw(table: StudyTable) -> bytes:
 
 
 def page(table: StudyTable, drawing: bytes, data: Sequence[str] = ('datasets',)) -> str:
-    """The page's text, which fetches nothing; sliders show the first trial of each variant.
+    """The text of a self-contained page; sliders show the first trial of each variant.
 
     Args:
-        data: folders of which degraded images may be shown, beside those of the results.
+        data: folders from which degraded images may be shown, besides the results.
     """
     firsts = {variant: next(t for t in table.trials if t.variant == variant) for variant in done(table)}
     folders = {variant: trial.folder for variant, trial in firsts.items()}
@@ -335,7 +339,7 @@ def html_table(heading: str, header: list[str], lines: list[list[str]]) -> str:
 
 
 def write_table(table: StudyTable, folder: Path) -> None:
-    """Writes study.md, .csv, .json, .png and .html, each atomically."""
+    """Write study.md, .csv, .json, .png and .html, each atomically."""
     drawing = draw(table)
     texts = {'md': to_markdown(table), 'csv': to_csv(table), 'json': to_json(table), 'html': page(table, drawing)}
     contents = {suffix: text.encode() for suffix, text in texts.items()} | {'png': drawing}
