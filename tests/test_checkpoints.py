@@ -270,7 +270,7 @@ def test_a_second_signal_ends_it_at_once(images, tmp_path):
     run = Training(changed(forked.options(images), {'network_g.seconds': 60}), tmp_path)
     run.wait_for('TinyNet takes 60 s')
     os.kill(run.process.pid, signal.SIGTERM)
-    run.wait_for('once more after 2 s, and it ends at once')
+    run.wait_for('repeat after 2 s to kill it')
     time.sleep(2)  # since the handler began
     os.kill(run.process.pid, signal.SIGTERM)
     assert run.status(timeout=20) == -signal.SIGTERM

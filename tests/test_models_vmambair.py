@@ -309,7 +309,7 @@ def test_file_of_another_task_gives_one_report(weights):
 
 def test_file_with_another_key_names_the_key(weights, tmp_path):
     torch.save({'weights': {}}, tmp_path / 'other.pth')
-    with pytest.raises(ValueError, match=r"other\.pth: holds no key 'params_ema'"):
+    with pytest.raises(ValueError, match=r"other\.pth: has no key 'params_ema'"):
         load_test_model('sisr_x4', tmp_path / 'other.pth')
 
 

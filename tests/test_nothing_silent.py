@@ -248,7 +248,7 @@ def checkpoint(tmp_path):
 def test_a_key_that_the_file_does_not_have_is_refused(opt, checkpoint, finished):
     for name, key, keys in (('both', 'param_ema', 'params, params_ema'), ('one', 'params_ema', 'params')):
         path = {'pretrain_network_g': str(finished / f'{name}.pth'), 'param_key_g': key}
-        wanted = f"path.pretrain_network_g: {finished / name}.pth: holds no key '{key}'; keys of the file: {keys}"
+        wanted = f"path.pretrain_network_g: {finished / name}.pth: has no key '{key}'; keys of the file: {keys}"
         assert wanted in refused(test_options(opt) | {'path': path}, finished, pipelines.test)
         assert wanted in refused(opt | {'path': path}, finished)
 

@@ -210,7 +210,7 @@ def test_torchrun_ends_all_if_one_is_killed(images, tmp_path):
         (1, 'first stopped', 'process 0 of 2 (at localhost:'),  # the store is in it
         (0, 'second stopped', f'process 1 of 2 (on {NODE}): '),
         (1, 'first missing', 'process 0 of 2 (at localhost:'),
-        (0, 'second missing', 'process 1 of 2 (has not come): '),
+        (0, 'second missing', 'process 1 of 2 (has not joined): '),
     ],
 )
 def test_a_missing_process_is_named_and_the_other_ends(rank, name, missing, waiting, waiting_in):

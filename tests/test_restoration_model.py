@@ -417,11 +417,11 @@ def test_an_extractor_of_other_widths_is_named(tmp_path):
     ('content', 'message'),
     [
         ('text', 'not a checkpoint that torch.load can read'),
-        ({'a': {}, 'b': {}}, "holds no key 'params_ema'; keys of the file: a, b$"),
+        ({'a': {}, 'b': {}}, "has no key 'params_ema'; keys of the file: a, b$"),
         ({'params_ema': 3}, "its key 'params_ema' is not a state dict; keys of the file: params_ema"),
         (
             {'x.weight': torch.zeros(1)},
-            r"holds no key 'params_ema'; it is a bare state dict, so set path\.param_key_g to ~; .*: x\.weight$",
+            r"has no key 'params_ema'; it is a bare state dict, so set path\.param_key_g to ~; .*: x\.weight$",
         ),
         (
             {'params_ema': {'x': torch.zeros(1)}},

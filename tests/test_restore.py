@@ -177,7 +177,7 @@ def test_errors_of_load_name_file_and_key(tmp_path):
     (tmp_path / 'text.pth').write_text('no checkpoint')
     messages = {
         'old.pth': r'old.pth: does not fit VmambaIR:\n.* not in the network: another',
-        'foreign.pth': "foreign.pth: holds no key 'network_g', .*--opt.*network=",
+        'foreign.pth': "foreign.pth: has no key 'network_g', .*--opt.*network=",
         'unknown.pth': 'unknown.pth: network_g.type: unknown type VmambaIr, did you mean VmambaIR',
         'typo.pth': 'typo.pth: network_g: TypeError: .*dimm',
         'value.pth': 'value.pth: network_g: scale: must be one of',

@@ -126,10 +126,10 @@ def test_nothing_is_dropped_silently_and_no_part_is_left(tmp_path):
     assert cv2.imwrite(str(tmp_path / 'b.png'), np.zeros((4, 4, 3), np.uint16))
     wide = restored_picture(read_picture(tmp_path / 'b.png'), np.zeros((1, 70000, 3), np.uint8))
     refused = {
-        ('a.png', 'x.jpg', 'jpg cannot hold its alpha'): read_picture(tmp_path / 'a.png'),
-        ('b.png', 'x.webp', 'webp cannot hold its 16 bit'): read_picture(tmp_path / 'b.png'),
+        ('a.png', 'x.jpg', 'jpg does not support its alpha'): read_picture(tmp_path / 'a.png'),
+        ('b.png', 'x.webp', 'webp does not support its 16 bit'): read_picture(tmp_path / 'b.png'),
         ('b.png', 'x.jpg', 'cannot be written as .jpg, 70000 x 1'): wide,
-        ('b.png', 'x.xyz', '.xyz cannot be written; --ext png can'): wide,
+        ('b.png', 'x.xyz', '.xyz cannot be written; use --ext png'): wide,
     }
     for (_, name, message), picture in refused.items():
         with pytest.raises(ValueError, match=message):
@@ -303,9 +303,9 @@ def test_wrong_arguments_end_with_one_line(monkeypatch, tmp_path):
     wrong = {
         ('nowhere/*.png', '-o', 'out'): r'^nowhere/\*\.png: no pictures found$',
         ('none', '-o', 'out'): '^none: no pictures found$',
-        ('a', 'b', '-o', 'out'): '^out/x.png: would be the result of both a/x.png and b/x.png; -r keeps folders',
-        ('a', '-o', 'a'): '^a/x.png: is a picture itself',
-        ('a', '-o', 'a', '--suffix', '_2'): '^a/x_2.png: is a picture itself',
+        ('a', 'b', '-o', 'out'): '^out/x.png: would be the result of both a/x.png and b/x.png; use -r to keep',
+        ('a', '-o', 'a'): '^a/x.png: would overwrite an input',
+        ('a', '-o', 'a', '--suffix', '_2'): '^a/x_2.png: would overwrite an input',
         ('a', '-o', 'out', '--opt', 'empty.yml'): '^empty.yml: network_g: missing$',
         ('a', '-o', 'out', '-w', 'a/x.png'): '^a/x.png: not a checkpoint',
         ('a', '-o', 'out', '-w', 'missing.pth'): 'missing.pth',

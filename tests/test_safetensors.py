@@ -129,7 +129,7 @@ def test_the_folder_of_the_output_is_made(converted, tmp_path):
 
 
 def test_what_cannot_be_converted_is_named(converted, tmp_path, capsys):
-    with pytest.raises(SystemExit, match="net.pth: holds no key 'mean'; keys of the file: params, params_ema"):
+    with pytest.raises(SystemExit, match="net.pth: has no key 'mean'; keys of the file: params, params_ema"):
         write(converted / 'net.pth', tmp_path / 'net.safetensors', '--key', 'mean')
     with pytest.raises(SystemExit, match='absent.pth'):
         write(tmp_path / 'absent.pth', tmp_path / 'net.safetensors')
@@ -150,7 +150,7 @@ def test_what_is_none_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match='absent'):
         read_checkpoint(str(tmp_path / 'absent.safetensors'))
     save_file({'x': torch.zeros(1)}, file)  # of another program, which knows no options
-    with pytest.raises(ValueError, match=f"^{file}: holds no key 'network_g', .* not recognised"):
+    with pytest.raises(ValueError, match=f"^{file}: has no key 'network_g', .* not recognised"):
         load(file)
 
 

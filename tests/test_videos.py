@@ -273,7 +273,7 @@ def test_a_clean_video_is_copied(tmp_path, monkeypatch, capsys):
 
 def test_a_result_of_another_kind_is_refused_before_anything(weights, tmp_path, monkeypatch, capsys):
     source = write_video(tmp_path / 'a.mp4', SCENES)
-    with pytest.raises(SystemExit, match='a.png: .*a.mp4 is a video; name such a file'):
+    with pytest.raises(SystemExit, match='a.png: .*a.mp4 is a video; expected such a file'):
         command(monkeypatch, capsys, source, '-o', tmp_path / 'a.png', '-w', weights)
 
 

@@ -1,4 +1,4 @@
-"""Animations, read and written with Pillow: OpenCV keeps neither their profile nor their EXIF data."""
+"""Read and write animations with Pillow: OpenCV keeps neither their profile nor their EXIF data."""
 
 import io
 import struct
@@ -9,7 +9,7 @@ import numpy as np
 from dpmambair_basicsr.files.codec import max_pixels
 from dpmambair_basicsr.files.containers import PNG, png_chunk, png_chunks
 
-WRITERS = {'.png': 'PNG', '.apng': 'PNG', '.webp': 'WEBP'}  # without loss
+WRITERS = {'.png': 'PNG', '.apng': 'PNG', '.webp': 'WEBP'}  # lossless
 OPTIONS = {'PNG': {}, 'WEBP': {'lossless': True, 'exact': True}}
 GREY = ('1', 'L', 'LA')
 
@@ -20,7 +20,7 @@ class Timing:
     Attributes:
         durations: of the frames, in milliseconds.
         loop: number of repetitions; 0: forever.
-        default_image: whether the first frame is only for programs that do not show animations.
+        default_image: whether the first frame is shown only by programs without support for animations.
     """
 
     durations: tuple[float, ...]
@@ -32,9 +32,9 @@ class Timing:
 class Animation:
     """
     Attributes:
-        frames: (H, W, 3) RGB or (H, W, 4) RGBA, uint8, whole pictures.
+        frames: (H, W, 3) RGB or (H, W, 4) RGBA, uint8, full frames.
         grey: whether they are grey in the file.
-        exif, xmp, profile: as the file has them.
+        exif, xmp, profile: as stored in the file.
     """
 
     frames: list[np.ndarray]
@@ -46,10 +46,10 @@ class Animation:
 
 
 def read_animation(content: bytes) -> Animation | None:
-    """None if it is not PNG, GIF, WebP or AVIF, or has only one frame.
+    """The animation in a file; None if it is not PNG, GIF, WebP or AVIF, or has only one frame.
 
     Raises:
-        ValueError: it is truncated, has 16 bit, or all frames together have too many pixels, see `codec.max_pixels`.
+        ValueError: it is truncated, has 16 bits, or its frames together have too many pixels, see `codec.max_pixels`.
     """
     if not may_be_animated(content):
         return None
@@ -72,7 +72,7 @@ def read_animation(content: bytes) -> Animation | None:
             timing = Timing(tuple(durations), loop, bool(image.info.get('default_image')))
             exif, xmp, profile = (image.info.get(name) for name in ('exif', 'xmp', 'icc_profile'))
     except (OSError, SyntaxError, EOFError, struct.error):
-        raise ValueError('is not a complete animation') from None
+        raise ValueError('is a truncated or damaged animation') from None
     return Animation(frames, grey, timing, exif, xmp, profile)
 
 
@@ -86,20 +86,20 @@ def check(content: bytes, count: int, width: int, height: int) -> None:
     if count * width * height > max_pixels():
         raise ValueError(f'has {count} frames of {width} x {height} pixels, together more than max_pixels')
     if content.startswith(PNG) and content[24] == 16:
-        raise ValueError('is an animation of 16 bit; 8 can be read')
+        raise ValueError('is a 16-bit animation; only 8 bits are supported')
 
 
 def encode_animation(extension: str, animation: Animation) -> bytes:
-    """The encoded file, every frame lossless.
+    """The encoded file, with lossless frames.
 
     Raises:
-        ValueError: the format cannot hold lossless animations.
+        ValueError: the format does not support lossless animations.
     """
     from PIL import Image
 
     kind = WRITERS.get(extension)
     if kind is None:
-        raise ValueError(f'{extension} cannot hold an animation without loss; --ext png or --ext webp can')
+        raise ValueError(f'{extension} does not support lossless animations; use --ext png or --ext webp')
     first, *rest = (Image.fromarray(frame) for frame in animation.frames)
     timing, stream = animation.timing, io.BytesIO()
     options = OPTIONS[kind] | {'duration': list(timing.durations), 'loop': timing.loop}

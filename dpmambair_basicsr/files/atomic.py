@@ -15,7 +15,7 @@ def replacing(file: str | Path, durable: bool = True, shared: bool = False) -> I
 
     Args:
         durable: flush content and name to the disk, so that a power cut leaves either the old file or the new one.
-            False for what is cheap to recreate.
+            False for files that are cheap to recreate.
         shared: other processes may write the same file at the same time; the last one wins.
     """
     file = Path(file)

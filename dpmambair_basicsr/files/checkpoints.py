@@ -1,7 +1,7 @@
-"""Checkpoint files as BasicSR writes them, {'params': state dict, ...}, read with errors that name the file.
+"""Read checkpoint files as BasicSR writes them, {'params': state dict, ...}, with errors that name the file.
 
-Ours also hold the options of their network, {'network_g': {'type': ..., ...}}: plain Python values, which
-torch.load(weights_only=True) reads and which programs that ask for 'params' never see.
+Ours also contain the options of their network, {'network_g': {'type': ..., ...}}: plain Python values, which
+torch.load(weights_only=True) reads and which programs that read 'params' ignore.
 
 A `.safetensors` file holds one state dict, read as 'params', and text: `network_g` is stored as JSON. Files written by
 a training also hold the EMA: all names begin with the key of their state dict, `params.` or `params_ema.`, and
@@ -22,25 +22,25 @@ from dpmambair_basicsr.files.errors import CheckpointError
 from dpmambair_basicsr.files.regular import check_regular
 
 SAFETENSORS = '.safetensors'
-# Under which key a file has its network: BasicSR's, the usual ones of other programs, None for a bare state dict.
+# Keys of a file's network: BasicSR's, those common in other programs, None for a bare state dict.
 WRAPPINGS = ('params_ema', 'params', 'params-ema', 'model_state_dict', 'state_dict', 'model', 'net', None)
-MAPPED = os.name == 'posix'  # Windows does not delete a file, such as an old training state, while it is mapped
+MAPPED = os.name == 'posix'  # Windows cannot delete a file, such as an old training state, while it is mapped
 
 
 def read_checkpoint(path: str) -> dict:
-    """What the file holds, on the CPU.
+    """The content of a checkpoint, on the CPU.
 
     Raises:
         FileNotFoundError: no such file.
-        CheckpointError: naming the file, if it is none of PyTorch's or does not hold a dictionary; or if it ends in
-            .safetensors and is no such file, or that package is not installed; see also `check_file`.
+        CheckpointError: naming the file: it is not a checkpoint or safetensors file, or does not contain a dictionary;
+            or the package safetensors is not installed; see also `check_file`.
     """
     if str(path).endswith(SAFETENSORS):
         return read_safetensors(path)
     check_file(path)
     try:
         checkpoint = torch.load(path, map_location='cpu', weights_only=True)
-    except Exception as error:  # torch.load raises many kinds, and their messages name no file
+    except Exception as error:  # any: torch.load raises many types, and their messages name no file
         raise CheckpointError(f'{path}: not a checkpoint that torch.load can read ({type(error).__name__})') from error
     if not isinstance(checkpoint, dict):
         raise CheckpointError(f'{path}: expected a dictionary, got {type(checkpoint).__name__}')
@@ -48,12 +48,12 @@ def read_checkpoint(path: str) -> dict:
 
 
 def check_file(path: str | Path) -> None:
-    """That reading a file ends, and takes no more memory than the file has bytes.
+    """Check that reading a file terminates and needs no more memory than the file's size.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: naming the file: it is not a regular one, or an archive that is compressed, as torch.save makes
-            none: a few MB could stand for as many GB.
+        ValueError: naming the file: it is not a regular file, or a compressed archive, which torch.save never writes: a
+            few MB could expand to as many GB.
     """
     try:
         check_regular(path)
@@ -64,13 +64,13 @@ def check_file(path: str | Path) -> None:
             with zipfile.ZipFile(path) as archive:
                 packed = [part.filename for part in archive.infolist() if part.compress_type != zipfile.ZIP_STORED]
         except (zipfile.BadZipFile, NotImplementedError, ValueError):
-            return  # nor can torch read it, which has more to say
+            return  # torch cannot read it either, and its message is better
         if packed:
             raise ValueError(f'{path}: its part {packed[0][:60]} is compressed; torch.save never compresses')
 
 
 def read_safetensors(path: str) -> dict:
-    """{'params': state dict}, and what else `encode_safetensors` was given. Raises as `read_checkpoint` does."""
+    """{'params': state dict}, and the other entries passed to `encode_safetensors`. Raises as `read_checkpoint`."""
     package = import_safetensors(path)
     check_file(path)
     try:
@@ -86,18 +86,18 @@ def read_safetensors(path: str) -> dict:
                 name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)
             }
         return content
-    except Exception as error:  # the package has a kind of its own
+    except Exception as error:  # any: the package has an exception type of its own
         raise CheckpointError(f'{path}: cannot be read by safetensors ({type(error).__name__}: {error})') from error
 
 
 def write_safetensors(
     path: str, weights: dict[str, Tensor], network: dict | None = None, classifier: dict | None = None
 ) -> None:
-    """The state dict, the options of its network and its classifier of degradations, as a whole or not at all.
+    """Write a state dict, the options of its network and its degradation classifier, atomically.
 
     Raises:
         CheckpointError: if the package is not installed.
-        OSError: if it cannot be written.
+        OSError: if the file cannot be written.
     """
     others = {'network_g': network, 'degradation_classifier': classifier}
     content = encode_safetensors(path, {'params': weights} | {key: value for key, value in others.items() if value})
@@ -106,10 +106,10 @@ def write_safetensors(
 
 
 def encode_safetensors(path: str, content: dict) -> bytes:
-    """What a file holds, from which `read_safetensors` makes the same: state dicts, and plain values of `is_text` keys.
+    """Encode state dicts, and plain values under `is_text` keys; `read_safetensors` is the inverse.
 
     Raises:
-        CheckpointError: if the package is not installed, or a state dict holds something else than tensors.
+        CheckpointError: if the package is not installed, or a state dict contains something other than tensors.
     """
     package = import_safetensors(path)
     text = {key: json.dumps(value) for key, value in content.items() if is_text(key)}
@@ -118,22 +118,22 @@ def encode_safetensors(path: str, content: dict) -> bytes:
         if not is_state_dict(weights):
             name = next(name for name, value in weights.items() if not isinstance(value, Tensor))
             raise CheckpointError(
-                f'{path}: {key}, {name} is not a tensor, and safetensors holds only tensors; use .pth'
+                f'{path}: {key}, {name} is not a tensor, and safetensors supports only tensors; use .pth'
             )
     if len(state_dicts) > 1:
         text['state_dicts'] = json.dumps([*state_dicts])
         tensors = {f'{key}.{name}': part for key, weights in state_dicts.items() for name, part in weights.items()}
     else:
         (tensors,) = state_dicts.values()
-    # It refuses shared storage.
+    # safetensors does not support shared storage.
     tensors = {name: value.contiguous().clone() for name, value in tensors.items()}
     return package.torch.save(tensors, {'format': 'pt'} | text)
 
 
 def is_text(key: str) -> bool:
-    """Whether a .safetensors file has it as JSON.
+    """Whether a .safetensors file stores this key as JSON.
 
-    Options of a network, what `models.best_checkpoint` notes, an `inference.degradation_classifier`.
+    True for the options of a network, the entry of `models.best_checkpoint`, an `inference.degradation_classifier`.
     """
     return key.startswith('network_') or key in ('best', 'degradation_classifier')
 
@@ -147,7 +147,7 @@ def import_safetensors(path: str):
 
 
 def read_weights(path: str, *keys: str | None) -> dict[str, Tensor]:
-    """The state dict in a file under the first of the keys that is there.
+    """The state dict in a file under the first of the keys that exists.
 
     Prefixes added by wrappers are removed: `module.` of parallel training, `_orig_mod.` of torch.compile.
 
@@ -156,16 +156,16 @@ def read_weights(path: str, *keys: str | None) -> dict[str, Tensor]:
 
     Raises:
         FileNotFoundError: no such file.
-        CheckpointError: naming the file and the keys it has, if there is no state dict under any of these.
+        CheckpointError: naming the file and its keys, if none of `keys` contains a state dict.
     """
     return select_weights(path, read_checkpoint(path), *keys)
 
 
 def wanted_keys(options: dict, network: str, is_train: bool) -> tuple[str | None, ...]:
-    """Keys under which a checkpoint is searched for a network, by the section `path` of an option file.
+    """Keys to look for in the checkpoint of a network, according to the section `path` of an option file.
 
-    Only the one that `param_key_<network>` names. Without it, a test takes what validation and `restore` take, the EMA
-    if there is one; a training starts from `params`.
+    Only `param_key_<network>`, if given. Without it, a test uses the EMA if there is one, like validation and
+    `restore`; a training starts from `params`.
     """
     if f'param_key_{network}' in options:
         return (options[f'param_key_{network}'],)
@@ -173,14 +173,14 @@ def wanted_keys(options: dict, network: str, is_train: bool) -> tuple[str | None
 
 
 def found_key(path: str, checkpoint: dict, *keys: str | None) -> str | None:
-    """The first key that is in the file, or the first of all; for a .safetensors file, the only one it has."""
+    """The first of the keys that is in the file, or else the first key; for a .safetensors file, its only key."""
     if str(path).endswith(SAFETENSORS) and sum(not is_text(key) for key in checkpoint) == 1:
         return 'params'
     return next((key for key in keys if key is None or key in checkpoint), keys[0])
 
 
 def select_weights(path: str, checkpoint: dict, *keys: str | None) -> dict[str, Tensor]:
-    """`read_weights` of a file that has been read."""
+    """`read_weights` for a file that has been read."""
     key = found_key(path, checkpoint, *keys)
     weights = checkpoint if key is None else checkpoint.get(key)
     if not is_state_dict(weights):
@@ -189,14 +189,14 @@ def select_weights(path: str, checkpoint: dict, *keys: str | None) -> dict[str, 
             place = 'it' if key is None else f'its key {key!r}'
             raise CheckpointError(f'{path}: {place} is not a state dict; keys of the file: {found}')
         advice = 'it is a bare state dict, so set path.param_key_g to ~; ' if is_state_dict(checkpoint) else ''
-        raise CheckpointError(f'{path}: holds no key {key!r}; {advice}keys of the file: {found}')
+        raise CheckpointError(f'{path}: has no key {key!r}; {advice}keys of the file: {found}')
     return {name.replace('_orig_mod.', '').removeprefix('module.'): value for name, value in weights.items()}
 
 
 class PlainValue:
     """A plain value that can be passed to BasicSR's save_network in place of a network, which then saves it unchanged.
 
-    save_network asks each network for its state_dict, a mapping, and puts each item of it on the CPU.
+    save_network calls each network's state_dict, and moves each item of that mapping to the CPU.
     """
 
     def __init__(self, value):
@@ -223,7 +223,7 @@ def is_state_dict(value) -> TypeGuard[dict[str, Tensor]]:
 
 
 def differences(net: nn.Module, state_dict: dict) -> str:
-    """A readable report of how a state dict does not fit a network; '' if it fits."""
+    """A readable report of the mismatches between a state dict and a network; '' if there are none."""
     own = net.state_dict()
     parts = {
         'missing in the file': sorted(own.keys() - state_dict.keys()),
@@ -243,11 +243,11 @@ def differences(net: nn.Module, state_dict: dict) -> str:
 
 
 def read_on_cpu(file):
-    """What torch.save has written, weights_only; storage is mapped, not read. A CheckpointError names the file."""
-    try:  # the format before torch 1.6 is no zip file and cannot be mapped
+    """Load a file of torch.save, weights_only; storage is mapped, not read. A CheckpointError names the file."""
+    try:  # the format before torch 1.6 is not a zip file and cannot be mapped
         check_file(file)
         return torch.load(file, map_location='cpu', weights_only=True, mmap=MAPPED and zipfile.is_zipfile(file))
-    except Exception as error:  # torch.load raises many kinds
+    except Exception as error:  # any: torch.load raises many types
         if str(error).startswith(f'{file}: '):
             raise CheckpointError(str(error)) from None
         reason = ' '.join(str(error).split()).partition('. ')[0]

@@ -1,4 +1,4 @@
-"""The only place where images are decoded and encoded: headers are checked first, and files are written atomically."""
+"""Decode and encode images, here only: headers are checked first, and files are written atomically."""
 
 import io
 import os
@@ -10,15 +10,15 @@ import numpy as np
 
 from dpmambair_basicsr.files.atomic import replacing
 
-MAX_PIXELS = 2**28  # 1.7 GB while an 8-bit image is decoded; 200-megapixel cameras stay below
+MAX_PIXELS = 2**28  # 1.7 GB while an 8-bit image is decoded; enough for 200-megapixel cameras
 MAX_PIXELS_VARIABLE = 'DPMAMBAIR_MAX_PIXELS'
 PNG = b'\x89PNG\r\n\x1a\n'
-FORMATS = ('JPEG', 'BMP', 'TIFF', 'WEBP', 'PPM', 'GIF', 'JPEG2000', 'AVIF', 'SUN')  # what OpenCV reads, by PIL's names
+FORMATS = ('JPEG', 'BMP', 'TIFF', 'WEBP', 'PPM', 'GIF', 'JPEG2000', 'AVIF', 'SUN')  # read by OpenCV; PIL's names
 TILE_SIZE = (322, 323)  # TIFF tags
 
 
 def max_pixels() -> int:
-    """Pixels that an image may have: the option `max_pixels` or the environment variable, else MAX_PIXELS."""
+    """Maximum number of pixels of an image: the option `max_pixels` or the environment variable, else MAX_PIXELS."""
     text = os.environ.get(MAX_PIXELS_VARIABLE, str(MAX_PIXELS))
     if not text.isdecimal() or int(text) == 0:
         raise ValueError(f'{MAX_PIXELS_VARIABLE}: expected a positive int, got {text!r}')
@@ -26,9 +26,9 @@ def max_pixels() -> int:
 
 
 def check_size(content: bytes) -> tuple[int, int] | None:
-    """`image_size`; raises ValueError, without the path, if that is more than `max_pixels`. Nothing is decoded.
+    """`image_size`; raises ValueError, without the path, if it exceeds `max_pixels`. Nothing is decoded.
 
-    124 kB of PNG can stand for 32000 x 32000 pixels, which take 6.5 GB.
+    124 kB of PNG can expand to 32000 x 32000 pixels, which take 6.5 GB.
     """
     size = image_size(content)
     if size is not None and size[0] * size[1] > max_pixels():
@@ -54,7 +54,7 @@ def image_size(content: bytes) -> tuple[int, int] | None:
         if read_header is not None and accepts is not None and accepts(content[:16]):
             try:
                 header = read_header(io.BytesIO(content), '')
-            except Exception:  # whatever a damaged header makes of it
+            except Exception:  # any: damaged headers fail in many ways
                 continue
             width, height = (getattr(header, 'tag_v2', {}).get(tag, 0) for tag in TILE_SIZE)
             return max(header.size, (width, height), key=lambda size: size[0] * size[1])
@@ -71,15 +71,15 @@ def decode(content: bytes | None, flags: int = cv2.IMREAD_COLOR | cv2.IMREAD_ANY
         return None
     try:
         return decoder(np.frombuffer(content, np.uint8), flags=flags)
-    except cv2.error:  # its header asks for more pixels than OPENCV_IO_MAX_IMAGE_PIXELS
+    except cv2.error:  # more pixels than OPENCV_IO_MAX_IMAGE_PIXELS
         return None
 
 
 def write_image(path: str | Path, image: np.ndarray, parameters: list[int] | None = None, durable: bool = True) -> None:
-    """Writes (H, W), (H, W, 3) BGR or (H, W, 4) BGRA in the format of the extension, atomically.
+    """Write (H, W), (H, W, 3) BGR or (H, W, 4) BGRA in the format of the extension, atomically.
 
     Args:
-        parameters: as `cv2.imwrite` has them.
+        parameters: as for `cv2.imwrite`.
         durable: see `replacing`.
 
     Raises:
@@ -96,7 +96,7 @@ def write_image(path: str | Path, image: np.ndarray, parameters: list[int] | Non
 
 
 def write_bytes(path: Path, content, durable: bool = True, shared: bool = False) -> None:
-    """Writes a file atomically. Raises OSError, naming it."""
+    """Write a file atomically. Raises OSError, naming it."""
     try:
         with replacing(path, durable, shared) as part:
             part.write_bytes(content)

@@ -1,7 +1,7 @@
-"""What picture files say beside their pixels that OpenCV does not hand on: resolution, text, captions, TIFF tags.
+"""Metadata of picture files that OpenCV drops: resolution, text, captions, TIFF tags.
 
-EXIF data, XMP and colour profile OpenCV keeps itself, but for TIFF. What describes other pixels than those that will be
-written is put right or left out: orientation, sizes, thumbnails.
+OpenCV itself keeps EXIF data, XMP and colour profile, except in TIFF. Metadata that does not apply to the pixels of the
+result is corrected or left out: orientation, sizes, thumbnails.
 """
 
 import re
@@ -21,21 +21,21 @@ OPENCVS_SEGMENTS = (b'Exif\0', b'http://ns.adobe.com/xap/1.0/\0', b'ICC_PROFILE\
 METRE = {1: 0.0254, 2: 0.01}  # units of JFIF
 TIFF_METRE = {2: 0.0254, 3: 0.01}
 JPEG_NAMES = {2: 'further pictures (MPF)', 11: 'content credentials'}
-JFIF_DENSITY = 13  # where OpenCV's JPEG has it
+JFIF_DENSITY = 13  # offset in OpenCV's JPEG files
 BMP_DENSITY = 38
-# Tags of TIFF
+# TIFF tags
 ORIENTATION, X_RESOLUTION, Y_RESOLUTION, RESOLUTION_UNIT, XMP_TAG, PROFILE_TAG = 274, 282, 283, 296, 700, 34675
 PHOTOSHOP = 34377
-# How the pixels are stored, thumbnails and layers: what is written has its own, or none.
+# Pixel storage, thumbnails and layers: results have their own, or none.
 TIFF_PIXELS = {254, 255, *range(256, 260), *range(262, 267), 273, 274, *range(277, 282), 284, *range(288, 294), 301}
 TIFF_PIXELS |= {*range(317, 342), *range(342, 348), 437, *range(512, 522), *range(529, 533), 559, 37724, 50784}
-# What EXIF data has beside the tags of its own lists: title, camera, software, date, author, copyright, Windows' texts.
+# EXIF data outside its own lists: title, camera, software, date, author, copyright, Windows' texts.
 EXIF_TAGS = {270, 271, 272, 282, 283, 296, 305, 306, 315, 316, 33432, 0x8769, 0x8825, *range(0x9C9B, 0x9CA0)}
 
 
 @dataclass(frozen=True)
 class Resolution:
-    """Pixels per `unit` metres, or, without unit, the aspect ratio of pixels."""
+    """Pixels per `unit` metres or, without a unit, the aspect ratio of pixels."""
 
     x: float
     y: float
@@ -50,10 +50,10 @@ class Resolution:
 class Extras:
     """
     Attributes:
-        chunks: of PNG, as they stand in the file.
-        segments: of JPEG: comments, Photoshop's (IPTC captions).
-        tags: of TIFF, without those that describe pixels.
-        left_out: names of what is in the file and not here.
+        chunks: PNG chunks, as in the file.
+        segments: JPEG segments: comments, Photoshop's (IPTC captions).
+        tags: TIFF tags, except those that describe pixels.
+        left_out: names of metadata in the file that is not kept.
     """
 
     resolution: Resolution | None = None
@@ -64,7 +64,7 @@ class Extras:
 
 
 def read_extras(content: bytes) -> Extras:
-    """Of PNG, JPEG, BMP, and the first picture of TIFF; of other files nothing."""
+    """Read the extras of PNG, JPEG and BMP files and of the first picture of TIFF files; none for other files."""
     if content.startswith(PNG):
         return png_extras(content)
     if content.startswith(JPEG):
@@ -91,7 +91,7 @@ def png_extras(content: bytes) -> Extras:
 
 
 def png_chunks(content: bytes) -> Iterator[tuple[bytes, bytes]]:
-    """(name, whole chunk), up to the end of the file or damage."""
+    """(name, whole chunk) pairs, up to the end of the file or the first damage."""
     place = len(PNG)
     while place + 12 <= len(content):
         end = place + 12 + int.from_bytes(content[place : place + 4], 'big')
@@ -123,10 +123,10 @@ def jpeg_extras(content: bytes) -> Extras:
 
 
 def jpeg_segments(content: bytes) -> Iterator[tuple[int, bytes]]:
-    """(marker, whole segment) before the pixels, up to damage."""
+    """(marker, whole segment) pairs before the pixels, up to the first damage."""
     place = 2
     while place + 4 <= len(content) and content[place] == 0xFF and content[place + 1] not in (0xDA, 0xD9):
-        if content[place + 1] == 0xFF:  # filling
+        if content[place + 1] == 0xFF:  # padding
             place += 1
             continue
         end = place + 2 + int.from_bytes(content[place + 2 : place + 4], 'big')
@@ -152,7 +152,7 @@ def tiff_resolution(ifd: Ifd) -> Resolution | None:
 
 
 def exif_of_tags(tags: Ifd) -> bytes | None:
-    """EXIF data with what TIFF tags say, for files of other formats; None: nothing."""
+    """TIFF tags as EXIF data, for files of other formats; None if there are none."""
     tags = {number: tag for number, tag in tags.items() if number in EXIF_TAGS}
     return b'II*\0\x08\0\0\0' + write_ifd(tags, 8) if tags else None
 
@@ -162,7 +162,7 @@ def tags_of_exif(exif: bytes) -> Ifd:
 
 
 def resized_tags(tags: Ifd, height: int, width: int) -> Ifd:
-    """With another size of the picture in the EXIF list, where that states one."""
+    """Replace the picture's size in the EXIF list, if it is recorded there."""
     exif = tags.get(0x8769)
     if exif is None or exif.tags is None:
         return tags
@@ -172,7 +172,7 @@ def resized_tags(tags: Ifd, height: int, width: int) -> Ifd:
 
 
 def without_thumbnails(resources: bytes) -> bytes:
-    """Photoshop's image resources without its thumbnails; what is damaged stays as it is."""
+    """Photoshop's image resources without thumbnails; damaged parts are left unchanged."""
     kept, place = b'', 0
     while resources[place : place + 4] == b'8BIM' and place + 12 <= len(resources):
         name = resources[place + 6] // 2 * 2 + 2
@@ -185,13 +185,13 @@ def without_thumbnails(resources: bytes) -> bytes:
 
 
 def upright_xmp(xmp: bytes) -> bytes:
-    """For pixels that are upright now, without thumbnails."""
+    """XMP for upright pixels, without thumbnails."""
     xmp = re.sub(rb'(tiff:Orientation(?:="|=\'|>)\s*)[2-8]', rb'\g<1>1', xmp)
     return re.sub(rb'<xmp:Thumbnails\b.*?</xmp:Thumbnails>', b'', xmp, flags=re.DOTALL)
 
 
 def add_extras(content: bytes, extras: Extras) -> bytes:
-    """The file that OpenCV has encoded, PNG, JPEG or BMP, with what its format can hold; any other as it is."""
+    """Add to a PNG, JPEG or BMP file encoded by OpenCV the extras that its format supports; others are unchanged."""
     resolution = extras.resolution
     if content.startswith(PNG):
         chunks = b''.join(extras.chunks)
@@ -214,7 +214,7 @@ def add_extras(content: bytes, extras: Extras) -> bytes:
 
 
 def tiff_tags(extras: Extras, exif: bytes | None, xmp: bytes | None, profile: bytes | None) -> Ifd:
-    """What the TIFF file of a picture says: all of another TIFF file, or the EXIF data, and the rest."""
+    """Tags for a picture's TIFF file: those of a TIFF source, or else its EXIF data, plus XMP and profile."""
     tags = extras.tags or tags_of_exif(exif or b'')
     if extras.resolution is not None and X_RESOLUTION not in tags:
         unit = next((number for number, metre in TIFF_METRE.items() if metre == extras.resolution.unit), 2)

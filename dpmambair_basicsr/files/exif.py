@@ -12,7 +12,7 @@ class Exif:
     """EXIF data; damaged data is treated as empty and left unchanged.
 
     Args:
-        data: TIFF's header and lists of tags.
+        data: TIFF header and lists of tags.
     """
 
     def __init__(self, data: bytes):
@@ -52,14 +52,14 @@ class Exif:
                 del self.data[start:]
 
     def first(self) -> int:
-        """Where the first list is; 0: nowhere."""
+        """Offset of the first list; 0: none."""
         try:
             return self.unpack('I', 4) if self.order else 0
         except struct.error:
             return 0
 
     def numbers(self, offset: int) -> Iterator[tuple[int, int, int, int]]:
-        """(tag, value, place of the value, type) of the single whole numbers in the list at an offset."""
+        """(tag, value, offset of the value, type) of the single integers in the list at an offset."""
         try:
             for entry in range(offset + 2, offset + 2 + 12 * self.unpack('H', offset), 12) if offset else ():
                 tag, kind, count = struct.unpack_from(f'{self.order}HHI', self.data, entry)

@@ -34,6 +34,6 @@ def local_file(weights: str) -> str:
     repository, _, revision = weights.removeprefix(SCHEME).partition('@')
     try:
         return hub.hf_hub_download(repository, FILE, revision=revision or None)
-    except Exception as error:  # the hub, and what it is reached by, have many kinds
+    except Exception as error:  # any: the hub and the HTTP libraries raise many types
         reason = ' '.join(str(error).split())[:300]
         raise CheckpointError(f'{weights}: {FILE} cannot be downloaded ({type(error).__name__}: {reason})') from error

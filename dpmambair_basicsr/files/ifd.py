@@ -1,4 +1,4 @@
-"""Lists of tags (IFDs) of TIFF files, which EXIF data is too: read with each tag's type and bytes, and written again.
+"""Read and write the tag lists (IFDs) of TIFF files and EXIF data, keeping each tag's type and bytes.
 
 Pillow would guess types and replace non-ASCII characters by question marks. Private tags are copied unchanged: offsets
 inside them, as in some maker notes, may become invalid.
@@ -9,24 +9,24 @@ from dataclasses import dataclass
 
 import numpy as np
 
-# Type of a tag -> NumPy's of its numbers; of rationals, numerator and denominator.
+# Type of a tag -> NumPy's type of its numbers; for rationals, of numerator and denominator.
 NUMBERS = {1: 'u1', 2: 'u1', 3: 'u2', 4: 'u4', 5: 'u4', 6: 'i1', 7: 'u1', 8: 'i2', 9: 'i4', 10: 'i4', 11: 'f4'}
 NUMBERS |= {12: 'f8', 13: 'u4', 16: 'u8', 17: 'i8', 18: 'u8'}
 RATIONALS = (5, 10)
 SUB_IFDS = (0x8769, 0x8825, 0xA005)  # EXIF, GPS, interoperability
-MOST_LISTS = 1000  # pages
+MOST_LISTS = 1000  # limit on pages
 
 
 @dataclass(frozen=True)
 class Tag:
-    """A value: its TIFF type, its bytes, little-endian, and, for SUB_IFDS, the tags it leads to."""
+    """A value: its TIFF type, its bytes, little-endian, and, for SUB_IFDS, the tags that it points to."""
 
     kind: int
     data: bytes
     tags: 'dict[int, Tag] | None' = None
 
     def numbers(self) -> list:
-        """Numerators and denominators of rationals alternate."""
+        """The value as numbers; numerators and denominators of rationals alternate."""
         return np.frombuffer(self.data, f'<{NUMBERS[self.kind]}').tolist()
 
 
@@ -38,7 +38,7 @@ def value_size(kind: int) -> int:
 
 
 def read_ifds(content: bytes) -> list[Ifd]:
-    """The chain of lists in a TIFF file, BigTIFF too, or in EXIF data. Damaged parts are skipped."""
+    """The chain of lists in a TIFF or BigTIFF file, or in EXIF data. Damaged parts are skipped."""
     order = {b'II': '<', b'MM': '>'}.get(content[:2])
     if order is None:
         return []
@@ -59,7 +59,7 @@ class _Reader:
         self.content, self.order = content, order
         self.big = content[2:4] in (b'+\0', b'\0+')
         self.count, self.offset = ('Q', 'Q') if self.big else ('H', 'I')
-        self.left = len(content)  # bytes of values: any number of tags may name the same ones
+        self.left = len(content)  # budget for bytes of values, since many tags may point to the same ones
 
     def unpack(self, kinds: str, offset: int) -> tuple:
         return struct.unpack_from(self.order + kinds, self.content, offset)

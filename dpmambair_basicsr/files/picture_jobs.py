@@ -17,8 +17,8 @@ RESTORED = (*EXTENSIONS, *VIDEOS)
 class Plan:
     """
     Attributes:
-        jobs: (picture, result) of each picture once.
-        folder: the results lie in or below it.
+        jobs: (picture, result), each picture once.
+        folder: contains all results, possibly in sub-folders.
         skipped: number of files in the searched folders, by extension, that are not in `RESTORED`.
     """
 
@@ -28,7 +28,7 @@ class Plan:
 
     def skipped_summary(self) -> str:
         counts = ', '.join(f'{count} {kind}' for kind, count in sorted(self.skipped.items()))
-        return f'skipped, not of a format that is read: {counts}'
+        return f'skipped, unsupported format: {counts}'
 
 
 def plan(
@@ -37,14 +37,14 @@ def plan(
     """What to restore, in the order of the arguments.
 
     Args:
-        inputs: files, folders, patterns. Below `recursive` folders and before `**`, results keep their folders.
-        output: a folder, or, for one picture, a file with the extension of a format.
+        inputs: files, folders, patterns. With `recursive`, or below `**`, results keep the folder structure.
+        output: a folder or, for a single picture, a file with a supported extension.
         suffix: added to the names of the results.
-        extension: of the results; None: that of their picture.
+        extension: of the results; None: the same as the picture's.
 
     Raises:
-        InputError: no picture under an argument, two pictures with one result, a result in place of a picture, or
-            an output that cannot be what it has to be.
+        InputError: an argument without pictures, two pictures with the same result, a result that would overwrite a
+            picture, or an unusable output.
     """
     is_file = output.suffix.lower() in (*FORMATS, *VIDEOS) and not output.is_dir()
     result = Plan([], output.parent if is_file else output)
@@ -57,19 +57,19 @@ def plan(
         for source, below in found:
             is_video = source.suffix.lower() in VIDEOS
             if is_file and is_video != (output.suffix.lower() in VIDEOS):
-                raise InputError(f'{output}: {source} is a {"video" if is_video else "picture"}; name such a file')
+                raise InputError(f'{output}: {source} is a {"video" if is_video else "picture"}; expected such a file')
             kind = source.suffix if is_video else extension or source.suffix
             target = output if is_file else output / below / f'{source.stem}{suffix}{kind}'
             other = sources.setdefault(target, source)
             if not same_file(other, source):
-                reason = 'name a folder' if is_file else '-r keeps folders apart, --suffix adds to names'
+                reason = 'use a folder' if is_file else 'use -r to keep sub-folders, or --suffix'
                 raise InputError(f'{target}: would be the result of both {other} and {source}; {reason}')
     pictures = {source.resolve() for source in sources.values()}
     for target in sources:
         if target.resolve() in pictures:
-            raise InputError(f'{target}: is a picture itself; choose another -o than its folder, or a --suffix')
+            raise InputError(f'{target}: would overwrite an input; choose another -o, or a --suffix')
     if is_file and (extension or output.suffix).lower() != output.suffix.lower():
-        raise InputError(f'{output}: is not a file of --ext {extension}')
+        raise InputError(f'{output}: must have the extension of --ext {extension}')
     check_folder(result.folder)
     result.jobs = [(source, target) for target, source in sources.items()]
     return result
@@ -78,7 +78,7 @@ def plan(
 def find(
     argument: str, recursive: bool, skipped: Counter, output: Path, extensions: tuple[str, ...]
 ) -> list[tuple[Path, Path]]:
-    """(picture, folder of its result below the output) of a file, folder or pattern; in `output` none is looked for."""
+    """(picture, sub-folder of its result) pairs of a file, folder or pattern; `output` is not searched."""
     path = Path(argument)
     if path.is_dir():
         return in_folder(path, recursive, skipped, output, extensions)
@@ -104,7 +104,7 @@ def in_folder(
         parts = sorted(here / part for part in folders if part[0] != '.') if recursive else []
         folders[:] = [part.name for part in parts if part.resolve() not in seen | {output.resolve()}]
         for file in sorted(here / part for part in files if part[0] != '.'):
-            if file.suffix.lower() in extensions:  # a link to nowhere too: it will be reported
+            if file.suffix.lower() in extensions:  # including broken links, which will be reported
                 found.append((file, here.relative_to(folder)))
             else:
                 skipped[file.suffix.lower() or 'without extension'] += 1
@@ -121,9 +121,9 @@ def same_file(a: Path, b: Path) -> bool:
 
 
 def check_folder(folder: Path) -> None:
-    """Raises InputError if it is no folder, or cannot be made or written to; before the work."""
+    """Raise InputError, up front, if a path is not a folder, or cannot be created or written to."""
     there = next(part for part in (folder, *folder.absolute().parents) if os.path.lexists(part))
     if not there.is_dir():
-        raise InputError(f'{folder}: {"it" if there == folder else there} is a file; -o names a folder, or one picture')
+        raise InputError(f'{folder}: {"it" if there == folder else there} is a file; expected a folder or one picture')
     if not os.access(there, os.W_OK | os.X_OK):
-        raise InputError(f'{folder}: {there} cannot be written to')
+        raise InputError(f'{folder}: {there} is not writable')

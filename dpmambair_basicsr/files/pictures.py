@@ -1,7 +1,7 @@
-"""Picture files, read and written again with everything that is not the network's business.
+"""Read and write picture files together with their metadata.
 
-OpenCV 4.13 and newer hands out EXIF, XMP and the ICC profile with the pixels and takes them back, and keeps 16 bit, for
-which Pillow has no RGB. What OpenCV leaves out is in `containers` and `tiff`; animations are Pillow's.
+OpenCV 4.13 and newer reads and writes EXIF, XMP and the ICC profile with the pixels, and keeps 16 bits, for which
+Pillow has no RGB mode. `containers` and `tiff` handle the rest; animations are read and written by Pillow.
 """
 
 import io
@@ -41,13 +41,13 @@ ALL = ('EXIF data', 'XMP', 'colour profile', 'resolution')
 
 @dataclass(frozen=True)
 class Format:
-    """How files of an extension are written: JPEG at quality 98 without chroma subsampling, all others without loss.
+    """How files of an extension are written: JPEG at quality 98 without chroma subsampling, all others lossless.
 
     Attributes:
         encoder: OpenCV's, an extension.
         parameters: OpenCV's.
-        alpha, deep: whether it holds alpha, 16 bit.
-        holds: what else, of `ALL`.
+        alpha, deep: whether it supports alpha, 16 bits.
+        holds: the metadata of `ALL` that it supports.
     """
 
     encoder: str
@@ -84,10 +84,10 @@ FORMATS = {
     '.pgm': Format('.pnm', deep=True),
     '.pnm': Format('.pnm', deep=True),
 }
-EXTENSIONS = (*FORMATS, '.gif', '.pbm')  # of what is read
-# What a file is by its first bytes, where that is not what its name says.
+EXTENSIONS = (*FORMATS, '.gif', '.pbm')  # of files that can be read
+# Format of a file by its first bytes, for files with a wrong extension.
 SIGNATURES = {b'\x89PNG\r\n\x1a\n': '.png', b'\xff\xd8\xff': '.jpg', b'BM': '.bmp', **dict.fromkeys(TIFF, '.tif')}
-# Value of EXIF's orientation -> how to turn the pixels: (transpose first, then flip rows, then flip columns).
+# EXIF orientation -> how to rotate the pixels: (transpose first, then flip rows, then flip columns).
 UPRIGHT = {
     2: (False, False, True),
     3: (False, True, True),
@@ -108,8 +108,8 @@ class Picture:
         image: (H, W, 3) RGB, uint8 or uint16.
         grey: whether the file has one channel; the three of `image` are then equal.
         alpha: (H, W) of the same type, or None.
-        metadata: (kind, bytes) as OpenCV has them: EXIF, whose orientation is 1, XMP, ICC profile.
-        extras: what else the file says.
+        metadata: OpenCV's (kind, bytes): EXIF, with orientation 1, XMP, ICC profile.
+        extras: all other metadata.
     """
 
     image: np.ndarray
@@ -122,9 +122,9 @@ class Picture:
         return next((data.tobytes() for own, data in self.metadata if own == kind), None)
 
     def visible_image(self) -> np.ndarray:
-        """`image` with the colours of the nearest visible pixels in place of those that alpha hides altogether.
+        """`image`, with fully transparent pixels replaced by the colours of the nearest visible ones.
 
-        Otherwise a network spreads them across the edges of what is seen.
+        Otherwise a network spreads their colours across the edges of visible parts.
         """
         if self.alpha is None or self.alpha.all() or not self.alpha.any():
             return self.image
@@ -136,11 +136,11 @@ class Picture:
 
 
 def read_picture(path: Path) -> Picture:
-    """The picture in a file of any format that OpenCV reads. CMYK becomes RGB, without its profile.
+    """Read the picture in a file of any format that OpenCV supports. CMYK becomes RGB, without its profile.
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: it is not a picture, is truncated, has other than 8 or 16 bit integers, too many pixels, see
+        ValueError: it is not a picture, is truncated, has values other than 8 or 16 bit integers, too many pixels, see
             `check_size`, or several pictures; without the path.
     """
     pictures, _ = read_pictures(path)
@@ -150,7 +150,7 @@ def read_picture(path: Path) -> Picture:
 
 
 def read_pictures(path: Path) -> tuple[list[Picture], Timing | None]:
-    """The pages of a file, or the frames of an animation and their timing. Raises as `read_picture`."""
+    """Read the pages of a file, or the frames of an animation and their timing. Raises as `read_picture`."""
     with open_regular(path) as stream:
         content = stream.read()
     size = check_size(content)
@@ -174,7 +174,7 @@ def read_one(content: bytes) -> Picture:
 
 
 def by_pillow(content: bytes) -> dict[int, np.ndarray]:
-    """XMP and profile of an AVIF file, of which OpenCV reads EXIF data only."""
+    """XMP and profile of an AVIF file, from which OpenCV reads EXIF data only."""
     from PIL import Image
 
     with suppress(OSError, SyntaxError), Image.open(io.BytesIO(content)) as image:
@@ -187,12 +187,12 @@ def check_pixels(pixels: np.ndarray | None, content: bytes) -> np.ndarray:
     if pixels is None:
         raise ValueError('not a picture, or truncated' if content else 'is empty')
     if pixels.dtype not in (np.uint8, np.uint16):
-        raise ValueError(f'has {pixels.dtype} values; 8 or 16 bit integers can be restored')
+        raise ValueError(f'has {pixels.dtype} values; only 8 and 16 bit integers are supported')
     return pixels
 
 
 def upright(pixels: np.ndarray, metadata: dict[int, np.ndarray], extras: Extras) -> Picture:
-    """A picture of OpenCV's pixels, turned as their EXIF data says."""
+    """A picture from OpenCV's pixels, rotated according to their EXIF data."""
     metadata = dict(metadata)
     if EXIF in metadata:
         exif = Exif(metadata[EXIF].tobytes())
@@ -205,7 +205,7 @@ def upright(pixels: np.ndarray, metadata: dict[int, np.ndarray], extras: Extras)
         metadata[XMP] = np.frombuffer(upright_xmp(metadata[XMP].tobytes()), np.uint8)
     grey = pixels.ndim == 2
     if PROFILE in metadata and metadata[PROFILE].tobytes()[16:20] != (b'GRAY' if grey else b'RGB '):
-        del metadata[PROFILE]  # describes the CMYK, or the palette of greys, that was
+        del metadata[PROFILE]  # describes the original CMYK or grey palette
         extras = replace(extras, left_out=(*extras.left_out, 'colour profile of other channels'))
     alpha = np.ascontiguousarray(pixels[..., 3]) if not grey and pixels.shape[2] == 4 else None
     convert = cv2.COLOR_GRAY2RGB if grey else cv2.COLOR_BGRA2RGB if alpha is not None else cv2.COLOR_BGR2RGB
@@ -213,7 +213,7 @@ def upright(pixels: np.ndarray, metadata: dict[int, np.ndarray], extras: Extras)
 
 
 def read_pages(content: bytes) -> list[Picture]:
-    """Of a TIFF file, without smaller versions of its pages."""
+    """Read the pages of a TIFF file, without their smaller versions."""
     ifds = read_ifds(content)
     numbers = [number for number, ifd in enumerate(ifds) if number == 0 or not tiff.first(ifd, 254, 0) & REDUCED]
     if not ifds:
@@ -259,23 +259,23 @@ def frames_of(animation: Animation, content: bytes) -> list[Picture]:
 
 
 def write_picture(path: Path, picture: Picture, kind: str | None = None) -> list[str]:
-    """Writes all of it in the format of the path's extension: beside it, then renamed, so that no half file is left.
+    """Write a picture and its metadata in the format of the path's extension, atomically.
 
     Args:
-        kind: extension of another format, for a path whose extension does not say it.
+        kind: extension of the format, if it differs from the path's.
 
     Returns:
-        What the format cannot hold, which is left out.
+        The metadata that the format does not support and that was left out.
 
     Raises:
         OSError: the file cannot be written.
-        ValueError: the format cannot hold the picture: alpha, 16 bit, or its number of pixels; without the path.
+        ValueError: the format does not support the picture's alpha, 16 bits or size; without the path.
     """
     return write_pictures(path, [picture], None, kind)
 
 
 def write_pictures(path: Path, pictures: list[Picture], timing: Timing | None, kind: str | None = None) -> list[str]:
-    """Writes pages, or the frames of an animation; see `write_picture`."""
+    """Write pages, or the frames of an animation; see `write_picture`."""
     extension = (kind or path.suffix).lower()
     check_format(path, pictures, timing, kind)
     form, first = FORMATS[extension], pictures[0]
@@ -295,7 +295,7 @@ def write_pictures(path: Path, pictures: list[Picture], timing: Timing | None, k
 
 
 def still(form: Format, picture: Picture) -> bytes:
-    if form.encoder == '.webp' and picture.alpha is not None:  # OpenCV sets hidden colours to black
+    if form.encoder == '.webp' and picture.alpha is not None:  # OpenCV sets the colours of transparent pixels to black
         return animated('.webp', [picture], Timing((0,), 0))
     kinds, data = [], []
     for kind, part in picture.metadata:
@@ -318,7 +318,7 @@ def animated(extension: str, pictures: list[Picture], timing: Timing) -> bytes:
 
 
 def pixels_of(picture: Picture) -> np.ndarray:
-    """As OpenCV has them: (H, W) grey, (H, W, 3) BGR or (H, W, 4) BGRA."""
+    """Pixels in OpenCV's layout: (H, W) grey, (H, W, 3) BGR or (H, W, 4) BGRA."""
     pixels = cv2.cvtColor(picture.image, cv2.COLOR_RGB2GRAY if picture.grey else cv2.COLOR_RGB2BGR)
     return pixels if picture.alpha is None else np.dstack([pixels, picture.alpha])
 
@@ -328,7 +328,7 @@ def tags_of(picture: Picture) -> Ifd:
 
 
 def lost(form: Format, picture: Picture) -> list[str]:
-    """What of a picture a format cannot hold."""
+    """The metadata of a picture that a format does not support."""
     extras = picture.extras
     own = [KINDS[kind] for kind, _ in picture.metadata if kind in KINDS]
     if extras.resolution is not None and not states_resolution(picture.data(EXIF)):
@@ -344,24 +344,24 @@ def states_resolution(exif: bytes | None) -> bool:
 
 
 def check_format(path: Path, pictures: list[Picture], timing: Timing | None = None, kind: str | None = None) -> None:
-    """Raises ValueError if the format of the path's extension cannot hold the pictures, whatever their size."""
+    """Raise ValueError if the format of the path's extension does not support the pictures, whatever their size."""
     extension = (kind or path.suffix).lower()
     form = FORMATS.get(extension)
     if form is None:
-        raise ValueError(f'{extension or "a file without extension"} cannot be written; --ext png can')
+        raise ValueError(f'{extension or "a file without extension"} cannot be written; use --ext png')
     if timing is not None:
         if extension not in animations.WRITERS:
-            raise ValueError(f'{extension} cannot hold its {len(pictures)} frames without loss; --ext png can')
+            raise ValueError(f'{extension} does not support {len(pictures)} lossless frames; use --ext png')
     elif len(pictures) > 1 and form is not TIF:
-        raise ValueError(f'{extension} cannot hold its {len(pictures)} pages; --ext tif can')
+        raise ValueError(f'{extension} does not support its {len(pictures)} pages; use --ext tif')
     if any(picture.alpha is not None for picture in pictures) and not form.alpha:
-        raise ValueError(f'{extension} cannot hold its alpha channel; --ext png can')
+        raise ValueError(f'{extension} does not support its alpha channel; use --ext png')
     if any(picture.image.dtype == np.uint16 for picture in pictures) and not form.deep:
-        raise ValueError(f'{extension} cannot hold its 16 bit; --ext png can')
+        raise ValueError(f'{extension} does not support its 16 bits; use --ext png')
 
 
 def format_of(path: Path) -> str:
-    """The extension of what a file is by its first bytes, where its name says otherwise; the name's for all others."""
+    """The extension of a file's format by its first bytes if they are known, otherwise that of its name."""
     with open_regular(path) as stream:
         start = stream.read(12)
     if start[:4] == b'RIFF' and start[8:] == b'WEBP':
@@ -381,7 +381,7 @@ def turn_upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
 def restored_picture(picture: Picture, image: np.ndarray) -> Picture:
     """The picture with the pixels of `image`, (H', W', 3); alpha is enlarged to its size.
 
-    At the same size, pixels that alpha hides altogether keep their colours.
+    At the same size, fully transparent pixels keep their colours.
     """
     alpha = picture.alpha
     if alpha is not None and alpha.shape != image.shape[:2]:
@@ -404,7 +404,7 @@ def resized_exif(data: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def side_by_side(left: Picture, right: Picture) -> Picture:
-    """Both pictures in one, the left with its pixels enlarged to the right one's size."""
+    """Both pictures side by side, the left one enlarged to the right one's size."""
     enlarged = cv2.resize(left.image, right.image.shape[1::-1], interpolation=cv2.INTER_NEAREST)
     alpha = None if right.alpha is None else np.hstack([right.alpha, right.alpha])
     return replace(right, image=np.hstack([enlarged, right.image]), alpha=alpha)

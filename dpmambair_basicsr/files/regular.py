@@ -1,4 +1,4 @@
-"""Opens regular files only: reading a FIFO could block forever, and /dev/zero never ends."""
+"""Open regular files only: reading a FIFO could block forever, and /dev/zero never ends."""
 
 import os
 import stat

@@ -1,6 +1,6 @@
-"""TIFF files: pixels by OpenCV, or by Pillow where OpenCV loses or multiplies alpha; tags by `ifd`: OpenCV keeps none.
+"""TIFF files: pixels by OpenCV, or by Pillow where OpenCV drops or multiplies alpha; tags by `ifd`, as OpenCV has none.
 
-(tifffile keeps them, but reads LZW, JPEG and the like only with another package of 20 MB.)
+(tifffile keeps tags, but needs another package of 20 MB for LZW, JPEG and similar compression.)
 """
 
 import io
@@ -15,23 +15,23 @@ SAMPLES, BITS, PHOTOMETRIC, EXTRA_SAMPLES, STRIPS = 277, 258, 262, 338, 273
 CMYK, WHITE_IS_ZERO = 5, 0
 ASSOCIATED, UNASSOCIATED = 1, 2  # alpha: colours multiplied by it, or not
 LARGEST = 2**32
-BEYOND = 'TIFF holds no more than 4 GiB'
+BEYOND = 'TIFF files cannot exceed 4 GiB'
 
 
 def needs_pillow(ifd: Ifd) -> bool:
-    """Whether OpenCV does not hand out the colours as they are.
+    """Whether OpenCV would change the colours.
 
     Raises:
-        ValueError: neither does Pillow.
+        ValueError: Pillow cannot read them correctly either.
     """
     samples, bits, photometric = (first(ifd, number, 1) for number in (SAMPLES, BITS, PHOTOMETRIC))
     extra = first(ifd, EXTRA_SAMPLES, UNASSOCIATED)
     if photometric == CMYK or samples == 2:
         if bits != 8:
-            raise ValueError(f'is {"CMYK" if photometric == CMYK else "grey with alpha"} of {bits} bit; 8 can be read')
+            raise ValueError(f'is {bits}-bit {"CMYK" if photometric == CMYK else "grey with alpha"}; expected 8-bit')
         return True
     if samples == 4 and extra not in (ASSOCIATED, UNASSOCIATED) or samples > 4:
-        raise ValueError(f'has {samples} channels; those beside red, green, blue and alpha have no place in a result')
+        raise ValueError(f'has {samples} channels; only red, green, blue and alpha are supported')
     return samples == 4 and bits == 8 and EXTRA_SAMPLES in ifd
 
 
@@ -48,7 +48,7 @@ def decode_page(content: np.ndarray, page: int, flags: int) -> np.ndarray | None
 
 
 def straight(pixels: np.ndarray, ifd: Ifd) -> np.ndarray:
-    """OpenCV's pixels with black as 0 and colours not multiplied by alpha; it leaves 16 bit as they are stored."""
+    """OpenCV's pixels, with black as 0 and straight alpha; OpenCV returns 16-bit pixels as stored."""
     if pixels.dtype != np.uint16:
         return pixels
     if first(ifd, PHOTOMETRIC, 1) == WHITE_IS_ZERO:
@@ -61,10 +61,10 @@ def straight(pixels: np.ndarray, ifd: Ifd) -> np.ndarray:
 
 
 def decode_by_pillow(content: bytes, page: int = 0) -> tuple[np.ndarray, bool]:
-    """BGR or BGRA, 8 bit, upright, and whether it is CMYK in the file.
+    """Pixels, BGR or BGRA, 8 bits, upright, and whether they are CMYK in the file.
 
     Raises:
-        ValueError: it is truncated.
+        ValueError: the file is truncated.
     """
     from PIL import Image, ImageOps
 
@@ -80,19 +80,18 @@ def decode_by_pillow(content: bytes, page: int = 0) -> tuple[np.ndarray, bool]:
 
 
 def encode(pages: list[tuple[np.ndarray, Ifd]]) -> bytes:
-    """A TIFF file without loss of (H, W), (H, W, 3) BGR or (H, W, 4) BGRA, uint8 or uint16, each with tags.
+    """Encode pages, (H, W), (H, W, 3) BGR or (H, W, 4) BGRA, uint8 or uint16, as a lossless TIFF file with tags.
 
-    OpenCV encodes each page; they go behind one another, each with a list that has its tags as well.
+    OpenCV encodes each page; the pages are concatenated, each with its tags added to its list.
 
     Raises:
-        ValueError: OpenCV refuses it, or it is too large.
-        cv2.error: the same.
+        ValueError, cv2.error: OpenCV cannot encode a page, or the file is too large.
     """
-    content, link = bytearray(b'II*\0\0\0\0\0'), 4  # where the offset of the next list belongs
+    content, link = bytearray(b'II*\0\0\0\0\0'), 4  # position of the offset of the next list
     for pixels, tags in pages:
         written, encoded = cv2.imencode('.tiff', pixels)
         if not written or len(content) + 2 * len(encoded) > LARGEST:
-            raise ValueError(BEYOND if written else 'the encoder refuses it')
+            raise ValueError(BEYOND if written else 'the encoder failed')
         (ifd,) = read_ifds(encoded.tobytes())
         strips = np.array(ifd[STRIPS].numbers()) + len(content)
         ifd = tags | ifd | {STRIPS: Tag(4, strips.astype('<u4').tobytes())}

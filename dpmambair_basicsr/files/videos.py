@@ -1,7 +1,7 @@
-"""Video files, frame by frame: the frames of the result have the times of the originals, all other streams are copied.
+"""Read and write video files frame by frame: frames keep their timestamps, all other streams are copied.
 
-Needs PyAV, which brings FFmpeg's libraries. Files are handed to it opened, with their demuxer named: it opens nothing
-else, whatever a file says.
+Needs PyAV, which includes FFmpeg's libraries. It is given open files and the name of their demuxer, so that it opens
+nothing else, whatever a file refers to.
 """
 
 from collections.abc import Callable, Iterator
@@ -23,7 +23,7 @@ class Container:
     """
     Attributes:
         demuxer, muxer: FFmpeg's names.
-        encoder, options: of the frames, nearly without loss.
+        encoder, options: for the frames, nearly lossless.
     """
 
     demuxer: str
@@ -47,7 +47,7 @@ class Frame:
     """
     Attributes:
         image: (H, W, 3) RGB, upright; uint16 if the video has more than 8 bits.
-        source: PyAV's.
+        source: PyAV's frame.
     """
 
     image: np.ndarray
@@ -65,10 +65,10 @@ def import_av() -> Any:
 
 @contextmanager
 def opened(path: Path):
-    """PyAV's container.
+    """Open a video as PyAV's container.
 
     Raises:
-        OSError, ValueError: it cannot be read, or is not a video that can be restored.
+        OSError, ValueError: it cannot be read, or is not a supported video.
     """
     av = import_av()
     with ExitStack() as stack:
@@ -81,7 +81,7 @@ def opened(path: Path):
             raise ValueError('has no video stream')
         context = container.streams.video[0].codec_context
         if context.color_trc in HDR:
-            raise ValueError(f'is HDR video ({HDR[context.color_trc]}); networks here are trained on sRGB pictures')
+            raise ValueError(f'is HDR video ({HDR[context.color_trc]}); our networks are trained on sRGB pictures')
         if context.width * context.height > max_pixels():
             raise ValueError(f'has frames of {context.width} x {context.height} pixels, more than max_pixels')
         yield container
@@ -91,7 +91,7 @@ def read_frames(path: Path) -> Iterator[Frame]:
     """All frames, in order.
 
     Raises:
-        OSError, ValueError: as `opened`; a frame that is damaged, interlaced or without a time.
+        OSError, ValueError: as `opened`; a frame is damaged, interlaced or without a timestamp.
     """
     with opened(path) as container:
         for packet in container.demux(container.streams.video[0]):
@@ -107,7 +107,7 @@ def decoded(packet) -> Iterator[Frame]:
     for frame in frames:
         place = 'a frame' if frame.time is None else f'the frame at {frame.time:.2f} s'
         if frame.pts is None:
-            raise ValueError('has frames without a time')
+            raise ValueError('has frames without a timestamp')
         if frame.is_corrupt:
             raise ValueError(f'{place} is damaged')
         if frame.interlaced_frame:
@@ -118,10 +118,10 @@ def decoded(packet) -> Iterator[Frame]:
 
 
 class VideoWriter:
-    """Writes a video like another one, with other frames.
+    """Writes a copy of a video with other frames.
 
     Attributes:
-        lost: what the result does not have, for people.
+        lost: what the result does not keep, as text for users.
     """
 
     def __init__(self, result, source, path: Path):
@@ -136,7 +136,7 @@ class VideoWriter:
     def copy_stream(self, stream) -> None:
         try:
             copy = self.result.add_stream_from_template(stream)
-        except (ValueError, NotImplementedError):  # of a kind or codec that the container cannot hold
+        except (ValueError, NotImplementedError):  # the container does not support this type or codec
             self.lost.append(f'{stream.type} stream {stream.index}')
             return
         copy.metadata.update(stream.metadata)
@@ -144,7 +144,7 @@ class VideoWriter:
         self.copies[stream.index] = copy
 
     def write(self, frame: Frame, image: np.ndarray) -> None:
-        """Args: image: (h, w, 3) in the place of `frame.image`, of the same type, all frames of one size."""
+        """Write `image`, (h, w, 3), of the same type, instead of `frame.image`; all frames have the same size."""
         av = import_av()
         if self.out is None:
             self.out = self.video_stream(frame, image)
@@ -178,7 +178,7 @@ class VideoWriter:
     def copy_packet(self, packet) -> None:
         if packet.dts is None or packet.stream.index not in self.copies:
             return
-        if self.out is None:  # all streams come before the first packet, and the size of the video is not known yet
+        if self.out is None:  # streams must be added before the first packet, and the video's size is not known yet
             self.waiting.append(packet)
             return
         packet.stream = self.copies[packet.stream.index]
@@ -191,7 +191,7 @@ class VideoWriter:
 
 
 def pixel_format(codec, name: str, image: np.ndarray) -> str:
-    """That of the video where the encoder has it; otherwise the nearest with as many bits."""
+    """The video's pixel format if the encoder supports it; otherwise the closest one with the same number of bits."""
     known = {form.name for form in codec.video_formats}
     odd = image.shape[0] % 2 or image.shape[1] % 2
     if name in known and not (odd and '420' in name and codec.name == 'libx264'):
@@ -201,10 +201,10 @@ def pixel_format(codec, name: str, image: np.ndarray) -> str:
 
 
 def rewrite(source: Path, target: Path, restore: Callable[[Frame], np.ndarray]) -> list[str]:
-    """Writes the video with restore(frame) in the place of each frame. Returns what the result does not have.
+    """Write a copy of the video with each frame replaced by restore(frame). Returns what the copy does not keep.
 
     Raises:
-        OSError, ValueError: as `read_frames`; or the result cannot be written. Then there is no result.
+        OSError, ValueError: as `read_frames`; or the result cannot be written. No result is left then.
     """
     av = import_av()
     container = VIDEOS[target.suffix.lower()]

@@ -102,7 +102,7 @@ def network_of(weights: str, checkpoint: dict, network: dict | None) -> nn.Modul
         options = recognised(weights, state_dict)
     if not isinstance(options, dict):
         raise ValueError(
-            f"{weights}: holds no key 'network_g', the options of its network, and is not recognised as a VmambaIR or "
+            f"{weights}: has no key 'network_g', the options of its network, and is not recognised as a VmambaIR or "
             "DPMambaIR; give them, as --opt with its option file or as load(..., network={'type': ...})"
         )
     known = find_network(f'{weights}: network_g.type', options.get('type'))

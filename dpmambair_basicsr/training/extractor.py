@@ -61,7 +61,7 @@ def holds_extractor(file: str, path: dict, net: nn.Module) -> bool:
 
 
 def read_extractor(net: nn.Module, file: str) -> None:
-    """Loads the extractor of a checkpoint of stage 1. Raises ValueError, naming the file, if it does not fit."""
+    """Load the extractor of a checkpoint of stage 1. Raises ValueError, naming the file, if it does not match."""
     try:
         net.load_extractor(read_weights(file, 'params_ema', 'params', None))
     except RuntimeError as error:

@@ -1,9 +1,9 @@
-"""Reports which process of a distributed training is missing while the others wait for it silently.
+"""Report which process of a distributed training is missing while the others wait for it silently.
 
 A process that is stopped (a frozen node) or never starts leaves the others in a collective operation until the timeout
 of the process group. So a thread of each process writes heartbeats to torch's store; the first process reads those of
 all others, and they read the first's. A second thread monitors this, as reading may itself block on a frozen process.
-Nothing is ended here: that is left to the timeout, `dist_params.timeout`. A live process that waits for something else
+Nothing is ended here: that is left to the timeout, `dist_params.timeout`. A live process that waits for something other
 than the others is not detected.
 """
 
@@ -20,12 +20,12 @@ from torch.distributed import TCPStore
 
 INTERVAL = 3  # seconds from one heartbeat to the next
 SILENCE = 15  # seconds without one, after which a process is named
-CONNECT = timedelta(days=1)  # the store may be there long after this process
-STORE = -1  # in place of a rank: the store itself, where reading waits
+CONNECT = timedelta(days=1)  # the store may appear long after this process
+STORE = -1  # in place of a rank: the store itself, on which reads block
 
 
 class Heartbeat:
-    """Heartbeat of this process, by the environment of torchrun or `--launcher slurm`, until the process ends.
+    """Heartbeat of this process until it ends, configured by the environment of torchrun or `--launcher slurm`.
 
     Args:
         timeout: of the process group, in seconds; None: torch's default.
@@ -35,10 +35,10 @@ class Heartbeat:
         self.timeout = timeout
         self.rank, self.count = int(os.environ['RANK']), int(os.environ['WORLD_SIZE'])
         self.address = os.environ['MASTER_ADDR'], int(os.environ['MASTER_PORT'])
-        self.of_torchrun = os.environ.get('TORCHELASTIC_USE_AGENT_STORE') == 'True'  # the store; otherwise the first's
+        self.of_torchrun = os.environ.get('TORCHELASTIC_USE_AGENT_STORE') == 'True'  # owns the store
         self.watched = range(1, self.count) if self.rank == 0 else range(1 if self.of_torchrun else 0)
         self.beats, self.missing, self.ended = {}, set(), threading.Event()  # beats: rank -> (host, number)
-        self.clock = 0.0  # seconds that this process has run; while it is stopped itself, nobody else is late
+        self.clock = 0.0  # seconds that this process has run; time during which it was stopped itself does not count
         self.heard = dict.fromkeys((STORE, *self.watched), self.clock)  # rank -> when it was last heard of
 
     def start(self) -> None:
@@ -48,7 +48,7 @@ class Heartbeat:
         atexit.register(self.end)
 
     def end(self) -> None:
-        """Python must not exit while one of its threads is in torch."""
+        """Stop the threads: Python must not exit while one of them is in torch."""
         self.ended.set()
         self.beating.join(timeout=INTERVAL)
 
@@ -57,7 +57,7 @@ class Heartbeat:
 
     def beat(self) -> None:
         number, name = 0, socket.gethostname()
-        with suppress(RuntimeError):  # the store has gone: so have those that wait, or they are told by torch
+        with suppress(RuntimeError):  # the store is gone: the waiting processes are too, or torch tells them
             store = TCPStore(*self.address, is_master=False, wait_for_workers=False, timeout=CONNECT)
             while not self.ended.is_set():
                 number += 1
@@ -75,9 +75,9 @@ class Heartbeat:
                 beat = store.get(self.key(rank)).decode().split()
                 if beat != self.beats.get(rank) or beat[1] == 'end':
                     self.beats[rank], self.heard[rank] = beat, self.clock
-        store.check([self.key(self.rank)])  # is answered; `set` is sent and not waited for
+        store.check([self.key(self.rank)])  # waits for an answer, which `set` does not
         self.heard[STORE] = self.clock
-        if self.heard[STORE] - begin > INTERVAL:  # nobody could write meanwhile
+        if self.heard[STORE] - begin > INTERVAL:  # nobody could write in the meantime
             self.heard = dict.fromkeys(self.heard, self.heard[STORE])
 
     def watch(self) -> None:
@@ -86,7 +86,7 @@ class Heartbeat:
             now = time.monotonic()
             self.clock, last = self.clock + min(now - last, INTERVAL), now
             late = {rank for rank, heard in self.heard.items() if self.clock - heard > SILENCE}
-            if self.clock - self.heard[STORE] > 2 * INTERVAL:  # what is known of the others is old
+            if self.clock - self.heard[STORE] > 2 * INTERVAL:  # the information about the others is outdated
                 late = (late & {STORE}) | self.missing
             if new := late - self.missing:
                 limit = "torch's default" if self.timeout is None else f'{self.timeout:g} s'
@@ -98,7 +98,7 @@ class Heartbeat:
             self.missing = late
 
     def say(self, ranks: set[int], what: str) -> None:
-        """Writes to the log, or to stderr before there is one."""
+        """Write to the log, or to stderr before there is one."""
         names = ', '.join(self.describe(rank) for rank in sorted(ranks))
         logging.getLogger('basicsr').error(f'{names}: {what}')
 
@@ -106,5 +106,5 @@ class Heartbeat:
         if rank == STORE:
             owner = 'torchrun' if self.of_torchrun else f'process 0 of {self.count}'
             return f'{owner} (at {":".join(map(str, self.address))})'
-        where = f'on {self.beats[rank][0]}' if rank in self.beats else 'has not come'
+        where = f'on {self.beats[rank][0]}' if rank in self.beats else 'has not joined'
         return f'process {rank} of {self.count} ({where})'

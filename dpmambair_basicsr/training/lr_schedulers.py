@@ -18,10 +18,10 @@ class CosineAnnealingRestartCyclicLR(LRScheduler):
 
     In period i, t iterations after its restart (its last iteration is t = periods[i]), the rate is
     eta_mins[i] + restart_weights[i] / 2 * (lr - eta_mins[i]) * (1 + cos(pi * t / periods[i])).
-    After the last period it stays at the last eta_min, where Restormer's and BasicSR's schedulers end with a TypeError.
+    After the last period it stays at the last eta_min; Restormer's and BasicSR's schedulers raise a TypeError there.
 
     Args:
-        optimizer: its initial rate is lr.
+        optimizer: its initial learning rate is lr.
         periods: lengths in iterations.
         restart_weights, eta_mins: as many as periods.
 
@@ -59,7 +59,7 @@ class CosineAnnealingRestartCyclicLR(LRScheduler):
 def undo_warm_up(schedulers: Sequence[LRScheduler]) -> None:
     """Resets each parameter group to the rate of its scheduler, which a warm-up may have overwritten.
 
-    Schedulers such as MultiStepLR continue from the current rate: that of the warm-up would stay, and the full one
+    Schedulers such as MultiStepLR continue from the current rate: the warm-up's rate would persist, and the full one
     would never be reached.
     """
     for scheduler in schedulers:
@@ -68,7 +68,7 @@ def undo_warm_up(schedulers: Sequence[LRScheduler]) -> None:
 
 
 def too_short(opt: dict, scheduler: dict) -> str:
-    """How a schedule of several periods ends before the training; '' if it does not."""
+    """A message if a schedule of several periods ends before the training, otherwise ''."""
     total, planned = int(opt['train']['total_iter']), sum(scheduler.get('periods', ()))
     if not planned or planned >= total - 1:  # schedulers count from 0
         return ''

@@ -1,10 +1,10 @@
-"""A request to stop ends a training after the iteration that is running, with a state that can be resumed from.
+"""Stop a training on request after the current iteration, with a checkpoint from which it can be resumed.
 
-Requests are Ctrl-C, SIGTERM, a closed terminal (SIGHUP), and the warnings of batch systems before they kill (SIGUSR1,
-SIGUSR2, SIGXCPU). The first one is noted, and BasicSR's loop asks at the next iteration (`patches/signals`). A request
-often comes as several signals: `timeout`, torchrun, Slurm and systemd signal processes that have got it already. So
-what follows within SAME_REQUEST seconds is the same request; a later one ends the program at once, as if nothing here
-existed.
+Requests are Ctrl-C, SIGTERM, a closed terminal (SIGHUP), and the warnings that batch systems send before they kill
+(SIGUSR1, SIGUSR2, SIGXCPU). The first one is recorded, and BasicSR's loop polls it at the next iteration
+(`patches/signals`). A request often arrives as several signals, since `timeout`, torchrun, Slurm and systemd signal the
+same processes repeatedly. So further signals within SAME_REQUEST seconds belong to the same request; a later one ends
+the program immediately, by the signal's previous handler.
 """
 
 import os
@@ -28,9 +28,9 @@ previous = {}  # signal -> handler before ours
 
 
 class StoppedBySignal(SystemExit):
-    """Ends a training that is saved, with the exit status that shells and schedulers expect: 128 + the signal.
+    """Ends a saved training with the exit status that shells and schedulers expect: 128 + the signal.
 
-    BasicSR's loop knows no other end than its last iteration, and in its own commands no code of ours is around it.
+    BasicSR's loop has no other way to end early, and in BasicSR's own commands none of our code surrounds it.
     """
 
     def __init__(self, number: int):
@@ -38,14 +38,14 @@ class StoppedBySignal(SystemExit):
 
 
 def listen() -> None:
-    """From now on the signals are noted. Idempotent; without effect in other threads than the main one."""
+    """Start recording signals. Idempotent; has no effect outside the main thread."""
     if not previous and threading.current_thread() is threading.main_thread():
-        for number in filter(may_be_taken, SIGNALS):
+        for number in filter(is_available, SIGNALS):
             previous[number] = signal.signal(number, note)
 
 
-def may_be_taken(number: int) -> bool:
-    """Not what is ignored (nohup, a shell's background jobs), nor another program's use of a signal that is free."""
+def is_available(number: int) -> bool:
+    """Whether we may handle a signal: not if it is ignored (nohup, background jobs) or another program handles it."""
     handler = signal.getsignal(number)
     if number in (signal.SIGTERM, signal.SIGINT):
         return handler not in (signal.SIG_IGN, None)
@@ -53,44 +53,44 @@ def may_be_taken(number: int) -> bool:
 
 
 def stop_listening() -> None:
-    """As it was before `listen`; a signal that was noted stays so."""
+    """Restore the handlers from before `listen`; a recorded signal stays recorded."""
     while previous:
         signal.signal(*previous.popitem())
 
 
 def forget() -> None:
-    """For a training that begins: what an earlier one in this process has received does not concern it."""
+    """Discard the signals received by an earlier training in this process, before a new one begins."""
     global received
     stop_listening()
     received = 0
 
 
 def note(number: int, _) -> None:
-    """The handler. It never raises: it would do so inside an iteration, which were lost."""
+    """The handler. It never raises, since that would happen inside an iteration, which would be lost."""
     global received, since
     if not received:
         received, since = number, time.monotonic()
         name = signal.Signals(number).name
-        tell(f'{name}: training ends after this iteration; once more after {SAME_REQUEST} s, and it ends at once.\n')
+        write_to_terminal(f'{name}: training ends after this iteration; repeat after {SAME_REQUEST} s to kill it.\n')
     elif time.monotonic() - since > SAME_REQUEST and number not in REPEATED_BY_SYSTEM:
         stop_listening()
         os.kill(os.getpid(), number)
 
 
 def answered() -> None:
-    """What follows within SAME_REQUEST seconds of the answer repeats the request: torchrun signals what still ends."""
+    """Restart the interval of SAME_REQUEST seconds: torchrun signals processes that are still exiting."""
     global since
     since = time.monotonic()
 
 
-def tell(text: str) -> None:
-    """To the terminal, if there still is one; the log says so at the next iteration."""
-    with suppress(OSError, ValueError, AttributeError):  # nobody reads it, it is closed, there is none
+def write_to_terminal(text: str) -> None:
+    """Write to the terminal, if there still is one; the log repeats the message at the next iteration."""
+    with suppress(OSError, ValueError, AttributeError):  # stderr is not read, is closed, or does not exist
         os.write(sys.__stderr__.fileno(), text.encode())
 
 
 def requested(device: torch.device, distributed: bool) -> int:
-    """The signal that one of the processes has received, or 0: the same in all; a collective call."""
+    """The signal that any of the processes has received, or 0; the same in all processes. A collective operation."""
     if not distributed:
         return received
     highest = torch.tensor(received, device=device)
@@ -100,7 +100,7 @@ def requested(device: torch.device, distributed: bool) -> int:
 
 @contextmanager
 def withheld() -> Iterator[None]:
-    """Signals wait until the end of this, and in processes that are started here until `leave_to_parent`."""
+    """Block signals in this context and, in processes started in it, until `leave_to_parent`."""
     if not hasattr(signal, 'pthread_sigmask'):
         yield
         return
@@ -112,23 +112,23 @@ def withheld() -> Iterator[None]:
 
 
 def leave_to_parent() -> None:
-    """For a loader's worker: what ends the training must not end it before, the training still needs it.
+    """Leave signals to the parent, in a worker of a data loader: the training needs it until its own end.
 
-    Signals to the group (Ctrl-C, torchrun) do not reach it from now on, others (Slurm's to each process) only end it
-    after a while. Where the system cannot wait for signals (macOS, Windows), Ctrl-C alone is left to the parent.
+    Signals to the process group (Ctrl-C, torchrun) no longer reach it; others (Slurm's, to each process) end it only
+    after GRACE. On systems that cannot wait for signals (macOS, Windows), only Ctrl-C is left to the parent.
     """
     if not hasattr(signal, 'sigwaitinfo'):
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         return
     os.setpgid(0, 0)
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-    threading.Thread(target=obey_parent, daemon=True).start()
+    threading.Thread(target=exit_with_parent, daemon=True).start()
 
 
-def obey_parent() -> None:
-    """Ends the process when its parent signals it, or GRACE seconds after others did.
+def exit_with_parent() -> None:
+    """End the process when its parent signals it, or GRACE seconds after any other signal.
 
-    Not never: two signals that come together are one, maybe the parent's. GRACE is longer than a validation takes.
+    Simultaneous signals may merge, so another one may hide the parent's. GRACE is longer than a validation.
     """
     parent, signalled = os.getppid(), signal.sigwaitinfo(SIGNALS)
     end = time.monotonic() + GRACE
