@@ -1,4 +1,4 @@
-"""Adds our networks to an existing project, and removes them again without a trace.
+"""Add our networks to an existing project, and remove them again without a trace.
 
     python -m dpmambair_basicsr.dropin PATH [--remove]
 
@@ -87,7 +87,7 @@ if __name__ == 'basicsr':
     if spec.loader is not None:  # a folder without __init__.py has none
         spec.loader.exec_module(module)
 '''
-# Starts a script as `python SCRIPT --help` does, and prints what of ours it has then, as JSON in the last line.
+# Starts a script as `python SCRIPT --help` does, and prints which of our classes it has, as JSON in the last line.
 START = """
 import json, os, runpy, sys
 script = sys.argv[1]
@@ -119,7 +119,7 @@ result['basicsr'] = list(basicsr.__path__)[0] if basicsr is not None else ''
 print()
 print(json.dumps(result))
 """
-# What a program of the project elsewhere than beside train.py imports.
+# The BasicSR imported by a program of the project that is not beside train.py.
 FIND = """
 import importlib.util
 spec = importlib.util.find_spec('basicsr')
@@ -128,12 +128,12 @@ print(list(spec.submodule_search_locations)[0] if spec else '')
 
 
 class ProjectError(UserError, ValueError):
-    """Why nothing was done; names the project."""
+    """Nothing was done; the message names the project and the reason."""
 
 
 @dataclass(frozen=True)
 class Project:
-    """What kind of project it is.
+    """A project and its layout.
 
     Attributes:
         root: its folder.
@@ -178,8 +178,8 @@ def install(root: Path) -> None:
     """Writes or updates our files in the project `root`.
 
     Raises:
-        ProjectError: if `root` is no such project, if a file is in the way that this command did not write, if the
-            project would not start any more, or if nothing of ours would be available. Nothing is left there then.
+        ProjectError: if `root` is not such a project, if a file that this command did not write is in the way, if the
+            project would no longer start, or if none of our classes would be available. Nothing is left behind then.
     """
     project = find_project(root)
     name_of_record = f'{project.package}/{RECORD}'
@@ -221,7 +221,7 @@ def install(root: Path) -> None:
 
 
 def files_for(project: Project) -> dict[str, bytes]:
-    """What is written there, path -> content."""
+    """The files to write, {path: content}."""
     shim = SHIM
     if not project.has_registry:
         taken = set()
@@ -236,7 +236,7 @@ def files_for(project: Project) -> dict[str, bytes]:
 
 
 def start(project: Project) -> dict:
-    """What `python train.py --help` has of ours then, see START; {'stopped': reason} if it does not start."""
+    """Run `python train.py --help`: which of our classes it has, see START; {'stopped': reason} if it fails."""
     command = [sys.executable, '-c', START, project.script]
     environment = os.environ | {'PYTHONDONTWRITEBYTECODE': '1'}
     run = subprocess.run(command, cwd=project.root, env=environment, capture_output=True, text=True)
@@ -247,7 +247,7 @@ def start(project: Project) -> dict:
 
 
 def refuse_harm(project: Project, before: dict, after: dict) -> None:
-    """Raises ProjectError if the project does not start any more, or has nothing of ours."""
+    """Raise ProjectError if the project no longer starts, or has none of our classes."""
     if 'stopped' in after and 'stopped' in before:
         raise ProjectError(
             f'{project.root}: nothing written, python {project.script} --help does not start here, without our files '
@@ -274,10 +274,10 @@ def advice() -> str:
 
 
 def remove(root: Path) -> None:
-    """Deletes what `install` wrote in `root`, and the byte code of it.
+    """Delete the files that `install` wrote in `root`, and their byte code.
 
     Raises:
-        ProjectError: if one of these files was changed since. Nothing has been deleted then.
+        ProjectError: if one of these files has changed since. Nothing is deleted then.
     """
     record = read_record(root)
     if not record['files']:
@@ -288,15 +288,15 @@ def remove(root: Path) -> None:
         print(f'deleted {root / name}')
     for name in record['folders']:
         if (root / name).is_dir():
-            print(f'kept {root / name}: it holds other files')
+            print(f'kept {root / name}: it contains other files')
 
 
 def read_record(root: Path) -> dict:
-    """{'files': {path: SHA-256}, 'folders': [those that were made]}, empty if nothing of ours is there."""
+    """{'files': {path: SHA-256}, 'folders': [created ones]}, empty if nothing was installed."""
     for file in root.glob(f'*/{RECORD}'):
         record = json.loads(file.read_text())
         for name in (*record['files'], *record['folders']):
-            if Path(name).is_absolute() or '..' in Path(name).parts:  # came with the project, not from us
+            if Path(name).is_absolute() or '..' in Path(name).parts:  # part of the project, not written by us
                 raise ProjectError(f'{file}: names {name}, which is outside the project')
         return record
     return {'files': {}, 'folders': []}
@@ -318,7 +318,7 @@ def refuse_changed(root: Path, record: dict) -> None:
 
 
 def delete(root: Path, record: dict) -> None:
-    """Deletes the files of `record`, their byte code, the folders that were made if they are empty, and the record."""
+    """Delete the files of `record`, their byte code, the created folders if they are empty, and the record."""
     for file in (root / name for name in record['files']):
         file.unlink(missing_ok=True)
         cache = file.parent / '__pycache__'
@@ -337,7 +337,7 @@ def remove_if_empty(folder: Path) -> None:
 
 
 def report(project: Project, before: dict, after: dict) -> None:
-    """Says what the command has of ours, which BasicSR it uses, and what was wrong before."""
+    """Print which of our classes the command has, which BasicSR it uses, and earlier problems."""
     print(f'In {project.root}, python {project.script} uses')
     print(f'  {after["basicsr"] or "no basicsr"}')
     print(f'  {after["dpmambair_basicsr"]}')

@@ -1,4 +1,4 @@
-"""Exports a trained network to a single file that runs without this package: ONNX, or torch.export's .pt2.
+"""Export a trained network to a single file that runs without this package: ONNX, or torch.export's .pt2.
 
     python -m dpmambair_basicsr.export --weights net_g_latest.pth --output net.onnx
     python -m dpmambair_basicsr.export --weights net_g_latest.pth --output net.pt2
@@ -31,8 +31,8 @@ from dpmambair_basicsr.ops import use_backend
 
 FORMATS = {'.onnx': 'onnx', '.pt2': 'torch'}
 CHUNK = 32  # positions; see scan
-EXAMPLE = (2, 5, 7)  # batch, and height and width in strides: no two alike, or they would be taken for the same
-CHECKED = [(1, 2, 3), (2, 8, 5), (1, 16, 16)]  # the same, of the images with which the file is tried
+EXAMPLE = (2, 5, 7)  # batch, and height and width in strides: all different, or they would be considered equal
+CHECKED = [(1, 2, 3), (2, 8, 5), (1, 16, 16)]  # the same, for the images with which the file is tested
 TOLERANCE = 1e-3
 
 
@@ -97,7 +97,7 @@ def trace(net: nn.Module) -> ExportedProgram:
 
 @contextmanager
 def without_blocks(net: nn.Module) -> Iterator[None]:
-    """While it lasts, a degradation extractor sees the image at once: a graph cannot ask how large it is."""
+    """A context in which a degradation extractor does not split images: a graph cannot depend on their size."""
     extractor = getattr(net, 'extractor', None)
     if extractor is not None:
         extractor.forward = lambda image: extractor.head(extractor.features(image).mean(dim=(2, 3)))
@@ -109,17 +109,17 @@ def without_blocks(net: nn.Module) -> Iterator[None]:
 
 
 def scan(u, delta, A, B, C, D, delta_bias, delta_softplus) -> Tensor:
-    """`selective_scan`'s contract for checked arguments, for any length l, in three loops of PyTorch's `scan`.
+    """`selective_scan`'s contract for validated arguments, for any length l, in three loops of PyTorch's `scan`.
 
-    A loop over l would be slow, and a graph without loops cannot have any length. So chunks of CHUNK positions, c of
-    them, advance side by side as in `torch_chunked`, which explains it: sweep them from a zero state, chain what they
-    add to the state, sweep again from the states so found. Together, 2 * CHUNK + c steps.
+    A loop over l would be slow, and a graph without loops has a fixed length. So c chunks of CHUNK positions advance
+    side by side, as explained in `torch_chunked`: sweep them from a zero state, chain their contributions to the state,
+    sweep again from the resulting states. Together, 2 * CHUNK + c steps.
 
     Shapes: b batch, g groups, w channels per group, n states; a state is (b, g, w, n, c).
     """
     (b, d, length), (g, n) = u.shape, B.shape[1:3]
     w = d // g
-    c = length // CHUNK + 2  # one more than needed: PyTorch takes 1 for another kind of number than 2, 3, ...
+    c = length // CHUNK + 2  # one more than needed, since PyTorch specialises sizes of 1
     loop = torch.ops.higher_order.scan  # (body, states, inputs by step, constants) -> last states, outputs by step
 
     def by_step(x):
@@ -169,7 +169,7 @@ class LoopBackend:
 
 
 def write_onnx(program: ExportedProgram, file: Path) -> None:
-    logging.getLogger('onnx_ir').setLevel(logging.ERROR)  # it warns of the sweep, which has no output by step
+    logging.getLogger('onnx_ir').setLevel(logging.ERROR)  # it warns about the sweep, which has no output per step
     sizes = {0: 'batch', 2: 'height', 3: 'width'}
     names = {'input_names': ['image'], 'output_names': ['restored'], 'dynamic_shapes': (sizes,)}
     exported = torch.onnx.export(program, dynamo=True, external_data=False, verbose=False, **names)
@@ -196,7 +196,7 @@ def run_torch(file: Path) -> Callable[[Tensor], Tensor]:
 
 @torch.no_grad()
 def check(net: nn.Module, run: Callable[[Tensor], Tensor]) -> None:
-    """Prints the largest difference to the network at each size; raises ExportError if it is above TOLERANCE."""
+    """Print the largest difference from the network at each size; raise ExportError if it exceeds TOLERANCE."""
     stride = cast(int, net.stride)
     for batch, height, width in CHECKED:
         image = torch.rand(batch, 3, height * stride, width * stride)

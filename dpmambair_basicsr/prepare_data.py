@@ -1,18 +1,18 @@
-"""Arranges a downloaded public dataset in the folders that the option files expect. Downloads nothing.
+"""Arrange a downloaded public dataset in the folders that the option files expect. Downloads nothing.
 
     python -m dpmambair_basicsr.prepare_data gopro GOPRO_Large.zip
     python -m dpmambair_basicsr.prepare_data df2k DIV2K_train_HR.zip Flickr2K.tar --output /big/disk/datasets
     python -m dpmambair_basicsr.prepare_data snow100k --help    layouts and counts, with sources
 
-Takes folders, zip and tar archives (several if the dataset comes in several) and never changes them. Every image used
-is decoded. All problems (a count other than the published one, images without partner, broken images) are reported
-together, and then nothing is put in place. From a folder, results are links, or copies with --copy; from an archive,
-they are files. Generated LQ images and tiles are PNG files.
+Accepts folders, zip and tar archives (several if the dataset has several) and never changes them. Every image used is
+decoded. All problems (an unexpected count, images without partner, broken images) are reported together, and then
+nothing is put in place. From a folder, results are links, or copies with --copy; from an archive, they are files.
+Generated LQ images and tiles are PNG files.
 
-Repeating an interrupted command continues it. Until a part is complete, it is built in hidden folders beside its
-destination (.GT.gopro.train); <output>/.prepared keeps its list of files, from which a repeated command knows that it
-has nothing to do, and a changed one which files it may replace. Your own files in a result folder are reported as a
-problem. docs/data.md has a table of all datasets; their definitions are in dpmambair_basicsr/prepare/public_sets.py.
+To resume an interrupted command, repeat it. Until a part is complete, it is built in hidden folders beside its
+destination (.GT.gopro.train); <output>/.prepared lists its files, so that a repeated command does nothing, and a
+changed one replaces only these. Your own files in a result folder are reported as a problem. docs/data.md has a table
+of all datasets; their definitions are in dpmambair_basicsr/prepare/public_sets.py.
 """
 
 import argparse
@@ -40,7 +40,7 @@ from dpmambair_basicsr.prepare.public_sets import (
 
 
 def find_obstacles(jobs: list[Job], public: PublicSet, root: Path, paths: list[Path]) -> list[str]:
-    """What would be mixed up or overwritten."""
+    """Problems: results inside a download, and files that would be overwritten."""
     records = [file for kind in ('done', 'journal') for file in (root / '.prepared').glob(f'*.{kind}')]
     ours = {file for record in records for file in files_of(read_journal(record)[1])}
     problems = []
@@ -58,14 +58,14 @@ def find_obstacles(jobs: list[Job], public: PublicSet, root: Path, paths: list[P
 
 
 def make_alias(link: Path, folder: Path) -> None:
-    """A relative link, so that the results can be moved as a whole."""
+    """Create a relative link, so that the results can be moved as a whole."""
     if not os.path.lexists(link):
         link.parent.mkdir(parents=True, exist_ok=True)
         os.symlink(os.path.relpath(folder.resolve(), link.parent.resolve()), link, target_is_directory=True)
 
 
 def write_list(root: Path, file: str, folders: tuple[str, ...]) -> None:
-    """Paths below the file's folder, one in a line, as BasicSR's RealESRGANDataset reads them."""
+    """Write paths relative to the file's folder, one per line, as BasicSR's RealESRGANDataset reads them."""
     there = [folder for folder in folders if (root / folder).is_dir()]
     base = (root / file).parent
     images = [Path(path) for folder in there for path in list_images(str(root / folder)).values()]
@@ -76,7 +76,7 @@ def write_list(root: Path, file: str, folders: tuple[str, ...]) -> None:
 
 
 def make_lmdb(folder: Path) -> None:
-    """<folder>.lmdb, by BasicSR, unless it is there and no image is newer. Images are stored as PNG."""
+    """Create <folder>.lmdb with BasicSR, unless it is up to date. Images are stored as PNG."""
     images = {stem: Path(path) for stem, path in list_images(str(folder)).items()}
     target, temporary = folder.with_name(f'{folder.name}.lmdb'), folder.with_name(f'.{folder.name}.part.lmdb')
     same = (target / 'meta_info.txt').is_file() and sorted(list_keys(str(target))) == sorted(images)
@@ -87,9 +87,9 @@ def make_lmdb(folder: Path) -> None:
     pixels = 0
     for image in images.values():
         size = image_size(image.read_bytes())
-        assert size is not None, 'an image: it was decoded to get there'
+        assert size is not None, 'an image, since it was decoded before'
         pixels += size[0] * size[1]
-    room = 2**24 + 8 * pixels + 2**14 * len(images)  # above what 3 channels of 16 bits can take, and pages
+    room = 2**24 + 8 * pixels + 2**14 * len(images)  # an upper bound for 3 channels of 16 bits, and pages
     names = [image.name for image in images.values()]
     from basicsr.utils.lmdb_util import make_lmdb_from_imgs
 
@@ -104,10 +104,10 @@ def report(public: PublicSet, problems: list[str]) -> str:
 
 
 def arrange(jobs: list[Job], public: PublicSet, root: Path, paths: list[Path], args: argparse.Namespace) -> None:
-    """All parts, or none.
+    """Arrange all parts, or none.
 
     Raises:
-        InputError: with all problems.
+        InputError: listing all problems.
     """
     if obstacles := find_obstacles(jobs, public, root, paths):
         raise InputError(report(public, obstacles))
@@ -135,7 +135,7 @@ def arrange(jobs: list[Job], public: PublicSet, root: Path, paths: list[Path], a
 
 
 def prepare(args: argparse.Namespace) -> None:
-    if importlib.util.find_spec('basicsr') is None:  # for its lmdb and its bicubic weights; before the work
+    if importlib.util.find_spec('basicsr') is None:  # for its lmdb and its bicubic weights; checked up front
         raise MissingLibraryError(f'needs BasicSR, which is not installed: {INSTALL_TRAINING}')
     public, root = SETS[args.set], args.output.absolute()
     paths = [path.absolute() for path in args.download]
@@ -158,7 +158,7 @@ def prepare(args: argparse.Namespace) -> None:
 
 
 def describe(name: str) -> str:
-    """What --help says of a set."""
+    """The --help text of a set."""
     public = SETS[name]
     lines = [f'{public.title}: {public.published}.', '']
     for split, part in public.parts.items():
@@ -182,13 +182,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         one.add_argument('--copy', action='store_true', help='copy images from folders; default: link')
         one.add_argument('--lmdb', action='store_true', help='also create <folder>.lmdb')
         one.add_argument(
-            '--any-count', action='store_true', help='accept a number of images other than the published one'
+            '--any-count', action='store_true', help='accept a number of images that differs from the published one'
         )
         one.add_argument(
             '--skip-bad', action='store_true', help='skip broken images and images without partner, with a warning'
         )
         one.add_argument(
-            '--layout', nargs='+', metavar='PATTERN', help="where the images are, GT and LQ: 'GT/{key}' 'LQ/{key}'"
+            '--layout', nargs='+', metavar='PATTERN', help="patterns of the GT and LQ images: 'GT/{key}' 'LQ/{key}'"
         )
         if any(part.subset for part in public.parts.values()):
             one.add_argument(
@@ -209,7 +209,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def check_layout(parser: argparse.ArgumentParser, layout: list[str], part: Part) -> None:
-    """Ends the program if the patterns cannot be used for the part."""
+    """End the program if the patterns are unusable for the part."""
     choices = {1, 2} if part.make == 'bicubic' else {2} if part.lq and not part.make else {1}
     if len(layout) not in choices:
         parser.error(f'--layout takes {" or ".join(map(str, sorted(choices)))} patterns here, GT before LQ')

@@ -69,7 +69,7 @@ def import_each(folder: str, ours: Registry) -> None:
             continue
         try:
             importlib.import_module(f'{package.__name__}.{module}')
-        except Exception as error:  # whatever a fork makes of what we import from it
+        except Exception as error:  # any: forks fail in many ways
             ours.missing[name] = f'{type(error).__name__}: {error}'
 
 

@@ -63,7 +63,7 @@ class Registry(dict):
         return {alias: target for name, target in self.items() for alias in (name, PREFIX + name)}
 
     def known(self) -> dict[str, Any]:
-        """What an option file can name: our classes by both names, and those registered with BasicSR."""
+        """Names available to option files: our classes by both names, and those registered with BasicSR."""
         return self.by_both_names() | dict(iter(self.host if self.host is not None else ()))
 
     def taken(self) -> list[str]:
@@ -101,7 +101,7 @@ def describe(path: str, error: Exception) -> str:
 
 
 def make_without_storage(target: type, arguments: dict, most: int = MAX_PARTS) -> torch.nn.Module:
-    """A network on the meta device, which takes no memory, and no more time than `most` parts do.
+    """A network on the meta device, without memory for its parameters, and with at most `most` parts.
 
     Raises:
         ValueError: it would have more than `most` parameters and modules.
@@ -179,7 +179,7 @@ def optimizers() -> dict[str, type]:
 
 
 def find_optimizer(path: str, name) -> tuple[Any, list[str]]:
-    """`look_up` of an optimizer of torch.optim, or of another package by a dotted name, as prodigyopt.Prodigy."""
+    """`look_up` an optimizer of torch.optim, or of another package by a dotted name, such as prodigyopt.Prodigy."""
     if not isinstance(name, str) or '.' not in name:
         return look_up(optimizers(), path, name)
     module_name = name.rpartition('.')[0]

@@ -152,7 +152,7 @@ def parse_arguments() -> argparse.Namespace:
     add('--opt', metavar='FILE', help='option file with network_g, for a checkpoint without its own')
     add('--tile', type=int, metavar='N', help='tile size; 0: no tiles; default: by the size of the picture, see README')
     add('--overlap', type=int, default=OVERLAP, metavar='N', help='of tiles, up to half a tile; default: %(default)s')
-    add('--one-pass', action='store_true', help='tiles in half the time, but less faithful to the untiled result')
+    add('--one-pass', action='store_true', help='tiles in half the time, less accurate')
     add('--device', default='auto', help='auto, cpu, mps, cuda or cuda:<n>; default: %(default)s')
     add('--scan-backend', metavar='NAME', help=f'one of {", ".join(BACKENDS)}; default: the best available')
     add('--half', action='store_true', help='compute in half precision')

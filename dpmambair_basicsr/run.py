@@ -3,7 +3,7 @@
     python -m dpmambair_basicsr.run train.py --its --own arguments
     python -m dpmambair_basicsr.run -m package.train --its --own arguments
 
-The script is not changed. Those of these modules that are missing are imported from `dpmambair_basicsr.standins`.
+The script is not changed. Missing modules are imported from `dpmambair_basicsr.standins`.
 """
 
 import argparse
@@ -21,7 +21,7 @@ def main() -> None:
     if names:
         print(f'dpmambair_basicsr stands in for {", ".join(names)}.', file=sys.stderr)
     else:
-        print('dpmambair_basicsr stands in for nothing: all is installed; --replace uses it anyway.', file=sys.stderr)
+        print('dpmambair_basicsr stands in for nothing: all are installed; --replace replaces them.', file=sys.stderr)
     if arguments.module is not None:
         sys.argv = [arguments.module, *arguments.arguments]
         sys.path[0] = os.getcwd()
@@ -43,7 +43,7 @@ def parse_arguments() -> argparse.Namespace:
         usage='%(prog)s [--replace] (SCRIPT | -m MODULE) [ARGUMENTS of it ...]',
         description=(__doc__ or '').partition('\n')[0],
     )
-    parser.add_argument('--replace', action='store_true', help='also replace those that are installed')
+    parser.add_argument('--replace', action='store_true', help='also replace installed modules')
     parser.add_argument('-m', dest='module', metavar='MODULE', help='run a module, as python -m does')
     parser.add_argument('arguments', nargs=argparse.REMAINDER, help='SCRIPT and its arguments')
     # What follows SCRIPT or MODULE is theirs, so it is cut off before argparse sees it.

@@ -170,10 +170,10 @@ def test_a_network_of_classes_gives_the_same_picture(networks):
 @pytest.mark.parametrize('kind', ['attention', 'concat'])
 def test_insertions_that_are_no_longer_there_are_an_error_that_says_so(kind, networks):
     file = networks / f'{kind}.pth'
-    with pytest.raises(ValueError, match=f'{file}: weights of an insertion of version 0.1.0'):
+    with pytest.raises(ValueError, match=f'{file}: weights with an insertion of version 0.1.0'):
         dpmambair_basicsr.load(file)
     network = torch.load(file, weights_only=True)['network_g']
-    with pytest.raises(ValueError, match=f'{file}: weights of an insertion of version 0.1.0'):
+    with pytest.raises(ValueError, match=f'{file}: weights with an insertion of version 0.1.0'):
         complete_networks({'network_g': network, 'path': {'pretrain_network_g': str(file)}, 'is_train': True})
 
 

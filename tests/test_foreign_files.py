@@ -161,7 +161,7 @@ def test_auto_resume_does_not_wait_for_a_fifo(tmp_path):
     forked.train(opt, tmp_path)
     os.mkfifo(tmp_path / 'experiments/run/training_states/9.state')
     log = forked.train(changed(opt, {'train.total_iter': 6}), tmp_path, '--auto_resume')
-    assert '9.state: not a regular file. Trying the one before.' in log and 'iter: 4.' in log
+    assert '9.state: not a regular file. Trying the previous one.' in log and 'iter: 4.' in log
 
 
 def test_a_network_of_an_option_file_is_bounded_too(tmp_path, monkeypatch):

@@ -210,7 +210,7 @@ def test_weights_are_found_in_torchs_cache(random_squeeze, tmp_path, monkeypatch
 
 @pytest.mark.parametrize(('net', 'file'), [('alex', 'squeeze'), ('vgg', 'alex'), ('squeeze', 'vgg')])
 def test_file_of_another_network(net, file, random_backbones):
-    message = rf"{file}.pth does not hold the LPIPS backbone '{net}' \({Path(BACKBONES[net].url).name}\): \d+ of its"
+    message = rf"{file}.pth does not contain the LPIPS backbone '{net}' \({Path(BACKBONES[net].url).name}\): \d+ of its"
     with pytest.raises(ValueError, match=message):
         build_lpips(net, str(random_backbones / f'{file}.pth'))
 

@@ -573,7 +573,7 @@ def test_perceptual_loss_of_given_weights(weights, tmp_path, monkeypatch):
     usual.mkdir(parents=True)
     (usual / 'vgg19-dcbb9e9d.pth').symlink_to(weights['vgg'])
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match=r'experiments/pretrained_models/vgg19-dcbb9e9d\.pth does not hold vgg19'):
+    with pytest.raises(ValueError, match=r'experiments/pretrained_models/vgg19-dcbb9e9d\.pth does not contain vgg19'):
         build_loss({'type': 'VGGPerceptualLoss', 'layer_weights': LAYERS})
 
 

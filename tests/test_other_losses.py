@@ -223,7 +223,7 @@ def test_nothing_is_downloaded_and_no_code_of_a_file_runs(tmp_path, monkeypatch,
     assert problem.startswith('train.dists_opt: DISTS needs') and '`dpmambair fetch vgg dists`' in problem
     for name in ('vgg.pth', 'dists.pt'):
         torch.save({'features.0.weight': Malicious()}, tmp_path / name)
-    with pytest.raises(ValueError, match='do not hold VGG16 and the weights of DISTS: Weights only load failed'):
+    with pytest.raises(ValueError, match='do not contain VGG16 and the weights of DISTS: Weights only load failed'):
         build_loss({'type': 'DISTSLoss', 'weights': str(tmp_path / 'vgg.pth'), 'heads': str(tmp_path / 'dists.pt')})
     assert 'executed' not in capsys.readouterr().out
 

@@ -305,10 +305,10 @@ def test_all_problems_in_one_report(tmp_path):
         '  lol.test: found 2 pairs or clean images, published: 15 (see --any-count)',
         f'  lol.train: no LQ image for {base}/our485/high/0.png',
         f'  lol.test: no GT image for {base}/eval15/low/0.png',
-        f'  lol.train: {base}/our485/high/1.png: not an image that decodes',
-        f'  lol.train: {base}/our485/low/2.png: not an image that decodes',
-        f'  lol.test: sizes do not fit at scale 1: {base}/eval15/low/1.png is 40x47, {base}/eval15/high/1.png is 40x48 '
-        '(width x height)',
+        f'  lol.train: {base}/our485/high/1.png: cannot be decoded as an image',
+        f'  lol.train: {base}/our485/low/2.png: cannot be decoded as an image',
+        f'  lol.test: sizes do not match at scale 1: {base}/eval15/low/1.png is 40x47, '
+        f'{base}/eval15/high/1.png is 40x48 (width x height)',
         'Nothing was put in place. Valid images are kept for the next run.',
     ]
     assert contents(raw) == before
@@ -540,7 +540,7 @@ def test_a_subset_of_ones_own(tmp_path):
     names = tmp_path / 'names.txt'
     command = ('snow100k', raw, '--output', tmp_path, '--part', 'train', '--subset', names)
     names.write_text('city_02\ncity_09\n')
-    assert 'city_09, of the subset, is missing' in refusal(*command, '--any-count')
+    assert 'city_09 is in the subset but missing' in refusal(*command, '--any-count')
     names.write_text('city_02\ncity_00\n')
     arrange(*command)
     assert stems(tmp_path / ALL / 'train/snow/LQ') == ['city_00', 'city_02']
@@ -569,7 +569,7 @@ def test_patterns():
 
 WRONG = {
     'no such download': (['lol', 'no'], 'no does not exist'),
-    'no layout fits': (['lol', '{raw}'], 'lol.test: no images as eval15/low/{key} + eval15/high/{key}; --part'),
+    'no layout fits': (['lol', '{raw}'], 'lol.test: no images match eval15/low/{key} + eval15/high/{key}; see --part'),
     'an archive of another kind': (['waterlooed', '{raw}/x.rar'], 'neither a folder nor a zip or tar archive'),
 }
 

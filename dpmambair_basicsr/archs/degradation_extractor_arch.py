@@ -4,8 +4,8 @@ Shapes: B batch, H W height width, E = embed_dim.
 From the paper: three central-difference convolutions of different scales and one vanilla convolution, six layers,
 average pooling, re-parameterisation into one kernel per layer; an embedding of 512; reconstruction of the degraded
 image from the clean one and the embedding. Our inference (the paper gives no widths): channels, strides, padding, head,
-and all of the reconstruction unit; chosen so that extractor and network together have the paper's 29.35 M and 153.33 G,
-and the 28.71, 29.03 and 30.62 M of other lengths of the embedding (v3, Table VII).
+and the whole reconstruction unit; chosen so that extractor and network together have the paper's 29.35 M and 153.33 G,
+and its 28.71, 29.03 and 30.62 M for other embedding sizes (v3, Table VII).
 """
 
 import itertools
@@ -95,7 +95,7 @@ class DegradationExtractor(nn.Module):
         embed_dim: E.
         channels: widths of the layers (six in the paper). The second and the third layer halve the resolution.
         hidden: width of the head, whose two linear layers follow the mean over the image.
-        merged: build the re-parameterised form, one 7x7 convolution per layer, which is what DPMambaIR deploys.
+        merged: build the re-parameterised form, one 7x7 convolution per layer, as deployed in DPMambaIR.
     """
 
     def __init__(
@@ -113,7 +113,7 @@ class DegradationExtractor(nn.Module):
         self.layers = nn.ModuleList(layer(widths[i], widths[i + 1], strides[i]) for i in range(len(channels)))
         self.stride = math.prod(strides)  # of the features
         reach = sum(KERNEL // 2 * math.prod(strides[:i]) for i in range(len(channels)))
-        self.reach = -(-reach // self.stride) * self.stride  # pixels around a feature's own that it depends on
+        self.reach = -(-reach // self.stride) * self.stride  # receptive field beyond a feature's own pixels
         self.head = nn.Sequential(nn.Linear(widths[-1], hidden), nn.ReLU(), nn.Linear(hidden, embed_dim))
 
     @staticmethod
@@ -132,7 +132,7 @@ class DegradationExtractor(nn.Module):
 
     def features(self, image: Tensor) -> Tensor:
         """(B, 3, H, W) -> (B, C, ceil(H / stride), ceil(W / stride)), C the width of the last layer."""
-        image = image.contiguous(memory_format=torch.channels_last)  # in which convolutions are faster
+        image = image.contiguous(memory_format=torch.channels_last)  # faster convolutions
         for layer in self.layers:
             image = F.relu(layer(image))
         return image
@@ -159,7 +159,7 @@ class DegradationExtractor(nn.Module):
 
 
 def options_of_extractor(state_dict: dict[str, Tensor]) -> dict:
-    """`DegradationExtractor.options_of_weights` of a network that has one, whose options are extractor_<name>."""
+    """`DegradationExtractor.options_of_weights` for a network that contains one, as options extractor_<name>."""
     prefix = 'extractor.'
     own = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
     return {f'extractor_{key}': value for key, value in DegradationExtractor.options_of_weights(own).items()}
@@ -194,15 +194,15 @@ class RefineBlock(nn.Module):
 
 @ARCH_REGISTRY.register()
 class DegradationAutoencoder(nn.Module):
-    """Stage 1: the extractor embeds the degraded image, from which a reconstruction unit degrades the clean one alike.
+    """Stage 1: the extractor embeds the degraded image; a reconstruction unit degrades the clean one accordingly.
 
     Args:
         embed_dim: E.
         extractor_channels, extractor_hidden: see `DegradationExtractor`.
         channels: width of the reconstruction unit.
         num_fusion_blocks, num_refine_blocks: its depth.
-        unit_embedding: whether it reads the embedding at unit length, times a learned scale (our inference): DPMambaIR
-            reads only its direction, which must then encode the severity too. False: as in the first versions.
+        unit_embedding: normalise the embedding to unit length, times a learned scale (our inference): DPMambaIR uses
+            only its direction, which must then encode the severity too. False: as in the first versions.
     """
 
     stride = 1  # any size
@@ -247,7 +247,7 @@ class DegradationAutoencoder(nn.Module):
 
         Args:
             clean, degraded: (B, 3, H, W) in [0, 1], same size.
-            embedding: (B, E) from `embed`, in place of `degraded`, if `clean` is a part of an embedded image.
+            embedding: (B, E) from `embed`, instead of `degraded`, if `clean` is a part of an embedded image.
 
         Returns:
             (B, 3, H, W), not clamped.

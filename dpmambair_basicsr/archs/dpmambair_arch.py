@@ -1,8 +1,8 @@
 """DPMambaIR (arXiv 2504.17732): all-in-one restoration with a degradation-aware prompt state space model.
 
 Shapes: B batch, C width of a stage, D = d_inner of that stage, H W height width, R = ceil(C / 16) rank of delta,
-N states, E = embed_dim. The paper has no public code. Each docstring says what is the paper's and what our inference;
-the default configuration reproduces its 29.35 M parameters and 153.33 G (fvcore, 1x3x256x256).
+N states, E = embed_dim. The paper has no public code. Each docstring separates the paper's statements from our
+inferences; the default configuration reproduces its 29.35 M parameters and 153.33 G (fvcore, 1x3x256x256).
 """
 
 import math
@@ -43,7 +43,7 @@ class Modulation(nn.Module):
     Args:
         prompts: subset of ('delta', 'B', 'C'); the others stay 1.
         delta_prompt: 'scale', as above; 'low_rank', as in the first versions: R factors, of any sign, on the low-rank
-            delta, before dt_proj, bias and softplus, which change contrasts of delta but hardly its level.
+            delta, before dt_proj, bias and softplus, which change the contrast of delta but hardly its level.
         embed_dim, dt_rank, d_state: E, R, N.
     """
 
@@ -71,7 +71,7 @@ class Modulation(nn.Module):
 class ConcatInsertion(nn.Module):
     """Ablation "Concat" (Table 4): the embedding is concatenated to the features and reduced by 1x1 convolutions.
 
-    Initially the identity. The paper gives no details: our inference, narrow enough for a network of about its size.
+    Initially the identity. The paper gives no details: our inference, narrow enough to match its network size roughly.
     """
 
     def __init__(self, channels: int, embed_dim: int, width: int = 64):
@@ -90,7 +90,7 @@ class ConcatInsertion(nn.Module):
 class AttentionInsertion(nn.Module):
     """Ablation "Attention" (Table 4): pixels attend to the embedding, split into eight tokens, as in OneRestore.
 
-    Initially the identity. The paper gives no details: our inference, narrow enough for a network of about its size.
+    Initially the identity. The paper gives no details: our inference, narrow enough to match its network size roughly.
 
     Raises:
         ValueError: the embedding cannot be split evenly.
@@ -132,7 +132,7 @@ class HighFrequencyEnhancementBlock(nn.Module):
 
     GAP is the mean over height and width, alpha one learnable scalar (v3), initially 0, the identity (our inference).
     It is unbounded: 1 + alpha is the gain of everything but the mean, and at -1 only the mean passes. Trained alphas
-    may be negative, as all 14 of a 5.2 M parameter network after 2300 iterations at a rate of 1e-3: -0.34 to -0.01.
+    can be negative: in a network of 5.2 M parameters, all 14 after 2300 iterations at a rate of 1e-3, -0.34 to -0.01.
     """
 
     def __init__(self):
@@ -229,7 +229,7 @@ class DPMambaIR(UNet):
         d_state: N.
         embed_dim: E (Table VII of the paper's v3: 256, 384, 512, 1024).
         prompt: which of 'delta', 'B', 'C' are modulated (Table 3); only for insertion 'modulate'.
-        delta_prompt: what P_delta multiplies: 'scale', delta itself (Eq. 8), or 'low_rank', see `Modulation`.
+        delta_prompt: factor of P_delta: 'scale', on delta itself (Eq. 8), or 'low_rank', see `Modulation`.
         insertion: 'modulate' (the paper's), 'concat', 'attention' (Table 4) or 'none', a network without any embedding.
         high_frequency: HEB on or off (Table 3).
         directions: 1 (the paper's) scan by rows; 2 adds the reverse; 4 adds columns and their reverse (Table 5, where
@@ -329,7 +329,7 @@ class DPMambaIR(UNet):
         is_concat = 'insertion.reduce.weight' in layers and 'insertion.expand.weight' not in layers
         if is_concat or 'insertion.tokens.weight' in layers:
             raise ValueError(
-                'weights of an insertion of version 0.1.0, which had 40 M (concat) or 117 M (attention) parameters '
+                'weights with an insertion of version 0.1.0, which had 40 M (concat) or 117 M (attention) parameters '
                 'and is no longer supported: use them with that version, or train again'
             )
         found = options_of_extractor(state_dict)
@@ -341,7 +341,7 @@ class DPMambaIR(UNet):
         return found
 
     def load_extractor(self, state_dict: dict[str, Tensor]) -> None:
-        """Loads the extractor trained in stage 1, merging it.
+        """Load and merge the extractor trained in stage 1.
 
         Args:
             state_dict: of a DegradationAutoencoder.
@@ -350,7 +350,7 @@ class DPMambaIR(UNet):
             RuntimeError: if it has no extractor, or one of other widths.
         """
         own = self.extractor
-        assert own is not None, 'asked of networks that `needs_extractor`'
+        assert own is not None, 'only for networks with `needs_extractor`'
         trained = DegradationExtractor(
             embed_dim=own.head[-1].out_features,
             channels=[layer.out_channels for layer in own.layers],
@@ -361,10 +361,10 @@ class DPMambaIR(UNet):
         own.load_state_dict(trained.merge().state_dict())
 
     def embed(self, lq: Tensor, label: Tensor | None = None) -> Tensor | None:
-        """Embedding of the degradation, (B, E): of the image or of `label` (B,) int64; None if there is none.
+        """Embedding of the degradation, (B, E), from the image or from `label` (B,) int64; None if there is none.
 
-        It has unit length (our inference): its scale would multiply the training steps of the prompts. So it has in
-        stage 1, see `DegradationAutoencoder`.
+        It has unit length (our inference), as in stage 1 (see `DegradationAutoencoder`): its scale would multiply the
+        training steps of the prompts.
         """
         if self.extractor is not None:
             with torch.no_grad():

@@ -1,6 +1,6 @@
-"""Peers of DPMambaIR for studies: blocks of Restormer and of NAFNet in the U-Net that VmambaIR and DPMambaIR have.
+"""Peers of DPMambaIR for studies: the blocks of Restormer and NAFNet in the U-Net of VmambaIR and DPMambaIR.
 
-Definitions of ours, after the papers, for comparisons at equal size and training; published weights do not fit.
+Our own definitions, after the papers, for comparisons at equal size and training; incompatible with published weights.
 Shapes: B batch, C width of a stage, H W height width.
 """
 
@@ -16,7 +16,7 @@ from dpmambair_basicsr.registry import ARCH_REGISTRY
 
 
 class PeerUNet(UNet):
-    """The U-Net as image to image: the output is added to the input, and starts near it, as DPMambaIR's does."""
+    """The U-Net from image to image: the output is added to the input and initially close to it, as in DPMambaIR."""
 
     def __init__(
         self,
@@ -116,7 +116,7 @@ class PeerRestormer(PeerUNet):
     Args:
         dim: C of the first stage; a multiple of the heads at each level.
         num_blocks: at the four levels; `num_refinement_blocks`: after the decoder.
-        heads: of the attention at the four levels.
+        heads: attention heads at the four levels.
         ffn_expansion_factor: hidden width of the GDFN over C.
     """
 

@@ -1,8 +1,8 @@
-"""Which of our networks a state dict is of, and with which arguments, by names and shapes of its parameters.
+"""Recognise the network of a state dict, and its arguments, by the names and shapes of its parameters.
 
-For files that do not say it: bare state dicts, those of other programs, the published checkpoints of VmambaIR. `load`
-and spandrel ask the same functions. What cannot be seen is VmambaIR's channel_fusion: it is taken to be 'add' at scale
-1 and 'modulate' otherwise, as published.
+For files without options: bare state dicts, those of other programs, the published checkpoints of VmambaIR. `load` and
+spandrel use the same functions. VmambaIR's channel_fusion cannot be inferred: it is assumed to be 'add' at scale 1 and
+'modulate' otherwise, as published.
 """
 
 from torch import Tensor
@@ -13,7 +13,7 @@ StateDict = dict[str, Tensor]
 
 FIRST = 'encoder_level1.0.'
 LEVELS = ('encoder_level1', 'encoder_level2', 'encoder_level3', 'latent')
-# Every network of both kinds has these, VmambaIR alone IN_CONV_BIAS.
+# All networks of both kinds have these, only VmambaIR has IN_CONV_BIAS.
 SHARED = (
     'patch_embed.proj.weight',
     f'{FIRST}norm1.body.weight',
@@ -30,22 +30,22 @@ def network_options(state_dict: StateDict) -> dict | None:
     """`network_g` of the option file, {'type': ..., ...}; None: not a VmambaIR, nor a DPMambaIR that needs no label.
 
     Raises:
-        ValueError: a DPMambaIR of an earlier version that is no longer there, see `DPMambaIR.options_of_weights`.
+        ValueError: a DPMambaIR that is no longer supported, see `DPMambaIR.options_of_weights`.
     """
     try:
         if is_vmambair(state_dict):
             return {'type': 'VmambaIR', **vmambair_options(state_dict)}
         if is_dpmambair(state_dict):
             return {'type': 'DPMambaIR', **dpmambair_options(state_dict)}
-    except (KeyError, IndexError, ZeroDivisionError):  # a part of one, or other shapes under its names
+    except (KeyError, IndexError, ZeroDivisionError):  # only part of a network, or its names with other shapes
         return None
     return None
 
 
 def own_names(state_dict: StateDict) -> StateDict:
-    """Without the prefix that a wrapper has given to all names of one of our networks, such as Lightning's `model.`.
+    """Remove the prefix that a wrapper has added to all names of one of our networks, such as Lightning's `model.`.
 
-    Of a training's .safetensors file, whose average is there under `params_ema.`, that.
+    From a training's .safetensors file, select the EMA, under `params_ema.`.
     """
     state_dict = {name: value for name, value in state_dict.items() if name.startswith('params_ema.')} or state_dict
     prefix = next((name.removesuffix(SHARED[0]) for name in state_dict if name.endswith(SHARED[0])), '')
@@ -71,7 +71,7 @@ def has_all(state_dict: StateDict, *names: str) -> bool:
 
 
 def shared_options(state_dict: StateDict) -> dict:
-    """The constructor arguments that both networks have."""
+    """The constructor arguments common to both networks."""
     width, channels = state_dict['patch_embed.proj.weight'].shape[:2]
     options = {
         'inp_channels': channels,
@@ -82,7 +82,7 @@ def shared_options(state_dict: StateDict) -> dict:
         'd_state': state_dict[f'{FIRST}attn.A_logs'].shape[1],
     }
     if (weight := state_dict.get('latent.0.ffn.project_out.weight')) is not None:
-        # Hidden widths are int(width * factor). What gives the largest gives the others; the half is for rounding.
+        # Hidden widths are int(width * factor). The factor of the largest gives the others; 0.5 is for rounding.
         options['ffn_expansion_factor'] = (weight.shape[1] + 0.5) / weight.shape[0]
     return options
 
@@ -133,7 +133,7 @@ def number_of(state_dict: StateDict, sequence: str) -> int:
 
 
 def scale_of(state_dict: StateDict) -> int:
-    """VmambaIR's: each convolution of the tail widens by the square of the factor that the pixel shuffle undoes."""
+    """VmambaIR's scale: each tail convolution widens by the square of the following pixel shuffle's factor."""
     weights = [value for name, value in state_dict.items() if name.startswith('tail.0.') and name.endswith('.weight')]
     scale = 1
     for weight in weights:

@@ -40,7 +40,7 @@ class PixelLinear(nn.Linear):
 class OSSModule(PlanarScan):
     """Omni selective scan (Sec. 4.2.1, 4.3, Fig. 3): four scans over the plane, two over the channels.
 
-    In the code but not in the paper's text: the lifting to four channels, the two layer norms, and the kind of fusion.
+    In the code but not in the paper's text: the lifting to four channels, the two layer norms, and the type of fusion.
 
     Args:
         channels: C.
@@ -72,7 +72,7 @@ class OSSModule(PlanarScan):
             self.conv_cin = nn.Conv2d(1, LIFTED_CHANNELS, 1)
             self.conv_cout = nn.Conv2d(LIFTED_CHANNELS, 1, 1)
             self.add_channel_parameters(LIFTED_CHANNELS, LIFTED_RANK, d_state)
-            # Initialised as the released code does it: from a normal distribution, not by Mamba's rules.
+            # Initialised as in the released code: from a normal distribution, not by Mamba's rules.
             for parameter in (self.dtc_projs_weight, self.dtc_projs_bias, self.Ac_logs):
                 nn.init.normal_(parameter)
         elif channel_scan == 'scalar':

@@ -6,7 +6,7 @@ MODULES = {
     'MixedDegradationDataset': 'mixed_degradation_dataset',
     'PairedDegradationDataset': 'paired_degradation_dataset',
     'SyntheticDegradationDataset': 'synthetic_degradation_dataset',
-}  # name -> module; each is imported by itself, because not every BasicSR has what all of them need
+}  # name -> module; imported separately, because some need more than every BasicSR has
 
 __all__ = list(MODULES)
 __getattr__ = lazy_attributes(__name__, MODULES)

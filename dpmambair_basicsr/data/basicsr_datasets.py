@@ -1,11 +1,11 @@
-"""Which files the image datasets of BasicSR itself read."""
+"""The files that BasicSR's own image datasets read."""
 
 
 def paths_by_folder(dataset, opt: dict) -> list[tuple[str, list[str]]]:
-    """The folders of a BasicSR image dataset on disk, with the paths in each that it will read; [] for any other.
+    """The folders of a BasicSR image dataset on disk, each with the paths that it will read; [] for any other.
 
     Args:
-        opt: the options it was constructed with.
+        opt: the options of its constructor.
     """
     on_disk = (opt.get('io_backend') or {}).get('type', 'disk') == 'disk'
     if not on_disk or not type(dataset).__module__.startswith('basicsr.'):

@@ -101,7 +101,7 @@ def degrade(image: np.ndarray, kind: str, rng: np.random.Generator, **parameters
         problem = f'degradation {kind} has no function' if kind in DEGRADATIONS else f'unknown degradation {kind!r}'
         raise ValueError(f'{problem}, choose from {", ".join(synthetic())}')
     function = DEGRADATIONS[kind].function
-    assert function is not None, 'as all of `synthetic()`'
+    assert function is not None, 'true for all of `synthetic()`'
     choices = [name for name in inspect.signature(function).parameters if name not in ('image', 'rng')]
     for name in parameters:
         if name not in choices:

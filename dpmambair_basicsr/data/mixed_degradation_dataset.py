@@ -23,8 +23,8 @@ SUB_DATASETS = {cls.__name__: cls for cls in (PairedDegradationDataset, Syntheti
 class MixedDegradationDataset(ProgressiveBatches, Dataset):
     """Combines several folders, e.g. one per degradation, into one training (or validation) set.
 
-    Items are those of the sub-datasets. They have a `label` only if all sub-datasets provide one; networks that need
-    none can be trained with any folders.
+    Its items are those of the sub-datasets. They have a `label` only if all sub-datasets provide one; networks that
+    need none can be trained with any folders.
 
     An epoch has as many items as the sub-datasets together. The paper does not say how it mixes its seven tasks; here:
         concat: every image once per epoch.

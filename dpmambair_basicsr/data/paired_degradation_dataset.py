@@ -27,7 +27,7 @@ class PairedDegradationDataset(ProgressiveBatches, Dataset):
     alphabetical order. A GT image may exceed scale times its LQ image by less than scale pixels, which are cropped.
 
     Raises:
-        ValueError: options or folders that do not fit; on access, a broken image or sizes that do not fit.
+        ValueError: invalid options or folders; on access, a broken image or mismatched sizes.
     """
 
     option_keys = (
@@ -76,7 +76,7 @@ class PairedDegradationDataset(ProgressiveBatches, Dataset):
         height, width = lq.shape[0] * scale, lq.shape[1] * scale
         if not (0 <= gt.shape[0] - height < scale and 0 <= gt.shape[1] - width < scale):
             raise ValueError(
-                f'item {index}: sizes do not fit at scale {scale}: lq {paths["lq_path"]} is '
+                f'item {index}: sizes do not match at scale {scale}: lq {paths["lq_path"]} is '
                 f'{lq.shape[1]}x{lq.shape[0]}, gt {paths["gt_path"]} is {gt.shape[1]}x{gt.shape[0]} (width x height)'
             )
         gt = gt[:height, :width]

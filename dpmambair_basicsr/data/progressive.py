@@ -6,7 +6,7 @@ does not use. Here the dataset is asked for whole batches (`__getitems__`) and l
 The phase follows the training iteration. BasicSR's sampler runs in the training process and its indices reach the
 loader's workers, so the sampler passes it on (see `patches/seeding`): each index of a progressive dataset comes with
 its position in the rest of the epoch, and with the number of iterations before that. This is independent of epochs,
-workers, prefetching, and of where training was resumed.
+workers, prefetching, and resuming.
 """
 
 import copy

@@ -40,7 +40,7 @@ class SyntheticDegradationDataset(ProgressiveBatches, Dataset):
         seed: int >= 0, default 0; not used in training.
 
     Raises:
-        ValueError: options that do not fit; on access, a broken image or one smaller than gt_size (file and item).
+        ValueError: invalid options; on access, a broken image or one smaller than gt_size (file and item).
     """
 
     option_keys = (
@@ -122,7 +122,7 @@ def _parse_gamma(value) -> tuple[float, float] | None:
 
 
 def _parse_degradations(choice: str | list | dict | None) -> dict[str, dict]:
-    """{kind: parameters}; every kind is tried once, to report a bad value now rather than hours into a run."""
+    """{kind: parameters}; every kind is run once, to report a bad value now rather than hours into a run."""
     demo = demo_strengths()
     choice = demo if choice == 'demo' else choice
     if not isinstance(choice, list | dict) or not choice:

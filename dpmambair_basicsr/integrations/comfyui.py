@@ -43,7 +43,7 @@ class RestoreImage:
         """ComfyUI's IMAGE, (B, H, W, 3) RGB in [0, 1], to the same, enlarged by the scale of the network."""
         net = loaded(weights, Path(weights).stat().st_mtime_ns)
         restored = net.restore(image.movedim(-1, 1), tile=tile or None, self_ensemble=self_ensemble)
-        assert isinstance(restored, Tensor), 'a tensor for a tensor'
+        assert isinstance(restored, Tensor), 'tensors give tensors'
         return (restored.movedim(1, -1).contiguous(),)
 
 

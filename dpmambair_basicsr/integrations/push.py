@@ -1,4 +1,4 @@
-"""Uploads a trained network to the Hugging Face Hub: `dpmambair push net_g_best.pth user/name`.
+"""Upload a trained network to the Hugging Face Hub: `dpmambair push net_g_best.pth user/name`.
 
 Uploads the network that `restore` would use as model.safetensors with its options, the options as config.json, and a
 README.md with usage instructions, unless there is one. `dpmambair restore -w hf:user/name` and
@@ -22,7 +22,7 @@ tags:
 
 # {name}
 
-A {type} of dpmambair_basicsr with {parameters:,} parameters, which turns one RGB image into another.
+A {type} of dpmambair_basicsr with {parameters:,} parameters, which maps an RGB image to a restored one.
 
 ```bash
 dpmambair restore -w hf:{name} pictures/ -o restored/
@@ -34,7 +34,7 @@ import dpmambair_basicsr
 restored = dpmambair_basicsr.load('hf:{name}').restore(image)  # (H, W, 3) of uint8 or uint16
 ```
 
-What it was trained on, and for what, is to be said here.
+Describe the training data and the intended use here.
 """
 
 
@@ -53,7 +53,7 @@ def write_files(checkpoint: str, name: str, folder: Path) -> None:
     """Writes the files to upload, and checks them by loading the network as users of the hub will.
 
     Raises:
-        FileNotFoundError, ValueError: it is not a checkpoint that `load` takes without further options.
+        FileNotFoundError, ValueError: it is not a checkpoint that `load` supports without further options.
     """
     from dpmambair_basicsr.archs.recognition import network_options, own_names
     from dpmambair_basicsr.files.checkpoints import WRAPPINGS, read_checkpoint, select_weights, write_safetensors
@@ -70,7 +70,7 @@ def write_files(checkpoint: str, name: str, folder: Path) -> None:
         raise InputError(str(error).replace(str(folder / FILE), checkpoint)) from error
     (folder / 'config.json').write_text(json.dumps({'network_g': options}, indent=2) + '\n', encoding='utf-8')
     parameters = sum(value.numel() for value in weights.values())
-    assert options is not None, 'the network has just been loaded by them'
+    assert options is not None, 'the network has just been loaded with them'
     card = CARD.format(name=name, type=options['type'], parameters=parameters)
     (folder / 'README.md').write_text(card, encoding='utf-8')
 
@@ -91,7 +91,7 @@ def upload(folder: Path, name: str, private: bool) -> str:
         if api.file_exists(name, 'README.md'):
             (folder / 'README.md').unlink()
         api.upload_folder(repo_id=name, folder_path=folder, commit_message='Upload by dpmambair push')
-    except Exception as error:  # the hub, and what it is reached by, have many kinds
+    except Exception as error:  # any: the hub and the HTTP libraries raise many types
         reason = ' '.join(str(error).split())[:300]
         raise InputError(f'{name}: not uploaded ({type(error).__name__}: {reason})') from error
     return str(url)

@@ -10,7 +10,7 @@ MODULES = {
     'MSSSIMLoss': 'ms_ssim_loss',
     'PSNRLoss': 'psnr_loss',
     'VGGPerceptualLoss': 'vgg_perceptual_loss',
-}  # name -> module; each is imported by itself, because not every BasicSR has what all of them need
+}  # name -> module; imported separately, because some need more than every BasicSR has
 
 __all__ = list(MODULES)
 __getattr__ = lazy_attributes(__name__, MODULES)

@@ -36,7 +36,7 @@ class DISTSLoss(nn.Module):
 
 
 def find_files(weights: str | None, heads: str | None) -> tuple[str, str]:
-    """The files of VGG16 and of DISTS's weights. Raises FileNotFoundError with the command that downloads them."""
+    """The files of VGG16's and DISTS's weights. Raises FileNotFoundError with the command that downloads them."""
     wanted = {
         'vgg': backbone_path('vgg') if weights is None else osp.expanduser(weights),
         'dists': osp.join(osp.dirname(backbone_path('vgg')), osp.basename(HEADS_URL))
@@ -49,7 +49,7 @@ def find_files(weights: str | None, heads: str | None) -> tuple[str, str]:
         raise FileNotFoundError(
             f'DISTS needs the weights of VGG16 and its own; there is no {files}: '
             f"`dpmambair fetch {' '.join(missing)}` downloads them to torch's cache; "
-            'or name the files in the options weights and heads'
+            'or set the options weights and heads'
         )
     return wanted['vgg'], wanted['dists']
 
@@ -59,17 +59,17 @@ def build_dists(weights: str | None = None, heads: str | None = None) -> nn.Modu
 
     Args:
         weights: torchvision's checkpoint of VGG16; None looks in torch's hub cache.
-        heads: {'alpha', 'beta'}, (1, 1475, 1, 1) each, the authors' or piq's; None looks there for piq's. They are
-            divided by their sum, as the authors' code does.
+        heads: {'alpha', 'beta'}, (1, 1475, 1, 1) each, the authors' or piq's; None looks for piq's in torch's hub
+            cache. They are divided by their sum, as in the authors' code.
 
     Raises:
         MissingLibraryError: piq is not installed.
         FileNotFoundError: no such file; says how to get it.
-        ValueError: a file has other content.
+        ValueError: a file contains something else.
     """
     perceptual = import_piq('DISTSLoss').perceptual
     files = find_files(weights, heads)
-    with torch.random.fork_rng(devices=[]):  # the random start is overwritten: it must not move a training's generator
+    with torch.random.fork_rng(devices=[]):  # overwritten below: they must not advance a training's generator
         features = vgg.make_layers(vgg.cfgs['D'])
     try:
         state, own = (torch.load(file, map_location='cpu', weights_only=True) for file in files)
@@ -79,7 +79,7 @@ def build_dists(weights: str | None = None, heads: str | None = None) -> nn.Modu
         alpha, beta = (own[name].float().split([*CHANNELS], dim=1) for name in ('alpha', 'beta'))
     except (AttributeError, KeyError, RuntimeError, UnpicklingError) as error:
         reason = ' '.join(str(error).split())[:200]
-        raise ValueError(f'{" and ".join(files)} do not hold VGG16 and the weights of DISTS: {reason}') from error
+        raise ValueError(f'{" and ".join(files)} do not contain VGG16 and the weights of DISTS: {reason}') from error
     total = sum(part.sum() for part in (*alpha, *beta))
     network = perceptual.DISTS.__new__(perceptual.DISTS)  # without its constructor, which downloads and unpickles
     perceptual.ContentLoss.__init__(

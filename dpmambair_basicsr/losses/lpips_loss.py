@@ -19,7 +19,7 @@ class LPIPSLoss(nn.Module):
         self.network = build_lpips(net, weights)
 
     def train(self, mode: bool = True):
-        return super().train(False)  # in train mode the heads would drop channels at random
+        return super().train(False)  # in train mode the heads would apply dropout
 
     def forward(self, pred: Tensor, target: Tensor) -> Tensor:
         return self.loss_weight * self.network(pred.float(), target.float(), normalize=True).mean()

@@ -15,7 +15,7 @@ BACKBONES = {
 
 
 def backbone_path(net: str) -> str:
-    """Where torchvision itself keeps the ImageNet weights of `net`: torch's hub cache."""
+    """Path of the ImageNet weights of `net` in torch's hub cache, as used by torchvision."""
     return osp.join(torch.hub.get_dir(), 'checkpoints', osp.basename(BACKBONES[net].url))
 
 
@@ -39,11 +39,11 @@ def build_lpips(net: str = 'alex', weights: str | None = None) -> lpips.LPIPS:
         raise FileNotFoundError(
             f'LPIPS needs the ImageNet weights of its backbone {net!r} in {path}: '
             f"`dpmambair fetch {net}` downloads {BACKBONES[net].url} to torch's cache; "
-            'or name a file in the option weights'
+            'or set the option weights'
         )
     state = torch.load(path, map_location='cpu', weights_only=True)
 
-    # The backbone's random start is overwritten below: it must not move the generator of a training run.
+    # The backbone's initial weights are overwritten below: they must not advance the generator of a training.
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.filterwarnings(
             'ignore', module='torchvision'
@@ -58,7 +58,7 @@ def build_lpips(net: str = 'alex', weights: str | None = None) -> lpips.LPIPS:
     wrong += [key for key in names if key in found and found[key].shape != own[names[key]].shape]
     if wrong:
         raise ValueError(
-            f'{path} does not hold the LPIPS backbone {net!r} ({osp.basename(BACKBONES[net].url)}): '
+            f'{path} does not contain the LPIPS backbone {net!r} ({osp.basename(BACKBONES[net].url)}): '
             f'{len(wrong)} of its parameters are missing, unknown or of another shape, first {wrong[0]}'
         )
     network.net.load_state_dict({names[key]: value.float() for key, value in found.items()})

@@ -12,8 +12,8 @@ SCALES = 5
 class MSSSIMLoss(nn.Module):
     """`loss_weight` x (1 - MS-SSIM) (Wang et al. 2003), from the package piq; mean over the batch.
 
-    Images are (b, c, h, w) in [0, 1]. Values of `pred` outside are clamped, as piq requires, and get no gradient
-    here, so combine this loss with a pixel loss. fp16 and bf16 are computed in fp32.
+    Images are (b, c, h, w) in [0, 1]. Values of `pred` outside that range are clamped, as piq requires, and get no
+    gradient, so combine this loss with a pixel loss. fp16 and bf16 are computed in fp32.
 
     Args:
         loss_weight: weight of the loss.
@@ -33,7 +33,7 @@ class MSSSIMLoss(nn.Module):
 
     @staticmethod
     def least_size(arguments: dict) -> int:
-        """The side of the smallest crops, in pixels; `arguments` as in the option file."""
+        """Minimum crop size in pixels; `arguments` as in the option file."""
         return (WINDOW - 1) * 2 ** (len(arguments.get('scale_weights') or range(SCALES)) - 1) + 1
 
     def forward(self, pred: Tensor, target: Tensor) -> Tensor:

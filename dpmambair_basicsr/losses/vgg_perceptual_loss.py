@@ -46,7 +46,7 @@ class VGGPerceptualLoss(PerceptualLoss):
                     layer_weights, vgg_type, use_input_norm, range_norm, perceptual_weight, style_weight, criterion
                 )
         except (RuntimeError, UnpicklingError) as error:
-            raise ValueError(f'{vgg_arch.VGG_PRETRAIN_PATH} does not hold {vgg_type}: {error}') from error
+            raise ValueError(f'{vgg_arch.VGG_PRETRAIN_PATH} does not contain {vgg_type}: {error}') from error
         finally:
             vgg_arch.VGG_PRETRAIN_PATH = usual_path
 
@@ -66,5 +66,5 @@ def find_vgg_weights(vgg_type: str, weights: str | None) -> str:
             return path
     raise FileNotFoundError(
         f'The perceptual loss needs the ImageNet weights of {vgg_type}; there is no {" and no ".join(candidates)}. '
-        f"`dpmambair fetch {vgg_type}` downloads {url} to torch's cache; or name the file in the option weights"
+        f"`dpmambair fetch {vgg_type}` downloads {url} to torch's cache; or set the option weights"
     )

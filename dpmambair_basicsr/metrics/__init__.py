@@ -8,7 +8,7 @@ from dpmambair_basicsr.registry import lazy_attributes
 MODULES = {
     'calculate_iqa': 'iqa',
     'calculate_lpips': 'lpips',
-}  # name -> module; each is imported by itself, because not every BasicSR has what all of them need
+}  # name -> module; imported separately, because some need more than every BasicSR has
 
 __all__ = list(MODULES)
 __getattr__ = lazy_attributes(__name__, MODULES)

@@ -7,7 +7,7 @@ from dpmambair_basicsr.files.errors import MissingLibraryError, OptionError
 from dpmambair_basicsr.metrics.tensors import to_tensor
 from dpmambair_basicsr.registry import METRIC_REGISTRY, did_you_mean
 
-OF_SETS = ('fid', 'inception_score')  # what pyiqa computes of folders of images
+OF_SETS = ('fid', 'inception_score')  # pyiqa's metrics of folders of images
 
 
 def configurations() -> dict[str, dict]:
@@ -36,7 +36,7 @@ def check_iqa(metric: str, better: str = 'higher') -> None:
     right = 'lower' if known[metric].get('lower_better') else 'higher'
     if better != right:
         raise OptionError(
-            f'better: must be {right} for {metric}, BasicSR selects the best network by it; default higher'
+            f'better: must be {right} for {metric}, BasicSR selects the best network by it; default: higher'
         )
 
 
@@ -64,25 +64,25 @@ def calculate_iqa(
 ) -> float:
     """Any metric of the package pyiqa, for an image or for an image and its ground truth, as defined there.
 
-    Its psnry is 1.32 dB less than BasicSR's PSNR of the Y channel, whose Y has 219 of pyiqa's 255 steps.
+    Its psnry is 1.32 dB lower than BasicSR's PSNR on the Y channel, whose range is 219 steps instead of pyiqa's 255.
 
     Args:
         img, img2: (H, W, 3) BGR or (H, W) grey in [0, 255], as BasicSR passes them.
-        metric: pyiqa's name: niqe, musiq, topiq_fr, ... For many, pyiqa downloads weights on first use, which is
-            when the option file is checked.
+        metric: pyiqa's name: niqe, musiq, topiq_fr, ... For many, pyiqa downloads weights on first use, during the
+            validation of the option file.
         crop_border: pixels cropped at each edge.
         better: higher or lower. BasicSR also reads this option, and selects the best network by it.
 
     Raises:
         MissingLibraryError: pyiqa is not installed.
         OptionError: pyiqa has no such metric, or `better` is wrong for it.
-        ValueError: images of different sizes, or no clean image for a metric that compares with one.
+        ValueError: images of different sizes, or no clean image for a full-reference metric.
     """
     check_iqa(metric, better)
     pair = [img] if not compares(metric) else [img, img2]
     if pair[-1] is None:
         raise ValueError(f'calculate_iqa: {metric} needs a clean image, and there is none')
     if pair[-1].shape != img.shape:
-        raise ValueError(f'{metric} needs images of one size, got {img.shape} and {pair[-1].shape}')
+        raise ValueError(f'{metric} needs images of the same size, got {img.shape} and {pair[-1].shape}')
     with torch.no_grad():
         return float(network(metric, device())(*(to_tensor(image, crop_border).to(device()) for image in pair)))

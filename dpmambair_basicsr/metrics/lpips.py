@@ -28,14 +28,14 @@ def calculate_lpips(
         img, img2: (H, W, 3) BGR or (H, W) grey in [0, 255], as BasicSR passes them.
         crop_border: pixels left out at each edge.
         net, weights: the backbone and its file, see `build_lpips`. 'alex' is the usual choice for reporting.
-        better: must be 'lower'. BasicSR reads this option too, and without it takes the highest value for the best.
+        better: must be 'lower'. BasicSR reads this option too, and without it considers the highest value the best.
 
     Raises:
         ValueError: images of different sizes, `better` other than 'lower', or an unknown or wrong backbone.
         FileNotFoundError: no backbone file.
     """
     if img.shape != img2.shape:
-        raise ValueError(f'LPIPS needs images of one size, got {img.shape} and {img2.shape}')
+        raise ValueError(f'LPIPS needs images of the same size, got {img.shape} and {img2.shape}')
     if better != 'lower':
         raise ValueError(f"calculate_lpips: better must be 'lower', got {better!r}")
     device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')

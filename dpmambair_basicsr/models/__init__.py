@@ -8,7 +8,7 @@ MODULES = {
     'RealWorldSRModel': 'real_world_sr_model',
     'RestorationGANModel': 'restoration_gan_model',
     'RestorationModel': 'restoration_model',
-}  # name -> module; each is imported by itself, because not every BasicSR has what all of them need
+}  # name -> module; imported separately, because some need more than every BasicSR has
 
 __all__ = list(MODULES)
 __getattr__ = lazy_attributes(__name__, MODULES)

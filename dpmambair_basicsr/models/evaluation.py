@@ -24,7 +24,7 @@ class Evaluation:
     option_keys = (
         Option('val', 'tile', int | None, 'tile size in pixels of the input; ~ or 0: whole images', low=0),
         Option('val', 'overlap', int, 'overlap of tiles in pixels, up to half a tile; default 64', low=0),
-        Option('val', 'one_pass', bool, 'tiles in half the time, but less like the whole image; default false'),
+        Option('val', 'one_pass', bool, 'tiles in half the time, less accurate; default false'),
     )
 
     def __init__(self, opt: dict):
@@ -71,7 +71,7 @@ class Evaluation:
             ) from error
 
     def in_tiles(self, net: nn.Module, image: Tensor, *context: Tensor) -> Tensor:
-        """On the CPU, as the result may not fit into a GPU either."""
+        """Restore in tiles; the result is on the CPU, since it may not fit into a GPU either."""
         tiled = TiledNetwork(net, image.device, getattr(net, 'scale', self.scale))
         bands = tiled.bands(image, *context, tile=self.tile, overlap=self.overlap, one_pass=self.one_pass)
         return torch.cat([*bands], dim=2)

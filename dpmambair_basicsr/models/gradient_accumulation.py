@@ -33,7 +33,7 @@ class GradientAccumulation:
     def __init__(self, opt: dict):
         self.opt = opt
         self.count = (opt.get('train') or {}).get('accum_iter', 1)
-        self.index: int | None = None  # of the micro-batch that is worked off
+        self.index: int | None = None  # of the current micro-batch
 
     @property
     def is_first(self) -> bool:
@@ -95,8 +95,8 @@ class GradientAccumulation:
             expected *= max(self.opt['num_gpu'], 1)
         if size % self.count or (size != expected and not train.get('progressive')):
             raise ValueError(
-                f'train.accum_iter: {self.count} micro-batches are {expected} images, the loader gives {size}: '
-                'train with dpmambair_basicsr.train, or let your loader give as many'
+                f'train.accum_iter: {self.count} micro-batches have {expected} images, but the loader gives {size}: '
+                'train with dpmambair_basicsr.train, or make your loader give as many'
             )
 
 

@@ -81,14 +81,14 @@ class Precision:
         get_root_logger().info(f'Training {type(net).__name__} on {self.device.type}: {", ".join(how)}.')
 
     def backward(self, loss: Tensor) -> None:
-        """Its gradients are `scaler`'s multiple of the loss's with fp16, otherwise the loss's own."""
+        """Compute the gradients of the loss; with fp16, multiplied by `scaler`'s factor."""
         self.scaler.scale(loss).backward()
 
     def step(self, optimizer: Optimizer, if_left_out: Callable[[Optimizer], None]) -> None:
-        """A step of gradients that `backward` has made.
+        """Step with the gradients of `backward`.
 
-        Where they are not finite, the scaler of fp16 does not call the optimizer, whose hooks would count:
-        `if_left_out` is called then.
+        If they are not finite, fp16's scaler skips the optimizer, and with it the hook that counts skipped steps;
+        `if_left_out` is called instead.
         """
         scale = self.scaler.get_scale()
         self.scaler.unscale_(optimizer)

@@ -30,7 +30,7 @@ class RestorationGANModel(RestorationMixin, SRGANModel):
         Option('train', 'net_d_iters', float, 'network_g is trained once every net_d_iters iterations', low=1),
         Option('train', 'net_d_init_iters', float, 'iterations before network_g is trained', low=0),
     )
-    loss_keys = ('pixel_opt', 'perceptual_opt', 'gan_opt', 'ldl_opt')  # what optimize_micro_batch reads
+    loss_keys = ('pixel_opt', 'perceptual_opt', 'gan_opt', 'ldl_opt')  # those that optimize_micro_batch uses
 
     @classmethod
     def check_training(cls, opt: dict) -> None:

@@ -73,7 +73,7 @@ class TwoOrderDegradation(SRModel):
         for key in SHARPENING:  # BasicSR's models read them without a default
             opt.setdefault(key, False)
         self.queue_size = opt.get('queue_size', QUEUE_SIZE)
-        SRModel.__init__(self, opt)  # skipping BasicSR's constructor, which adds what follows, with .cuda()
+        SRModel.__init__(self, opt)  # skips BasicSR's constructor, which adds the following with .cuda()
         self.jpeger = DiffJPEG(differentiable=False).to(self.device)
         # On a CPU, padding keeps DiffJPEG's permuted layout, and view() fails in BasicSR's filter2D.
         self.jpeger.register_forward_hook(lambda module, inputs, image: image.contiguous())

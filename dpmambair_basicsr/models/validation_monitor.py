@@ -111,7 +111,7 @@ class ValidationMonitor:
         result.images[name] = path
 
     def note_sample(self, current: SetResult, degraded: Tensor, visuals: dict[str, Tensor]) -> None:
-        """What tells whether a test repeats: hashes, and the values of the first, the middle and the last image."""
+        """Record what `verify` needs: hashes, and the values of the first, middle and last image."""
         name, index, count = Path(self.current_path).stem, self.position, current.count
         self.position += 1
         current.hashes[name] = hash_of(degraded)
@@ -175,7 +175,7 @@ class ValidationMonitor:
             self.checkpoint = {'checkpoint': str(file), 'param_key': param_key or '', 'sha256': sha256(file)}
 
     def circumstances(self) -> dict[str, str]:
-        """What the last bits of results depend on: the device, and package -> version."""
+        """What the last bits of results depend on: the device, and {package: version}."""
         packages = {'torch': torch, 'basicsr': basicsr, 'dpmambair_basicsr': dpmambair_basicsr}
         versions = {name: str(package.__version__) for name, package in packages.items()}
         return {'device': device_name(self.opt), **versions}
@@ -205,7 +205,7 @@ class ValidationMonitor:
 
 
 def measured_pair(image: Tensor, visuals: dict[str, Tensor]) -> dict:
-    """What a metric compares: 8-bit images, the second where there is a truth."""
+    """The arguments of a metric: 8-bit images, the second only with a ground truth."""
     return {'img': tensor2img([image])} | ({'img2': tensor2img([visuals['gt']])} if 'gt' in visuals else {})
 
 
@@ -215,7 +215,7 @@ def hash_of(image: Tensor) -> str:
 
 
 def device_name(opt: dict) -> str:
-    """What results may depend on in their last bits."""
+    """The device, in as much detail as the last bits of results may depend on."""
     if opt['num_gpu'] and torch.cuda.is_available():
         return torch.cuda.get_device_name()
     kind = 'mps' if opt['num_gpu'] and torch.backends.mps.is_available() else 'cpu'

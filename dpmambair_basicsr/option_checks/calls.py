@@ -124,7 +124,7 @@ def check_iqa(path: str, arguments: dict) -> list[str]:
         return [f'{path}.{error}']
     except MissingLibraryError as error:
         return [f'{path}: {error}']
-    except Exception as error:  # whatever comes of a network and its download
+    except Exception as error:  # any: from the network or its download
         return [describe(path, error)]
 
 

@@ -35,11 +35,11 @@ from dpmambair_basicsr.training.extractor import read_extractor, stage_1_checkpo
 from dpmambair_basicsr.training.lr_schedulers import schedulers
 from dpmambair_basicsr.training.parameters import freeze
 
-# Those of images, which list their files and do nothing else when they are made.
+# Image datasets whose constructors only list their files.
 IMAGE_DATASETS = tuple(
     f'basicsr.data.{name}_dataset' for name in ('paired_image', 'single_image', 'realesrgan', 'realesrgan_paired')
 )
-# Parameters of networks, ours and BasicSR's, that say how many channels images have.
+# Parameters of networks, ours and BasicSR's, with the number of image channels.
 CHANNELS = ('inp_channels', 'out_channels', 'num_in_ch', 'num_out_ch', 'in_chans')
 
 
@@ -57,7 +57,7 @@ def check_by_dry_run(opt: dict, model: Any, reported: list[str]) -> list[str]:
             with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
                 warnings.simplefilter('ignore')
                 return make(*arguments)
-        except Exception as error:  # whatever it is, it would end the run later
+        except Exception as error:  # any: it would end the run later
             problems.append(describe(path, error))
             return None
 
@@ -252,13 +252,13 @@ def no_batch(items: int, batch_size: int, ratio: float, processes: int) -> str:
 
 
 def check_checkpoint(opt: dict, network: str, net: torch.nn.Module | None) -> None:
-    """Raises ValueError if `pretrain_<network>` cannot be read, or does not fit the network, if that is ours."""
+    """Raise ValueError if `pretrain_<network>` cannot be read, or does not match the network, if that is ours."""
     path = opt['path']
     file, name = path[f'pretrain_{network}'], network.removeprefix('network_')
     checkpoint = read_checkpoint(file)
     weights = select_weights(file, checkpoint, *wanted_keys(path, name, opt['is_train']))
     if net is not None:
-        told_by_weights(type(net), opt[network], weights, file)  # raises for weights that no network takes any more
+        told_by_weights(type(net), opt[network], weights, file)  # raises for weights that are no longer supported
     report = differences(net, weights) if net is not None and path.get(f'strict_load_{name}', True) else ''
     if report:
         raise ValueError(f'{file}: {other_options(checkpoint.get(network), opt[network], network)}{report}')

@@ -50,7 +50,7 @@ def declared(registry: str) -> list[Option]:
 
 
 def of_packages(known: dict) -> dict:
-    """Without what others have registered, and our second names."""
+    """Without other packages' classes, and without our second names."""
     ours = ('basicsr.', 'dpmambair_basicsr.')
     return {
         name: target
@@ -60,7 +60,7 @@ def of_packages(known: dict) -> dict:
 
 
 def plain_name(name: str) -> str:
-    """BasicSR's suffix for its own is not part of what an option file says, see Registry.get."""
+    """A name without BasicSR's suffix for its own classes, which option files omit, see Registry.get."""
     return name.removesuffix('_basicsr')
 
 
@@ -102,7 +102,7 @@ def of_kind(kind) -> dict:
 def of_call(call: Call) -> dict:
     """Schema of a section whose `type` names one of several."""
     known = {plain_name(name): target for name, target in sorted(call.known().items())}
-    if call is not CALLS['optimizer']:  # which are PyTorch's, and more in each version
+    if call is not CALLS['optimizer']:  # PyTorch's, and more in each version
         known = of_packages(known)
     choices = [
         {'if': {'properties': {'type': {'const': name}}}, 'then': arguments(name, target, call)}

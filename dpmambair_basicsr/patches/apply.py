@@ -52,13 +52,13 @@ def load_topics() -> None:
     """Imports the topics, each separately; records in `misfits` those that fail."""
     for topic in TOPICS:
         try:
-            importlib.import_module(f'dpmambair_basicsr.patches.{topic}')  # notes its patches
-        except Exception as error:  # whatever a fork makes of what it imports
+            importlib.import_module(f'dpmambair_basicsr.patches.{topic}')  # registers its patches
+        except Exception as error:  # any: forks fail in many ways
             misfits[topic] = f'{type(error).__name__}: {error}'
 
 
 def apply_patches(*namespaces: dict) -> None:
-    """Applies every patch to the imported BasicSR, and to what these global namespaces have imported. Idempotent."""
+    """Apply every patch to the imported BasicSR, and to names imported from it in these namespaces. Idempotent."""
     global applied
     load_topics()
     if misfits and not applied:

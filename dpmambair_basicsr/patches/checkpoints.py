@@ -95,11 +95,11 @@ def save_unvalidated(model, iteration: int) -> None:
     Not if it includes pools of several processes, as the others do not know of the failure.
     """
     run, logger = training_run.current, get_root_logger()
-    assert run is not None, 'only a training is validated with something to save'
+    assert run is not None, 'only trainings have something to save'
     if run.saved != iteration and not (model.opt['dist'] and hasattr(model, POOL[0])):
         try:
             model.save(run.epoch, iteration)
-        except Exception as error:  # the validation's own is what ends the training
+        except Exception as error:  # the training ends with the validation's error
             logger.warning(f'Iteration {iteration} is not saved: {error}')
     if run.saved == iteration:
         logger.info(f'Validation failed. Iteration {iteration} is saved; --auto_resume starts with its validation.')

@@ -13,8 +13,8 @@ MODELS = ('sr', 'hifacegan', 'stylegan2', 'video_base', 'video_recurrent')  # th
 def header_first(original):
     """Checks the size in an image's header, and rejects images with too many pixels before decoding.
 
-    Fixes: `imfrombytes` decodes first: 124 kB of PNG can stand for 32000 x 32000 pixels, which take 6.5 GB.
-    Remove once: BasicSR or OpenCV has a limit that fits training.
+    Fixes: `imfrombytes` decodes first: 124 kB of PNG can expand to 32000 x 32000 pixels, which take 6.5 GB.
+    Remove once: BasicSR or OpenCV has a limit that suits training.
     """
 
     def imfrombytes(content, *arguments, **keywords):

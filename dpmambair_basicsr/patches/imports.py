@@ -113,7 +113,7 @@ def when_basicsr_is_imported(register) -> None:
             if importlib.util.find_spec('basicsr.utils.registry') is None:
                 return  # BasicSR before 1.3, such as NAFNet's and Restormer's: there is nothing to register with
             register()
-        except Exception as error:  # a foreign basicsr that we do not fit must still be importable
+        except Exception as error:  # an incompatible basicsr must still be importable
             package = ', '.join(sys.modules['basicsr'].__path__)
             message = f'dpmambair_basicsr is not registered with {package}: {type(error).__name__}: {error}'
             warnings.warn(message, RuntimeWarning, stacklevel=2)

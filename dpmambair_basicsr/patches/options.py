@@ -61,9 +61,9 @@ def checked_options(original, caller: dict):
             with more_arguments(*(('--force_yml', *entries) if entries != forced else ())):
                 opt, args = original(root_path, is_train)
             obey_forced_seed(opt, entries)
-            opt['path'].pop('results_root' if is_train else 'experiments_root', None)  # BasicSR would make this folder
+            opt['path'].pop('results_root' if is_train else 'experiments_root', None)  # BasicSR would create it
             problems = []
-            if not args.debug:  # whose runs must not take the place of the real ones: they have a folder of their own
+            if not args.debug:  # debug runs keep their own folder, so as not to replace real ones
                 obey_experiments_root(opt, raw['path'])
                 obey_frequencies(opt, raw)
                 problems = check_root(opt, raw['path'])
@@ -81,7 +81,7 @@ def checked_options(original, caller: dict):
 
 @contextmanager
 def more_arguments(*arguments: str):
-    """Appended to the command line, where they override earlier ones of the same option."""
+    """Append arguments to the command line, where they override earlier ones of the same option."""
     saved = sys.argv
     sys.argv = [*saved, *arguments]
     try:
@@ -233,6 +233,6 @@ def forced_value(original):
         if text.startswith(("'", '"')):
             return parse_value(text)
         value = convert(parse_value(text) if text.startswith(('[', '!!map ')) else original(text))
-        return parse_value(str(value)) if type(value) is int else value  # which has limits
+        return parse_value(str(value)) if type(value) is int else value  # enforces the limits
 
     return postprocess_yml_value

@@ -58,7 +58,7 @@ def find_resume_state(opt: dict) -> dict | None:
     check_resume(opt, state['iter'])
     ignored = opt['path'].get('ignore_resume_networks') or ()
     for network in (key for key in opt if key.startswith('network_') and key not in ignored):
-        opt['path'].pop(f'param_key_{network.removeprefix("network_")}', None)  # that of the file it started from
+        opt['path'].pop(f'param_key_{network.removeprefix("network_")}', None)  # of the file that it started from
     return state
 
 
@@ -70,14 +70,14 @@ def newest_usable_state(opt: dict) -> Path | None:
             read_state(opt, file)
             return file
         except CheckpointError as error:
-            print(f'Cannot resume from {error}. Trying the one before.', flush=True)
+            print(f'Cannot resume from {error}. Trying the previous one.', flush=True)
     if files:
         raise CheckpointError(f'{folder}: none of its {len(files)} training states is usable')
     files = [file for suffix in NETWORK_SUFFIXES for file in Path(opt['path']['models']).glob(f'net_g_*{suffix}')]
     networks = {file.stem.rpartition('_')[2] for file in files} - {'best'}
-    if 'latest' in networks or len(networks) > 1:  # one number may be of a checkpoint that is not complete
+    if 'latest' in networks or len(networks) > 1:  # a single number may belong to an incomplete checkpoint
         raise CheckpointError(
-            f'{opt["path"]["models"]} has networks, but {folder} no training state: without --auto_resume training '
+            f'{opt["path"]["models"]} has networks, but {folder} no training state: without --auto_resume, training '
             'starts at iteration 0 and renames the folder of the run'
         )
     if opt.get('rank', 0) == 0:
@@ -126,7 +126,7 @@ def whole_epochs(original):
         from dpmambair_basicsr.patches.distributed import check_processes_agree
 
         train = opt['datasets']['train']
-        train['accum_iter'] = micro_batches(opt)  # for the loader, which knows its own section alone
+        train['accum_iter'] = micro_batches(opt)  # for the loader, which sees only its own section
         if train['accum_iter'] > 1:
             logger.info(
                 f'Gradient accumulation: an iteration is a step with {train["accum_iter"]} micro-batches of '
@@ -177,7 +177,7 @@ def exact_continuation(original):
 def validate_if_missing(model, iteration: int) -> None:
     """Runs the validation of an iteration whose state says that it was due but not done."""
     run = training_run.current
-    assert run is not None, 'called by the patched training loop, whose loader has set it'
+    assert run is not None, 'set by the loader of the patched training loop'
     if run.validation_is_missing:
         run.validation_is_missing = False
         get_root_logger().info(

@@ -26,7 +26,7 @@ def begin_training(opt: dict) -> dict | None:
 
 
 def hold_together(opt: dict, folders: list[str]) -> None:
-    """The first process takes the locks for all; its error is raised in each."""
+    """Take the locks in the first process, for all; raise its error in each."""
     failure: list[Exception | None] = [None]
     if opt['rank'] == 0:
         try:

@@ -25,14 +25,14 @@ def known_run(original):
         if dataset_opt['phase'] == 'train' and not hasattr(dataset, '__getitems__'):
             dataset = SeededItems(dataset)
         accum_iter = dataset_opt.get('accum_iter', 1)
-        if accum_iter > 1:  # the parts of a batch that models.gradient_accumulation takes one by one
+        if accum_iter > 1:  # micro-batches, see models.gradient_accumulation
             dataset_opt = {**dataset_opt, 'batch_size_per_gpu': accum_iter * dataset_opt['batch_size_per_gpu']}
         loader = original(dataset, dataset_opt, num_gpu=num_gpu, dist=dist, sampler=sampler, seed=seed)
         if loader.worker_init_fn is not None:
             start_workers_unsignalled(loader)
         if isinstance(sampler, EnlargedSampler):
             seeds: list[Any] = [seed]
-            if dist:  # each process has drawn one of its own where manual_seed is not given
+            if dist:  # without manual_seed, each process has drawn its own
                 torch.distributed.broadcast_object_list(seeds, src=0)
             run = training_run.TrainingRun(seeds[0], loader.batch_size * sampler.num_replicas)
             sampler.run = training_run.current = run
@@ -48,7 +48,7 @@ def known_run(original):
 
 
 def start_workers_unsignalled(loader) -> None:
-    """Blocks signals while workers start: one before `leave_to_parent` would end the worker, and so the training."""
+    """Block signals while workers start: before `leave_to_parent`, one would end the worker, and so the training."""
     start = loader._get_iterator
 
     def get_iterator():

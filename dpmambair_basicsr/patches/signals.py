@@ -1,4 +1,4 @@
-"""Patches of what BasicSR does at the beginning of an iteration: end where a signal asks for it, or seed."""
+"""Patches of the start of an iteration: stop if a signal was received, otherwise seed."""
 
 import signal
 
@@ -17,13 +17,13 @@ from dpmambair_basicsr.training.output import keep_output
 
 @replaces(BASE_MODEL, 'update_learning_rate')
 def begin_iteration(original):
-    """Ends the training, saved, if a signal asks for it; otherwise seeds the iteration with numbers of its own.
+    """Saves and ends the training if a signal was received; otherwise seeds the generators for this iteration.
 
-    The loop's first call of an iteration is this one. The state of a generator would not do: a loader draws from it
-    whenever it is started. The rates of a warm-up are undone first, see `undo_warm_up`.
+    This is the loop's first call of an iteration. Saving the generators' state would not suffice, since a loader draws
+    from them whenever it starts. The rates of a warm-up are reset first, see `undo_warm_up`.
 
-    Fixes: a signal loses what was done since the last checkpoint: `train_pipeline` asks for nothing, and
-        `BaseModel.update_learning_rate` seeds nothing; after `warmup_iter`, MultiStepLR continues from the warm-up's
+    Fixes: a signal loses everything since the last checkpoint: `train_pipeline` does not handle any, and
+        `BaseModel.update_learning_rate` does not seed; after `warmup_iter`, MultiStepLR continues from the warm-up's
         last rate.
     Remove once: BasicSR saves on signals, seeds, and warms up any scheduler.
     """
@@ -46,15 +46,15 @@ def begin_iteration(original):
 
 
 def end_after(model, iteration: int, number: int) -> None:
-    """Saves the checkpoint of an iteration, if it is not there, and raises StoppedBySignal.
+    """Save the checkpoint of an iteration, unless it exists, and raise StoppedBySignal.
 
-    The signals stay noted: what repeats the request while the process ends has no effect.
+    Signals are still recorded, so that repeated requests have no effect while the process exits.
     """
     run, logger, name = training_run.current, get_root_logger(), signal.Signals(number).name
     logger.info(f'{name}: training stops; iteration {iteration} is saved in {model.opt["path"]["experiments_root"]}.')
     if run.saved != iteration:
         model.save(run.epoch, iteration)
-    if model.opt['dist']:  # a process that ends earlier makes torchrun end the one that still writes
+    if model.opt['dist']:  # torchrun kills the others, which may still be writing, once one exits
         torch.distributed.barrier()
     interruption.answered()
     logger.info(f'{name}: training ends after iteration {iteration}, which is saved; --auto_resume continues.')

@@ -27,7 +27,7 @@ def whole(target: Path) -> Iterator[Path]:
 
 
 class Download:
-    """A folder or an archive. `names` are its images, {path as patterns see it: name inside}, in an archive's order.
+    """A folder or an archive. `names` are its images, {path matched by patterns: name inside}, in archive order.
 
     Raises:
         InputError: no such folder or archive, or it cannot be read.
@@ -59,7 +59,7 @@ class Download:
     def open_member(self, name: str) -> IO[bytes]:
         if isinstance(self.archive, zipfile.ZipFile):
             return self.archive.open(name)
-        assert isinstance(self.archive, tarfile.TarFile), 'a folder has files, not members'
+        assert isinstance(self.archive, tarfile.TarFile), 'folders have files, not members'
         member = self.archive.extractfile(self.members[name])
         assert member is not None, '`members` are files'
         return member
@@ -72,7 +72,7 @@ class Download:
 
 
 def is_image(name: str) -> bool:
-    """By its name; excludes hidden files and those that macOS adds to archives."""
+    """Whether a name is that of an image; excludes hidden files and those that macOS adds to archives."""
     parts = name.removeprefix('./').split('/')
     return name.lower().endswith(EXTENSIONS) and not any(part.startswith('.') or part == '__MACOSX' for part in parts)
 
@@ -82,7 +82,7 @@ def is_file(path: Path, size: int) -> bool:
 
 
 def fetch(source: Path, target: Path, copy: bool) -> None:
-    """Links or copies, unless already done."""
+    """Link or copy a file, unless already done."""
     if copy:
         state = source.stat()
         if target.is_symlink() or not is_file(target, state.st_size) or target.stat().st_mtime_ns != state.st_mtime_ns:

@@ -19,8 +19,8 @@ def main() -> None:
         'names',
         nargs='+',
         metavar='NAME',
-        help="LPIPS's networks, as its option net has them: alex, vgg, squeeze; DISTS's: vgg and dists; "
-        "VGGPerceptualLoss's, as its option vgg_type has them: vgg11, ..., vgg19, each also with _bn",
+        help='for LPIPS (option net): alex, vgg, squeeze; for DISTS: vgg and dists; '
+        'for VGGPerceptualLoss (option vgg_type): vgg11, ..., vgg19, each also with _bn',
     )
     names = parser.parse_args().names
     with exit_on_error('dpmambair fetch', OSError):
@@ -44,7 +44,7 @@ def urls() -> dict[str, str]:
         from dpmambair_basicsr.losses.lpips_network import BACKBONES
     except ImportError as error:
         raise MissingLibraryError(
-            f"needs what training does ({error}): pip install 'dpmambair_basicsr[train]'"
+            f"needs the requirements of training ({error}): pip install 'dpmambair_basicsr[train]'"
         ) from error
     perceptual = {name: models.get_model_weights(name).IMAGENET1K_V1 for name in models.list_models(include='vgg*')}
     return {name: weights.url for name, weights in (BACKBONES | perceptual).items()} | {'dists': HEADS_URL}
@@ -54,8 +54,8 @@ def fetch(url: str) -> Path:
     """The file in torch's hub cache, downloaded atomically if missing.
 
     Args:
-        url: of a file whose name ends in the first digits of its SHA-256, as in alexnet-owt-7be5be79.pth, after a
-            dash; without one nothing is checked.
+        url: of a file whose name ends in a dash and the first digits of its SHA-256, as in alexnet-owt-7be5be79.pth;
+            otherwise nothing is checked.
 
     Raises:
         InputError: the existing or downloaded file has another SHA-256.
@@ -67,7 +67,7 @@ def fetch(url: str) -> Path:
     digits = file.stem.rpartition('-')[2] if '-' in file.stem else ''
     if file.exists():
         if not sha256(file).startswith(digits):
-            raise InputError(f'{file}: not the file of {url}, its SHA-256 does not start with {digits}; delete it')
+            raise InputError(f'{file}: not the file at {url}, its SHA-256 does not start with {digits}; delete it')
         return file
     file.parent.mkdir(parents=True, exist_ok=True)
     try:

@@ -1,4 +1,4 @@
-"""Reads, resizes, tiles and writes images of a download like the published preparation scripts."""
+"""Read, resize, tile and write the images of a download like the published preparation scripts."""
 
 from pathlib import Path
 
@@ -25,7 +25,7 @@ def read(path: Path) -> np.ndarray:
     with open_regular(path) as stream:
         image = decode(stream.read())
     if image is None or image.dtype not in (np.uint8, np.uint16):
-        raise ValueError('not an image that decodes')
+        raise ValueError('cannot be decoded as an image')
     return image
 
 
@@ -38,7 +38,7 @@ def shrink(image: np.ndarray) -> np.ndarray:
     """Downscales by 4 like MATLAB's bicubic on 8 bits, after cropping sides to multiples of 4.
 
     Each axis weights 16 pixels, columns first, with rounding in between. BasicSR's imresize does not round and reflects
-    the border, which here is replicated. This gives the published LQ images of Set5, Set14 and Urban100 bit for bit
+    the border, which is replicated here. This gives the published LQ images of Set5, Set14 and Urban100 bit for bit
     (tests/test_prepare_data.py).
     """
     from basicsr.utils.matlab_functions import cubic
@@ -57,7 +57,7 @@ def scaled(image: np.ndarray) -> dict[str, np.ndarray]:
     height, width = image.shape[:2]
     sizes = [(int(width * scale), int(height * scale)) for scale in SCALES]
     sizes.append(tuple(SHORT_SIDE * side // min(height, width) for side in (width, height)))
-    picture = Image.fromarray(image)  # in BGR, which is all the same for resizing
+    picture = Image.fromarray(image)  # in BGR, which makes no difference to resizing
     return {'': image} | {
         f'T{n}': np.asarray(picture.resize(size, Image.Resampling.LANCZOS)) for n, size in enumerate(sizes)
     }

@@ -25,8 +25,8 @@ from dpmambair_basicsr.files.errors import InputError, exit_on_error
 VERSION = '1.4.2'
 NAME = f'basicsr-{VERSION}.tar.gz'
 SHA256 = 'b89b595a87ef964cda9913b4d99380ddb6554c965577c0c10cb7b78e31301e87'
-MAX_BYTES = 10 * 2**20  # it has 172 kB
-# File -> its places and what takes their place. `exec` no longer changes the locals of a function, see PEP 667.
+MAX_BYTES = 10 * 2**20  # the file has 172 kB
+# {file: (text, replacement), ...}. `exec` no longer changes the locals of a function, see PEP 667.
 CHANGES = {
     'setup.py': [
         ("exec(compile(f.read(), version_file, 'exec'))", "exec(compile(f.read(), version_file, 'exec'), globals())"),
@@ -43,7 +43,7 @@ def main() -> None:
         description=(__doc__ or '').partition('\n\n')[2],
         epilog='All other arguments go to pip install, such as --no-deps.',
     )
-    parser.add_argument('--file', type=Path, metavar=NAME, help='the source distribution, if already downloaded')
+    parser.add_argument('--file', type=Path, metavar=NAME, help='source distribution, if already downloaded')
     arguments, for_pip = parser.parse_known_args()
     with exit_on_error('dpmambair install_basicsr', OSError):
         source = arguments.file.read_bytes() if arguments.file else download()

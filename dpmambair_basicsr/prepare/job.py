@@ -46,7 +46,7 @@ class Job:
     Args:
         name: such as gopro.train.
         root: base of the part's folders.
-        recipe: everything the results depend on. Results of another recipe are not continued.
+        recipe: everything that the results depend on. Results of another recipe are not resumed.
         copy: copy files from folders instead of linking them.
     """
 
@@ -67,7 +67,7 @@ class Job:
         return recipe == self.recipe and all(is_file(self.root / file, n) for file, n in files_of(entries).items())
 
     def plan(self, downloads: list[Download], layouts: tuple[Layout, ...], subset: list[str] | None) -> list[str]:
-        """Finds the pairs; returns images without partner.
+        """Find the pairs; return problems, such as images without partner.
 
         Raises:
             ValueError: no layout matches.
@@ -76,12 +76,12 @@ class Job:
         fitting = (layout for layout in layouts if all(find_names(pattern, images, []) for pattern in layout.patterns))
         layout = next(fitting, None)
         if layout is None:
-            raise ValueError(f'{self.name}: no images as {" or ".join(map(str, layouts))}; --part chooses parts')
+            raise ValueError(f'{self.name}: no images match {" or ".join(map(str, layouts))}; see --part')
         problems = []
         found = pair(layout, self.part.stem, images, problems)
         self.found = len(found)
         if subset is not None:
-            problems += [f'{name}, of the subset, is missing' for name in subset if name not in found]
+            problems += [f'{name} is in the subset but missing' for name in subset if name not in found]
         elif self.part.subset:
             subset = spaced(list(found), self.part.subset)
         chosen = found if subset is None else {stem: found[stem] for stem in subset if stem in found}
@@ -113,7 +113,7 @@ class Job:
         return places
 
     def stamps(self, stem: str) -> list[list[int] | None]:
-        """Stamps that change when an image changes. Archives are part of the recipe."""
+        """File stamps, which change with the images. Archives are part of the recipe."""
         paths = [image and image[0].path / image[1] for image in self.pairs[stem]]
         states = [path.stat() if path and path.is_file() else None for path in paths]
         return [state and [state.st_size, state.st_mtime_ns] for state in states]
@@ -142,7 +142,7 @@ class Job:
             self.journal.open('a', encoding='utf-8') as journal,
             tqdm(desc=f'{self.name}: check', total=len(todo) + len(made), initial=len(made), unit='pair') as progress,
         ):
-            for start in range(0, len(todo), 4 * workers):  # in batches: an interruption has little to wait for
+            for start in range(0, len(todo), 4 * workers):  # in batches, so that an interruption does not wait long
                 batch = todo[start : start + 4 * workers]
                 for stem, result in zip(batch, pool.map(self.make, batch), strict=True):
                     if isinstance(result, dict):
@@ -185,7 +185,7 @@ class Job:
             try:
                 images.append(place and read(self.hidden(place) if isinstance(place, str) else place))
             except (OSError, ValueError) as error:
-                assert image is not None, 'what is not in the download is not read'
+                assert image is not None, 'only images of the download are read'
                 problems.append(f'{image[0].path / image[1]}: {error}')
             files += [place] if isinstance(place, str) else []
         if problems:
@@ -197,7 +197,7 @@ class Job:
             sizes = [
                 f'{path} is {image.shape[1]}x{image.shape[0]}' for path, image in zip(sources, images, strict=True)
             ]
-            return f'sizes do not fit at scale {scale}: {", ".join(sizes)} (width x height)'
+            return f'sizes do not match at scale {scale}: {", ".join(sizes)} (width x height)'
         if self.part.make and gt.dtype != np.uint8:
             return f'{sources[1]}: has 16 bits per channel, expected 8'
         for file, image in self.results(stem, lq, gt):
@@ -224,7 +224,7 @@ class Job:
                     yield from ((f'{folder}/{stem}{ending}_s{n:03}.png', tile) for n, tile in enumerate(parts, 1))
 
     def finish(self) -> None:
-        """Puts the results in place, and removes obsolete ones of an earlier recipe."""
+        """Put the results in place, and remove obsolete ones of an earlier recipe."""
         files, old = (files_of(read_journal(file)[1]) for file in (self.journal, self.record))
         for file in files:
             if os.path.lexists(self.hidden(file)):  # else it was put in place by an interrupted run

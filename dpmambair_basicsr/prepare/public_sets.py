@@ -1,8 +1,8 @@
 """The public datasets of the two papers: layouts of their downloads, and where our option files expect them.
 
-The table for `prepare_data`. Each dataset says where its counts and its layout come from, and what is our inference.
-"DPMambaIR" (arXiv 2504.17732, v3, Table III) and "VmambaIR" (arXiv 2403.11423) mean the papers. Layouts marked "as
-others read it" are taken from the data loaders and instructions of public repositories, and were not checked against
+The table for `prepare_data`. Each dataset gives the sources of its counts and layout, and what is our inference.
+"DPMambaIR" (arXiv 2504.17732, v3, Table III) and "VmambaIR" (arXiv 2403.11423) refer to the papers. Layouts "from
+public loaders" are taken from the data loaders and instructions of public repositories, and were not checked against
 the downloads themselves.
 
 A layout is a pair of patterns for the end of a path, without the file's extension: `{name}` matches any text within
@@ -158,8 +158,8 @@ def _sr_test(title: str, count: int, published: str, facts: str, *layouts: Layou
 
 
 _RAIN_FACTS = (
-    'Layout {input,target}: that of the collection of MPRNet and Restormer, as others read it; their instructions name '
-    'the folders of the five test sets.'
+    'Layout {input,target}: the collection of MPRNet and Restormer, from public loaders; their instructions name the '
+    'folders of the five test sets.'
 )
 _RAIN100_LAYOUTS = [
     layout
@@ -171,8 +171,8 @@ _RAIN100_LAYOUTS = [
 ]
 _SR_FACTS = (
     'Layouts: the SelfExSR collection (image_SRF_4), the BasicSR collection (GTmod12, LRbicx4), the EDSR collection '
-    '(HR, LR_bicubic), or HR images alone, as others read them. LQ images are taken from the download where it has '
-    'them, else made as MATLAB makes them: bit for bit those of the first collection, as far as we could compare them.'
+    '(HR, LR_bicubic), or HR images alone, from public loaders. LQ images are taken from the download if it has them, '
+    'otherwise generated like MATLAB: bit for bit those of the first collection, as far as we could compare them.'
 )
 _OST_KINDS = 'animal|building|grass|mountain|plant|sky|water'
 _ALL = 'all_in_one'
@@ -182,7 +182,7 @@ SETS = {
         'RESIDE-6K',
         'Li et al., RESIDE, TIP 2019; the subset of 6000 + 1000 pairs of Qin et al., FFA-Net, AAAI 2020, as DPMambaIR '
         'cites it',
-        'Counts: DPMambaIR. Layout {train,test}/{hazy,GT}: as others read it. That the names agree is inference.',
+        'Counts: DPMambaIR. Layout {train,test}/{hazy,GT}: from public loaders. Matching names: inference.',
         {
             split: Part(
                 (Layout(f'{split}/GT/{{key}}', f'{split}/hazy/{{key}}'),),
@@ -196,8 +196,8 @@ SETS = {
     'rain13k': PublicSet(
         'Rain13K',
         'Jiang et al., MSPFN, CVPR 2020; collection of Zamir et al., MPRNet, CVPR 2021',
-        'Count: 13711 in DPMambaIR and in the download; the MPRNet paper says 13712, and its authors that they removed '
-        f'one image of a wrong size. {_RAIN_FACTS}',
+        'Count: 13711 in DPMambaIR and in the download; the MPRNet paper says 13712, of which its authors removed one '
+        f'image of a wrong size. {_RAIN_FACTS}',
         {
             'train': Part(
                 (
@@ -215,7 +215,7 @@ SETS = {
         'Rain100H',
         100,
         'Yang et al., CVPR 2017',
-        f'Count: DPMambaIR. {_RAIN_FACTS} Layout rain-001 + norain-001: as others read it.',
+        f'Count: DPMambaIR. {_RAIN_FACTS} Layout rain-001 + norain-001: from public loaders.',
         *_RAIN100_LAYOUTS[:2],
         aliases={f'{_ALL}/test/rain': 'Rain100H'},
     ),
@@ -223,27 +223,27 @@ SETS = {
         'Rain100L',
         100,
         'Yang et al., CVPR 2017',
-        f'Count: the name. {_RAIN_FACTS} Layout rain-001 + norain-001: as others read it.',
+        f'Count: the name. {_RAIN_FACTS} Layout rain-001 + norain-001: from public loaders.',
         *_RAIN100_LAYOUTS[2:],
     ),
     'test100': _rain_test(
         'Test100',
         98,
         'Zhang et al., ID-CGAN, TCSVT 2019; collection of Zamir et al., MPRNet, CVPR 2021',
-        f'Count: 98, as the authors of MPRNet say of their download; their paper says 100. {_RAIN_FACTS} No option '
-        'file of ours uses this set.',
+        f'Count: 98, according to the authors of MPRNet, of their download; their paper says 100. {_RAIN_FACTS} None '
+        'of our option files uses this set.',
     ),
     'test1200': _rain_test(
         'Test1200',
         1200,
         'Zhang and Patel, DID-MDN, CVPR 2018; collection of Zamir et al., MPRNet, CVPR 2021',
-        f'Count: the name. {_RAIN_FACTS} The original download, with each pair side by side in one image, is not read.',
+        f'Count: the name. {_RAIN_FACTS} The original download, with both images of a pair in one, is not supported.',
     ),
     'test2800': PublicSet(
         'Test2800',
         'Fu et al., DDN, CVPR 2017 (its testing split); collection of Zamir et al., MPRNet, CVPR 2021',
         f'Count: the name. {_RAIN_FACTS} An early version of that download had a second copy 926_10(1).jpg, which is '
-        'reported as an image without partner. Layout rainy_image/1_1 + ground_truth/1: as others read it.',
+        'reported as an image without partner. Layout rainy_image/1_1 + ground_truth/1: from public loaders.',
         {
             'test': Part(
                 (
@@ -260,10 +260,10 @@ SETS = {
     'snow100k': PublicSet(
         'Snow100K, a subset',
         'Liu et al., DesnowNet, TIP 2018',
-        'Counts: the paper and loaders of others (50000 to train; to test S 16611, M 16588, L 16801, together 50000; '
-        'one loader reports 49999 to train, so that is accepted). Layout all/{synthetic,gt}, Snow100K-L/{synthetic,gt}'
-        ': as others read it. DPMambaIR uses 5000 and 1000 pairs and does not say which: evenly spaced ones, in the '
-        'order of names, are our choice; --subset names others.',
+        'Counts: the paper and public loaders (50000 for training; for testing S 16611, M 16588, L 16801, together '
+        '50000; one loader reports 49999 for training, which is accepted). Layout all/{synthetic,gt}, '
+        'Snow100K-L/{synthetic,gt}: from public loaders. DPMambaIR uses 5000 and 1000 pairs and does not say which: '
+        'evenly spaced ones, in the order of names, are our choice; select others with --subset.',
         {
             'train': Part(
                 (
@@ -288,8 +288,8 @@ SETS = {
     'lol': PublicSet(
         'LOL',
         'Wei et al., BMVC 2018',
-        'Counts: the paper; with LSRW they make the 6085 and 65 of DPMambaIR. Layout: as others read it. Joins LSRW in '
-        'one folder, so names begin with lol_.',
+        'Counts: the paper; with LSRW they make the 6085 and 65 of DPMambaIR. Layout: from public loaders. Shares its '
+        'folders with LSRW, so names begin with lol_.',
         {
             split: Part(
                 (Layout(f'{folder}/high/{{key}}', f'{folder}/low/{{key}}'),),
@@ -304,9 +304,9 @@ SETS = {
     'lsrw': PublicSet(
         'LSRW',
         'Hai et al., R2RNet, JVCIR 2023',
-        'Counts: 5600 and 50 follow from the 6085 and 65 of DPMambaIR less LOL (inference). Layout: as others read it. '
-        "In the issues of its authors' repository a user found images of Huawei whose names in low and high differ; if "
-        'your download has them, --skip-bad --any-count leaves them out.',
+        'Counts: 5600 and 50 follow from the 6085 and 65 of DPMambaIR minus LOL (inference). Layout: from public '
+        "loaders. An issue in its authors' repository reports Huawei images whose names in low and high differ; if "
+        'your download has them, --skip-bad --any-count skips them.',
         {
             split: Part(
                 (
@@ -326,8 +326,8 @@ SETS = {
     'gopro': PublicSet(
         'GoPro',
         'Nah et al., CVPR 2017 (GOPRO_Large)',
-        'Counts: DPMambaIR. Layout {train,test}/<sequence>/{blur,sharp}: as others read it; blur_gamma is skipped. '
-        'Layout {input,target}: that of the collection of MPRNet and Restormer (inference).',
+        'Counts: DPMambaIR. Layout {train,test}/<sequence>/{blur,sharp}: from public loaders; blur_gamma is '
+        'skipped. Layout {input,target}: the collection of MPRNet and Restormer (inference).',
         {
             split: Part(
                 (
@@ -346,15 +346,15 @@ SETS = {
     'waterlooed': PublicSet(
         'WaterlooED',
         'Ma et al., Waterloo Exploration Database, TIP 2017',
-        'Count: DPMambaIR. Layout pristine_images: as others read it. Clean images; noise and JPEG are added by '
+        'Count: DPMambaIR. Layout pristine_images: from public loaders. Clean images; noise and JPEG are added by '
         'SyntheticDegradationDataset. The download is a rar archive: unpack it first.',
         {'train': Part((Layout('pristine_images/{key}'),), (4744,), f'{_ALL}/train/clean')},
     ),
     'bsd400': PublicSet(
         'BSD400',
         'Martin et al., ICCV 2001; BSDS500 of Arbelaez et al., TPAMI 2011',
-        'Count: DPMambaIR. That it means the 200 + 200 colour images of the train and test folders of BSDS500 is '
-        'inference, from the usual meaning of the name. Clean images, as WaterlooED.',
+        'Count: DPMambaIR. The 200 + 200 colour images of the train and test folders of BSDS500: inference from the '
+        'usual meaning of the name. Clean images, like WaterlooED.',
         {
             'test': Part(
                 (Layout('BSD400/{key}'), Layout('BSDS500/data/images/{split:train|test}/{key}')),
@@ -366,10 +366,10 @@ SETS = {
     'df2k': PublicSet(
         'DF2K',
         'Agustsson and Timofte, DIV2K, CVPRW 2017; Lim et al., EDSR, CVPRW 2017 (Flickr2K)',
-        'Counts: VmambaIR (800 and 2650). Layouts: as others read them. Scales 1, 0.75, 0.5, 1/3 and short side 400 '
-        '(Lanczos) are those of the preparation of Real-ESRGAN; that the original scale is among them is inference '
-        'from its list of files. Tiles of 480, 240 apart, are the default of its cropping script and of BasicSR. '
-        'LQ tiles come from the whole image shrunk x4 by bicubic (inference). An image smaller than a tile is kept.',
+        'Counts: VmambaIR (800 and 2650). Layouts: from public loaders. Scales 1, 0.75, 0.5, 1/3 and short side 400 '
+        '(Lanczos) are those of the preparation of Real-ESRGAN; including the original scale is inference from its '
+        'list of files. Tiles of 480, 240 apart, are the default of its cropping script and of BasicSR. LQ tiles come '
+        'from the whole image, downscaled by 4 (bicubic; inference). An image smaller than a tile is kept.',
         {
             name: Part(
                 tuple(map(Layout, layouts)),
@@ -392,7 +392,7 @@ SETS = {
         'OST',
         'Wang et al., SFT-GAN, CVPR 2018 (OutdoorSceneTrain_v2)',
         'Count: 10324, from memory of the paper, not checked. Layout, one folder or archive for each of the seven '
-        'kinds: inference from how others read it. Tiles as DF2K, at the original scale.',
+        'kinds: inference from public loaders. Tiles like DF2K, at the original scale.',
         {
             'train': Part(
                 (Layout(f'{{kind:{_OST_KINDS}}}/{{key}}'),),
@@ -412,15 +412,15 @@ SETS = {
         'DIV2K100',
         100,
         'Agustsson and Timofte, DIV2K, CVPRW 2017, the validation images',
-        'Count: the paper. That VmambaIR means the validation images is inference.',
+        'Count: the paper. Use of the validation images by VmambaIR: inference.',
         Layout('DIV2K_valid_HR/{key}', 'DIV2K_valid_LR_bicubic/X4/{key}x4'),
         Layout('DIV2K_valid_HR/{key}'),
     ),
     'ntire2020': PublicSet(
         'NTIRE2020',
         'Lugmayr et al., NTIRE 2020 challenge on real-world super-resolution, track 1, validation',
-        'Count, and that VmambaIR means the validation images of track 1: its option files name track1-valid-input and '
-        'others say 100 images. Layouts: as others read them; that names agree in both folders is inference.',
+        'Use of the validation images of track 1: the option files of VmambaIR name track1-valid-input. Count: 100 in '
+        'public loaders. Layouts: from public loaders; matching names in both folders: inference.',
         {
             'test': Part(
                 tuple(
@@ -438,8 +438,8 @@ SETS = {
     'aim2019': PublicSet(
         'AIM2019',
         'Lugmayr et al., AIM 2019 challenge on real-world super-resolution, track 2, validation',
-        'Layout: the option files of VmambaIR and others. That it has 100 pairs and that names agree in both folders '
-        'is inference.',
+        'Layout: option files, of VmambaIR among others. The count of 100 and matching names in both folders: '
+        'inference.',
         {
             'test': Part(
                 (Layout('valid-gt-clean/{key}', 'valid-input-noisy/{key}'),),

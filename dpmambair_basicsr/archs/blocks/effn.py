@@ -28,7 +28,7 @@ class EFFN(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = self.project_out.in_channels
-        # Not in a trace, from which FLOPs are counted.
+        # Not in a trace, on which FLOPs are counted.
         missing = -hidden % CHANNELS_MULTIPLE if x.device.type == 'cpu' and not torch.jit.is_tracing() else 0
         halves = convolve_halves(self.project_in, x, width=hidden + missing)
         gate, value = convolve_halves(self.dwconv, *halves, width=hidden + missing)

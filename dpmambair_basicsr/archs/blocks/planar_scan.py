@@ -16,7 +16,7 @@ from dpmambair_basicsr.ops import omni_scan
 class PlanarScan(nn.Module):
     """Base of the OSS (VmambaIR) and the DPSS module (DPMambaIR): K selective scans and their parameters.
 
-    The parameters sit directly on the module because that is where the published checkpoints have them:
+    The parameters belong to the module itself, as in the published checkpoints:
     `x_proj_weight` (K, R + 2N, D), `dt_projs_weight` (K, D, R), `dt_projs_bias` (K, D), `A_logs` (K*D, N), `Ds` (K*D,).
     Initialisation is Mamba's: A = -(1..N) in each channel, D = 1, step sizes log-uniform in [1e-3, 1e-1].
 
@@ -44,8 +44,8 @@ class PlanarScan(nn.Module):
 
         Args:
             x: (B, D, H, W).
-            prompt: (B, R + 2N), factors of the low-rank delta, B and C of each sample; None for 1.
-            delta_scale: (B,), not negative, factor of delta, after softplus, of each sample; None for 1.
+            prompt: (B, R + 2N), each sample's factors of the low-rank delta, B and C; None for 1.
+            delta_scale: (B,), not negative, each sample's factor of delta, after softplus; None for 1.
 
         Returns:
             (B, D, H, W).
@@ -88,7 +88,7 @@ def directional_scan(
         (B, D, H, W); fp32 under autocast, since exp amplifies the rounding of step sizes.
     """
     kind = x.device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):  # asked of others, the second fails
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):  # else the second fails
         parameters = x_proj_weight, dt_projs_weight, dt_projs_bias, A_logs, Ds
         with torch.autocast(kind, enabled=False):
             return directional_scan(x.float(), directions, *parameters, prompt, delta_scale)
@@ -98,7 +98,7 @@ def directional_scan(
         of_B = F.pad(delta_scale[:, None].expand(-1, n), (rank, n), value=1.0)  # (B, R + 2N)
         prompt = of_B if prompt is None else prompt * of_B
         A = A * delta_scale[:, None, None]  # (B, K * D, N)
-    if prompt is not None:  # scaling an output is scaling its row of weights: nothing of size L is touched
+    if prompt is not None:  # scales rows of weights instead of outputs: nothing of size L is touched
         x_proj_weight = x_proj_weight * prompt[:, None, :, None]  # (B, K, R + 2N, D)
     return omni_scan(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, Ds, directions)
 

@@ -7,8 +7,8 @@ def convolve_halves(
 ) -> tuple[Tensor, Tensor]:
     """The two halves of conv's output channels, (b, c, h, w) each, computed separately.
 
-    Halves of a single channels_last result would be stored as short runs with gaps, on which the following elementwise
-    functions run several times slower.
+    The halves of a single channels_last result would be strided views, on which the following elementwise functions run
+    several times slower.
 
     Args:
         conv: ungrouped, or depthwise.

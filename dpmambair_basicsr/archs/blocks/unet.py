@@ -31,7 +31,7 @@ class UNet(nn.Module):
         ValueError: naming the key, for an odd dim or another number of levels.
     """
 
-    stride = 8  # what height and width are padded to a multiple of
+    stride = 8  # height and width are padded to a multiple of it
     memory_format = torch.channels_last  # of the features; the layout of the image does not matter
 
     def __init__(
@@ -83,7 +83,7 @@ class UNet(nn.Module):
 
     def forward_features(self, image: Tensor, *context: Tensor | None) -> Tensor:
         """(B, inp_channels, H, W) -> (B, 2C, H, W); `context` is passed to every block. H and W: multiples of 8."""
-        # Layer norms need the channels of a pixel side by side; convolutions are faster so, and keep it.
+        # channels_last: layer norms need the channels of a pixel side by side; convolutions are faster and preserve it.
         x = self.patch_embed(image.contiguous(memory_format=self.memory_format))
         level1 = self.run(0, self.encoder_level1, x, *context)  # (B, C, H, W)
         level2 = self.run(1, self.encoder_level2, self.down1_2(level1), *context)  # (B, 2C, H/2, W/2)
@@ -103,7 +103,7 @@ class UNet(nn.Module):
         recompute = level in self.checkpoint_levels and torch.is_grad_enabled()
         for block in stage:
             if recompute:
-                again = keep_backend(block)  # the backward pass may be in another thread, or outside of `use_backend`
+                again = keep_backend(block)  # the backward pass may run in another thread, or outside `use_backend`
                 x = checkpoint(again, x, *context, use_reentrant=False, preserve_rng_state=False)  # nothing is random
             else:
                 x = block(x, *context)
