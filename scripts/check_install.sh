@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Installs the package in fresh environments by the lines of README.md, and uses it: `bash scripts/check_install.sh python3.12 python3.13`.
+# Install the package in fresh environments as in README.md, and use it: `bash scripts/check_install.sh python3.12 python3.13`.
 # For each Python: restoring without BasicSR, every extra in a copy of this environment, then training with BasicSR; `pip check`
-# after each. Prints the rows of the table in docs/install.md. What is committed is installed; takes 9 GB of disk. EXTRAS= tries no extra,
-# UV=uv installs by uv in place of pip.
+# after each. Prints the rows of the table in docs/install.md. Installs the committed state; needs 9 GB of disk. EXTRAS= skips the extras,
+# UV=uv installs with uv instead of pip.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 unset PYTHONPATH
@@ -15,12 +15,12 @@ install() {
     fi
 }
 
-row() { # what is installed now, in how long
+row() { # what was installed, and in how many seconds
     python -m pip check > pip_check.log || { cat pip_check.log; exit 1; }
     echo "| $version | $1 | $2 s | $(du -sm "$environment" | cut -f1) MB |"
 }
 
-use() { # what the extra is for
+use() { # use what the extra provides
     case $1 in
         app)
             python -u -m dpmambair_basicsr app --no-browser --port 0 > page.log 2>&1 &

@@ -1,10 +1,10 @@
-"""Checks types and circular imports with pyright (see pyproject.toml). The error count of a file may only fall.
+"""Check types and circular imports with pyright (see pyproject.toml). The error count of a file may only decrease.
 
     python scripts/check_types.py [--update]
 
-scripts/type_errors.json has the known number of errors per file, and the versions they were counted with; with other
+scripts/type_errors.json records the number of errors per file, and the versions that they were counted with; with other
 versions, errors are printed but not compared. Circular imports are never accepted. --update lowers the numbers to the
-current ones but never raises any; without the file, e.g. after an upgrade, it writes a new one.
+current ones but never raises them; without the file, e.g. after an upgrade, it writes a new one.
 """
 
 import argparse
@@ -43,7 +43,7 @@ def main() -> int:
 
 
 def find_errors() -> dict[str, list[str]]:
-    """{file: its errors, a line each}."""
+    """{file: its errors, one line each}."""
     command = [sys.executable, '-m', 'pyright', '--outputjson', '--pythonpath', sys.executable]
     result = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     found = defaultdict(list)

@@ -51,7 +51,7 @@ def main() -> None:
 
 
 def tested_kinds() -> list[str]:
-    """The sets in the option file of the demo's test, which are named after their degradations."""
+    """The sets in the option file of the demo's test, named after their degradations."""
     opt = yaml.safe_load((ROOT / 'options' / 'demo_test_dpmambair.yml').read_text(encoding='utf-8'))
     return [dataset['degradation'] for dataset in opt['datasets'].values()]
 
@@ -80,7 +80,7 @@ def table(kinds: list[str], rows: list[tuple[np.ndarray, np.ndarray]]) -> str:
 
 
 def extractor_accuracy() -> tuple[float, int]:
-    """Share of images whose embedding is nearest to the mean of their own degradation, and how many there were.
+    """Share of images whose embedding is nearest to the mean of their own degradation, and the number of images.
 
     Distances are in units of each coordinate's standard deviation over the training images.
     """

@@ -1,10 +1,10 @@
-"""Fits a degradation classifier, which `dpmambair restore` reports, on photographs and adds it to trained weights.
+"""Fit a degradation classifier, as used by `dpmambair restore`, to photographs, and add it to trained weights.
 
     python scripts/fit_classifier.py net_g_latest.pth PHOTOS -o net_g.safetensors [--check OTHER_PHOTOS]
 
-Each photograph is degraded in every way of `versions`. OTHER_PHOTOS, which must be unseen, are degraded likewise and
-classified, and the accuracies are printed. Then some photographs are restored with the mean embedding of their class
-and with their own: classes that lose nothing by the former are steered by it.
+Each photograph is degraded in every way of `versions`. OTHER_PHOTOS, which must be unseen, are degraded in the same way
+and classified, and the accuracies are printed. Then some photographs are restored with the mean embedding of their
+class and with their own: classes that lose nothing by the former are steered by it.
 """
 
 import argparse
@@ -31,9 +31,9 @@ from dpmambair_basicsr.inference.image_statistics import image_statistics
 from dpmambair_basicsr.inference.restorer import Restorer
 
 LARGEST, EMBEDDED = 320, 192  # pixels: center crops for statistics and for the embedding
-EVERY = 4  # one in so many photographs is embedded
+EVERY = 4  # every fourth photograph is embedded
 RESTORED = 8  # photographs
-LOSS = 0.25  # dB of PSNR that count as no loss
+LOSS = 0.25  # dB of PSNR that are negligible
 KINDS = {
     'haze': {'beta': (0.4, 1.8), 'airlight': (0.7, 1.0)},
     'rain': {'strength': (0.2, 0.8)},
@@ -67,23 +67,23 @@ def main() -> None:
 
 
 def measure(restorer: Restorer, folder: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """{class: (N, S) statistics} and {class: (M, E) embeddings} of the photographs of a folder, degraded."""
+    """{class: statistics (N, S)} and {class: embeddings (M, E)} of the degraded photographs of a folder."""
     statistics, embeddings = {}, {}
     for index, path in enumerate(tqdm(list_pictures(folder), desc=folder, unit='photograph', disable=None)):
         for kind, image, _ in degraded(path):
-            statistics.setdefault(kind, []).append(torch.from_numpy(image_statistics(to_float(middle(image, LARGEST)))))
+            statistics.setdefault(kind, []).append(torch.from_numpy(image_statistics(to_float(crop(image, LARGEST)))))
             if index % EVERY == 0:
-                embeddings.setdefault(kind, []).append(restorer.embedding_of(middle(image, EMBEDDED)))
+                embeddings.setdefault(kind, []).append(restorer.embedding_of(crop(image, EMBEDDED)))
     stacked = {kind: torch.stack(parts) for kind, parts in statistics.items()}
     return stacked, {kind: torch.cat(parts) for kind, parts in embeddings.items()}
 
 
 def choose_steered(restorer: Restorer, folder: str) -> list[str]:
-    """The classes that lose no more than `LOSS` on average if their own mean embedding steers the network."""
+    """The classes that lose at most `LOSS` on average if their mean embedding steers the network."""
     losses = {}
     for path in tqdm(list_pictures(folder)[:RESTORED], desc='steering', unit='photograph', disable=None):
         for kind, image, clean in degraded(path):
-            image, clean = middle(image, EMBEDDED), middle(clean, EMBEDDED)
+            image, clean = crop(image, EMBEDDED), crop(clean, EMBEDDED)
             own, by_kind = (
                 mean_squared_error(restorer.restore(image, embedding=embedding), clean)
                 for embedding in (restorer.embedding_of(image), restorer.classifier.embedding_of(kind))
@@ -94,7 +94,7 @@ def choose_steered(restorer: Restorer, folder: str) -> list[str]:
 
 
 def mean_squared_error(a: np.ndarray, b: np.ndarray) -> float:
-    return max(np.square(a.astype(np.float32) - b).mean(), 1)  # at most 48 dB: who restores better is not of interest
+    return max(np.square(a.astype(np.float32) - b).mean(), 1)  # at most 48 dB: differences beyond are irrelevant
 
 
 def degraded(path: Path) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
@@ -105,7 +105,7 @@ def degraded(path: Path) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
 
 
 def versions(photo: np.ndarray, rng: np.random.Generator) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-    """(class, image, target): clean or nearly so, darker and lighter, and degraded by each of `KINDS`."""
+    """(class, image, target): clean or nearly clean, darker and lighter, and degraded by each of `KINDS`."""
     yield 'clean', photo, photo
     for low, high in ((0.7, 2.2), (1.8, 3.2)):
         exposed = photo ** gamma(rng, low, high)
@@ -131,14 +131,14 @@ def some_size(photo: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return np.clip(photo, 0, 1)
 
 
-def middle(image: np.ndarray, size: int) -> np.ndarray:
+def crop(image: np.ndarray, size: int) -> np.ndarray:
     """Center crop, aligned to JPEG's blocks."""
     top, left = (max(length - size, 0) // 2 // 8 * 8 for length in image.shape[:2])
     return np.ascontiguousarray(image[top : top + size, left : left + size])
 
 
 def report(classifier: DegradationClassifier, statistics: dict[str, Tensor]) -> str:
-    """Accuracy per class, and the mean probability of the first class, which should be equally large."""
+    """Accuracy per class, and the mean probability of the first class, which should be equal to it."""
     right, sure, lines = [], [], []
     for kind, part in statistics.items():
         scores = classifier.scores(part)
@@ -148,7 +148,7 @@ def report(classifier: DegradationClassifier, statistics: dict[str, Tensor]) -> 
         sure.append(scores.amax(dim=1))
     far = torch.cat([classifier.distances(part) > classifier.farthest for part in statistics.values()])
     total = f'all: {torch.cat(right).float().mean():.1%}, with probability {torch.cat(sure).mean():.1%} on average'
-    return '\n'.join([*lines, f'{total}; {far.float().mean():.1%} called unlike the training images'])
+    return '\n'.join([*lines, f'{total}; {far.float().mean():.1%} considered unlike the training images'])
 
 
 if __name__ == '__main__':

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Ten minutes on a machine with an NVIDIA GPU: the tests that need one, then the tables of docs/benchmarks.md#gpus anew.
+# On a machine with an NVIDIA GPU, in ten minutes: run the tests that need one, then regenerate the tables of docs/benchmarks.md#gpus.
 #   bash scripts/gpu_check.sh [Restormer's restormer_arch.py]
-# Takes PYTHON (default: python3) with PyTorch's CUDA build, this package's requirements, BasicSR and pytest; neither git
-# nor a network. mamba_ssm is measured beside where it is installed, Restormer where its file (which needs einops) is named.
+# Uses PYTHON (default: python3) with PyTorch's CUDA build, this package's requirements, BasicSR and pytest; needs neither git nor
+# network access. mamba_ssm is measured too if it is installed, Restormer if its file (which needs einops) is given.
 set -euo pipefail
 restormer="${1:+$(realpath "$1")}"
 cd "$(dirname "$0")/.."
@@ -11,7 +11,7 @@ python="${PYTHON:-python3}"
 "$python" -c "import sys, torch; torch.cuda.is_available() or sys.exit('gpu_check: PyTorch finds no CUDA device')"
 failed=0
 workers=()
-"$python" -c 'import xdist' 2>/dev/null && workers=(-n 8)  # most of the time is compiling, on the CPU
+"$python" -c 'import xdist' 2>/dev/null && workers=(-n 8)  # most of the time is spent compiling, on the CPU
 "$python" -m pytest -q "${workers[@]}" tests/ops || failed=1
 if command -v compute-sanitizer >/dev/null; then  # comes with CUDA's toolkit
     for tool in memcheck racecheck; do

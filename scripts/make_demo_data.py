@@ -1,11 +1,11 @@
-"""Generates the demo's degraded and clean images from photographs in scikit-image and scikit-learn; no downloads.
+"""Generate the demo's degraded and clean images from photographs in scikit-image and scikit-learn; no downloads.
 
     python scripts/make_demo_data.py --output datasets/demo
 
 Writes train/clean/*.png (tiles, to be degraded on the fly), test/<degradation>/{LQ,GT}/<photo>.png and demo.json.
-No test photograph is in the training set. The test images are degraded as strongly as the training images,
-`degradations: demo` of its option files. The same arguments give the same files; a complete set is kept, a different
-one of this script is replaced.
+No test photograph is in the training set. The test images are degraded as strongly as the training images, with
+`degradations: demo` of the demo's option files. The same arguments give the same files; a complete set is kept, a set
+made by this script with other arguments is replaced.
 """
 
 import argparse
@@ -46,7 +46,7 @@ def read(name: str) -> np.ndarray:
         if (folder / name).is_file():
             return cv2.imread(str(folder / name), cv2.IMREAD_COLOR)[..., ::-1]
     raise FileNotFoundError(
-        f'{name} is in neither {PHOTOGRAPHS[0]} nor {PHOTOGRAPHS[1]}: reinstall scikit-image, scikit-learn'
+        f'{name} is in neither {PHOTOGRAPHS[0]} nor {PHOTOGRAPHS[1]}: reinstall scikit-image and scikit-learn'
     )
 
 
@@ -72,7 +72,7 @@ def tiles(image: np.ndarray, size: int) -> list[np.ndarray]:
 
 
 def make(folder: Path, size: int) -> dict[str, float]:
-    """Fills the folder; returns the mean PSNR of the degraded test images in dB."""
+    """Fill the folder; return the mean PSNR of the degraded test images in dB."""
     psnr = {}
     with tqdm(total=len(TRAIN) + len(TEST) * len(STRENGTH), desc='demo data', unit='image') as progress:
         for name in TRAIN:
@@ -114,9 +114,9 @@ def main() -> None:
         print(f'{args.output} is complete.')
     else:
         if args.output.exists() and not made and any(args.output.iterdir()):
-            raise SystemExit(f'{args.output} exists and was not made by this script; choose another --output')
+            raise SystemExit(f'{args.output} exists and was not created by this script; choose another --output')
         args.output.parent.mkdir(parents=True, exist_ok=True)
-        # Beside the target, so that the last step is one rename and an interruption leaves no half-made set.
+        # Beside the target, so that the last step is a single rename and an interruption leaves no partial set.
         temporary = Path(tempfile.mkdtemp(prefix=f'.{args.output.name}-', dir=args.output.parent))
         try:
             psnr = make(temporary, args.size)

@@ -1,11 +1,11 @@
-"""Trains weights for `dpmambair restore` on a folder of photographs: data, both stages, classifier, one file.
+"""Train weights for `dpmambair restore` on a folder of photographs: data, both stages, classifier, one file.
 
     python scripts/train_small.py PHOTOS [--minutes 9]
 
-PHOTOS must be clean and sharp, at least 256 pixels in size; two hundred are enough. Output goes to the working folder:
+PHOTOS must be clean and sharp, at least 256 pixels in size; two hundred are enough. Writes to the working directory:
 datasets/small, experiments/train_small_extractor, experiments/train_small, and small.safetensors in the latter.
-With --minutes, it stops in time with exit status 3, and the same command continues; exit status 0: done. Takes half
-an hour on one GPU, days on a CPU. Arguments after -- go to both trainings, e.g. -- --force_yml num_gpu=0.
+With --minutes, it stops after that time with exit status 3; repeat the command to continue. Exit status 0: done. Takes
+half an hour on one GPU, days on a CPU. Arguments after -- go to both trainings, e.g. -- --force_yml num_gpu=0.
 """
 
 import argparse
@@ -27,8 +27,8 @@ SCRIPTS = Path(__file__).resolve().parent
 DATA, EXPERIMENTS = Path('datasets/small'), Path('experiments')
 STAGES = ('train_small_extractor', 'train_small')
 OUTPUT = EXPERIMENTS / 'train_small' / 'small.safetensors'
-SIDE = 512  # pixels of the short side; larger photographs are shrunk to it, which also hides their noise and JPEG
-HELD_OUT = 20  # one photograph of so many is for validation
+SIDE = 512  # pixels of the short side; larger photographs are downscaled to it, which also hides their noise and JPEG
+HELD_OUT = 20  # every twentieth photograph is used for validation
 NOT_DONE = 3  # exit status
 
 
@@ -55,12 +55,12 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
     split = sys.argv.index('--') if '--' in sys.argv else len(sys.argv)
     parser = argparse.ArgumentParser(description=__doc__.partition('\n\n')[0])
     parser.add_argument('photos', type=Path, help='folder of clean photographs')
-    parser.add_argument('--minutes', type=float, help='stop after this time; the same command continues')
+    parser.add_argument('--minutes', type=float, help='stop after this time; repeat the command to continue')
     return parser.parse_args(sys.argv[1:split]), sys.argv[split + 1 :]
 
 
 def make_data(photos: Path) -> None:
-    """Writes the photographs as PNG to datasets/small/{train,val}, atomically."""
+    """Write the photographs as PNG to datasets/small/{train,val}, atomically."""
     paths = list_pictures(str(photos))
     if len(paths) < 2:
         raise SystemExit(f'{photos}: {len(paths)} photographs; at least two are needed')
@@ -84,7 +84,7 @@ def finished(stage: str) -> bool:
 
 
 def train(stage: str, arguments: list[str], deadline: float | None) -> int:
-    """Continues a stage until it or the time is over. Returns 0, `NOT_DONE`, or the training's exit status."""
+    """Run or resume a stage until it ends or the time is up. Returns 0, `NOT_DONE`, or the training's exit status."""
     file = SCRIPTS.parent / 'options' / f'{stage}.yml'
     command = [sys.executable, '-m', 'dpmambair_basicsr.train', '-opt', str(file), '--auto_resume', *arguments]
     process = subprocess.Popen(command)
