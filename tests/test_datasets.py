@@ -652,6 +652,6 @@ def test_demo_data(tmp_path, monkeypatch, capsys):
     assert 'is complete' not in make(demo) and (demo / files[-1]).is_file()
     (tmp_path / 'mine').mkdir()
     (tmp_path / 'mine' / 'thesis.txt').write_text('x')
-    with pytest.raises(SystemExit, match='was not made by this script'):
+    with pytest.raises(SystemExit, match='was not created by this script'):
         make(tmp_path / 'mine')
     assert (tmp_path / 'mine' / 'thesis.txt').is_file()

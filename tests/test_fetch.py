@@ -71,7 +71,7 @@ def test_a_wrong_file_that_is_there_is_named_and_left(server, cache, monkeypatch
     name = serve_alexnet(server, monkeypatch)
     cache.mkdir(parents=True)
     (cache / name).write_bytes(b'truncated')
-    with pytest.raises(SystemExit, match=rf'{name}: not the file of .*delete it'):
+    with pytest.raises(SystemExit, match=rf'{name}: not the file at .*delete it'):
         run(monkeypatch, 'alex')
     assert (cache / name).read_bytes() == b'truncated'
 

@@ -222,7 +222,7 @@ def test_alpha(folder):
         ('frequency', '-w', 'with.pth', '-d', 'broken', '-o', 'x.png'): 'broken/LQ/0.png: not a picture',
         ('extractor', '-w', 'with.pth', '-d', 'data', '-o', 'x.png'): 'with.pth: contains a DPMambaIR; reconstruction',
         ('delta', '-w', 'no.pth', '-d', 'data', '-o', 'x.png'): 'no.pth',
-        ('delta', '-w', 'with.pth', '-d', 'data', '-o', 'x.png', '--count', '0'): '--count: 1 or more',
+        ('delta', '-w', 'with.pth', '-d', 'data', '-o', 'x.png', '--count', '0'): '--count: must be 1 or more',
     }.items(),
 )  # fmt: skip
 def test_what_cannot_be_drawn_is_said_in_one_line(folder, arguments, message, capsys):

@@ -240,7 +240,7 @@ def test_results_made_by_hand_get_one_message(mistake, tmp_path, monkeypatch):
 def test_any_bytes_as_results_get_one_message(content, tmp_path, monkeypatch):
     (tmp_path / 'results.json').write_bytes(content)
     monkeypatch.chdir(tmp_path)
-    assert refused(Path('results.json'), monkeypatch).startswith('dpmambair_basicsr.report: results.json: is not a res')
+    assert refused(Path('results.json'), monkeypatch).startswith('dpmambair_basicsr.report: results.json: not the res')
 
 
 def test_results_that_are_a_fifo_are_not_waited_for(tmp_path, monkeypatch):
