@@ -1,8 +1,8 @@
-"""Runs benchmarks/scan.py and network.py on the GPU, and writes their tables into docs/benchmarks.md.
+"""Run benchmarks/scan.py and network.py on the GPU, and write their tables into docs/benchmarks.md.
 
-    python benchmarks/gpu.py                     # minutes; bash scripts/gpu_check.sh runs the tests before
+    python benchmarks/gpu.py                     # minutes; bash scripts/gpu_check.sh runs the tests first
 
-The tables stand between two lines of that page, with the date, the GPU and the versions; what was there goes. Nothing
+The tables, with the date, the GPU and the versions, replace everything between two marker lines of that page. Nothing
 is written if a benchmark fails.
 """
 
@@ -23,7 +23,7 @@ PAGE = HERE.parent / 'docs/benchmarks.md'
 BEGIN, END = '<!-- gpu_check begin -->\n', '<!-- gpu_check end -->\n'
 SCAN = ['scan.py', '--device', 'cuda', '--repeats', '9', '--tables']
 NETWORK = ['network.py', '--devices', 'cuda', '--repeats', '5']
-# Heading -> command.
+# {heading: command}
 BENCHMARKS = {
     'The selective scan': [*SCAN, 'backends'],
     'The selective scan in bf16': [*SCAN, 'backends', '--dtype', 'bfloat16'],
@@ -40,8 +40,8 @@ PACKAGES = ('torch', 'cuda-bindings', 'nvidia-cuda-nvrtc', 'mamba-ssm', 'mambapy
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--restormer', type=Path, metavar='FILE', help='restormer_arch.py, timed beside')
-    parser.add_argument('--page', type=Path, default=PAGE, help='what to write into (default: docs/benchmarks.md)')
+    parser.add_argument('--restormer', type=Path, metavar='FILE', help='restormer_arch.py, to time Restormer too')
+    parser.add_argument('--page', type=Path, default=PAGE, help='page to write to (default: docs/benchmarks.md)')
     arguments = parser.parse_args()
     parts(arguments.page)
     extra = ['--restormer', str(arguments.restormer)] if arguments.restormer else []
@@ -55,7 +55,7 @@ def main() -> None:
 
 
 def run(command: list[str]) -> str:
-    """What the benchmark prints."""
+    """Run a benchmark and return its output."""
     done = subprocess.run([sys.executable, HERE / command[0], *command[1:]], stdout=subprocess.PIPE, text=True)
     if done.returncode:
         raise SystemExit(f'{command[0]} failed, see above; nothing was written')
@@ -73,15 +73,15 @@ def where() -> str:
 
 
 def parts(page: Path) -> tuple[str, str]:
-    """What is before and behind the tables."""
+    """The text before and after the tables."""
     text = page.read_text(encoding='utf-8')
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise SystemExit(f'{page}: expected one line {BEGIN.strip()} and one {END.strip()} behind it')
+        raise SystemExit(f'{page}: expected one line {BEGIN.strip()} followed by one {END.strip()}')
     return text[: text.index(BEGIN)], text[text.index(END) + len(END) :]
 
 
 def write(page: Path, tables: str) -> None:
-    """The page with these tables."""
+    """Write the page with these tables."""
     before, behind = parts(page)
     with replacing(page) as part:
         part.write_text(f'{before}{BEGIN}{tables}\n{END}{behind}', encoding='utf-8')

@@ -1,12 +1,12 @@
-"""Times whole networks side by side: medians, peak memory, and what the time is spent on. Prints Markdown tables.
+"""Time whole networks side by side: medians, peak memory, and shares of the time. Prints Markdown tables.
 
     python benchmarks/network.py                                # both networks, 1 x 3 x 256 x 256, inference
     python benchmarks/network.py --small --size 64              # seconds instead of minutes
     python benchmarks/network.py --train --batch 2 --size 64    # forward and backward
-    python benchmarks/network.py --versus backend torch numba   # two settings of one thing
+    python benchmarks/network.py --versus backend torch numba   # two values of a setting
 
-Everything that is compared takes turns in one process, so that a busy moment of the machine hits all of it. CPU time is
-of all threads together; other programs disturb it less than the time on the clock. Networks are as in the option files.
+The contenders take turns in one process, so that a busy moment of the machine affects all of them. CPU time is summed
+over all threads; other programs disturb it less than wall-clock time. Networks are those of the option files.
 """
 
 import argparse
@@ -49,7 +49,7 @@ def backend(value):
 
 
 def not_fused(name):
-    """A backend, as one that reads images as sequences."""
+    """A copy of a backend that reads images as sequences."""
     parts = {key: getattr(get_backend(name), key) for key in ('reads_half', 'scan', 'why_unavailable')}
     return SimpleNamespace(name=f'{name}, by sequences', omni_scan=None, **parts)
 
@@ -64,7 +64,7 @@ def threads(number):
         torch.set_num_threads(before)
 
 
-# Name -> what its values are.
+# {name: its values}
 SETTINGS = {
     'backend': 'best, a backend of selective_scan, or, with its scans not fused, e.g. "numba, by sequences"',
     'threads': 'a number',
@@ -75,7 +75,7 @@ SETTINGS = {
 
 
 def setting(name: str | None, value: str, net: torch.nn.Module):
-    """Give the network the setting, or return a context in which it has it."""
+    """Apply a setting to the network, or return a context that applies it."""
     if name == 'channels_last':
         net.memory_format = torch.channels_last if value == 'on' else torch.contiguous_format
     elif name == 'checkpoint_levels':
@@ -94,14 +94,14 @@ def main():
     parser.add_argument('--networks', nargs='+', default=list(FILES), choices=list(FILES))
     parser.add_argument('--batch', type=int, default=1)
     parser.add_argument('--size', type=int, default=256, help='height and width, a multiple of 8 (default: 256)')
-    parser.add_argument('--small', action='store_true', help='one block per level and narrow, for a quick run')
+    parser.add_argument('--small', action='store_true', help='narrow, with one block per level, for a quick run')
     parser.add_argument('--train', action='store_true', help='forward and backward pass')
-    parser.add_argument('--repeats', type=int, default=3, help='timed passes of each (default: 3)')
-    parser.add_argument('--threads', type=int, default=torch.get_num_threads(), help='of the CPU')
+    parser.add_argument('--repeats', type=int, default=3, help='timed passes per contender (default: 3)')
+    parser.add_argument('--threads', type=int, default=torch.get_num_threads(), help='CPU threads')
     parser.add_argument('--devices', nargs='+', default=['cpu', 'cuda'] if torch.cuda.is_available() else ['cpu'])
-    parser.add_argument('--restormer', type=Path, metavar='FILE', help="its project's restormer_arch.py, timed beside")
+    parser.add_argument('--restormer', type=Path, metavar='FILE', help="Restormer's restormer_arch.py, to time it too")
     choices = '; '.join(f'{name}: {values}' for name, values in SETTINGS.items())
-    parser.add_argument('--versus', nargs=3, metavar=('SETTING', 'VALUE', 'VALUE'), help=f'compare two. {choices}')
+    parser.add_argument('--versus', nargs=3, metavar=('SETTING', 'VALUE', 'VALUE'), help=f'compare them. {choices}')
     args = parser.parse_args()
     name, *values = args.versus or (None, '')
     if name is not None and name not in SETTINGS:
@@ -119,7 +119,7 @@ def main():
     for device in map(torch.device, args.devices):
         nets = {network: make(network, args.small, args.train) for network in args.networks}
         if args.restormer:
-            from peers import load  # which takes einops, as Restormer does
+            from peers import load  # needs einops, like Restormer
 
             nets['Restormer'] = load(args.restormer).Restormer().train(args.train)
         nets = {network: net.to(device) for network, net in nets.items()}
@@ -165,14 +165,14 @@ def once(net, image, train):
 
 
 def timed(net, image, train) -> tuple[float, float]:
-    """Seconds on the clock and of CPU time."""
+    """Wall-clock and CPU time in seconds."""
     clock, cpu = time.perf_counter(), time.process_time()
     once(net, image, train)
     return time.perf_counter() - clock, time.process_time() - cpu
 
 
 def peak_memory(net, image, train) -> str:
-    """What a pass needs beside parameters and image, of PyTorch's memory."""
+    """PyTorch's memory for a pass, besides parameters and image."""
     if image.device.type != 'cuda':
         return f'{peak(partial(once, net, image, train)) / 2**20:.0f} MB'
     torch.cuda.reset_peak_memory_stats(image.device)
@@ -182,7 +182,7 @@ def peak_memory(net, image, train) -> str:
 
 
 def time_shares(net, image, train) -> list[float]:
-    """The shares of PARTS and of the rest in the time of all operators."""
+    """The shares of PARTS, and of the rest, in the time of all operators."""
     cuda = image.device.type == 'cuda'
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * cuda
     with profile(activities=activities, record_shapes=True) as record:

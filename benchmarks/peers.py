@@ -1,13 +1,13 @@
-"""Networks of other projects, unchanged, by our stand-ins: how far from the definition of the scan, and how fast.
+"""Run networks of other projects, unchanged, with our stand-ins: deviation from the definition of the scan, and speed.
 
     python benchmarks/peers.py --mamba PATH --mambair PATH --vmambair PATH --vmunet PATH --mambaunet PATH --vmamba PATH
 
 PATHs are checkouts of state-spaces/mamba, csguoh/MambaIR, AlphacatPlus/VmambaIR, JCruan519/VM-UNet,
-ziyangwang007/Mamba-UNet and MzeroMiko/VMamba (form v0: the cross scan of the others needs a GPU); those that are not
-named are left out. They need timm, einops and fvcore. The definition is mamba's own `selective_scan_ref`, cut out of
-its checkout, or without --mamba ours. Prints a Markdown table: largest difference of the outputs over the largest
-output, largest relative difference of the losses of ten training steps from one start, and the median seconds of a
-forward pass.
+ziyangwang007/Mamba-UNet and MzeroMiko/VMamba (form v0: the cross scan of the others needs a GPU); those not given are
+left out. They need timm, einops and fvcore. The definition is mamba's own `selective_scan_ref`, extracted from its
+checkout, or, without --mamba, ours. Prints a Markdown table: largest difference of the outputs divided by the largest
+output, largest relative difference of the losses over ten training steps from the same start, and the median seconds of
+a forward pass.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from dpmambair_basicsr import standins
 from dpmambair_basicsr.ops import use_backend
 
 SMALL = {'num_blocks': [1, 1, 1, 1], 'num_refinement_blocks': 1}
-# Name -> option, file, class, arguments.
+# {name: (option, file, class, arguments)}
 NETWORKS = {
     'MambaIR': (
         'mambair',
@@ -76,9 +76,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for option in ('mamba', 'mambair', 'vmambair', 'vmunet', 'mambaunet', 'vmamba'):
         parser.add_argument(f'--{option}', type=Path, metavar='PATH')
-    parser.add_argument('--size', type=int, default=64, help='of the square input in pixels (default: %(default)s)')
+    parser.add_argument('--size', type=int, default=64, help='height and width in pixels (default: %(default)s)')
     parser.add_argument('--device', default='cpu')
-    parser.add_argument('--only', help='one network')
+    parser.add_argument('--only', help='run only this network')
     arguments = parser.parse_args()
     standins.install()
     reference = read_reference(arguments.mamba) if arguments.mamba else None
@@ -93,7 +93,7 @@ def main() -> None:
 
 
 def read_reference(checkout: Path):
-    """mamba's function, whose module cannot be imported without Triton and its extension."""
+    """mamba's function; its module cannot be imported without Triton and its extension."""
     text = (checkout / 'mamba_ssm/ops/selective_scan_interface.py').read_text()
     (node,) = (node for node in ast.parse(text).body if getattr(node, 'name', '') == 'selective_scan_ref')
     names = {'torch': torch, 'F': F, 'rearrange': einops.rearrange, 'repeat': einops.repeat}
@@ -109,7 +109,7 @@ def measure(checkout: Path, file: str, cls: str, options: dict, arguments, refer
     y, losses, seconds = run(copy.deepcopy(net), image)
     if reference is not None:
         swap(net, reference)
-    with use_backend('reference'):  # for those that call an extension module
+    with use_backend('reference'):  # for networks that call an extension module
         y_ref, losses_ref, seconds_ref = run(net, image)
     difference = ((y - y_ref).abs().max() / y_ref.abs().max()).item()
     of_losses = max(abs(a - b) / abs(b) for a, b in zip(losses, losses_ref, strict=True))
@@ -117,7 +117,7 @@ def measure(checkout: Path, file: str, cls: str, options: dict, arguments, refer
 
 
 def load(file: Path):
-    sys.path += [str(file.parent), str(file.parents[2])]  # for what it imports from beside itself and its package
+    sys.path += [str(file.parent), str(file.parents[2])]  # for its imports
     specification = importlib.util.spec_from_file_location(f'peer_{file.stem}', file)
     module = importlib.util.module_from_spec(specification)
     sys.modules[module.__name__] = module
@@ -126,7 +126,7 @@ def load(file: Path):
 
 
 def swap(net: torch.nn.Module, reference) -> None:
-    """Give the reference to the parts that keep their scan as an attribute."""
+    """Replace the scan by the reference in modules that keep it as an attribute."""
 
     def scan(*tensors, nrows=1, **options):
         return reference(*tensors, **options)
@@ -139,7 +139,7 @@ def swap(net: torch.nn.Module, reference) -> None:
 
 def run(net: torch.nn.Module, image: torch.Tensor) -> tuple[torch.Tensor, list[float], float]:
     """The output, the losses of ten training steps, and the median seconds of three forward passes."""
-    torch.manual_seed(0)  # some draw numbers in every pass
+    torch.manual_seed(0)  # some draw random numbers in every pass
     net.eval()
     with torch.no_grad():
         y, seconds = net(image), []

@@ -1,10 +1,11 @@
 #!/usr/bin/env python
-"""Images decoded per used crop in progressive training: with `progressive`, and in Restormer's way.
+"""Images decoded per used crop in progressive training: with `progressive`, and as in Restormer.
 
     python benchmarks/progressive.py [--side 512] [--batches 4]
 
-Restormer's loader makes a full batch of the largest crops in every phase, and its model then uses a part of it. Here:
-made-up pictures of --side x --side pixels, no workers, the phases of options/train_vmambair_derain.yml.
+Restormer's loader makes a full batch of the largest crops in every phase, and its model then uses a part of it.
+Measured on synthetic pictures of --side x --side pixels, without workers, for the phases of
+options/train_vmambair_derain.yml.
 """
 
 import argparse
@@ -38,7 +39,7 @@ def measure(options: dict, iteration: int, batches: int, keep=None) -> tuple[flo
     """Batches as BasicSR loads them after `iteration` iterations.
 
     Args:
-        keep: (crop size, batch size) that the model cuts each batch to, in Restormer's way; None: all of it is used.
+        keep: (crop size, batch size) to which the model cuts each batch, as in Restormer; None: all of it is used.
 
     Returns:
         Images decoded per used crop, milliseconds per batch.
@@ -57,7 +58,7 @@ def measure(options: dict, iteration: int, batches: int, keep=None) -> tuple[flo
 
 
 def compare(options: dict, batches: int) -> list[tuple]:
-    """For each phase: crop and batch size, then decoded images per used crop and ms per batch, here and Restormer's."""
+    """For each phase: crop and batch size, then decoded images per used crop and ms per batch, ours and Restormer's."""
     plain = {key: value for key, value in options.items() if key != 'progressive'}
     phases, start, rows = options['progressive'], 0, []
     for size, batch, length in zip(phases['gt_sizes'], phases['batch_sizes'], phases['iters'], strict=True):

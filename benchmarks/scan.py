@@ -1,4 +1,4 @@
-"""Times the selective scan and the omni scan, and what they take besides time. Prints Markdown tables.
+"""Measure time, memory and start-up time of the selective scan and the omni scan. Prints Markdown tables.
 
     python benchmarks/scan.py --sizes 2x96x16x4096 1x96x16x65536 --repeats 5
     python benchmarks/scan.py --tables omni growth memory start --threads 1
@@ -6,14 +6,14 @@
 
 Tables:
     backends    the available backends side by side, and mambapy's pscan if it is installed
-    omni        four directions of an image, projections included: fused against by sequences, same scan kernel
+    omni        four directions of an image, projections included: fused and by sequences, same scan kernel
     growth      the best backend's time per position
-    memory      that the best backend takes on a CPU, results included, also in units of u
-    start       what is ours of a process's first call, without and with the kernels of an earlier process
+    memory      of the best backend on a CPU, results included, also in units of u
+    start       our part of a process's first call, without and with the kernels compiled by an earlier process
 
-What is compared takes turns in one process, so that a busy moment of the machine hits all of it; figures are medians.
-With one thread they are CPU time, which other programs disturb less than the time on the clock; on a GPU
-the device's own.
+The contenders take turns in one process, so that a busy moment of the machine affects all of them; figures are medians.
+With one thread they are CPU time, which other programs disturb less than wall-clock time; on a GPU, the device's own
+time.
 """
 
 import argparse
@@ -59,14 +59,14 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--tables', nargs='+', default=['backends', 'omni'], choices=tables)
     parser.add_argument('--sizes', nargs='+', metavar='BxDxNxL', help='batch, channels, states, length')
-    parser.add_argument('--backends', nargs='+', help='in the table of backends only these; mambapy is one')
+    parser.add_argument('--backends', nargs='+', help='only these in the table of backends; mambapy is one')
     parser.add_argument('--images', nargs='+', default=IMAGES, metavar='BxDxHxW')
-    parser.add_argument('--repeats', type=int, default=3, help='timed runs of each (default: 3)')
+    parser.add_argument('--repeats', type=int, default=3, help='timed runs per contender (default: 3)')
     parser.add_argument('--forward', action='store_true', help='no backward passes')
-    parser.add_argument('--threads', type=int, default=torch.get_num_threads(), help='of the CPU')
+    parser.add_argument('--threads', type=int, default=torch.get_num_threads(), help='CPU threads')
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu', help='cpu, cuda, ...')
     dtypes = ('float32', 'bfloat16', 'float16')
-    parser.add_argument('--dtype', default=dtypes[0], choices=dtypes, help='of u, delta, B, C of the scan')
+    parser.add_argument('--dtype', default=dtypes[0], choices=dtypes, help='type of u, delta, B, C')
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     args.device, args.dtype = torch.device(args.device), getattr(torch, args.dtype)
@@ -86,7 +86,7 @@ def backends(args):
         name: lambda inputs, name=name: selective_scan(**inputs, delta_softplus=True, backend=name)
         for name in available_backends(args.device)
         if args.device.type == 'cpu'
-        or name != 'reference'  # whose launches, one per position, would be all that is measured
+        or name != 'reference'  # on a GPU, only its launches, one per position, would be measured
     }
     try:
         from mambapy.pscan import pscan
@@ -120,7 +120,7 @@ def omni(args):
         'fused': lambda inputs: omni_scan(**inputs),
         'by sequences': lambda inputs: scan_by_sequences(**inputs, directions=DIRECTIONS),
     }
-    if 'mamba_ssm' in available_backends(args.device):  # what the published code does
+    if 'mamba_ssm' in available_backends(args.device):  # as in the published code
         contenders["by sequences, mamba_ssm's kernel"] = lambda inputs: scan_by_sequences(
             **inputs, directions=DIRECTIONS, backend='mamba_ssm'
         )
@@ -190,7 +190,7 @@ def row(*cells):
 
 
 def scan_inputs(b, d, n, length, device, dtype):
-    """With Mamba's statistics: A = -1..-n, steps from 1e-3 to 1e-1. The parameters are fp32."""
+    """Inputs with Mamba's statistics: A = -1..-n, steps from 1e-3 to 1e-1. The parameters are fp32."""
     rng = torch.Generator().manual_seed(0)
     inputs = {
         'u': torch.randn(b, d, length, generator=rng).to(dtype),
@@ -205,7 +205,7 @@ def scan_inputs(b, d, n, length, device, dtype):
 
 
 def omni_inputs(b, d, h, w, device):
-    """Four directions; the image as the networks have it, channels_last."""
+    """Inputs for four directions; the image is channels_last, as in the networks."""
     rng, rank = torch.Generator().manual_seed(0), -(-d // 16)
     inputs = {
         'x': torch.randn(b, d, h, w, generator=rng).contiguous(memory_format=torch.channels_last),
@@ -219,7 +219,7 @@ def omni_inputs(b, d, h, w, device):
 
 
 def scan_by_pscan(pscan, u, delta, A, B, C, D, delta_bias):
-    """As mambapy's Mamba block does it, from (b, d, l)."""
+    """The scan as in mambapy's Mamba block, from (b, d, l)."""
     delta = F.softplus(delta + delta_bias[:, None]).mT.unsqueeze(-1)  # (b, l, d, 1)
     decay, drive = torch.exp(delta * A), delta * B.transpose(1, 3).mT * u.mT.unsqueeze(-1)  # (b, l, d, n)
     y = pscan(decay, drive) @ C.squeeze(1).mT.unsqueeze(-1).to(drive)  # u may be bf16, the parameters are fp32
@@ -246,7 +246,7 @@ def run_once(contender, inputs, backward, dy):
 
 
 def timed(function, device):
-    """Milliseconds of one call; on a GPU between two events, in which launches that the GPU waits for count too."""
+    """Milliseconds of one call; on a GPU between two events, including launches that the GPU waits for."""
     if device.type == 'cuda':
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize(device)
@@ -268,7 +268,7 @@ def clock(device):
 
 
 def multiply_adds():
-    """How many vectors of 16 one thread multiplies and adds in a second, if nothing has to wait for another."""
+    """Multiply-adds of vectors of 16 that one thread can do per second, without dependencies between them."""
     from dpmambair_basicsr.ops.selective_scan.numba.simd import Address, Integer, fma, kernel, load, store
 
     @kernel(Integer, Address)
@@ -290,7 +290,7 @@ def multiply_adds():
 
 
 def cpu_limit():
-    """A function of inputs and of whether backward passes count, which gives milliseconds, if any; and what it is."""
+    """The limit, a function (inputs, backward) -> milliseconds, or None; and its description."""
     rate = 16 * multiply_adds() / OPERATIONS
 
     def limit(inputs, backward):
@@ -320,7 +320,7 @@ def gpu_limit(device):
 
 
 def gpu_omni_limit(device):
-    """As `cpu_limit`, for `omni`: what scanning by chunks needs, 0.22 and 0.32 ms for 1x96x256x256 on an H200."""
+    """As `cpu_limit`, for `omni`: the needs of a scan by chunks, 0.22 and 0.32 ms for 1x96x256x256 on an H200."""
     exponentials = gpu_exponentials(device)
 
     def limit(inputs, backward):
@@ -334,7 +334,7 @@ def gpu_omni_limit(device):
 
 
 def gpu_exponentials(device):
-    """A second, 16 per multiprocessor and cycle; a reciprocal counts as one."""
+    """Exponentials per second, 16 per multiprocessor and cycle; a reciprocal counts as one."""
     query = ['nvidia-smi', '--query-gpu=clocks.max.sm', '--format=csv,noheader,nounits']
     megahertz = float(subprocess.check_output(query, text=True).split()[device.index or 0])
     return 16 * torch.cuda.get_device_properties(device).multi_processor_count * megahertz * 1e6
@@ -345,7 +345,7 @@ def states(inputs):
 
 
 def peak(function):
-    """Bytes of PyTorch's CPU memory that it takes at most, results included."""
+    """Peak of PyTorch's CPU memory in bytes, results included."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         function()
     changes = [event for event in record.profiler.kineto_results.events() if event.name() == '[memory]']
