@@ -162,7 +162,7 @@ def test_many_states_are_scanned_in_parts(monkeypatch):
 
 def test_more_than_eight_directions_are_refused():
     inputs = image_inputs(directions=(0,) * 9)
-    with pytest.raises(ValueError, match='^omni_scan: backend cuda takes up to 8 directions, got 9$'):
+    with pytest.raises(ValueError, match='^omni_scan: backend cuda supports up to 8 directions, got 9$'):
         omni_scan(**inputs, backend='cuda')
 
 

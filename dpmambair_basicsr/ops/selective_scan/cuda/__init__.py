@@ -1,4 +1,4 @@
-"""Scans on NVIDIA GPUs by CUDA kernels that are compiled at run time: fp32, bf16 and fp16, mixed as they come."""
+"""Scans on NVIDIA GPUs by CUDA kernels compiled at run time: fp32, bf16 and fp16, in any mixture."""
 
 from dpmambair_basicsr.ops.selective_scan.cuda.omni import omni_scan
 from dpmambair_basicsr.ops.selective_scan.cuda.runtime import why_unavailable

@@ -1,6 +1,6 @@
-"""Runs both passes of the CUDA kernels on tensors laid out as they want them: pixels one after the other.
+"""Run both passes of the CUDA kernels on tensors in their layout, pixel by pixel.
 
-`omni.py` and `selective.py` bring their arguments into this form. Shapes: b batch, l pixels, d channels of an order, k
+`omni.py` and `selective.py` convert their arguments to this form. Shapes: b batch, l pixels, d channels of an order, k
 orders, n states, r rank, 0 in the plain scan; row = d, in the plain scan k * d.
 """
 
@@ -26,19 +26,19 @@ _TYPES = {torch.float32: 'float', torch.bfloat16: 'bf16', torch.float16: 'fp16'}
 
 
 class Inputs(NamedTuple):
-    """Of a scan, on one device.
+    """The inputs of a scan, on one device.
 
     Attributes:
         x: (b, l, row), fp32, bf16 or fp16.
-        delta: (b, l, row), likewise, before bias and softplus; None unless the scan is plain.
-        projected: (b, l, k * (r + 2n)), likewise: per order low-rank step sizes, B and C.
+        delta: (b, l, row), same types, before bias and softplus; None unless the scan is plain.
+        projected: (b, l, k * (r + 2n)), same types: per order low-rank step sizes, B and C.
         dt_weight: (k, d, r); None if the scan is plain.
         dt_bias: (k, d).
         A: (k * d, n), or (b, k * d, n).
         D: (k * d,).
         directions: of the orders; 0 for each group of a plain scan.
         size: height and width.
-        softplus: of the step sizes.
+        softplus: whether to apply softplus to the step sizes.
     """
 
     x: Tensor
@@ -54,14 +54,14 @@ class Inputs(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, int, int, int, int, int]:
-        """b, l, d, k, n, r; without the constants of a plan, so that sizes may be symbolic."""
+        """b, l, d, k, n, r; independent of the constants of a plan, so that sizes may be symbolic."""
         k, d = self.dt_bias.shape
         rank = 0 if self.dt_weight is None else self.dt_weight.shape[2]
         return self.x.shape[0], self.x.shape[1], d, k, self.A.shape[-1], rank
 
 
 class Gradients(NamedTuple):
-    """Of `Inputs`: of x, delta and projected in their types, of the others in fp32."""
+    """The gradients of `Inputs`: of x, delta and projected in their types, of the others in fp32."""
 
     x: Tensor
     delta: Tensor | None
@@ -73,21 +73,21 @@ class Gradients(NamedTuple):
 
 
 class _Launches(NamedTuple):
-    """Of one pass, for one shape, types and device."""
+    """The launches of one pass, for given shape, types and device."""
 
     plan: Plan
-    common: bytes  # the arguments but for the tensors
-    steps: list[tuple[Kernel, int, tuple[int, int, bool, bool]]]  # kernel, grid, what differs between them
+    common: bytes  # the arguments except the tensors
+    steps: list[tuple[Kernel, int, tuple[int, int, bool, bool]]]  # kernel, grid, arguments that differ between launches
 
 
 def shape_of_states(inputs: Inputs) -> tuple[int, ...]:
-    """Of the states that `forward` keeps for `backward`."""
+    """The shape of the states that `forward` keeps for `backward`."""
     b, length, d, k, n, _ = inputs.shape
     return states_shape(b, d, length, k, n)
 
 
 def forward(inputs: Inputs, keep: bool) -> tuple[Tensor, Tensor]:
-    """The sum of the scans, (b, l, row) in x's type, and the states that `backward` starts from, if `keep`."""
+    """Return the sum of the scans, (b, l, row) in x's type, and, if `keep`, the states that `backward` starts from."""
     x = inputs.x
     with launching_on(x.device) as stream:
         launches = _launches('forward', *_key(inputs))
@@ -106,7 +106,7 @@ def forward(inputs: Inputs, keep: bool) -> tuple[Tensor, Tensor]:
 
 
 def backward(inputs: Inputs, states: Tensor, dy: Tensor) -> Gradients:
-    """The gradients, from dy, (b, l, row) contiguous in x's type; there is none of a dt_weight that is None."""
+    """Return the gradients from dy, (b, l, row), contiguous, in x's type; none for a dt_weight that is None."""
     x, delta, projected = inputs[:3]
     b, _, d, k, n, rank = inputs.shape
     with launching_on(x.device) as stream:
@@ -154,7 +154,7 @@ def _launches(name, shape, size, directions, softplus, own_A, types, device):
     first, last = plan.pairs[0], plan.pairs[-1]
     steps = []
     for step in (forward_steps if name == 'forward' else backward_steps)(plan, b, d, k):
-        pair = step.orders or first  # those that concern all orders are the same in every specialization
+        pair = step.orders or first  # steps for all orders are the same in every specialization
         module = load(name, specialize(constants, max(1, len(pair))), device)
         orders = (*(pair[:1] or (0,)), *(pair[-1:] or (0,)), pair != first, pair == last)
         steps.append((module(step.kernel, step.threads, step.shared), step.grid, orders))
@@ -169,7 +169,7 @@ def _launches(name, shape, size, directions, softplus, own_A, types, device):
         chunks=plan.chunks,
         A_sample=k * d * n if own_A else 0,
     )
-    for i, direction in enumerate(directions[:MAX_ORDERS]):  # a plain scan may have more groups, and reads none
+    for i, direction in enumerate(directions[:MAX_ORDERS]):  # a plain scan may have more groups, but ignores these
         common.direction[i] = direction
     return _Launches(plan, bytes(common), steps)
 

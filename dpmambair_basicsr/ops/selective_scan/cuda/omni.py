@@ -1,8 +1,8 @@
-"""The omni scan on NVIDIA GPUs by CUDA kernels, fused: fp32, bf16 and fp16, mixed as they come, any size.
+"""Fused omni scan on NVIDIA GPUs by CUDA kernels: fp32, bf16 and fp16, in any mixture, any size.
 
-A thread scans one channel of a chunk of a direction where the pixels are, channels_last. Projections, r + 2n numbers
-per pixel, are read by all channels of a block from shared memory; step sizes are computed from the low-rank ones and
-not stored. Two directions that read the same lines from their two ends are one  Results are bitwise
+A thread scans one channel of a chunk of a direction, reading pixels in place, channels_last. Projections, r + 2n
+numbers per pixel, are read by all channels of a block from shared memory; step sizes are computed from the low-rank
+ones and not stored. Two directions that read the same lines from both ends share a launch. Results are bitwise
 reproducible.
 
 Extra memory, in fp32 and units of x: n / 16 per direction for the states that the backward pass starts from; n / T
@@ -29,28 +29,28 @@ def omni_scan(
     directions: Sequence[int],
     size: tuple[int, int],
 ) -> Tensor:
-    """The sum of the scans of projected images.
+    """Sum the scans of projected images over the directions.
 
     Args:
         x: (b, h * w, d).
         projected: (b, h * w, k * (r + 2n)), per direction low-rank step sizes, B and C.
-        dt_weight, dt_bias, A, D: see `omni_scan`; A may be each sample's own.
-        directions: k of them, up to 8.
+        dt_weight, dt_bias, A, D: see `omni_scan`; A may be one per sample.
+        directions: k scan orders, up to 8.
         size: (h, w).
 
     Returns:
         (b, h * w, d), in x's type.
 
     Raises:
-        ValueError: there are more directions, or there is too little shared memory for n and r.
+        ValueError: too many directions, or too little shared memory for n and r.
     """
     if len(directions) > MAX_ORDERS:
-        raise ValueError(f'omni_scan: backend cuda takes up to {MAX_ORDERS} directions, got {len(directions)}')
+        raise ValueError(f'omni_scan: backend cuda supports up to {MAX_ORDERS} directions, got {len(directions)}')
     n = A.shape[-1]
     if n <= MAX_STATES:
         keep = keeps_states((x, projected, dt_weight, dt_bias, A, D))
         return _forward(x, projected, dt_weight, dt_bias, A, D, list(directions), size[0], size[1], keep)[0]
-    # A scan is linear in what its states give: parts of them, each scanned, add up.
+    # The output is a sum over the states, so scans of parts of them add up.
     rank, k = dt_weight.shape[2], len(directions)
     low, B, C = projected.unflatten(-1, (k, rank + 2 * n)).split([rank, n, n], dim=-1)
     total = torch.zeros((), device=x.device)
@@ -81,7 +81,7 @@ def _forward(
     width: int,
     keep: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The sum of the scans, and the states that `_backward` starts from, if `keep`."""
+    """Return the sum of the scans and, if `keep`, the states that `_backward` starts from."""
     return forward(_inputs(x, projected, dt_weight, dt_bias, A, D, directions, (height, width)), keep)
 
 
@@ -106,7 +106,7 @@ def _backward(
     height: int,
     width: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of the first six, in their types."""
+    """Return the gradients of the first six arguments, in their types."""
     inputs = _inputs(x, projected, dt_weight, dt_bias, A, D, directions, (height, width))
     found = backward(inputs, states, dy.contiguous())
     return (
@@ -120,7 +120,7 @@ def _backward(
 
 
 def own(gradient: Tensor, parameter: Tensor) -> Tensor:
-    """The gradient in the parameter's type, in memory of its own."""
+    """The gradient in the parameter's type, in its own memory."""
     return gradient.to(parameter.dtype, copy=True, memory_format=torch.contiguous_format)
 
 

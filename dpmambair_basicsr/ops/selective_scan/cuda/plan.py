@@ -1,8 +1,8 @@
-"""How the CUDA kernels divide the work: their constants, grids and order, from shapes alone.
+"""How the CUDA kernels divide the work: their constants, grids and order, determined by shapes alone.
 
-The choices were measured on one H100: chunks of 128 steps, shorter ones where there would be too few warps; 4 x 4
-channels by states of a thread in `scan_gradients`, 3 warps of it side by side. See scan_forward.cu and
-scan_backward.cu for the constants.
+The choices were measured on one H100: chunks of 128 steps, shorter ones if there would be too few warps; 4 channels by
+4 states per thread in `scan_gradients`, 3 of its warps side by side. See scan_forward.cu and scan_backward.cu for the
+constants.
 
 Shapes: b batch, l positions, d channels of an order, k orders, n states, r rank.
 """
@@ -13,10 +13,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 MAX_ORDERS = 8
-MAX_STATES = 32  # beyond, registers spill: callers scan parts of the states and add up
+MAX_STATES = 32  # beyond this, registers spill: callers scan parts of the states and add up
 CHAIN_THREADS = 32 * 16
 STATIC_SHARED = 48 << 10
-_SCHEDULERS, _WARPS_EACH = 132 * 4, 6  # of an H100; the chunks are as long as gives each so many warps
+_SCHEDULERS, _WARPS_EACH = 132 * 4, 6  # of an H100; chunk lengths are chosen to give each scheduler this many warps
 
 # fmt: off
 _POINTERS = (
@@ -31,7 +31,7 @@ _NUMBERS = (
 
 
 class Arguments(ctypes.Structure):
-    """The struct Scan of scan_common.cuh, all that a kernel gets."""
+    """The struct Scan of scan_common.cuh, a kernel's only argument."""
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in _POINTERS),
@@ -44,20 +44,20 @@ class Step(NamedTuple):
     """One launch."""
 
     kernel: str
-    orders: tuple[int, ...]  # that it handles, () for all; as many as the constant P if given
+    orders: tuple[int, ...]  # those that it handles, () for all; otherwise as many as the constant P
     threads: int
     grid: int
     shared: int = 0  # bytes, dynamic
 
 
 class Plan(NamedTuple):
-    """Of both passes for one shape.
+    """The plan of both passes for one shape.
 
     Attributes:
-        constants: macros of the kernels but P and what depends on it.
-        chunks: of all positions.
+        constants: macros of the kernels except P and those that depend on it.
+        chunks: number of chunks of all positions.
         pairs: the orders that are handled together, one or two.
-        blocks: of `scan_gradients` side by side, which sum gradients of projections each for itself.
+        blocks: number of `scan_gradients` blocks side by side, each with its own sums of gradients of projections.
     """
 
     constants: dict[str, int]
@@ -67,7 +67,7 @@ class Plan(NamedTuple):
 
 
 def chunk_length(b, d, length, k) -> int:
-    """T: 128, or less, down to 16, where a GPU would not have enough warps. Takes symbolic sizes."""
+    """T: 128, or less, down to 16, if a GPU would not have enough warps. Supports symbolic sizes."""
     warps = b * k * -(-d // 32)
     for T in (128, 64, 32):
         if warps * length >= _SCHEDULERS * _WARPS_EACH * T:
@@ -81,21 +81,22 @@ def check_length(T) -> int:
 
 
 def states_shape(b, d, length, k, n) -> tuple[int, ...]:
-    """Of the states that the forward pass keeps. Takes symbolic sizes."""
+    """The shape of the states that the forward pass keeps. Supports symbolic sizes."""
     T = chunk_length(b, d, length, k)
     return b, k, -(-length // T) * (T // check_length(T)), n, d
 
 
 @functools.lru_cache(4096)
 def make_plan(b: int, d: int, length: int, n: int, rank: int, directions: tuple[int, ...], limit: int) -> Plan:
-    """
+    """Plan both passes.
+
     Args:
         rank: 0 for the plain scan.
-        directions: of the orders; in the plain scan one for each group.
-        limit: bytes of shared memory that a block may have.
+        directions: of the orders; in the plain scan one per group.
+        limit: maximum shared memory of a block, in bytes.
 
     Raises:
-        ValueError: there is too little shared memory.
+        ValueError: too little shared memory.
     """
     k, pairs = len(directions), _pairs(directions) if rank else ((),)
     together = max(1, *map(len, pairs))
@@ -121,7 +122,7 @@ def _too_large(n, rank):
 
 
 def _pairs(directions: Sequence[int]):
-    """Two orders of one family, rows or columns, that start at the two ends of a chunk; what is left over alone."""
+    """Pairs of orders of one family, rows or columns, that start at opposite ends of a chunk; the rest alone."""
     pairs = []
     for family in (0, 1):
         forward = [k for k, direction in enumerate(directions) if direction == family]
@@ -133,7 +134,7 @@ def _pairs(directions: Sequence[int]):
 
 
 def _forward_block(d, chunks):
-    """Channels and chunks of a block: its warps should be full."""
+    """Channels and chunks of a block, chosen so that its warps are full."""
     blocks = -(-d // 128)
     channels = -(-d // blocks)
     if blocks > 1:
@@ -145,7 +146,7 @@ def _forward_block(d, chunks):
 
 
 def _backward_blocks(d, n, together):
-    """(CC, W), the best first: then such that take less shared memory."""
+    """(CC, W), best first, then those that need less shared memory."""
     most = min(4, -(-d // 8), max(1, 16 // -(-n // 4)))
     best = min(range(1, most + 1), key=lambda cc: (-(-d // (8 * cc)) * cc, -cc))
     for cc in range(best, 0, -1):
@@ -159,13 +160,13 @@ def _row(rank):
 
 
 def _static_shared(c, together):
-    """Bytes of scan_outputs, the largest."""
+    """Bytes of scan_outputs, which needs the most."""
     row = _row(c['R']) + 2 * -(-c['N'] // 4) * 4 + 4
     return 4 * c['S'] * together * (c['TS'] * row + c['T'])
 
 
 def shared_bytes(c: Mapping[str, Any], together: int) -> int:
-    """Of scan_gradients, see its struct Shared, if so many orders are handled together."""
+    """Bytes of scan_gradients, see its struct Shared, for `together` orders at a time."""
     row, nn, rank = c['CHECK'] + 4, -(-c['N'] // 4), c['R']
     warp = 3 * 8 * c['CC'] * row + (c['CHECK'] // 4 - 1) * c['CC'] * nn * 32
     warp += c['CHECK'] * (rank + 2 * c['N']) + (rank + 2) * 32
@@ -174,10 +175,10 @@ def shared_bytes(c: Mapping[str, Any], together: int) -> int:
 
 
 def specialize(constants: Mapping[str, Any], together: int) -> tuple[tuple[str, int | str], ...]:
-    """All macros, for launches that handle so many orders together.
+    """All macros, for launches that handle `together` orders at a time.
 
-    ..._BLOCKS: per multiprocessor, which bounds registers by what so many warps leave: 24 of the forward pass (16 with
-    many low-rank weights, which are kept in registers), 12 of the backward pass.
+    ..._BLOCKS: blocks per multiprocessor, which limits registers to those available to this many warps: 24 in the
+    forward pass (16 with many low-rank weights, which are kept in registers), 12 in the backward pass.
     """
     c, warps = constants, 24 if constants['R'] <= 8 else 16
     ends = c['CB'] * c['S']
@@ -227,7 +228,7 @@ def backward_steps(plan: Plan, b: int, d: int, k: int) -> list[Step]:
 
 
 def _starts(plan, ends, chain, tiles, b, d, k):
-    """What each chunk starts from; the first one, from 0."""
+    """The launches that compute the initial state of each chunk; the first one starts from 0."""
     if plan.chunks == 1:
         return []
     c = plan.constants

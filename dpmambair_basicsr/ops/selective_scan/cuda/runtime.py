@@ -1,8 +1,8 @@
-"""CUDA C++ compiled by NVRTC when it is first needed, kept on the disk, and launched: no toolkit, no C++ compiler.
+"""Compile CUDA C++ with NVRTC on first use, cache it on the disk, and launch it: no toolkit, no C++ compiler.
 
-Through cuda.bindings, NVIDIA's own package for Python, which PyTorch's CUDA builds for Linux require. Launches go to
-PyTorch's current stream of the tensors' device and allocate nothing, so that CUDA graphs record them, once what they
-launch is compiled.
+Uses cuda.bindings, NVIDIA's own package for Python, which PyTorch's CUDA builds for Linux require. Launches go to
+PyTorch's current stream of the tensors' device and allocate nothing, so CUDA graphs can record them once the kernels
+are compiled.
 """
 
 import ctypes
@@ -33,7 +33,7 @@ class CudaError(RuntimeError):
 
 
 def why_unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why it cannot compute there in this type, and what to install; None if it can."""
+    """Why it cannot run on this device in this type, and what to install; None if it can."""
     if dtype != torch.float32:
         return f'it computes in float32, not {str(dtype).removeprefix("torch.")}'
     return _device_trouble(device)
@@ -56,7 +56,7 @@ def _trouble(architecture):
         check(driver.cuInit(0))
         major, minor = check(nvrtc.nvrtcVersion())
         known = check(nvrtc.nvrtcGetSupportedArchs())
-    except Exception as error:  # any: a package or a library that is missing, or one that does not fit the driver
+    except Exception as error:  # any: a package or library is missing, or does not match the driver
         reason = ' '.join(f'{type(error).__name__}: {error}'.split())  # on one line
         reason = f'cuda.bindings or NVRTC does not work ({reason}); {_advice()}'
     else:
@@ -73,22 +73,22 @@ def _advice():
 
 
 def architecture(device: torch.device) -> str:
-    """Of a GPU, as '90'."""
+    """The architecture of a GPU, such as '90'."""
     return '{}{}'.format(*torch.cuda.get_device_capability(device))
 
 
 def shared_limit(device: torch.device) -> int:
-    """Bytes of shared memory that a block may have."""
+    """Maximum shared memory of a block, in bytes."""
     return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
 @contextmanager
 def launching_on(device: torch.device) -> Iterator[int]:
-    """Inside, kernels can be launched on this GPU; gives PyTorch's current stream there."""
+    """A context in which kernels can be launched on this GPU; yields PyTorch's current stream there."""
     from cuda.bindings import driver
 
     with torch.cuda.device(device):
-        if not int(check(driver.cuCtxGetCurrent())):  # a thread, as autograd's, in which nothing has run yet
+        if not int(check(driver.cuCtxGetCurrent())):  # a thread, such as autograd's, in which nothing has run yet
             check(driver.cuCtxSetCurrent(_primary_context(torch.cuda.current_device())))
         yield torch.cuda.current_stream(device).cuda_stream
 
@@ -102,10 +102,10 @@ def _primary_context(index):
 
 @functools.cache
 def load(name: str, constants: tuple[tuple[str, int | str], ...], device: torch.device) -> Module:
-    """The kernels of scan_<name>.cu with these macros, in the current context, which is the device's.
+    """The kernels of scan_<name>.cu with these macros, loaded in the current context, which must be the device's.
 
     Raises:
-        CudaError: they do not compile, or the driver refuses them.
+        CudaError: they do not compile, or the driver rejects them.
     """
     from cuda.bindings import driver
 
@@ -135,13 +135,13 @@ def load(name: str, constants: tuple[tuple[str, int | str], ...], device: torch.
 
 
 def source(name: str, constants: tuple[tuple[str, int | str], ...]) -> str:
-    """The text of scan_<name>.cu with these macros; not by -D, which would reach NVRTC's own headers: N, T, ..."""
+    """The text of scan_<name>.cu with these macros; -D would define N, T, ... in NVRTC's own headers too."""
     macros = ''.join(f'#define {key} {value}\n' for key, value in constants)
     return macros + ''.join((HERE / file).read_text('utf-8') for file in ('scan_common.cuh', f'scan_{name}.cu'))
 
 
 def machine_code(name: str, constants: tuple[tuple[str, int | str], ...], architecture: str) -> bytes:
-    """Compiled before, by this or another process, or now."""
+    """The machine code, compiled now unless this or another process has done so before."""
     from cuda.bindings import nvrtc
 
     text = source(name, constants)
@@ -155,15 +155,15 @@ def machine_code(name: str, constants: tuple[tuple[str, int | str], ...], archit
         try:
             write_code(file, code)
         except OSError as error:
-            _say_once(f'selective_scan: compiled CUDA kernels cannot be kept, every process will compile them: {error}')
+            _say_once(f'selective_scan: compiled CUDA kernels cannot be cached; every process compiles them: {error}')
     return code
 
 
 def compile_source(text: str, name: str, architecture: str, *options: str) -> tuple[bytes, str]:
-    """Machine code for sm_<architecture>, and what the compiler says.
+    """Machine code for sm_<architecture>, and the compiler's log.
 
     Raises:
-        CudaError: with the compiler's first complaint.
+        CudaError: with the compiler's first error.
     """
     from cuda.bindings import nvrtc
 
@@ -184,14 +184,14 @@ def compile_source(text: str, name: str, architecture: str, *options: str) -> tu
 
 
 def cache_folder() -> Path:
-    """Where compiled kernels are kept, the user's cache: XDG_CACHE_HOME, on Windows LOCALAPPDATA, else ~/.cache."""
+    """Folder of compiled kernels in the user's cache: XDG_CACHE_HOME, on Windows LOCALAPPDATA, else ~/.cache."""
     variable = 'LOCALAPPDATA' if sys.platform == 'win32' else 'XDG_CACHE_HOME'
     root = os.environ.get(variable) or os.path.join(os.path.expanduser('~'), '.cache')
     return Path(root) / 'dpmambair_basicsr' / 'cuda'
 
 
 def read_code(file: Path) -> bytes | None:
-    """What `write_code` wrote; None if it is not there, or damaged."""
+    """Read a file of `write_code`; None if it is missing or damaged."""
     try:
         stored = file.read_bytes()
     except OSError:
@@ -201,17 +201,17 @@ def read_code(file: Path) -> bytes | None:
 
 
 def write_code(file: Path, code: bytes) -> None:
-    """Atomic, behind its checksum: a power cut may leave a name without the content."""
+    """Write atomically, preceded by a checksum: after a power cut, a file may exist without its content."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with replacing(file, durable=False, shared=True) as part:
         part.write_bytes(hashlib.sha256(code).digest() + code)
 
 
 def check(result) -> Any:
-    """What a call of cuda.bindings returned beside its error code.
+    """The result of a call of cuda.bindings without its error code.
 
     Raises:
-        CudaError: it is one.
+        CudaError: the code is an error.
     """
     error, *values = result
     if error:

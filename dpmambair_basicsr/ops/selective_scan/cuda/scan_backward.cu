@@ -1,11 +1,11 @@
 // The backward pass (see scan_common.cuh): what each chunk adds to the adjoint state before it, the chain over
-// chunks from behind, all gradients. Further macros as for the forward pass; CC and W: a warp of `scan_gradients` has
+// chunks from the end, all gradients. Further macros as for the forward pass; CC and W: a warp of `scan_gradients` has
 // 8 CC channels, a block W such warps for each of P orders; SHARED bytes.
 //
 // A thread of `scan_gradients` has CC channels times NN states: sums over channels, for dB and dC, and over states, for dx
-// and the step sizes, then are mostly within threads, and few shuffles remain. It handles CHECK steps at a time, from the
-// last on: the states of these are computed once more, from the forward pass's checkpoint; those at the start of each
-// LEAP steps are kept, and what is between them is in registers.
+// and the step sizes, are then mostly within threads, and few shuffles remain. It processes CHECK steps at a time, from
+// the last: their states are recomputed from the forward pass's checkpoint; those at the start of each LEAP steps are
+// stored, and those in between are in registers.
 #define LEAP 4
 #define NN ((N + 3) / 4)
 #define CW (8 * CC)

@@ -1,5 +1,5 @@
-// What the forward and the backward kernels share, for the omni scan and for the plain selective scan. Compiled at run
-// time by NVRTC, see runtime.py; the tests build the same files for the CPU. Macros, which plan.py computes:
+// Shared by the forward and backward kernels, for the omni scan and the plain selective scan. Compiled at run time by
+// NVRTC, see runtime.py; the tests build the same files for the CPU. Macros, computed by plan.py:
 //   N states; R rank of the step sizes, 0 in the plain scan, whose step sizes are one per channel; SOFTPLUS of them, 0 or
 //   1; T steps of a chunk; TX, TD and TP: types of images, of plain step sizes and of projections (float, bf16, fp16).
 // Shapes: b batch, l pixels, d channels, k scan orders, c chunks. A chunk is T positions in a row (directions 0, 2) or
@@ -99,8 +99,8 @@ __device__ inline int pixel(const Scan &o, bool columns, int s) {
     return columns ? s % o.height * o.width + s / o.height : s;
 }
 
-// Exclusive chain over chunks, in place: states[c] becomes what chunk c starts from. Blocks of 32 x CHAIN threads, 32
-// (state, channel) pairs each. ADJOINT: from behind.
+// Exclusive chain over chunks, in place: states[c] becomes the initial state of chunk c. Blocks of 32 x CHAIN threads, 32
+// (state, channel) pairs each. ADJOINT: from the end.
 #define CHAIN 16
 #define AHEAD 8
 template <bool ADJOINT> __device__ inline void chain(const Scan &o, float *states) {
@@ -143,8 +143,8 @@ template <bool ADJOINT> __device__ inline void chain(const Scan &o, float *state
     }
 }
 
-// The pixels of a chunk in the order of a walk, -1 where there is none. Backwards: from position T - 1 on, whether or not
-// it exists, so that both walks are in the same half of the chunk at any time.
+// The pixels of a chunk in the order of a walk, -1 where there is none. Backwards: starting at position T - 1, whether or
+// not it exists, so that both walks are in the same half of the chunk at any time.
 __device__ inline int walk(const Scan &o, int k, bool backwards, int chunk, int step) {
     const long long s = (long long)chunk * T + (backwards ? T - 1 - step : step);
     return s < o.length ? pixel(o, direction(o, k) & 1, (int)s) : -1;
@@ -166,7 +166,7 @@ template <class V> __device__ inline V *at_pixel(V *x, int p, int stride) {
     return (V *)((char *)x + multiply_wide(p, stride * (int)sizeof(V)));
 }
 
-// 0 where there is no pixel. Without a branch: something is read in any case.
+// 0 where there is no pixel. Branch-free: it always reads something.
 template <class V> __device__ inline float load_or_0(const V *x, int p, int stride) {
     const float value = to_float(load(at_pixel(x, max(p, 0), stride)));
     return p < 0 ? 0 : value;
@@ -194,7 +194,7 @@ __device__ inline void stage(float (*tile)[WIDTH], int stride, Find find) {
     }
 }
 
-// What each thread of `chunk_ends` and `outputs` needs of its channel.
+// The data of its channel that each thread of `chunk_ends` and `outputs` needs.
 struct Channel {
     float rate[N], weight[LOW], bias;
     __device__ inline Channel(const Scan &o, long long b, int k, int channel) {

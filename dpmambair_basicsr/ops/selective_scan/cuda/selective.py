@@ -1,7 +1,7 @@
-"""The plain selective scan on NVIDIA GPUs by CUDA kernels: fp32, bf16 and fp16, mixed as they come, any strides.
+"""The plain selective scan on NVIDIA GPUs by CUDA kernels: fp32, bf16 and fp16, in any mixture, any strides.
 
-The kernels are the omni scan's. They want the channels of a position side by side, and B and C too: what is laid out
-otherwise is copied first, and y and the gradients of u and delta come back in the layout of these.
+The kernels are the omni scan's. They need the channels of a position side by side, and B and C too: tensors with
+another layout are copied first, and y and the gradients of u and delta are returned in the layout of u and delta.
 """
 
 import torch
@@ -18,7 +18,7 @@ def scan(u, delta, A, B, C, D, delta_bias, delta_softplus):
     if A.shape[1] <= MAX_STATES:
         keep = keeps_states((u, delta, A, B, C, D, delta_bias))
         return _forward(u, delta, A, B, C, D, delta_bias, delta_softplus, keep)[0]
-    # A scan is linear in what its states give: parts of them, each scanned, add up.
+    # The output is a sum over the states, so scans of parts of them add up.
     total = torch.zeros((), device=u.device)
     for part in range(0, A.shape[1], MAX_STATES):
         states = slice(part, part + MAX_STATES)
@@ -40,13 +40,13 @@ def _parameter(x, u):
 
 
 def _empty_like(x):
-    """(b, d, l), dense, in x's order of d and l."""
+    """An empty (b, d, l), dense, in x's order of d and l."""
     channels_last = x.stride(1) == 1 and x.shape[1] > 1
     return x.new_empty(x.shape[0], x.shape[2], x.shape[1]).mT if channels_last else x.new_empty(x.shape)
 
 
 def _as_laid_out(pixels, x):
-    """(b, l, d) as `_empty_like(x)`."""
+    """(b, l, d) in the layout of `_empty_like(x)`."""
     target = _empty_like(x)
     return pixels.mT if target.stride() == pixels.mT.stride() else target.copy_(pixels.mT)
 
@@ -63,7 +63,7 @@ def _forward(
     delta_softplus: bool,
     keep: bool,
 ) -> tuple[Tensor, Tensor]:
-    """y, and the states that `_backward` starts from, if `keep`."""
+    """Return y and, if `keep`, the states that `_backward` starts from."""
     y, states = forward(_inputs(u, delta, A, B, C, D, delta_bias, delta_softplus), keep)
     return _as_laid_out(y, u), states
 
@@ -89,7 +89,7 @@ def _backward(
     dy: Tensor,
     delta_softplus: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of the seven tensors, in their types; in fp32, and to be ignored, for those that are None."""
+    """Return the gradients of the seven tensors, in their types; for those that are None, in fp32, to be ignored."""
     inputs = _inputs(u, delta, A, B, C, D, delta_bias, delta_softplus)
     found = backward(inputs, states, dy.mT.contiguous())
     dB, dC = found.projected.mT.unflatten(1, (B.shape[1], -1)).chunk(2, dim=2)  # (b, g, n, l)
