@@ -63,7 +63,7 @@ class PairedDegradationDataset(ProgressiveBatches, Dataset):
 
     @property
     def labels(self) -> set[int]:
-        return {self.kind['label']} if self.has_labels else set()
+        return {int(self.kind['label'])} if self.has_labels else set()
 
     def __len__(self):
         return len(self.paths)
