@@ -4,8 +4,8 @@ Without -w, the small bundled network is used; its model card lists its strength
 
 Each result keeps the name and format of its picture, its bit depth, colour profile, EXIF data and alpha channel.
 EXIF orientation is applied: results are upright. JPEG stays JPEG, at quality 98. Files that cannot be read or written
-are reported and skipped, and the exit status is then 1. Videos (.mp4, .mkv, .mov, .webm) are restored frame by frame
-and keep their sound. See `pictures` and `videos` for files, `restorer` for the rest.
+are reported and skipped, and the exit status is then 1. Videos (.mp4, .m4v, .mov, .mkv, .webm) are restored frame by
+frame and keep their sound. See `pictures` and `videos` for files, `restorer` for the rest.
 """
 
 import argparse
@@ -151,7 +151,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     add('--opt', metavar='FILE', help='option file with network_g, for a checkpoint without its own')
     add('--tile', type=int, metavar='N', help='tile size; 0: no tiles; default: by the size of the picture, see README')
-    add('--overlap', type=int, default=OVERLAP, metavar='N', help='of tiles, up to half a tile; default: %(default)s')
+    add('--overlap', type=int, default=OVERLAP, metavar='N', help='of tiles, at most half a tile; default: %(default)s')
     add('--one-pass', action='store_true', help='tiles in half the time, less accurate')
     add('--device', default='auto', help='auto, cpu, mps, cuda or cuda:<n>; default: %(default)s')
     add('--scan-backend', metavar='NAME', help=f'one of {", ".join(BACKENDS)}; default: the best available')
@@ -164,7 +164,7 @@ def parse_arguments() -> argparse.Namespace:
         type=float,
         default=1,
         metavar='S',
-        help='blend the result with the input: 0, only the input, to 1, only the result; default: 1',
+        help='blend input and result: 0 gives the input, 1 the result; default: 1',
     )
     add('--force', action='store_true', help='also restore pictures found to be clean, which otherwise are copied')
     steering = parser.add_mutually_exclusive_group()

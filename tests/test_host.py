@@ -277,7 +277,7 @@ def test_a_common_folder_is_not_renamed(images, tmp_path):
     opt['path']['experiments_root'] = str(tmp_path / 'all')
     file = write_options(opt, tmp_path / 'options.yml')
     before = tree(tmp_path)
-    with pytest.raises(SystemExit, match='path.experiments_root: .* other files than those of a run'):
+    with pytest.raises(SystemExit, match='path.experiments_root: .* files that do not belong to a run'):
         train(file, cwd=tmp_path)
     assert tree(tmp_path) == before
 

@@ -681,7 +681,7 @@ def test_only_a_folder_of_a_run_may_be_renamed(tmp_path):
     assert check_root(opt, opt['path']) == []
     (tmp_path / 'root' / 'mine.yml').write_text('x: 1')
     (problem,) = check_root(opt, opt['path'])
-    assert problem.startswith('path.experiments_root: ') and 'other files than those of a run' in problem
+    assert problem.startswith('path.experiments_root: ') and 'files that do not belong to a run' in problem
     assert check_root(opt, {}) == []  # BasicSR's own place
     (tmp_path / 'root' / 'copy.yml').write_text('# GENERATE TIME: now\n')
     assert check_root(opt, opt['path']) == []

@@ -1,4 +1,4 @@
-"""Locks a folder for one process, by the file `.<name>.lock` beside it.
+"""Lock a folder for one process with the file `.<name>.lock` beside it.
 
 The lock is beside the folder because BasicSR renames the folder. It is linked to its name, which is atomic on local
 disks and on NFS; where there are no hard links, it is created with O_EXCL and then written. It outlives a killed
@@ -21,7 +21,7 @@ from dpmambair_basicsr.files.errors import UserError
 RENEWAL = 10  # seconds
 LEASE = 120  # seconds; much longer than anything keeps Python's threads from running
 KEYS = ('host', 'pid', 'started', 'since', 'machine')
-held: dict[Path, dict] = {}  # by this process: lock -> what is in it
+held: dict[Path, dict] = {}  # by this process: {lock: its content}
 renewal: threading.Thread | None = None
 
 
@@ -76,7 +76,7 @@ def identity() -> dict:
 
 
 def start_of(pid: int) -> str | None:
-    """Start time of a process, in a unit of its system: no two share id and start. None if there is no such process.
+    """Start time of a process, in a system-dependent unit; unique together with its id. None without such a process.
 
     On systems without /proc, '' for one that exists.
     """
@@ -99,7 +99,7 @@ def describe(holder: dict) -> str:
 
 
 def create(file: Path, record: dict) -> bool:
-    """Whether the lock could be made."""
+    """Create a lock; return whether this succeeded."""
     part = file.with_name(f'{file.name}.{record["host"]}.{record["pid"]}.part')
     try:  # so that a process killed at this moment leaves no lock without its name in it
         part.write_text(json.dumps(record))
@@ -115,7 +115,7 @@ def create(file: Path, record: dict) -> bool:
 
 
 def create_and_write(file: Path, record: dict) -> bool:
-    """Where there are no hard links, or the disk is full, which is said here."""
+    """`create` without hard links; also called when the disk is full, for a better error."""
     try:
         descriptor = os.open(file, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
     except FileExistsError:

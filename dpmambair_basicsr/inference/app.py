@@ -76,7 +76,7 @@ def build(gradio, restorer, folder: str):
     """The page, a `gradio.Blocks`; its pictures are written to sub-folders of `folder`."""
     kinds = [] if restorer.classifier is None else [name for name in restorer.classifier.names if name != 'clean']
     with gradio.Blocks(title='dpmambair', analytics_enabled=False) as page:
-        gradio.Markdown('# Restore a picture\nThe degradation found is a guess, and results are not evidence: compare.')
+        gradio.Markdown('# Restore a picture\nWhat it finds is a guess, and results are not evidence: compare.')
         with gradio.Row():
             with gradio.Column(scale=1):
                 source = gradio.File(label='Picture', type='filepath', file_types=['image'], elem_id='source')

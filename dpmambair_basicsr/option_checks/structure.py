@@ -227,7 +227,7 @@ def check_root(opt: dict, wanted: dict) -> list[str]:
         return [f'path.{key}: {folder} is a file']
     if any(folder.iterdir()) and not any(is_of_a_run(file) for sign in signs for file in folder.glob(sign)):
         return [
-            f'path.{key}: {folder} holds other files than those of a run, and would be renamed; choose another folder'
+            f'path.{key}: {folder} contains files that do not belong to a run, and would be renamed; choose another'
         ]
     return []
 

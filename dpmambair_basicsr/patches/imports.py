@@ -63,7 +63,7 @@ STAND_INS = {
 
 
 class StandInFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Last on sys.meta_path, so it is only asked for modules that no other finder has."""
+    """Last on sys.meta_path, so it only sees modules that no other finder has."""
 
     def find_spec(self, name, path=None, target=None):
         if name in STAND_INS:

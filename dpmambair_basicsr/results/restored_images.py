@@ -1,4 +1,4 @@
-"""What `restore` did with each image: a table (CSV, JSON) and a page with sliders that fetches nothing."""
+"""Report what `restore` did with each image: a table (CSV, JSON) and a self-contained page with sliders."""
 
 import csv
 import io
