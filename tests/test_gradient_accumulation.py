@@ -103,7 +103,7 @@ def test_the_scaler_of_fp16_steps_once():
 
 def test_a_batch_that_cannot_be_shared_out_is_refused():
     model = build(**{'train.accum_iter': 4})
-    message = r'^train\.accum_iter: 4 micro-batches are 8 images, the loader gives 6'
+    message = r'^train\.accum_iter: 4 micro-batches have 8 images, but the loader gives 6'
     with pytest.raises(ValueError, match=message):
         steps(model, batches(1))
 

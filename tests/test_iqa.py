@@ -74,7 +74,7 @@ def test_only_metrics_with_a_reference_need_clean_images(pyiqa):
     assert compares(iqa('psnr')) and not compares(iqa('niqe', better='lower'))
     with pytest.raises(ValueError, match='psnr needs a clean image, and there is none'):
         calculate_metric({'img': photo(0)}, iqa('psnr'))
-    with pytest.raises(ValueError, match=r'one size, got \(40, 44, 3\) and \(44, 40, 3\)'):
+    with pytest.raises(ValueError, match=r'the same size, got \(40, 44, 3\) and \(44, 40, 3\)'):
         calculate_metric({'img': photo(0), 'img2': photo(0, (44, 40, 3))}, iqa('psnr'))
 
 

@@ -155,7 +155,7 @@ def test_the_network_is_built_once(option, monkeypatch):
 
 
 def test_errors(option, tmp_path):
-    with pytest.raises(ValueError, match=r'one size, got \(48, 56, 3\) and \(48, 40, 3\)'):
+    with pytest.raises(ValueError, match=r'the same size, got \(48, 56, 3\) and \(48, 40, 3\)'):
         calculate_lpips(photo(), photo(shape=(48, 40, 3)), net='squeeze', weights=option['weights'])
     with pytest.raises(ValueError, match="better must be 'lower', got 'higher'"):
         calculate_metric({'img': photo(), 'img2': photo()}, option | {'better': 'higher'})

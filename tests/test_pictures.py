@@ -200,9 +200,9 @@ def test_unusual_tiff_files_have_right_colours_or_are_refused(tmp_path):
     picture = read(cmyk, photometric='separated', iccprofile=SRGB[:16] + b'CMYK' + SRGB[20:])
     np.testing.assert_array_equal(picture.image, np.asarray(Image.fromarray(cmyk, 'CMYK').convert('RGB')))
     assert write_picture(tmp_path / 'b.tif', picture) == ['CMYK and its colour profile']
-    with pytest.raises(ValueError, match='CMYK of 16 bit'):
+    with pytest.raises(ValueError, match='is 16-bit CMYK'):
         read(noise(6, 8, 4, dtype=np.uint16), photometric='separated')
-    with pytest.raises(ValueError, match='grey with alpha of 16 bit'):
+    with pytest.raises(ValueError, match='is 16-bit grey with alpha'):
         read(
             noise(6, 8, 2, dtype=np.uint16), photometric='minisblack', extrasamples='unassalpha', planarconfig='contig'
         )

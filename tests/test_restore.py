@@ -183,7 +183,7 @@ def test_errors_of_load_name_file_and_key(tmp_path):
         'value.pth': 'value.pth: network_g: scale: must be one of',
         'misfit.pth': r'misfit.pth: does not fit VmambaIR:\n.* of another shape: patch_embed.proj.weight',
         'stage_1.pth': 'stage_1.pth: network_g.type: DegradationAutoencoder does not map one RGB image',
-        'class.pth': 'class.pth: network_g.type: DPMambaIR does not turn .*needs a label',
+        'class.pth': 'class.pth: network_g.type: DPMambaIR does not map .*needs a label',
         'text.pth': 'text.pth: not a checkpoint that torch.load can read',
         '3.state': '3.state: it is not a state dict; keys of the file: epoch, iter',
     }
