@@ -191,7 +191,7 @@ def micro_batches(opt: dict) -> int:
     return opt['train'].get('accum_iter', 1) if any(row.name == 'accum_iter' for row in rows_of(model)) else 1
 
 
-def check_labels(phase: str, dataset: Any, net: torch.nn.Module) -> None:
+def check_labels(phase: str, dataset: Any, net: Any) -> None:
     """Raises ValueError if the network has no embedding for a label of the dataset."""
     label = max(getattr(dataset, 'labels', ()), default=-1)
     if label >= net.num_degradations:
