@@ -301,6 +301,8 @@ def draw(table: StudyTable) -> bytes:
         values.set_xlabel(f'{metric}, {first}; one dot per seed')
         differences.set_xlabel(f'{metric} - {table.baseline}, 95% interval')
         differences.axvline(0, color='0.5', linewidth=1)
+        for axes in (values, differences):
+            axes.locator_params(axis='x', nbins=5)  # so that labels do not overlap
     stream = io.BytesIO()
     figure.savefig(stream, format='png', dpi=110)
     return stream.getvalue()
