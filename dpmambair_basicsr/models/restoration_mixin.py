@@ -1,7 +1,7 @@
 """Extends BasicSR's models with inference at any size, labels, readable checkpoint errors and optimizer groups.
 
 Anything longer than a few lines is in parts owned by the model: `StepGuard`, `Precision`, `Evaluation`,
-`BatchAugment`, `GradientAccumulation`, `ValidationMonitor`, `BestCheckpoint`.
+`BatchAugment`, `GradientAccumulation`, `GraphedStep`, `ValidationMonitor`, `BestCheckpoint`.
 """
 
 from collections import OrderedDict
@@ -29,6 +29,7 @@ from dpmambair_basicsr.models.batch_augment import BatchAugment
 from dpmambair_basicsr.models.best_checkpoint import BestCheckpoint
 from dpmambair_basicsr.models.evaluation import Evaluation
 from dpmambair_basicsr.models.gradient_accumulation import GradientAccumulation
+from dpmambair_basicsr.models.graphed_step import GraphedStep, apply_capturable
 from dpmambair_basicsr.models.precision import Precision
 from dpmambair_basicsr.models.step_guard import StepGuard
 from dpmambair_basicsr.models.validation_monitor import ValidationMonitor
@@ -70,11 +71,13 @@ class RestorationMixin(SRModel):
         ),
         *BatchAugment.option_keys,
         *GradientAccumulation.option_keys,
+        *GraphedStep.option_keys,
         *StepGuard.option_keys,
         *Precision.option_keys,
         *Evaluation.option_keys,
     )
     scales_loss = False  # whether optimize_parameters uses Precision's `backward` and `step`, as fp16 requires
+    has_one_step = False  # whether an iteration is one step of net_g, by `compute_gradients` and `optimizer_g`
     learns_degradations = False  # whether the model learns the kind of degradation
     batch_names: tuple[str, ...] = ('lq', 'gt', 'label')  # attributes set by feed_data
 
@@ -143,6 +146,7 @@ class RestorationMixin(SRModel):
         if self.opt['train'].get('grad_clip_norm') is not None:
             # A hook, because BasicSR's GAN models call step() deep inside optimize_parameters.
             self.optimizer_g.register_step_pre_hook(self.clip_gradient)
+        self.graphed_step = GraphedStep.of(self)
 
     def get_optimizer(self, optim_type: str, params, lr: float, **kwargs) -> Optimizer:
         """Guards the optimizer and, at the first call, the losses, which exist by then."""
@@ -272,6 +276,8 @@ class RestorationMixin(SRModel):
     def resume_training(self, resume_state: dict) -> None:
         """See `patches.resume`."""
         super().resume_training(resume_state)
+        for optimizer in self.optimizers:
+            apply_capturable(optimizer)
         self.best_checkpoint.resume()
 
     def save_network(

@@ -21,6 +21,7 @@ class RestorationModel(RestorationMixin):
         train.grad_clip_norm: maximum gradient norm; default: none.
         train.pbar: show a progress bar.
         train.amp, train.compile: mixed precision and compilation, see `Precision`.
+        train.cuda_graph: the step as CUDA graphs, see `GraphedStep`.
         train.accum_iter: micro-batches per step, see `GradientAccumulation`.
         train.freeze: patterns of parameters to freeze, see `training.parameters.freeze`.
         path.pretrain_network_e: stage 1 checkpoint, for a network with a degradation extractor (DPMambaIR). The
@@ -28,6 +29,7 @@ class RestorationModel(RestorationMixin):
     """
 
     scales_loss = True
+    has_one_step = True
 
     @classmethod
     def check_training(cls, opt: dict) -> None:
@@ -63,14 +65,26 @@ class RestorationModel(RestorationMixin):
         return [*self.losses.values()]
 
     def optimize_micro_batch(self, current_iter: int) -> None:
-        self.optimizer_g.zero_grad()
-        self.output = self.net_g(*self.network_inputs())
-        loss_dict = self.compute_losses(self.output, self.gt)
-        self.precision.backward(sum(loss_dict.values()))
+        if self.graphed_step is not None:
+            self.log_dict = self.reduce_loss_dict(self.graphed_step.run())
+            return
+        loss_dict = self.compute_gradients()
         if self.accumulation.is_last:
             self.precision.step(self.optimizer_g, if_left_out=self.step_guard.check)
 
         self.log_dict = self.reduce_loss_dict(loss_dict)
+        self.average()
+
+    def compute_gradients(self) -> 'OrderedDict[str, Tensor]':
+        """Those of the network's parameters for the batch; returns the losses, see `compute_losses`."""
+        self.optimizer_g.zero_grad()
+        self.output = self.net_g(*self.network_inputs())
+        loss_dict = self.compute_losses(self.output, self.gt)
+        self.precision.backward(sum(loss_dict.values()))
+        return loss_dict
+
+    def average(self) -> None:
+        """Updates the EMA network, if there is one."""
         if self.ema_decay > 0:
             self.model_ema(decay=self.ema_decay)
 

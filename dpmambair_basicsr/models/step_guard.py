@@ -1,6 +1,8 @@
 """Handles losses and gradients that are not finite."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from basicsr.utils import get_root_logger
@@ -35,6 +37,7 @@ class StepGuard:
         self.names: dict[nn.Parameter, str] = {}
         self.losses_are_finite: list[Tensor] = []  # since the last step of an optimizer
         self.earlier: list[Tensor] = []  # of the iteration's earlier micro-batches
+        self.is_decided = False
 
     def watch_loss(self, loss: nn.Module) -> None:
         loss.register_forward_hook(self.note_loss)
@@ -60,17 +63,37 @@ class StepGuard:
         self.losses_are_finite += [part.detach().isfinite().all() for part in parts if isinstance(part, Tensor)]
 
     def check(self, optimizer: Optimizer, *_) -> None:
-        """Called before a step, which without gradients leaves the optimizer's moments unchanged.
+        """Called before a step, see `skip_if_bad`."""
+        if not self.is_decided:
+            self.skip_if_bad(optimizer)
+
+    @contextmanager
+    def decided(self) -> Iterator[None]:
+        """In it, steps are taken as they come: `skip_if_bad` was called before."""
+        self.is_decided = True
+        try:
+            yield
+        finally:
+            self.is_decided = False
+
+    def skip_if_bad(self, optimizer: Optimizer, bad: Tensor | None = None) -> bool:
+        """Removes the gradients if a step is bad; without them it leaves the optimizer's moments unchanged.
+
+        Args:
+            bad: `badness` of the step, if it is known.
+
+        Returns:
+            Whether it is bad.
 
         Raises:
             FloatingPointError: more than the limit in a row are not finite.
         """
         parameters = [p for group in optimizer.param_groups for p in group['params'] if p.grad is not None]
         if not parameters:
-            return
-        if not self.is_bad(parameters):
+            return False
+        if not (self.badness(parameters) if bad is None else bad):
             self.skipped_in_a_row[optimizer] = 0
-            return
+            return False
         where = self.name_of_first(parameters)
         for parameter in parameters:
             parameter.grad = None
@@ -83,16 +106,17 @@ class StepGuard:
                 'The last checkpoint is intact'
             )
         get_root_logger().warning(f'{where} is not finite: step skipped ({in_a_row} in a row, {self.skipped} in all).')
+        return True
 
-    def is_bad(self, parameters: list[nn.Parameter]) -> bool:
-        """Whether a gradient, or a loss since the last step, is not finite in one of the processes."""
+    def badness(self, parameters: list[nn.Parameter]) -> Tensor:
+        """Not 0 if a gradient, or a loss since the last step, is not finite in one of the processes."""
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         largest = nn.utils.get_total_norm(gradients, norm_type=math.inf)
         bad = torch.stack([*self.earlier, *self.losses_are_finite, largest.isfinite()]).logical_not().any().int()
         self.losses_are_finite.clear()
         if self.distributed:  # gradients are the same everywhere, losses are not
             torch.distributed.all_reduce(bad, op=torch.distributed.ReduceOp.MAX)
-        return bool(bad)
+        return bad
 
     def name_of_first(self, parameters: list[nn.Parameter]) -> str:
         """Names what is not finite: the gradient of the first such parameter, or else the loss."""
