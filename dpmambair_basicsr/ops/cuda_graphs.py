@@ -21,12 +21,14 @@ class Recorder(Protocol):
 
     def aside(self) -> AbstractContextManager:
         """In it, functions that will be recorded run as usual."""
+        ...
 
     def record(self, function: Callable[[], Any]) -> Callable[[], Any]:
         """A function that repeats on the same memory what `function` would do; the latter's Python is not run again.
 
         Its results are the same tensors each time, with new values.
         """
+        ...
 
 
 class CudaGraphs:
