@@ -1,13 +1,13 @@
 """Apply a network to an image, whole or in tiles, for `restore`, tests and validations."""
 
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from itertools import count, product
 
 import torch
 from torch import Tensor, nn
 
 from dpmambair_basicsr.archs.blocks import ImageMean, MeansOverTiles
+from dpmambair_basicsr.inference.tile_graphs import TileGraphs, call
 from dpmambair_basicsr.inference.tiles import tile_spans, tiled
 from dpmambair_basicsr.ops import pad_to_multiple
 
@@ -33,6 +33,7 @@ class TiledNetwork:
     def __init__(self, net: nn.Module, device: torch.device, scale: int, half: bool = False):
         self.net, self.device, self.scale, self.half = net, device, scale, half
         self.stride = getattr(net, 'stride', 1)
+        self.graphs = TileGraphs.on(device, self.run)
         self.has_means = any(isinstance(module, ImageMean) for module in net.modules())
 
     @torch.no_grad()
@@ -108,11 +109,18 @@ class TiledNetwork:
 
     def call(self, image: Tensor, embedding: Tensor | None, means: MeansOverTiles | None = None) -> Tensor:
         """(b, 3, h, w) -> (b, 3, scale * h, scale * w), float32 on the CPU."""
+        image = image.to(self.device)
+        if self.graphs is not None:
+            return self.graphs(image, embedding, means)
+        return call(self.run, image, embedding, means).cpu()
+
+    def run(self, image: Tensor, embedding: Tensor | None) -> Tensor:
+        """`call` on the device."""
         context = {} if embedding is None else {'embedding': embedding}
         dtype = torch.float16 if self.device.type == 'cuda' else torch.bfloat16
         # Not net.half(): under autocast, the input that the network adds to its output stays float32.
-        with torch.autocast(self.device.type, dtype, enabled=self.half), means or nullcontext():
-            return self.net(image.to(self.device), **context).float().cpu()
+        with torch.autocast(self.device.type, dtype, enabled=self.half):
+            return self.net(image, **context).float()
 
     def call_eight_ways(
         self, image: Tensor, embedding: Tensor | None, means: MeansOverTiles | None, spread: bool = False

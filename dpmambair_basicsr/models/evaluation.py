@@ -32,6 +32,7 @@ class Evaluation:
         self.tile, self.overlap = val.get('tile') or 0, val.get('overlap', OVERLAP)
         self.one_pass = bool(val.get('one_pass'))
         self.scale = opt.get('scale', 1)
+        self.tiled: TiledNetwork | None = None
 
     def restore(self, net: nn.Module, inputs: tuple[Tensor, ...], file: str) -> Tensor:
         """(b, 3, scale * h, scale * w) from `inputs`, whose first is (b, 3, h, w), by the network in eval mode.
@@ -59,7 +60,10 @@ class Evaluation:
 
     @contextmanager
     def explained(self, model) -> Iterator[None]:
-        """While BasicSR validates a set: raises OutOfMemory where it happens outside `restore`, naming the image."""
+        """While BasicSR validates a set: raises OutOfMemory where it happens outside `restore`, naming the image.
+
+        In the end, gives back the memory of CUDA graphs.
+        """
         try:
             yield
         except Exception as error:
@@ -69,9 +73,12 @@ class Evaluation:
             raise OutOfMemory(
                 f'out of memory in a metric of {after}, or where the next image is read: {error}'
             ) from error
+        finally:
+            self.tiled = None
 
     def in_tiles(self, net: nn.Module, image: Tensor, *context: Tensor) -> Tensor:
         """Restore in tiles; the result is on the CPU, since it may not fit into a GPU either."""
-        tiled = TiledNetwork(net, image.device, getattr(net, 'scale', self.scale))
-        bands = tiled.bands(image, *context, tile=self.tile, overlap=self.overlap, one_pass=self.one_pass)
+        if self.tiled is None or self.tiled.net is not net:
+            self.tiled = TiledNetwork(net, image.device, getattr(net, 'scale', self.scale))
+        bands = self.tiled.bands(image, *context, tile=self.tile, overlap=self.overlap, one_pass=self.one_pass)
         return torch.cat([*bands], dim=2)

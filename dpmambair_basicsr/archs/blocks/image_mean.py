@@ -42,6 +42,26 @@ class MeansOverTiles:
     def __exit__(self, *_) -> None:
         _means_over_tiles.reset(self.token)
 
+    @classmethod
+    def of(cls, given: dict[ImageMean, Tensor]) -> 'MeansOverTiles':
+        """Complete ones with these means, (B, C, 1, 1) float64."""
+        means = cls()
+        means.complete = True
+        means.sums.update({(module, None): mean for module, mean in given.items()})
+        means.pixels.update(dict.fromkeys(means.sums, 1))
+        return means
+
+    def of_variant(self) -> dict[ImageMean, Tensor]:
+        """What `of` takes, of the current variant."""
+        sums = {key: total for key, total in self.sums.items() if key[1] == self.variant and isinstance(total, Tensor)}
+        return {key[0]: total / self.pixels[key] for key, total in sums.items()}
+
+    def add(self, sums: dict[tuple, Tensor], pixels: dict[tuple, int]) -> None:
+        """Adds what others collected, without variants, to the current variant."""
+        for (module, _), total in sums.items():
+            self.sums[module, self.variant] += total
+            self.pixels[module, self.variant] += pixels[module, None]
+
     def share(self, module: ImageMean, x: Tensor, mean: Tensor) -> Tensor:
         key = module, self.variant
         if self.complete:

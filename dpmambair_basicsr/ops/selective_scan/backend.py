@@ -146,6 +146,11 @@ def get_backend(name: str) -> Backend:
     return importlib.import_module(f'dpmambair_basicsr.ops.selective_scan.{BACKENDS[name]}')
 
 
+def backend_in_force() -> 'Backend | None':
+    """What this thread's scans are asked to be computed by; None: the best available."""
+    return _asked_for(None, '')[0]
+
+
 def _innermost():
     return _context.get()
 

@@ -1,0 +1,101 @@
+"""Tiles by replaying a recording: on a GPU as CUDA graphs, here also on the tape of `support.tape`."""
+
+import logging
+
+import pytest
+import torch
+from support.tape import Tape
+
+from dpmambair_basicsr.archs import DPMambaIR, VmambaIR
+from dpmambair_basicsr.inference.tile_graphs import WARM_UP, TileGraphs
+from dpmambair_basicsr.inference.tiled_network import TiledNetwork
+from dpmambair_basicsr.ops import use_backend
+
+SMALL = {'num_blocks': [1, 1, 1, 1], 'num_refinement_blocks': 1, 'd_state': 2}
+NETWORKS = {
+    'DPMambaIR': lambda: DPMambaIR(
+        dim=8, **SMALL, d_inner=[8, 8, 8, 8], embed_dim=8, extractor_channels=[4, 4, 4], directions=2
+    ),
+    'VmambaIR': lambda: VmambaIR(dim=4, **SMALL),
+}
+ON_GPU = torch.cuda.is_available()
+DEVICE = torch.device('cuda' if ON_GPU else 'cpu')
+
+
+def networks(name, half=False):
+    """With graphs and without, of the same weights; and the recorders of the first."""
+    torch.manual_seed(0)
+    net = NETWORKS[name]().eval().requires_grad_(False)
+    for parameter in net.parameters():
+        parameter.add_(torch.randn_like(parameter), alpha=0.05)
+    net, recorders = net.to(DEVICE), []
+    plain, taped = TiledNetwork(net, DEVICE, 1, half), TiledNetwork(net, DEVICE, 1, half)
+    plain.graphs = None
+    if not ON_GPU:
+        taped.graphs = TileGraphs(taped.run, lambda: recorders.append(Tape()) or recorders[-1])
+    return taped, plain, recorders
+
+
+def restored(network, image, **options):
+    return torch.cat([*network.bands(image, **({'tile': 16, 'overlap': 4} | options))], dim=2)
+
+
+@pytest.mark.parametrize('name', NETWORKS)
+@pytest.mark.parametrize('options', [{}, {'one_pass': True}, {'self_ensemble': True}], ids=['two', 'one', 'eight'])
+def test_replays_give_the_bits_of_calls(name, options):
+    taped, plain, recorders = networks(name)
+    for seed in range(2):
+        image = torch.rand(1, 3, 24, 40, generator=torch.Generator().manual_seed(seed))
+        assert torch.equal(restored(taped, image, **options), restored(plain, image, **options))
+    replays = [recording.replays for tape in recorders for recording in tape.recordings]
+    tiles = 2 * 2 * 3 * (8 if 'self_ensemble' in options else 1)
+    assert ON_GPU or replays == [tiles - WARM_UP] * (1 if 'one_pass' in options else 2)
+
+
+def test_half_precision_is_recorded_too():
+    taped, plain, recorders = networks('DPMambaIR', half=True)
+    image = torch.rand(1, 3, 16, 64)
+    assert torch.equal(restored(taped, image), restored(plain, image))
+    assert ON_GPU or len(recorders[0].recordings) == 2
+
+
+def test_another_shape_or_backend_starts_anew_and_an_image_alone_is_not_recorded():
+    taped, plain, recorders = networks('VmambaIR')
+    for size in (16, 24, 32):
+        image = torch.rand(1, 3, size, 16)
+        assert torch.equal(restored(taped, image, tile=0), restored(plain, image, tile=0))
+    assert ON_GPU or [len(tape.recordings) for tape in recorders] == [0, 0, 0]
+    for backend in ('torch', 'reference'):
+        with use_backend(backend):
+            image = torch.rand(1, 3, 16, 64)
+            assert torch.equal(restored(taped, image, one_pass=True), restored(plain, image, one_pass=True))
+    assert ON_GPU or [len(tape.recordings) for tape in recorders] == [0, 0, 0, 1, 1]
+
+
+@pytest.mark.skipif(ON_GPU, reason='on a GPU such a network is another')
+@pytest.mark.parametrize('fault', ['waits', 'varies'])
+def test_a_network_that_cannot_be_recorded_is_called_and_the_log_says_so(fault, caplog, monkeypatch):
+    class Net(torch.nn.Module):
+        count = 0
+
+        def forward(self, x):
+            Net.count += 1
+            shift = x.mean().item() if fault == 'waits' else Net.count
+            return x + shift
+
+    logger = logging.getLogger('dpmambair_basicsr')
+    monkeypatch.setattr(logger, 'handlers', [caplog.handler])
+    monkeypatch.setattr(logger, 'propagate', False)
+    taped = TiledNetwork(Net(), DEVICE, 1)
+    taped.graphs = TileGraphs(taped.run, Tape)
+    image = torch.rand(1, 3, 4, 40)
+    result = restored(taped, image, tile=8, overlap=0)
+    assert result.shape == image.shape and caplog.text.count('no CUDA graphs for tiles: ') == 1
+    assert fault == 'waits' or Net.count == 5 + 2 and (result - image).amax() > 6
+
+
+@pytest.mark.parametrize(('device', 'value'), [('cpu', None), ('cuda', '0')])
+def test_there_are_none_on_a_cpu_or_where_the_environment_says_so(device, value, monkeypatch):
+    if value is not None:
+        monkeypatch.setenv('DPMAMBAIR_CUDA_GRAPHS', value)
+    assert TileGraphs.on(torch.device(device), torch.neg) is None
