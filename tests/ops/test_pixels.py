@@ -7,7 +7,7 @@ import re
 
 import pytest
 import torch
-from operator_checks import scans_run_by
+from operator_checks import assert_compiles_without_a_graph_break, scans_run_by
 from support import cuda_on_host
 from test_cuda_runtime import needs_nvrtc
 from torch import nn
@@ -170,6 +170,17 @@ def test_a_block_uses_them_and_gives_the_same():
     torch.manual_seed(0)
     block = nn.Sequential(LayerNorm(20), EFFN(20, 1.6, bias=True)).to(DEVICE)
     assert_same_with_kernels(block, image(2, 20, 5, 6))
+
+
+class Loss(nn.Sequential):
+    def forward(self, x):
+        return super().forward(x).square().sum()
+
+
+def test_a_block_has_no_graph_break():
+    torch.manual_seed(0)
+    block = Loss(LayerNorm(4), EFFN(4, 2, bias=True)).to(DEVICE)
+    assert_compiles_without_a_graph_break(block, image(1, 4, 3, 3))
 
 
 @pytest.mark.skipif(not ON_GPU, reason='needs an NVIDIA GPU')
