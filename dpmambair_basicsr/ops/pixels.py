@@ -40,7 +40,8 @@ def depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def kernels_run(x: Tensor) -> bool:
     """Whether our kernels compute this image. Not in a trace, in which FLOPs are counted."""
-    return x.numel() > 0 and not torch.jit.is_tracing() and _kernels_run(x.device, x.dtype)
+    is_traced = torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
+    return x.numel() > 0 and not is_traced and _kernels_run(x.device, x.dtype)
 
 
 def _kernels_run(device, dtype):
