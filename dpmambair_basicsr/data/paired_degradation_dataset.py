@@ -1,5 +1,3 @@
-from typing import Any
-
 from torch.utils.data import Dataset
 
 from dpmambair_basicsr.data.dataset_options import CLEAN, CROPS, TEMPLATE, complete_options
@@ -45,9 +43,7 @@ class PairedDegradationDataset(ProgressiveBatches, Dataset):
         name = opt.get('degradation')
         if name is not None and str(name) not in DEGRADATIONS:
             raise ValueError(f'degradation must be one of {", ".join(DEGRADATIONS)}, got {name!r}')
-        self.kind: dict[str, Any] = (
-            {'degradation': ''} if name is None else {'degradation': name, 'label': DEGRADATIONS[name].label}
-        )
+        self.kind = {'degradation': ''} if name is None else {'degradation': name, 'label': DEGRADATIONS[name].label}
         folders = {'lq': opt['dataroot_lq'], 'gt': opt['dataroot_gt']}
         template = opt.get('filename_tmpl', '{}')
         if opt['io_backend']['type'] == 'lmdb':
