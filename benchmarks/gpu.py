@@ -30,6 +30,11 @@ BENCHMARKS = {
     'The omni scan': [*SCAN, 'omni', '--images', '1x96x256x256', '1x48x256x256', '8x96x128x128', '1x96x64x64'],
     'Networks, inference': NETWORK,
     'Networks, a training step': [*NETWORK, '--train', '--batch', '8', '--size', '128'],
+    'Networks as CUDA graphs, inference': [*NETWORK, '--versus', 'cuda_graph', 'off', 'on'],
+    'Networks as CUDA graphs, a training step': [
+        *(*NETWORK, '--train', '--batch', '8', '--size', '128'),
+        *('--versus', 'cuda_graph', 'off', 'on'),
+    ],
     'A training step in fp32 and bf16': [
         *(*NETWORK, '--networks', 'DPMambaIR', '--train', '--batch', '8', '--size', '128'),
         *('--versus', 'amp', 'off', 'bf16'),

@@ -31,6 +31,7 @@ from torch.profiler import ProfilerActivity, profile
 from dpmambair_basicsr import archs
 from dpmambair_basicsr.models.precision import DTYPES, in_training, mixed
 from dpmambair_basicsr.ops import use_backend
+from dpmambair_basicsr.ops.cuda_graphs import CudaGraphs, Replayed
 from dpmambair_basicsr.ops.selective_scan.backend import get_backend
 
 OPTIONS = Path(__file__).parents[1] / 'options'
@@ -38,6 +39,7 @@ FILES = {'DPMambaIR': 'train_dpmambair.yml', 'VmambaIR': 'train_vmambair_derain.
 SMALL = {'dim': 16, 'num_blocks': [1, 1, 1, 1], 'num_refinement_blocks': 1}
 SMALL_ONLY = {'DPMambaIR': {'d_inner': [16, 32, 64, 128], 'embed_dim': 64, 'extractor_channels': [16, 24, 32, 48]}}
 PARTS = ('scan', 'layer norm', 'depthwise conv', '1x1 conv', 'other conv', 'projections', 'gates')
+KERNELS = {'layer_norm': 'layer norm', 'depthwise': 'depthwise conv'}
 ELEMENTWISE = ('aten::gelu', 'aten::silu', 'aten::mul', 'aten::gelu_backward', 'aten::silu_backward')
 
 
@@ -71,6 +73,7 @@ SETTINGS = {
     'channels_last': 'on, off',
     'checkpoint_levels': 'digits of the levels, e.g. 0 or 0123, or none',
     'amp': 'off, bf16, fp16, with --train',
+    'cuda_graph': 'off, on, whether all launches are replayed as one',
 }
 
 
@@ -84,6 +87,10 @@ def setting(name: str | None, value: str, net: torch.nn.Module):
         vars(net).pop('forward', None)
         if value != 'off':
             in_training(net, mixed(DTYPES[value], type(net).forward))
+    elif name == 'cuda_graph':
+        if 'graph' not in vars(net):
+            net.graph = Replayed(partial(work, net), CudaGraphs(next(net.parameters()).device), warm_up=3)
+        net.replays = value == 'on'
     elif name is not None:
         return {'backend': backend, 'threads': threads}[name](value)
     return nullcontext()
@@ -108,6 +115,8 @@ def main():
         parser.error(f'--versus: must be one of {", ".join(SETTINGS)}, got {name!r}')
     if name == 'amp' and not args.train:
         parser.error('--versus amp: needs --train, since inference is fp32')
+    if name == 'cuda_graph' and args.devices != ['cuda']:
+        parser.error('--versus cuda_graph: needs --devices cuda')
     torch.set_num_threads(args.threads)
 
     memory = 'huge pages' if os.environ['THP_MEM_ALLOC_ENABLE'] == '1' else 'no huge pages'
@@ -128,7 +137,7 @@ def main():
 
         def run(network, value, measure, nets=nets, image=image):
             with setting(name, value, nets[network]):
-                return measure(nets[network], image, args.train)
+                return measure(nets[network], image)
 
         taken = {case: [] for case in cases}
         for repeat in range(args.repeats + 1):
@@ -153,40 +162,49 @@ def make(network: str, small: bool, train: bool) -> torch.nn.Module:
     return getattr(archs, network)(**options).train(train)
 
 
-def once(net, image, train):
-    if train:
+def work(net, image):
+    if net.training:
         net(image).square().mean().backward()
         net.zero_grad()
     else:
-        with torch.inference_mode():
+        with torch.no_grad():
             net(image)
+
+
+def once(net, image):
+    if getattr(net, 'replays', False):
+        while net.graph.replay is None:
+            net.graph(image)
+        net.graph(image)
+    else:
+        work(net, image)
     if image.device.type != 'cpu':
         torch.accelerator.synchronize(image.device)
 
 
-def timed(net, image, train) -> tuple[float, float]:
+def timed(net, image) -> tuple[float, float]:
     """Wall-clock and CPU time in seconds."""
     clock, cpu = time.perf_counter(), time.process_time()
-    once(net, image, train)
+    once(net, image)
     return time.perf_counter() - clock, time.process_time() - cpu
 
 
-def peak_memory(net, image, train) -> str:
+def peak_memory(net, image) -> str:
     """PyTorch's memory for a pass, besides parameters and image."""
     if image.device.type != 'cuda':
-        return f'{peak(partial(once, net, image, train)) / 2**20:.0f} MB'
+        return f'{peak(partial(once, net, image)) / 2**20:.0f} MB'
     torch.cuda.reset_peak_memory_stats(image.device)
     before = torch.cuda.memory_allocated(image.device)
-    once(net, image, train)
+    once(net, image)
     return f'{(torch.cuda.max_memory_allocated(image.device) - before) / 2**20:.0f} MB'
 
 
-def time_shares(net, image, train) -> list[float]:
+def time_shares(net, image) -> list[float]:
     """The shares of PARTS, and of the rest, in the time of all operators."""
     cuda = image.device.type == 'cuda'
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * cuda
     with profile(activities=activities, record_shapes=True) as record:
-        once(net, image, train)
+        once(net, image)
     totals, everything = dict.fromkeys(PARTS, 0.0), 0.0
     for event in record.events():
         duration = event.device_time_total if cuda else event.cpu_time_total
@@ -208,7 +226,7 @@ def parents(event):
 def part_of(event) -> str | None:
     name, shapes = event.name, event.input_shapes
     if name.startswith('dpmambair_basicsr::'):
-        return 'scan'
+        return next((part for key, part in KERNELS.items() if key in name), 'scan')
     if name in ('aten::native_layer_norm', 'aten::layer_norm', 'aten::native_layer_norm_backward'):
         return 'layer norm'
     if name in ('aten::convolution', 'aten::convolution_backward'):

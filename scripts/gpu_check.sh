@@ -12,11 +12,12 @@ python="${PYTHON:-python3}"
 failed=0
 workers=()
 "$python" -c 'import xdist' 2>/dev/null && workers=(-n 8)  # most of the time is spent compiling, on the CPU
-"$python" -m pytest -q "${workers[@]}" tests/ops || failed=1
+"$python" -m pytest -q "${workers[@]}" tests/ops tests/test_cuda_graph.py tests/test_tile_graphs.py || failed=1
 if command -v compute-sanitizer >/dev/null; then  # comes with CUDA's toolkit
     for tool in memcheck racecheck; do
         PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --error-exitcode 9 "$python" -m pytest -q \
-            tests/ops/test_cuda_backend.py -k 'agrees_with_the_parts or sequences_agree_with_the_definition' || failed=1
+            tests/ops/test_cuda_backend.py tests/ops/test_pixels.py -k 'agrees_with_the_ or sequences_agree_with_the_definition' ||
+            failed=1
     done
 fi
 "$python" benchmarks/gpu.py ${restormer:+--restormer "$restormer"} || failed=1

@@ -12,7 +12,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dpmambair_basicsr.archs.blocks import EFFN, ImageMean, LayerNorm, PlanarScan, UNet, convolve_halves, one_of
+from dpmambair_basicsr.archs.blocks import (
+    EFFN,
+    ImageMean,
+    LayerNorm,
+    PlanarScan,
+    UNet,
+    convolve_depthwise,
+    convolve_halves,
+    one_of,
+)
 from dpmambair_basicsr.archs.degradation_extractor_arch import (
     CHANNELS,
     HIDDEN,
@@ -187,7 +196,7 @@ class DPSSModule(PlanarScan):
     def forward(self, x: Tensor, embedding: Tensor | None = None) -> Tensor:
         """(B, C, H, W), (B, E) -> (B, C, H, W)."""
         features, gate = convolve_halves(self.in_conv, x)  # F1, F2 of Fig. 4: (B, D, H, W) each
-        features = F.silu(self.conv2d(features))
+        features = F.silu(convolve_depthwise(self.conv2d, features))
         if self.insertion is not None:
             features = self.insertion(features, embedding)
         prompts = () if self.modulation is None else self.modulation(embedding)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dpmambair_basicsr.archs.blocks import EFFN, ImageMean, LayerNorm, UNet, one_of
+from dpmambair_basicsr.archs.blocks import EFFN, ImageMean, LayerNorm, UNet, convolve_depthwise, one_of
 from dpmambair_basicsr.ops import pad_to_multiple
 from dpmambair_basicsr.registry import ARCH_REGISTRY
 
@@ -58,7 +58,8 @@ class ChannelAttention(nn.Module):
         """(B, C, H, W) -> same."""
         heads = self.temperature.shape[0]
         query, key, value = (
-            part.flatten(2).unflatten(1, (heads, -1)) for part in self.dwconv(self.qkv(x)).chunk(3, dim=1)
+            part.flatten(2).unflatten(1, (heads, -1))
+            for part in convolve_depthwise(self.dwconv, self.qkv(x)).chunk(3, dim=1)
         )  # (B, heads, C / heads, H W) each
         scores = F.normalize(query, dim=-1) @ F.normalize(key, dim=-1).mT * self.temperature
         return self.project_out((scores.softmax(dim=-1) @ value).reshape(x.shape))
@@ -98,7 +99,7 @@ class NonlinearActivationFreeBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> same."""
-        y = gated(self.dwconv(self.expand(self.norm1(x))))
+        y = gated(convolve_depthwise(self.dwconv, self.expand(self.norm1(x))))
         x = x + self.beta * self.project(y * self.attend(self.mean(y)))
         return x + self.gamma * self.ffn_project(gated(self.ffn_expand(self.norm2(x))))
 

@@ -18,6 +18,7 @@ from dpmambair_basicsr.archs.blocks import (
     LayerNorm,
     PlanarScan,
     UNet,
+    convolve_depthwise,
     convolve_halves,
     directional_scan,
     log_uniform_delta_bias,
@@ -98,7 +99,7 @@ class OSSModule(PlanarScan):
             features, gate = self.in_conv(x).chunk(2, dim=1)  # (B, C, H, W) each
         else:
             features, gate = convolve_halves(self.in_conv, x)
-        features = F.silu(self.conv2d(features))
+        features = F.silu(convolve_depthwise(self.conv2d, features))
         y = self.out_norm(self.scan(features)) * F.silu(gate)
         if self.channel_scan != 'none':
             c = self.scan_channels(y)  # (B, C, 1, 1)

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from dpmambair_basicsr.ops.selective_scan.backend import get_backend
-from dpmambair_basicsr.ops.selective_scan.cuda import launch, runtime
+from dpmambair_basicsr.ops.selective_scan.cuda import launch, pixels, runtime
 
 HERE = Path(__file__).parent
 needs_gxx = pytest.mark.skipif(
@@ -30,8 +30,8 @@ def build_dir():
 def load(name, constants, device):
     """In the place of the runtime's."""
     text = runtime.source(name, constants)
-    kernels = re.findall(r'void __launch_bounds__\(.*\) (\w+)\(', text)
-    lines = ['#include "host_shim.h"', text, *(f'HOST_KERNEL({kernel})' for kernel in kernels)]
+    kernels = re.findall(r'void __launch_bounds__\(.*\) (\w+)\(const __grid_constant__ (\w+) ', text)
+    lines = ['#include "host_shim.h"', text, *(f'HOST_KERNEL({kernel}, {kind})' for kernel, kind in kernels)]
     folder = Path(tempfile.mkdtemp(dir=build_dir().name))
     (folder / 'host.cpp').write_text('\n'.join(lines))
     # no-gnu-unique: libraries of other macros would share static variables, the kernels' shared memory
@@ -58,8 +58,10 @@ def launching_on(device):
 def install(monkeypatch, shared_limit=227 << 10):
     """The backend 'cuda' computes on the CPU, with as much shared memory as a GPU has."""
     launch._launches.cache_clear()
-    monkeypatch.setattr(launch, 'load', load)
-    monkeypatch.setattr(launch, 'launching_on', launching_on)
+    pixels._kernel.cache_clear()
+    for module in (launch, pixels):
+        monkeypatch.setattr(module, 'load', load)
+        monkeypatch.setattr(module, 'launching_on', launching_on)
     monkeypatch.setattr(launch, 'shared_limit', lambda device: shared_limit)
     backend, only_fp32 = get_backend('cuda'), 'it computes in float32'
     monkeypatch.setattr(backend, 'why_unavailable', lambda device, dtype: None if dtype == torch.float32 else only_fp32)

@@ -121,7 +121,7 @@ inline unsigned short half_from_float(float x, bool bfloat) {
     if (!bfloat) memcpy(&bits, &half, 2);
     return bits;
 }
-#define HOST_KERNEL(name) \
-    extern "C" void run_##name(const Scan *o, unsigned grid, unsigned block) { \
-        shim::launch([](const void *p) { name(*(const Scan *)p); }, o, grid, block); \
+#define HOST_KERNEL(name, Arguments) \
+    extern "C" void run_##name(const Arguments *o, unsigned grid, unsigned block) { \
+        shim::launch([](const void *p) { name(*(const Arguments *)p); }, o, grid, block); \
     }

@@ -1,6 +1,8 @@
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dpmambair_basicsr.ops.pixels import depthwise_conv, kernels_run
+
 
 def convolve_halves(
     conv: nn.Conv2d, first: Tensor, second: Tensor | None = None, width: int | None = None
@@ -11,7 +13,7 @@ def convolve_halves(
     several times slower.
 
     Args:
-        conv: ungrouped, or depthwise.
+        conv: ungrouped, or depthwise, 3x3 with zeros around the image.
         first: the input; for a depthwise convolution its first half.
         second: its second half, for a depthwise convolution.
         width: c, at least half of conv's output channels; the rest is zeros. Default: half of them.
@@ -19,13 +21,19 @@ def convolve_halves(
     width = width or conv.out_channels // 2
     weights = extended_halves(conv.weight, width)
     biases = (None, None) if conv.bias is None else extended_halves(conv.bias, width)
-    groups = 1 if second is None else width
     inputs = (first, first if second is None else second)
     one, other = (
-        F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation, groups)
+        F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation)
+        if second is None
+        else depthwise_conv(x, weight, bias)
         for x, weight, bias in zip(inputs, weights, biases, strict=True)
     )
     return one, other
+
+
+def convolve_depthwise(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """`conv(x)` of a depthwise 3x3 convolution that keeps the size."""
+    return depthwise_conv(x, conv.weight, conv.bias) if kernels_run(x) else conv(x)
 
 
 def extended_halves(parameter: Tensor, width: int) -> tuple[Tensor, ...]:

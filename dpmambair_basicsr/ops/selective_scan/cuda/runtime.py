@@ -22,6 +22,13 @@ from dpmambair_basicsr.files.atomic import replacing
 
 HERE = Path(__file__).parent
 OPTIONS = ('--std=c++17', '-default-device')
+# Name -> its source.
+FILES = {
+    'forward': ('types.cuh', 'scan_common.cuh', 'scan_forward.cu'),
+    'backward': ('types.cuh', 'scan_common.cuh', 'scan_backward.cu'),
+    'layer_norm': ('types.cuh', 'layer_norm.cu'),
+    'depthwise': ('types.cuh', 'depthwise.cu'),
+}
 # (arguments, grid, stream) -> None
 Kernel = Callable[[ctypes.Structure, int, int], None]
 # (name of a kernel, threads of a block, bytes of dynamic shared memory) -> Kernel
@@ -102,7 +109,7 @@ def _primary_context(index):
 
 @functools.cache
 def load(name: str, constants: tuple[tuple[str, int | str], ...], device: torch.device) -> Module:
-    """The kernels of scan_<name>.cu with these macros, loaded in the current context, which must be the device's.
+    """The kernels of a name in `FILES` with these macros, loaded in the current context, which must be the device's.
 
     Raises:
         CudaError: they do not compile, or the driver rejects them.
@@ -135,9 +142,9 @@ def load(name: str, constants: tuple[tuple[str, int | str], ...], device: torch.
 
 
 def source(name: str, constants: tuple[tuple[str, int | str], ...]) -> str:
-    """The text of scan_<name>.cu with these macros; -D would define N, T, ... in NVRTC's own headers too."""
+    """Its text with these macros; -D would define N, T, ... in NVRTC's own headers too."""
     macros = ''.join(f'#define {key} {value}\n' for key, value in constants)
-    return macros + ''.join((HERE / file).read_text('utf-8') for file in ('scan_common.cuh', f'scan_{name}.cu'))
+    return macros + ''.join((HERE / file).read_text('utf-8') for file in FILES[name])
 
 
 def machine_code(name: str, constants: tuple[tuple[str, int | str], ...], architecture: str) -> bytes:
@@ -151,7 +158,7 @@ def machine_code(name: str, constants: tuple[tuple[str, int | str], ...], archit
     code = read_code(file)
     if code is None:
         _say_once('selective_scan: compiling CUDA kernels for this GPU, seconds for each width of a network, once')
-        code, _ = compile_source(text, f'scan_{name}.cu', architecture)
+        code, _ = compile_source(text, FILES[name][-1], architecture)
         try:
             write_code(file, code)
         except OSError as error:

@@ -5,9 +5,6 @@
 // Shapes: b batch, l pixels, d channels, k scan orders, c chunks. A chunk is T positions in a row (directions 0, 2) or
 // column order (1, 3); reversed directions visit the same chunks, and the positions of a chunk, from the last on.
 // In the plain scan the orders are the groups of channels: each has d channels of its own, and all go forward.
-struct bf16 { unsigned short bits; };
-struct fp16 { unsigned short bits; };
-
 struct Scan {
     const TX *x;             // (b, l, row); row is d, in the plain scan k * d
     const TD *delta;         // (b, l, row), in the plain scan
@@ -43,34 +40,6 @@ static_assert(TS % U == 0 && CHECK % TS == 0 && CHECK % 4 == 0 && T % (2 * CHECK
 #define NP ((N + 3) / 4 * 4)
 #define LOW (R ? R : 1)  // of arrays, which cannot be empty
 #define PLAIN (R == 0)
-
-#ifdef HOST_SHIM
-inline float to_float(bf16 x) { return half_to_float(x.bits, true); }
-inline float to_float(fp16 x) { return half_to_float(x.bits, false); }
-inline void from_float(bf16 *p, float x) { p->bits = half_from_float(x, true); }
-inline void from_float(fp16 *p, float x) { p->bits = half_from_float(x, false); }
-template <class V> V load(const V *p) { return *p; }
-inline long long multiply_wide(int x, int y) { return (long long)x * y; }
-#else
-#define CHECK_ALIGNED(p)
-#define DYNAMIC_SHARED(name) extern __shared__ __align__(16) char name[]
-__device__ inline float exp2_fast(float x) { float y; asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
-// By hand: NVRTC would forget that these are 32 bits wide.
-__device__ inline long long multiply_wide(int x, int y) {
-    long long product;
-    asm("mul.wide.s32 %0, %1, %2;" : "=l"(product) : "r"(x), "r"(y));
-    return product;
-}
-__device__ inline float to_float(bf16 x) { return __uint_as_float((unsigned)x.bits << 16); }
-__device__ inline float to_float(fp16 x) { float y; asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x.bits)); return y; }
-__device__ inline void from_float(bf16 *p, float x) { asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(p->bits) : "f"(x)); }
-__device__ inline void from_float(fp16 *p, float x) { asm("cvt.rn.f16.f32 %0, %1;" : "=h"(p->bits) : "f"(x)); }
-__device__ inline bf16 load(const bf16 *p) { return bf16{__ldg(&p->bits)}; }
-__device__ inline fp16 load(const fp16 *p) { return fp16{__ldg(&p->bits)}; }
-__device__ inline float load(const float *p) { return __ldg(p); }
-#endif
-__device__ inline float to_float(float x) { return x; }
-__device__ inline void from_float(float *p, float x) { *p = x; }
 
 // log(1 + e^x) to full relative accuracy: max(x, 0) + z P(z), z = e^-|x|; P of degree 9 is fitted to 5e-9.
 __device__ inline float softplus(float x) {
