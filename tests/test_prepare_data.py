@@ -326,7 +326,7 @@ def test_bad_images_are_left_out_on_demand(tmp_path, capsys):
     arrange('rain100h', raw, '--output', tmp_path, '--skip-bad')
     assert stems(tmp_path / 'Rain100H' / 'GT') == stems(tmp_path / 'Rain100H' / 'LQ') == ['2']
     said = capsys.readouterr().err
-    assert 'no LQ image for' in said and 'target/1.png: not an image' in said and 'are skipped' in said
+    assert 'no LQ image for' in said and 'target/1.png: cannot be decoded as an image' in said and 'are skipped' in said
     (raw / 'test/Rain100H/target/2.png').write_bytes(b'no image')
     assert 'no images left' in refusal('rain100h', raw, '--output', tmp_path / 'b', '--skip-bad', '--any-count')
 
@@ -616,7 +616,7 @@ def test_help(capsys):
     for arguments in (['--help'], *([name, '--help'] for name in SETS)):
         assert refusal(*arguments) == '0'
         text = capsys.readouterr().out
-    assert 'valid-input-noisy/{key} + valid-gt-clean/{key}' in text and 'is inference' in text
+    assert 'valid-input-noisy/{key} + valid-gt-clean/{key}' in text and 'inference' in text
 
 
 REAL = {  # pairs of the published sets, renamed: {folder: (set, part, names in braces of the file names)}
