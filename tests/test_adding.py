@@ -44,8 +44,8 @@ def copy(tmp_path_factory):
     for block in code_blocks(PAGE, 'python'):
         add(block, folder)
         ast.parse((folder / HEAD.match(block)[1]).read_text(encoding='utf-8'))
-    for command in demo_commands():
-        run(folder, *command)
+    for name, *arguments in demo_commands():
+        run(folder, *(('-m', f'dpmambair_basicsr.{name}') if name in ('train', 'test') else (name,)), *arguments)
     return folder
 
 

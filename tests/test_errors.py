@@ -16,7 +16,7 @@ EXCEPTIONS = {
     ('patches/options.py', 'checked_options'): "BasicSR's own train.py and test.py call it, with no main of ours",
     ('patches/resume.py', 'load_resume_state'): "BasicSR's own train.py calls it, with no main of ours",
     ('training/signals.py', 'StoppedBySignal'): "BasicSR's loop has no other end, and the shell expects 128 + signal",
-    ('training/signals.py', 'obey_parent'): "a thread of a loader's worker, which ends the process no other way",
+    ('training/signals.py', 'exit_with_parent'): "a thread of a loader's worker, which ends the process no other way",
 }
 
 
