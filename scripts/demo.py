@@ -1,4 +1,4 @@
-"""Small-scale DPMambaIR on two CPU cores in less than ten minutes, on any system: `python scripts/demo.py`.
+"""Small-scale DPMambaIR on two CPU cores in about a quarter of an hour, on any system: `python scripts/demo.py`.
 
 Prepares data from photographs in scikit-image and scikit-learn, runs stage 1, stage 2 and the test, and writes a table
 and a picture, below datasets/, experiments/, results/. `bash scripts/demo.sh` also sets up the environment.

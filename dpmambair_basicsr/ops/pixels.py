@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from dpmambair_basicsr.ops.selective_scan.backend import backend_in_force, get_backend
 
-MAX_CHANNELS = 1024  # of a layer norm by a kernel
+MAX_CHANNELS = 1024  # of a layer norm by a kernel, which keeps a pixel in registers
 
 
 def layer_norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:

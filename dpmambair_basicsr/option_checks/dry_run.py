@@ -82,11 +82,12 @@ def check_by_dry_run(opt: dict, model: Any, reported: list[str]) -> list[str]:
         if target is None:
             attempt(f'datasets.{phase}', check_basicsr_dataset, section, is_checked)
         dataset = None if target is None else attempt(f'datasets.{phase}', target, deepcopy(section))
-        has_labels = dataset is None or getattr(dataset, 'has_labels', True)
-        if not has_labels and getattr(networks.get('network_g'), 'needs_label', False):
-            names = f': {dataset.unlabelled()}' if hasattr(dataset, 'unlabelled') else ''
-            problems.append(f'datasets.{phase}: no labels, which network_g needs; not of a known degradation{names}')
         if getattr(networks.get('network_g'), 'needs_label', False):
+            if dataset is not None and not getattr(dataset, 'has_labels', True):
+                names = f': {dataset.unlabelled()}' if hasattr(dataset, 'unlabelled') else ''
+                problems.append(
+                    f'datasets.{phase}: no labels, which network_g needs; not of a known degradation{names}'
+                )
             attempt('network_g.num_degradations', check_labels, phase, dataset, networks['network_g'])
         if phase == 'train' and dataset is not None:
             attempt('datasets.train', check_batches, opt, len(dataset))

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from support.cuda_on_host import needs_nvrtc, resources
 
 from dpmambair_basicsr.ops.selective_scan.backend import get_backend
 from dpmambair_basicsr.ops.selective_scan.cuda import launch, plan, runtime
@@ -16,18 +17,6 @@ KERNELS = {
     'forward': {'scan_ends', 'scan_chain', 'scan_outputs'},
     'backward': {'scan_adjoint_ends', 'scan_adjoint_chain', 'scan_gradients'},
 }
-
-
-def compiler_missing():
-    try:
-        from cuda.bindings import nvrtc
-
-        return nvrtc.nvrtcVersion()[0]
-    except Exception as error:  # any: the package or the library is missing
-        return error
-
-
-needs_nvrtc = pytest.mark.skipif(bool(compiler_missing()), reason='cuda-bindings or nvidia-cuda-nvrtc is not installed')
 
 
 def macros(b=1, d=96, length=65536, n=16, rank=6, directions=ALL, dtype=torch.float32, limit=227 << 10):
@@ -99,11 +88,8 @@ def test_compiles_and_hardly_spills(architecture, shape, spilled):
     for constants in macros(**shape, limit=limit):
         for name, kernels in KERNELS.items():
             text = runtime.source(name, constants)
-            code, said = runtime.compile_source(text, name, str(architecture), '--ptxas-options=-v')
-            assert code[:4] == b'\x7fELF'
-            pattern = r"entry function '(\w+)'.*?(\d+) bytes spill stores.*?Used (\d+) registers"
-            found = {kernel: (int(bytes), int(used)) for kernel, bytes, used in re.findall(pattern, said, re.S)}
-            assert found.keys() == kernels, said
+            found = resources(text, name, architecture)
+            assert found.keys() == kernels
             for kernel, (bytes, registers) in found.items():
                 assert bytes <= spilled and registers <= (168 if kernel == 'scan_gradients' else 128), kernel
 

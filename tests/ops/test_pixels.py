@@ -3,13 +3,11 @@
 There fresh memory is full of NaN, and sizes are tiny.
 """
 
-import re
-
 import pytest
 import torch
 from operator_checks import assert_compiles_without_a_graph_break, scans_run_by
 from support import cuda_on_host
-from test_cuda_runtime import needs_nvrtc
+from support.cuda_on_host import needs_nvrtc, resources
 from torch import nn
 from torch.nn import functional as F
 
@@ -201,7 +199,6 @@ def test_another_backend_or_type_or_too_many_channels_leaves_it_to_pytorch():
         assert kernels_run(x)
     wide, norm = image(1, MAX_CHANNELS + 1, 1, 2), nn.LayerNorm(MAX_CHANNELS + 1).to(DEVICE)
     assert torch.equal(layer_norm(norm, wide), torch_norm(wide, norm.weight, norm.bias))
-    assert MAX_CHANNELS == pixels.MAX_CHANNELS
 
 
 @pytest.mark.skipif(ON_GPU, reason='there is a GPU')
@@ -226,11 +223,8 @@ def test_they_compile_and_hardly_spill(architecture, channels, dtype):
     }
     for name, kernels in KERNELS.items():
         text = runtime.source(name, constants[name])
-        code, said = runtime.compile_source(text, name, str(architecture), '--ptxas-options=-v')
-        assert code[:4] == b'\x7fELF'
-        pattern = r"entry function '(\w+)'.*?(\d+) bytes spill stores.*?Used (\d+) registers"
-        found = {kernel: (int(bytes), int(used)) for kernel, bytes, used in re.findall(pattern, said, re.S)}
-        assert found.keys() == kernels, said
+        found = resources(text, name, architecture)
+        assert found.keys() == kernels
         for kernel, (spilled, registers) in found.items():
             most = 64 if channels <= 513 and kernel != 'layer_norm_gradients' else 128 if channels <= 513 else 255
             assert spilled <= 8 and registers <= most, (kernel, registers)

@@ -21,6 +21,18 @@ needs_gxx = pytest.mark.skipif(
 )
 
 
+def compiler_missing():
+    try:
+        from cuda.bindings import nvrtc
+
+        return nvrtc.nvrtcVersion()[0]
+    except Exception as error:  # any: the package or the library is missing
+        return error
+
+
+needs_nvrtc = pytest.mark.skipif(bool(compiler_missing()), reason='cuda-bindings or nvidia-cuda-nvrtc is not installed')
+
+
 @functools.cache
 def build_dir():
     return tempfile.TemporaryDirectory(prefix='cuda_on_host')
@@ -48,6 +60,14 @@ def load(name, constants, device):
         return run
 
     return kernel
+
+
+def resources(text: str, name: str, architecture: int) -> dict[str, tuple[int, int]]:
+    """By kernel, what NVRTC says of a source for a GPU: bytes that a thread spills, and its registers."""
+    code, said = runtime.compile_source(text, name, str(architecture), '--ptxas-options=-v')
+    assert code[:4] == b'\x7fELF'
+    pattern = r"entry function '(\w+)'.*?(\d+) bytes spill stores.*?Used (\d+) registers"
+    return {kernel: (int(spilled), int(used)) for kernel, spilled, used in re.findall(pattern, said, re.S)}
 
 
 @contextmanager

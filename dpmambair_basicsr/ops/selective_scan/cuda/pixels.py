@@ -13,7 +13,6 @@ from torch import Tensor
 from dpmambair_basicsr.ops.selective_scan.cuda.runtime import Kernel, launching_on, load
 
 TYPES = {torch.float32: 'float', torch.bfloat16: 'bf16', torch.float16: 'fp16'}
-MAX_CHANNELS = 1024  # of a layer norm, whose pixels are in registers
 WARPS, STRIP = 8, 16
 BLOCKS = 132 * 8  # of kernels that sum over pixels, at most; a constant: on every GPU the sums have the same order
 
@@ -62,7 +61,7 @@ def _warps(rows):
 
 @torch.library.custom_op('dpmambair_basicsr::layer_norm_cuda', mutates_args=())
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """Over the last dimension, up to MAX_CHANNELS; in x's type, also under autocast."""
+    """Over the last dimension, up to `ops.pixels.MAX_CHANNELS`; in x's type, also under autocast."""
     x, weight, bias = x.contiguous(), weight.float().contiguous(), bias.float().contiguous()
     channels, pixels, out = x.shape[-1], x.numel() // x.shape[-1], torch.empty_like(x)
     arguments, constants = Pixels(pixels=pixels, eps=eps), layer_norm_constants(channels, x.dtype)
