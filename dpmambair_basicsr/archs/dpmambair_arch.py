@@ -18,9 +18,9 @@ from dpmambair_basicsr.archs.blocks import (
     LayerNorm,
     PlanarScan,
     UNet,
-    convolve_depthwise,
     convolve_halves,
     one_of,
+    silu_depthwise,
 )
 from dpmambair_basicsr.archs.degradation_extractor_arch import (
     CHANNELS,
@@ -196,12 +196,12 @@ class DPSSModule(PlanarScan):
     def forward(self, x: Tensor, embedding: Tensor | None = None) -> Tensor:
         """(B, C, H, W), (B, E) -> (B, C, H, W)."""
         features, gate = convolve_halves(self.in_conv, x)  # F1, F2 of Fig. 4: (B, D, H, W) each
-        features = F.silu(convolve_depthwise(self.conv2d, features))
+        features = silu_depthwise(self.conv2d, features)
         if self.insertion is not None:
             features = self.insertion(features, embedding)
         prompts = () if self.modulation is None else self.modulation(embedding)
         y = self.scan(features, *prompts)
-        y = self.out_norm(y) * F.silu(gate)
+        y = self.out_norm.and_gate(y, gate)
         return self.out_conv(self.high_frequency(y))
 
 

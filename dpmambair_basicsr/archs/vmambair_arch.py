@@ -18,11 +18,11 @@ from dpmambair_basicsr.archs.blocks import (
     LayerNorm,
     PlanarScan,
     UNet,
-    convolve_depthwise,
     convolve_halves,
     directional_scan,
     log_uniform_delta_bias,
     one_of,
+    silu_depthwise,
 )
 from dpmambair_basicsr.ops import pad_to_multiple
 from dpmambair_basicsr.registry import ARCH_REGISTRY
@@ -99,8 +99,8 @@ class OSSModule(PlanarScan):
             features, gate = self.in_conv(x).chunk(2, dim=1)  # (B, C, H, W) each
         else:
             features, gate = convolve_halves(self.in_conv, x)
-        features = F.silu(convolve_depthwise(self.conv2d, features))
-        y = self.out_norm(self.scan(features)) * F.silu(gate)
+        features = silu_depthwise(self.conv2d, features)
+        y = self.out_norm.and_gate(self.scan(features), gate)
         if self.channel_scan != 'none':
             c = self.scan_channels(y)  # (B, C, 1, 1)
             y = y + c if self.channel_fusion == 'add' else y * c + y

@@ -1,7 +1,8 @@
-"""Layer norm over channels and depthwise 3x3 convolutions of images in channels_last: which code computes it.
+"""Layer norm over channels and depthwise 3x3 convolutions of images in channels_last: which code computes them.
 
-On a GPU on which scans are computed by the backend 'cuda', by kernels from the same place, `selective_scan/cuda`; where
-another backend is asked for, or anywhere else, by PyTorch.
+On a GPU on which scans are computed by the backend 'cuda', by kernels from the same place, `selective_scan/cuda`. On a
+CPU on which they are computed by 'numba', and without gradients, by kernels of `selective_scan/numba` that read and
+write the image once for all steps of a function. Where another backend is asked for, or anywhere else, by PyTorch.
 """
 
 import torch
@@ -10,20 +11,34 @@ from torch.nn import functional as F
 
 from dpmambair_basicsr.ops.selective_scan.backend import backend_in_force, get_backend
 
-MAX_CHANNELS = 1024  # of a layer norm by a kernel, which keeps a pixel in registers
+MAX_CHANNELS = 1024  # of a layer norm by a GPU kernel, which keeps a pixel in registers
+CPU_CHANNELS = 16  # a vector: the fewest of the CPU kernels; for layer norm c is a multiple
 
 
 def layer_norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
     """Of the channels of each pixel: (b, c, h, w), (c,) parameters -> (b, c, h, w) in channels_last.
 
-    Under autocast a kernel gives x's type, PyTorch fp32.
+    Under autocast a GPU kernel gives x's type, PyTorch fp32.
     """
     pixels = x.permute(0, 2, 3, 1)  # a view, not a copy
-    if x.shape[1] > MAX_CHANNELS or not kernels_run(x):
-        return norm(pixels).permute(0, 3, 1, 2)
-    from dpmambair_basicsr.ops.selective_scan.cuda import pixels as kernels
+    if kernels_run(x) and x.shape[1] <= MAX_CHANNELS:
+        from dpmambair_basicsr.ops.selective_scan.cuda import pixels as kernels
 
-    return kernels.layer_norm(pixels, norm.weight, norm.bias, norm.eps).permute(0, 3, 1, 2)
+        return kernels.layer_norm(pixels, norm.weight, norm.bias, norm.eps).permute(0, 3, 1, 2)
+    if cpu_kernels_run(x, norm.weight) and x.shape[1] % CPU_CHANNELS == 0:
+        from dpmambair_basicsr.ops.selective_scan.numba import pixels as cpu_kernels
+
+        return cpu_kernels.layer_norm(x, norm.weight, norm.bias, norm.eps, None)
+    return norm(pixels).permute(0, 3, 1, 2)
+
+
+def layer_norm_silu_gate(norm: nn.LayerNorm, x: Tensor, gate: Tensor) -> Tensor:
+    """`layer_norm(norm, x) * silu(gate)`, (b, c, h, w) each."""
+    if cpu_kernels_run(x, gate, norm.weight) and x.shape[1] % CPU_CHANNELS == 0:
+        from dpmambair_basicsr.ops.selective_scan.numba import pixels as cpu_kernels
+
+        return cpu_kernels.layer_norm(x, norm.weight, norm.bias, norm.eps, gate)
+    return layer_norm(norm, x) * F.silu(gate)
 
 
 def depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -38,10 +53,50 @@ def depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return kernels.depthwise(x.permute(0, 2, 3, 1), weight, bias).permute(0, 3, 1, 2)
 
 
+def depthwise_silu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`silu(depthwise_conv(x, weight, bias))`."""
+    if cpu_kernels_run(x, weight) and x.shape[1] >= CPU_CHANNELS:
+        from dpmambair_basicsr.ops.selective_scan.numba import pixels as cpu_kernels
+
+        return cpu_kernels.depthwise_silu(x, weight, bias)
+    return F.silu(depthwise_conv(x, weight, bias))
+
+
+def depthwise_gelu_gate(
+    gate: Tensor,
+    gate_weight: Tensor,
+    gate_bias: Tensor | None,
+    value: Tensor,
+    value_weight: Tensor,
+    value_bias: Tensor | None,
+) -> Tensor:
+    """`gelu(depthwise_conv(*of gate)) * depthwise_conv(*of value)`; gelu is the exact one."""
+    if cpu_kernels_run(gate, value, gate_weight, value_weight) and gate.shape[1] >= CPU_CHANNELS:
+        from dpmambair_basicsr.ops.selective_scan.numba import pixels as cpu_kernels
+
+        return cpu_kernels.depthwise_gelu_gate(gate, gate_weight, gate_bias, value, value_weight, value_bias)
+    return F.gelu(depthwise_conv(gate, gate_weight, gate_bias)) * depthwise_conv(value, value_weight, value_bias)
+
+
 def kernels_run(x: Tensor) -> bool:
-    """Whether our kernels compute this image. Not in a trace, in which FLOPs are counted."""
-    is_traced = torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
-    return x.numel() > 0 and not is_traced and _kernels_run(x.device, x.dtype)
+    """Whether our GPU kernels compute this image. Not in a trace, in which FLOPs are counted."""
+    return not _is_traced() and x.numel() > 0 and _kernels_run(x.device, x.dtype)
+
+
+def cpu_kernels_run(*tensors: Tensor) -> bool:
+    """Whether our CPU kernels compute these fp32 images and weights: without gradients, autocast, trace or compiler."""
+    if _is_traced() or torch.compiler.is_compiling() or torch.is_autocast_enabled('cpu'):
+        return False
+    if any(x.device.type != 'cpu' or x.dtype != torch.float32 or x.numel() == 0 for x in tensors):
+        return False
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        return False
+    backend = backend_in_force() or get_backend('numba')
+    return backend.name == 'numba' and backend.why_unavailable(tensors[0].device, torch.float32) is None
+
+
+def _is_traced():
+    return torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
 
 
 def _kernels_run(device, dtype):

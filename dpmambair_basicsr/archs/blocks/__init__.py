@@ -5,7 +5,7 @@ from dpmambair_basicsr.archs.blocks.effn import EFFN
 from dpmambair_basicsr.archs.blocks.image_mean import ImageMean, MeansOverTiles
 from dpmambair_basicsr.archs.blocks.layer_norm import LayerNorm
 from dpmambair_basicsr.archs.blocks.planar_scan import PlanarScan, directional_scan, log_uniform_delta_bias
-from dpmambair_basicsr.archs.blocks.split_conv import convolve_depthwise, convolve_halves
+from dpmambair_basicsr.archs.blocks.split_conv import convolve_depthwise, convolve_halves, silu_depthwise
 from dpmambair_basicsr.archs.blocks.unet import UNet
 
 __all__ = [
@@ -20,4 +20,5 @@ __all__ = [
     'directional_scan',
     'log_uniform_delta_bias',
     'one_of',
+    'silu_depthwise',
 ]

@@ -2,7 +2,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dpmambair_basicsr.archs.blocks.split_conv import convolve_halves
+from dpmambair_basicsr.archs.blocks.split_conv import convolve_halves, gate_depthwise
 
 # On a CPU, a channels_last depthwise convolution of 127 or 255 channels takes twice as long as one of 128 or 256.
 CHANNELS_MULTIPLE = 8
@@ -30,7 +30,6 @@ class EFFN(nn.Module):
         hidden = self.project_out.in_channels
         # Not in a trace, on which FLOPs are counted.
         missing = -hidden % CHANNELS_MULTIPLE if x.device.type == 'cpu' and not torch.jit.is_tracing() else 0
-        halves = convolve_halves(self.project_in, x, width=hidden + missing)
-        gate, value = convolve_halves(self.dwconv, *halves, width=hidden + missing)
+        gate, value = convolve_halves(self.project_in, x, width=hidden + missing)
         weight = F.pad(self.project_out.weight, (0, 0, 0, 0, 0, missing)) if missing else self.project_out.weight
-        return F.conv2d(F.gelu(gate) * value, weight, self.project_out.bias)
+        return F.conv2d(gate_depthwise(self.dwconv, gate, value), weight, self.project_out.bias)

@@ -1,39 +1,51 @@
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dpmambair_basicsr.ops.pixels import depthwise_conv, kernels_run
+from dpmambair_basicsr.ops.pixels import depthwise_conv, depthwise_gelu_gate, depthwise_silu, kernels_run
 
 
-def convolve_halves(
-    conv: nn.Conv2d, first: Tensor, second: Tensor | None = None, width: int | None = None
-) -> tuple[Tensor, Tensor]:
+def convolve_halves(conv: nn.Conv2d, x: Tensor, width: int | None = None) -> tuple[Tensor, Tensor]:
     """The two halves of conv's output channels, (b, c, h, w) each, computed separately.
 
     The halves of a single channels_last result would be strided views, on which the following elementwise functions run
     several times slower.
 
     Args:
-        conv: ungrouped, or depthwise, 3x3 with zeros around the image.
-        first: the input; for a depthwise convolution its first half.
-        second: its second half, for a depthwise convolution.
+        conv: ungrouped.
         width: c, at least half of conv's output channels; the rest is zeros. Default: half of them.
     """
-    width = width or conv.out_channels // 2
-    weights = extended_halves(conv.weight, width)
-    biases = (None, None) if conv.bias is None else extended_halves(conv.bias, width)
-    inputs = (first, first if second is None else second)
     one, other = (
         F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation)
-        if second is None
-        else depthwise_conv(x, weight, bias)
-        for x, weight, bias in zip(inputs, weights, biases, strict=True)
+        for weight, bias in parameter_halves(conv, width or conv.out_channels // 2)
     )
     return one, other
+
+
+def gate_depthwise(conv: nn.Conv2d, gate: Tensor, value: Tensor) -> Tensor:
+    """gelu(gate's convolution) * value's: (b, c, h, w) each -> same.
+
+    Args:
+        conv: depthwise, 3x3, that keeps the size; its first half of channels is for gate, the second for value; c may
+            be more than half of them: its parameters are padded with zeros.
+    """
+    of_gate, of_value = parameter_halves(conv, gate.shape[1])
+    return depthwise_gelu_gate(gate, *of_gate, value, *of_value)
+
+
+def silu_depthwise(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """`F.silu(conv(x))` of a depthwise 3x3 convolution that keeps the size."""
+    return depthwise_silu(x, conv.weight, conv.bias)
 
 
 def convolve_depthwise(conv: nn.Conv2d, x: Tensor) -> Tensor:
     """`conv(x)` of a depthwise 3x3 convolution that keeps the size."""
     return depthwise_conv(x, conv.weight, conv.bias) if kernels_run(x) else conv(x)
+
+
+def parameter_halves(conv: nn.Conv2d, width: int) -> list[tuple[Tensor, Tensor | None]]:
+    """Weight and bias of the two halves of conv's output channels, padded with zeros to `width` channels each."""
+    biases = (None, None) if conv.bias is None else extended_halves(conv.bias, width)
+    return list(zip(extended_halves(conv.weight, width), biases, strict=True))
 
 
 def extended_halves(parameter: Tensor, width: int) -> tuple[Tensor, ...]:
