@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +21,7 @@ from support.commands import PACKAGE_PARENT, command, python
 
 from dpmambair_basicsr import archs
 from dpmambair_basicsr.evidence import verify
-from dpmambair_basicsr.evidence.jobs import Command, failure
+from dpmambair_basicsr.evidence.jobs import Command, failure, run_jobs
 from dpmambair_basicsr.evidence.study import filled, find_options, read_study, with_iterations
 from dpmambair_basicsr.files.errors import InputError, OptionError
 from dpmambair_basicsr.files.option_files import read_options
@@ -286,6 +287,17 @@ def test_a_command_that_fails_is_one_line_with_the_last_thing_it_wrote(tmp_path)
     output.write_text('much\nValueError: this\n\n')
     message = failure(Command('train', [], output, tmp_path / 'result', {}), 1)
     assert message == f'train ended with status 1: ValueError: this (full output: {output})'
+
+
+def test_jobs_that_are_all_done_end_at_once(tmp_path):
+    """As the trainings before the trials are when a study continues."""
+    (tmp_path / 'result').touch()
+    jobs = [[Command('train', [], tmp_path / f'{i}.txt', tmp_path / 'result', {})] for i in range(3)]
+    done = []
+    thread = threading.Thread(target=run_jobs, args=(jobs, [''], done.append), daemon=True)
+    thread.start()
+    thread.join(60)
+    assert not thread.is_alive() and done == jobs
 
 
 # Verification

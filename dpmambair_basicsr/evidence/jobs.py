@@ -83,7 +83,7 @@ def run_jobs(jobs: list[Job], slots: list[str], done: Callable[[Job], None]) -> 
             while waiting or running:
                 while waiting and free:
                     start(context, waiting.popleft(), free.pop(0), free, running, done)
-                for sentinel in wait([*running]):
+                for sentinel in wait([*running]) if running else ():  # none if all were done
                     process, command, job, slot = running.pop(sentinel)
                     process.join()
                     if process.exitcode or not command.is_done:
