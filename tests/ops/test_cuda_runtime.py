@@ -61,7 +61,7 @@ def test_long_sequences_have_long_chunks_and_short_ones_enough_warps():
 
 
 @pytest.mark.parametrize(('rank', 'limit'), [(512, 48 << 10), (5000, 227 << 10)])
-def test_what_a_gpu_has_no_room_for_is_refused(rank, limit):
+def test_scans_that_exceed_shared_memory_are_refused(rank, limit):
     with pytest.raises(
         ValueError, match=f'^selective_scan: backend cuda has too little shared .* n = 32 .* rank {rank}$'
     ):
@@ -83,7 +83,7 @@ CASES += [
 
 @needs_nvrtc
 @pytest.mark.parametrize(('architecture', 'shape', 'spilled'), CASES)
-def test_compiles_and_hardly_spills(architecture, shape, spilled):
+def test_kernels_compile_with_few_register_spills(architecture, shape, spilled):
     limit = 99 << 10 if architecture in (86, 89, 120) else 163 << 10
     for constants in macros(**shape, limit=limit):
         for name, kernels in KERNELS.items():
@@ -95,7 +95,7 @@ def test_compiles_and_hardly_spills(architecture, shape, spilled):
 
 
 @needs_nvrtc
-def test_the_compiler_writes_into_nothing_that_others_share():
+def test_the_compiler_does_not_write_into_shared_bytes_objects():
     """Python has one object for each single byte; a log of one byte must not be written into that of a blank."""
     code, said = runtime.compile_source('extern "C" __global__ void f(float* x) { x[0] = 1; }', 'x.cu', '90')
     assert said == '' and code.startswith(b'\x7fELF') and isinstance(code, bytes)
@@ -103,7 +103,7 @@ def test_the_compiler_writes_into_nothing_that_others_share():
 
 
 @needs_nvrtc
-def test_an_error_of_the_compiler_is_one_error_with_what_it_says():
+def test_a_compiler_error_includes_the_compiler_log():
     with pytest.raises(runtime.CudaError, match=r'NVRTC cannot compile x\.cu for sm_90: .*nonsense'):
         runtime.compile_source('nonsense here;', 'x.cu', '90')
 
@@ -125,7 +125,7 @@ def small(monkeypatch, tmp_path, caplog):
 
 
 @needs_nvrtc
-def test_compiles_once_says_so_once_and_keeps_it(small, caplog, monkeypatch):
+def test_compiles_and_logs_once_and_then_reads_the_cache(small, caplog, monkeypatch):
     code = runtime.machine_code('forward', small, '90')
     (file,) = runtime.cache_folder().iterdir()  # and no part of one
     assert len(caplog.records) == 1 and 'compiling CUDA kernels' in caplog.text
@@ -142,7 +142,7 @@ def test_compiles_once_says_so_once_and_keeps_it(small, caplog, monkeypatch):
 
 @needs_nvrtc
 @pytest.mark.parametrize('damage', [b'', b'x' * 32, b'x' * 5000])
-def test_what_is_damaged_is_compiled_again(small, damage):
+def test_corrupted_cache_files_are_recompiled(small, damage):
     code = runtime.machine_code('forward', small, '90')
     (file,) = runtime.cache_folder().iterdir()
     file.write_bytes(damage)
@@ -151,7 +151,7 @@ def test_what_is_damaged_is_compiled_again(small, damage):
 
 
 @needs_nvrtc
-def test_where_nothing_can_be_kept_it_compiles_and_says_so(small, tmp_path, caplog):
+def test_without_a_writable_cache_it_compiles_and_says_so(small, tmp_path, caplog):
     (tmp_path / 'cache').write_text('a file where the folder would be')
     assert runtime.machine_code('forward', small, '90')[:4] == b'\x7fELF'
     assert 'cannot be cached' in caplog.text and len(caplog.records) == 2
@@ -160,7 +160,7 @@ def test_where_nothing_can_be_kept_it_compiles_and_says_so(small, tmp_path, capl
 # --- where it runs
 
 
-def test_says_where_it_runs():
+def test_unsupported_devices_and_dtypes_are_explained():
     backend = get_backend('cuda')
     assert 'NVIDIA GPU' in backend.why_unavailable(torch.device('cpu'), torch.float32)
     assert 'float32, not float64' in backend.why_unavailable(torch.device('cuda'), torch.float64)

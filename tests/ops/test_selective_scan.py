@@ -218,7 +218,7 @@ def test_agrees_with_the_definition_at_extreme_steps(backend, device, step):
 
 
 @every_backend
-def test_half_inputs_change_nothing_but_the_rounding_of_the_result(backend, device):
+def test_half_precision_inputs_only_round_the_result(backend, device):
     inputs = scan_inputs(length=200, dtype=torch.bfloat16, device=device)
     y = selective_scan(**inputs, delta_softplus=True, backend=backend)
     exact = selective_scan(**{k: x.float() for k, x in inputs.items()}, delta_softplus=True, backend=backend)
@@ -238,7 +238,7 @@ def nan_in_new_memory():
 
 
 @every_backend
-def test_is_deterministic_and_reads_only_what_it_wrote(backend, device, nan_in_new_memory):
+def test_is_deterministic_and_reads_no_uninitialized_memory(backend, device, nan_in_new_memory):
     if backend == 'mamba_ssm':
         pytest.skip('its kernels add up dB and dC with atomics')
     inputs = scan_inputs(d=20, length=301, dtype=torch.float32, device=device)
@@ -250,7 +250,7 @@ def test_is_deterministic_and_reads_only_what_it_wrote(backend, device, nan_in_n
 
 
 @every_backend
-def test_gives_the_gradients_that_are_asked_for(backend, device):
+def test_any_single_gradient_can_be_requested(backend, device):
     inputs = scan_inputs(dtype=torch.float32, device=device)
     together = run_with_grads(inputs, backend=backend, delta_softplus=True)
     for name in inputs:
@@ -286,7 +286,7 @@ def test_can_be_traced(backend, device):
 
 @pytest.mark.parametrize('elements', [1, 300, 5000, 40000])
 @pytest.mark.parametrize('positions', [2, 32])
-def test_torch_agrees_with_the_definition_however_the_work_is_divided(monkeypatch, elements, positions):
+def test_torch_agrees_with_the_definition_for_any_partition_of_the_work(monkeypatch, elements, positions):
     """Elements per step from 1 (one channel and one chunk at a time) to 40000 (all in one block)."""
     monkeypatch.setattr(torch_chunked, '_STEP_ELEMENTS_CPU', elements)
     monkeypatch.setattr(torch_chunked, '_POSITIONS_MAX', positions)
@@ -294,7 +294,7 @@ def test_torch_agrees_with_the_definition_however_the_work_is_divided(monkeypatc
     assert_agrees('torch', scan_inputs(d=10, length=203, g=2))
 
 
-def test_torch_is_a_well_formed_operator():
+def test_torch_operator_passes_opcheck():
     """PyTorch's own checks: nothing mutated or aliased, right shapes without data, traced rightly by torch.compile."""
     inputs = [x.requires_grad_() for x in scan_inputs(d=4, length=9, g=2).values()]
     torch.library.opcheck(torch_chunked._scan, (*inputs, True, True))
@@ -325,7 +325,7 @@ def test_torch_is_one_node_in_a_flop_count():
 # --- the dispatcher
 
 
-def test_every_name_of_the_contract_is_known():
+def test_every_documented_backend_is_registered():
     assert set(BACKENDS) == {'reference', 'torch', 'numba', 'cuda', 'mamba_ssm'}
     assert {'reference', 'torch'} <= set(available_backends())
 
@@ -336,7 +336,7 @@ def test_unknown_backend_lists_the_choices():
 
 
 @pytest.mark.parametrize('backend', sorted(set(BACKENDS) - set(available_backends())))
-def test_missing_backend_is_refused(backend):
+def test_unavailable_backend_is_refused(backend):
     with pytest.raises(RuntimeError, match=f"'{backend}' is not available: .*torch, reference"):
         selective_scan(**scan_inputs(dtype=torch.float32), backend=backend)
 
@@ -357,7 +357,7 @@ def test_missing_backend_is_refused(backend):
         ('delta', torch.ones(2, 6, 65, dtype=torch.complex64)),
     ],
 )
-def test_an_argument_that_does_not_fit_is_named(name, value):
+def test_errors_name_the_invalid_argument(name, value):
     with pytest.raises(ValueError, match=f'^selective_scan: {name} must be [^\n]*$'):
         selective_scan(**(scan_inputs(dtype=torch.float32) | {name: value}))
 
@@ -367,7 +367,7 @@ def test_groups_must_divide_the_channels():
         selective_scan(**scan_inputs(d=6, g=4))
 
 
-def test_importing_ops_brings_in_torch_only():
+def test_importing_ops_imports_torch_only():
     code = (
         'import sys, torch; before = set(sys.modules); import dpmambair_basicsr.ops; '  # torch may import cuda.bindings
         "print([m for m in ('basicsr', 'cv2', 'cuda', 'numba') if m in set(sys.modules) - before])"
