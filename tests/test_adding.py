@@ -125,7 +125,7 @@ def test_a_mistake_in_the_new_keys_is_named(copy):
         assert re.search(problem, done.stdout), (problem, done.stdout)
 
 
-def test_the_schema_is_written_anew(copy):
+def test_the_schema_is_regenerated(copy):
     run(copy, '-m', 'dpmambair_basicsr.option_checks.json_schema')
     schema = (copy / 'options/dpmambair.schema.json').read_text(encoding='utf-8')
     assert all(

@@ -47,7 +47,7 @@ def tiny(seed=0, **options):
 
 
 @pytest.mark.parametrize(('embed_dim', 'expected'), [(256, 28.71), (384, 29.03), (512, 29.35), (1024, 30.62)])
-def test_parameters_are_the_papers(embed_dim, expected):
+def test_parameter_counts_match_the_paper(embed_dim, expected):
     """v3, Table VII. The first versions, whose prompt multiplied the low-rank delta, missed three of four by more."""
     assert millions(build(embed_dim=embed_dim)) == pytest.approx(expected, abs=0.015)
     assert {
@@ -60,23 +60,23 @@ def test_parameters_are_the_papers(embed_dim, expected):
 
 
 @pytest.mark.parametrize('insertion', ['concat', 'attention'])
-def test_other_insertions_have_about_as_many_parameters(insertion):
+def test_other_insertions_have_similar_parameter_counts(insertion):
     assert millions(build(insertion=insertion)) == pytest.approx(29.35, rel=0.1)
 
 
-def test_embeddings_have_unit_length_wherever_they_come_from():
+def test_embeddings_from_any_source_have_unit_length():
     image, label = torch.rand(3, 3, 16, 16), torch.tensor([1, 0, 6])
     for net in (tiny(), tiny(degradation='class')):
         torch.testing.assert_close(net.embed(image, label).norm(dim=1), torch.ones(3))
     assert tiny(degradation='class', unit_classes=False).embed(image, label).norm(dim=1).min() > 1.5
 
 
-def test_parameters_of_the_scan_in_four_directions_are_nearly_the_papers():
+def test_parameter_count_with_four_directions_is_close_to_the_paper():
     """Table 5: 31.43 M."""
     assert millions(build(directions=4, prompt=['delta', 'B'])) == pytest.approx(31.43, abs=0.05)
 
 
-def test_flops_are_the_papers():
+def test_flops_match_the_paper():
     """153.33 G at 1x3x256x256, 1 MAC = 1, without what the papers' hand-written norms hide from fvcore.
 
     Counted at 64x64, for the time a forward pass takes on a CPU: convolutions and projections are per pixel, exactly.
@@ -105,7 +105,7 @@ SWITCHES = [
 
 
 @pytest.mark.parametrize('options', SWITCHES, ids=str)
-def test_identity_initialisation(options):
+def test_embedding_has_no_effect_at_initialisation(options):
     """At step 0 the embedding changes nothing, bit for bit: the network equals the one without prompts and HEB."""
     net = tiny(**options)
     plain = tiny(seed=1, insertion='none', high_frequency=False, directions=options.get('directions', 1))
@@ -205,7 +205,7 @@ def test_p_b_and_p_c_are_one_prompt():
         torch.testing.assert_close(parameter.grad, gradient, rtol=1e-10, atol=1e-12)
 
 
-def test_without_delta_the_scan_is_switched_off():
+def test_zero_delta_switches_the_scan_off():
     """y = D u, whatever came before: no state, however long the image."""
     module = PlanarScan(8, 4, 2, (0, 2))
     x = torch.randn(2, 8, 5, 7)
@@ -228,7 +228,7 @@ def test_without_delta_the_scan_is_switched_off():
     ],
     ids=str,
 )
-def test_bad_values_name_the_key(options, key):
+def test_errors_name_the_key(options, key):
     with pytest.raises(ValueError, match=f'^{key}: '):
         tiny(**options)
 
@@ -267,7 +267,7 @@ def test_load_extractor_takes_the_merged_weights():
     assert not net.train().extractor.training
 
 
-def test_stage_1_reads_the_direction_of_the_embedding_alone():
+def test_stage_1_only_uses_the_direction_of_the_embedding():
     """As stage 2 does; a longer embedding changes nothing. In the first versions it did."""
     clean, degraded = torch.rand(2, 3, 13, 7), torch.rand(2, 3, 13, 7)
     for unit in (True, False):

@@ -32,7 +32,7 @@ def assert_equal(module, definition, x):
 
 @pytest.mark.parametrize('bias', [False, True])
 @pytest.mark.parametrize('hidden', [1, 8, 13, 127])
-def test_effn(hidden, bias):
+def test_effn_matches_its_definition(hidden, bias):
     """Widths that are extended to a multiple of 8 and one that is not."""
     torch.manual_seed(0)
     net = EFFN(4, hidden / 4, bias).double()
@@ -46,7 +46,7 @@ def test_effn(hidden, bias):
 
 
 @pytest.mark.parametrize('alpha', [-1.5, 0.0, 0.3])
-def test_high_frequency_enhancement(alpha):
+def test_high_frequency_enhancement_matches_its_equation(alpha):
     """Eq. 10 of DPMambaIR."""
     net = HighFrequencyEnhancementBlock().double()
     net.alpha.data.fill_(alpha)
@@ -55,7 +55,7 @@ def test_high_frequency_enhancement(alpha):
 
 
 @pytest.mark.parametrize('name', ['HighFrequencyEnhancementBlock', 'dpmambair_HighFrequencyEnhancementBlock'])
-def test_high_frequency_enhancement_is_built_by_its_name(name):
+def test_high_frequency_enhancement_is_built_by_name(name):
     """BasicSR's way; in a network of somebody else it starts as the identity and learns."""
     dpmambair_basicsr.register()
     from basicsr.archs import build_network
@@ -73,7 +73,7 @@ def test_high_frequency_enhancement_is_built_by_its_name(name):
 
 
 @pytest.mark.parametrize('bias', [False, True])
-def test_halves_of_a_convolution(bias):
+def test_split_convolution_matches_the_whole_one(bias):
     conv, x = torch.nn.Conv2d(3, 10, 1, bias=bias), torch.randn(2, 3, 4, 5)
     for width in (5, 8):
         for half, expected in zip(convolve_halves(conv, x, width=width), conv(x).chunk(2, dim=1), strict=True):
@@ -95,7 +95,7 @@ NETWORKS = pytest.mark.parametrize(
 
 @NETWORKS
 @torch.no_grad()
-def test_layouts_do_not_matter(arch, options):
+def test_outputs_do_not_depend_on_the_memory_layout(arch, options):
     """Neither the image's nor the features', and the output is as the image is: losses and discriminators view it."""
     net, lq = make(arch, **options).eval(), torch.rand(2, 3, 16, 24)
     expected = net(lq)

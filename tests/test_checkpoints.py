@@ -112,7 +112,7 @@ def test_a_best_network_that_cannot_be_saved_is_an_error(images, tmp_path):
 
 
 @pytest.mark.parametrize('sets', [1, 2])
-def test_a_failed_validation_does_not_cost_the_checkpoint(images, tmp_path, sets):
+def test_a_failed_validation_does_not_lose_the_checkpoint(images, tmp_path, sets):
     """It is done first when training is resumed, so that the best is the best."""
     opt = changed(forked.options(images), {'val.val_freq': 4, 'train.total_iter': 6, 'logger.save_checkpoint_freq': 2})
     own = forked.write_images(tmp_path / 'val images')
@@ -132,7 +132,7 @@ def test_a_failed_validation_does_not_cost_the_checkpoint(images, tmp_path, sets
 # Resumed with other options
 
 
-def test_a_finished_training_is_made_longer(images, tmp_path):
+def test_a_finished_training_can_be_extended(images, tmp_path):
     """BasicSR's schedulers forget the new periods, and end with a TypeError."""
     cosine = {'type': 'CosineAnnealingRestartLR', 'periods': [6], 'restart_weights': [1], 'eta_min': 0.004}
     opt = changed(forked.options(images), {'train.total_iter': 6, 'train.scheduler': cosine})
@@ -172,7 +172,7 @@ def test_only_the_last_are_kept(images, tmp_path):
     assert names(tmp_path, 'models') == [f'net_g_{name}.pth' for name in kept]
 
 
-def test_keep_last_is_a_number(images, tmp_path):
+def test_keep_last_must_be_a_number(images, tmp_path):
     run = Training(changed(forked.options(images), {'logger.keep_last': 0}), tmp_path)
     assert run.status() == 1 and 'logger.keep_last: expected int >= 1' in run.log()
 
@@ -199,7 +199,7 @@ def test_a_broken_pair_is_skipped(images, tmp_path):
 
 
 @pytest.mark.parametrize('frequency', [2, 1000])
-def test_networks_without_any_state_are_not_renamed_away(images, tmp_path, frequency):
+def test_networks_without_any_state_are_not_archived(images, tmp_path, frequency):
     """Their states were lost, or never saved: the training was shorter than that."""
     opt = changed(forked.options(images), {'logger.save_checkpoint_freq': frequency, 'train.total_iter': 4})
     train(opt, tmp_path)
@@ -211,7 +211,7 @@ def test_networks_without_any_state_are_not_renamed_away(images, tmp_path, frequ
     assert files(tmp_path) == before and not list(tmp_path.glob('experiments/*archived*'))
 
 
-def test_an_unfinished_first_checkpoint_is_none(images, tmp_path):
+def test_an_incomplete_first_checkpoint_does_not_count(images, tmp_path):
     opt = changed(forked.options(images), {'train.total_iter': 4})
     train(changed(opt, {'train.total_iter': 2}), tmp_path)
     (tmp_path / RUN / 'models/net_g_latest.pth').unlink()
@@ -236,7 +236,7 @@ def test_a_state_of_basicsr_resumes(images, tmp_path):
 @pytest.mark.parametrize(
     ('number', 'workers', 'prefetch'), [(signal.SIGINT, 0, None), (signal.SIGTERM, 2, None), (signal.SIGINT, 1, 'cpu')]
 )
-def test_a_signal_ends_it_after_the_iteration(images, tmp_path, number, workers, prefetch):
+def test_a_signal_ends_training_after_the_iteration(images, tmp_path, number, workers, prefetch):
     """The loader's workers get it too: Ctrl-C and torchrun send it to the whole group, Slurm to each process."""
     opt = forked.options(images)
     opt['datasets']['train'] |= {'num_worker_per_gpu': workers, 'prefetch_mode': prefetch, 'dataset_enlarge_ratio': 99}
@@ -266,7 +266,7 @@ def test_a_signal_to_one_of_two_processes_ends_both(images, tmp_path):
     assert len(states(tmp_path)) == 1
 
 
-def test_a_second_signal_ends_it_at_once(images, tmp_path):
+def test_a_second_signal_ends_training_at_once(images, tmp_path):
     run = Training(changed(forked.options(images), {'network_g.seconds': 60}), tmp_path)
     run.wait_for('TinyNet takes 60 s')
     os.kill(run.process.pid, signal.SIGTERM)

@@ -41,6 +41,6 @@ def test_the_node_restores_a_batch_of_images(tmp_path):
     assert tiles.shape == result.shape and not torch.equal(tiles, result)
 
 
-def test_a_missing_checkpoint_is_said_before_the_run():
+def test_a_missing_checkpoint_is_reported_before_the_run():
     (node,) = NODE_CLASS_MAPPINGS.values()
     assert node.VALIDATE_INPUTS(weights='absent.pth') == 'absent.pth: no such file'

@@ -46,7 +46,7 @@ def demo_commands() -> list[tuple[str, ...]]:
     ]
 
 
-def test_demo(tmp_path):
+def test_the_demo_runs_and_reports(tmp_path):
     for folder in ('options', 'scripts'):
         shutil.copytree(PACKAGE_PARENT / folder, tmp_path / folder)
     commands = demo_commands()

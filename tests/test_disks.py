@@ -87,7 +87,7 @@ def test_a_full_disk_of_plots_ends_no_training(opt, tmp_path, small_disk):
     assert len(forked.load(tmp_path, 'models/net_g_latest.pth')['params']) > 0
 
 
-def test_a_disk_of_plots_that_cannot_be_begun(opt, tmp_path, small_disk, monkeypatch):
+def test_a_disk_of_plots_without_room_for_a_file_ends_no_training(opt, tmp_path, small_disk, monkeypatch):
     """The folder of the run is there, and there is no room for a file in it."""
     disk = small_disk('tb_logger', 4)
     subprocess.run(['mount', '-o', 'remount,nr_inodes=3', str(disk)], check=True)
@@ -96,7 +96,7 @@ def test_a_disk_of_plots_that_cannot_be_begun(opt, tmp_path, small_disk, monkeyp
     assert run.log().count('TensorBoard is switched off, training continues: ') == 1
 
 
-def test_a_full_disk_of_the_log_ends_no_training_and_it_continues_when_there_is_room(opt, tmp_path, small_disk):
+def test_a_full_disk_of_the_log_ends_no_training_and_the_log_continues_once_there_is_room(opt, tmp_path, small_disk):
     disk = small_disk('experiments', 256)
     run = Training(changed(opt, {'train.total_iter': 400}), tmp_path)
     run.wait_for('iter:       6,')

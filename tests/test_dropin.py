@@ -57,7 +57,7 @@ def dropin(checkout, *arguments, **environment):
     return python('-m', 'dpmambair_basicsr.dropin', checkout, *arguments, cwd=checkout.parent, **environment)
 
 
-def test_round_trip(small):
+def test_installing_is_idempotent_and_removal_leaves_no_trace(small):
     before = tree(small)
     first = dropin(small)
     assert first.returncode == 0, first.stdout
@@ -79,7 +79,7 @@ def test_round_trip(small):
     assert again.returncode != 0 and 'nothing to remove' in again.stdout
 
 
-def test_files_of_the_user_stay(small):
+def test_files_of_the_user_are_kept(small):
     (small / 'options').mkdir()
     (small / 'options' / 'mine.yml').write_text('mine')
     before = tree(small)
@@ -117,7 +117,7 @@ def test_changed_files_are_neither_removed_nor_updated(small):
     assert dropin(small, '--remove').returncode == 0
 
 
-def test_own_files_are_updated(small):
+def test_our_files_are_updated(small):
     before = tree(small)
     assert dropin(small).returncode == 0
     after = tree(small)
@@ -133,7 +133,7 @@ def test_own_files_are_updated(small):
 
 
 @pytest.mark.skipif(sys.version_info < (3, 11), reason='PYTHONSAFEPATH came with Python 3.11')
-def test_a_safe_path_is_the_reason(small):
+def test_a_safe_path_is_named_as_the_reason(small):
     """Python leaves the script's folder out, so that neither the project's BasicSR nor the launcher is found."""
     before = tree(small)
     result = dropin(small, PYTHONSAFEPATH=1)
@@ -174,7 +174,7 @@ def test_a_record_cannot_point_outside(small):
     assert outside.exists()
 
 
-def test_the_literal_commands(checkout, tmp_path):
+def test_the_literal_commands_run(checkout, tmp_path):
     """They use the checkout's BasicSR though another one is installed, and ours is registered and patches it."""
     (checkout / 'basicsr/version.py').unlink()  # as in a raw clone
     (checkout / 'VERSION').write_text('1.4.2+this.checkout\n')
@@ -236,7 +236,7 @@ for name, more in {{'VmambaIR': {{}}, 'DPMambaIR': {{'d_inner': [8] * 4}}}}.item
     assert len(built) == 4
 
 
-def test_dpmambair_in_a_checkout(checkout):
+def test_dpmambair_trains_and_tests_in_a_checkout(checkout):
     """The two commands of the README, and stage 1 before them, on the shipped option files made small."""
     before = tree(checkout)
     assert dropin(checkout).returncode == 0

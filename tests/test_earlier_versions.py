@@ -168,7 +168,7 @@ def test_a_network_of_classes_gives_the_same_picture(networks):
 
 
 @pytest.mark.parametrize('kind', ['attention', 'concat'])
-def test_insertions_that_are_no_longer_there_are_an_error_that_says_so(kind, networks):
+def test_removed_insertions_are_an_error_that_says_so(kind, networks):
     file = networks / f'{kind}.pth'
     with pytest.raises(ValueError, match=f'{file}: weights with an insertion of version 0.1.0'):
         dpmambair_basicsr.load(file)
@@ -177,7 +177,7 @@ def test_insertions_that_are_no_longer_there_are_an_error_that_says_so(kind, net
         complete_networks({'network_g': network, 'path': {'pretrain_network_g': str(file)}, 'is_train': True})
 
 
-def test_spandrel_takes_a_network_of_then(networks):
+def test_spandrel_loads_an_earlier_network(networks):
     spandrel = pytest.importorskip('spandrel', reason='spandrel is not installed: pip install spandrel')
     from dpmambair_basicsr.integrations.spandrel import install
 
@@ -189,7 +189,7 @@ def test_spandrel_takes_a_network_of_then(networks):
 
 
 @pytest.mark.parametrize('kind', ['network_g', 'network_e'])
-def test_an_option_file_of_then_is_completed_by_its_checkpoint(kind, networks, tmp_path, caplog):
+def test_an_earlier_option_file_is_completed_by_its_checkpoint(kind, networks, tmp_path, caplog):
     """Also of stage 1, which knows nothing of prompts; what the file does say, it keeps."""
     network = torch.load(networks / 'modulate.pth', weights_only=True)['network_g']
     del network['extractor_channels']
@@ -210,7 +210,7 @@ def test_an_option_file_of_then_is_completed_by_its_checkpoint(kind, networks, t
     assert opt['network_g']['delta_prompt'] == 'scale' and opt['network_g']['extractor_hidden'] == 7
 
 
-def test_a_place_of_the_prompt_that_is_not_the_checkpoints_is_an_error(networks):
+def test_a_prompt_insertion_other_than_the_checkpoints_is_an_error(networks):
     file = networks / 'modulate.pth'
     network = torch.load(file, weights_only=True)['network_g'] | {'delta_prompt': 'scale'}
     with pytest.raises(ValueError, match=f'{file}: does not fit DPMambaIR'):
@@ -218,7 +218,7 @@ def test_a_place_of_the_prompt_that_is_not_the_checkpoints_is_an_error(networks)
 
 
 @pytest.mark.skipif(not TRIAL.exists(), reason='no ../shared/weights: a network that version 692b954 trained')
-def test_the_trained_network_has_kept_its_place_of_the_prompt():
+def test_the_trained_network_keeps_its_prompt_insertion():
     net = dpmambair_basicsr.load(TRIAL).net
     assert net.encoder_level1[0].attn.modulation.layers.keys() == {'delta', 'B', 'C'}
     assert net.extractor.head[0].out_features == 384

@@ -70,7 +70,7 @@ def test_testing_writes_to_the_current_directory(folder, trained):
     assert sorted(path.name for path in images.iterdir()) == [f'{index}_tiny.png' for index in range(4)]
 
 
-def test_a_wrong_option_ends_it_before_anything_is_written(tmp_path):
+def test_a_wrong_option_is_refused_before_anything_is_written(tmp_path):
     opt = stock_options(write_images(tmp_path / 'images')) | {'model_type': 'SRMdel'}
     write_options(opt, tmp_path / 'wrong.yml')
     before = sorted(tmp_path.rglob('*'))

@@ -140,7 +140,7 @@ def test_a_resume_may_change_the_format_of_the_networks(formats, images, tmp_pat
     )
 
 
-def test_a_network_that_was_converted_beside_its_checkpoint_is_not_resumed_from_nor_removed(images, tmp_path):
+def test_a_network_converted_beside_its_checkpoint_is_neither_resumed_from_nor_removed(images, tmp_path):
     """net_g_3.safetensors, of the average alone, is the user's."""
     opt = changed(forked.options(images), {'train.total_iter': TOTAL, 'logger.save_checkpoint_freq': 1})
     train(opt, tmp_path / 'straight')
@@ -156,7 +156,7 @@ def test_a_network_that_was_converted_beside_its_checkpoint_is_not_resumed_from_
     assert not (models / 'net_g_3.pth').exists()
 
 
-def test_mixtures_and_synthetic_degradations(images, tmp_path):
+def test_mixtures_and_synthetic_degradations_resume_bit_exactly(images, tmp_path):
     parts = {'noise': {}, 'rain': {'type': 'SyntheticDegradationDataset', 'degradations': ['rain', 'jpeg']}}
     for part in parts.values():
         part |= {
@@ -197,7 +197,7 @@ def train_in_two_processes(opt, folder, *arguments):
     return runs[0].log()
 
 
-def test_two_processes(images, tmp_path):
+def test_two_processes_resume_bit_exactly(images, tmp_path):
     """With a buffer and no average BasicSR's validation would hang: it is the first process's alone.
 
     Without manual_seed each process draws one, and the first process's is saved.
@@ -239,7 +239,7 @@ def test_augmentation_differs_between_epochs_and_repeats_for_a_seed():
     assert numbers(0, workers=2) == numbers(0) and numbers(1, workers=1) == numbers(1)
 
 
-def test_a_forced_seed_is_the_one_that_is_used(tmp_path):
+def test_a_forced_seed_is_used(tmp_path):
     """BasicSR seeds before it applies --force_yml: the log would have this seed, and the training another."""
     opt = forked.options(forked.write_images(tmp_path / 'images'))
     opt.pop('manual_seed')

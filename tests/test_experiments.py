@@ -189,7 +189,7 @@ def test_option_file_runs(name, project):
 
 
 @pytest.mark.parametrize('name', [name for name in RUN_HERE if re.search('_dpmambair|_single_task', name)])
-def test_the_schedule_of_dpmambair_is_restormers_up_to_the_size_of_the_paper(name):
+def test_the_schedule_of_dpmambair_follows_restormer_up_to_the_papers_size(name):
     """Zamir et al. 2022, Sec. 4: per GPU 8 crops of 128, 5 of 160, 4 of 192, for 92k, 64k, 48k iterations."""
     opt = read(name)
     phases, total = opt['datasets']['train']['progressive'], opt['train']['total_iter']
@@ -208,14 +208,14 @@ def test_the_page_names_every_option_file_and_no_other():
 # One degradation alone
 
 
-def test_places_are_those_of_prepare_data():
+def test_folders_match_those_of_prepare_data():
     made = {folder for public in SETS.values() for part in public.parts.values() for folder in (part.gt, part.lq)}
     places = set(re.findall(r'=datasets/(?:LOL/)?(\S+)', PAGE))
     assert len(places) > 8 and places <= made
 
 
 @pytest.mark.parametrize('block', BLOCKS)
-def test_commands_of_the_page(block, project):
+def test_commands_of_the_page_run(block, project):
     folder, _ = project
     (train, train_file, train_forced), (test, test_file, test_forced) = BLOCKS[block]
     assert (train, test) == ('train', 'test')

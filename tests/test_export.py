@@ -83,13 +83,13 @@ def scan_inputs(length, groups=2):
 
 
 @pytest.mark.parametrize('length', [1, 31, 32, 33, 64, 200])
-def test_the_scan_is_the_definition(length):
+def test_the_scan_agrees_with_the_definition(length):
     inputs = scan_inputs(length)
     expected = selective_scan(*inputs, delta_softplus=True, backend='reference')
     torch.testing.assert_close(export.scan(*inputs, True), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_the_scan_without_its_options():
+def test_the_scan_agrees_with_the_definition_without_options():
     u, delta, A, B, C, *_ = scan_inputs(70, groups=1)
     delta = delta.exp()
     expected = selective_scan(u, delta, A, B, C, backend='reference')
@@ -97,7 +97,7 @@ def test_the_scan_without_its_options():
 
 
 @pytest.mark.parametrize(('name', 'form'), itertools.product(NETWORKS, FORMATS))
-def test_files_give_what_the_network_gives_at_any_size(name, form, folder):
+def test_files_match_the_network_at_any_size(name, form, folder):
     net, run = network(name), runner(folder / f'{name}.{form}')
     for batch, height, width in SIZES:
         image = torch.rand(batch, 3, height, width)
@@ -108,7 +108,7 @@ def test_files_give_what_the_network_gives_at_any_size(name, form, folder):
 
 
 @pytest.mark.parametrize('name', NETWORKS)
-def test_onnx_is_made_of_standard_operators(name, folder):
+def test_onnx_contains_standard_operators_only(name, folder):
     model = onnx.load(folder / f'{name}.onnx')
     onnx.checker.check_model(model, full_check=True)
     assert {entry.domain for entry in model.opset_import} == {''} and not model.functions
@@ -129,13 +129,13 @@ def test_pt2_needs_torch_alone(folder):
 
 
 @pytest.mark.parametrize('form', FORMATS)
-def test_other_sizes_are_refused(form, folder):
+def test_unsupported_sizes_are_refused(form, folder):
     run = runner(folder / f'dpmambair.{form}')
     with pytest.raises(Exception, match=r'(?i)shape|dimension|guard|divisible|blocksize'):
         run(torch.rand(1, 3, 20, 24))
 
 
-def test_tracing_leaves_network_and_scan_as_they_were(folder):
+def test_tracing_leaves_network_and_scan_unchanged(folder):
     net = network('dpmambair')
     image = torch.rand(1, 3, 16, 16)
     before = net(image)

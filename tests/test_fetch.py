@@ -67,7 +67,7 @@ def test_a_file_with_another_checksum_is_not_kept(server, cache, monkeypatch):
     assert not list(cache.iterdir())
 
 
-def test_a_wrong_file_that_is_there_is_named_and_left(server, cache, monkeypatch):
+def test_an_existing_wrong_file_is_named_and_kept(server, cache, monkeypatch):
     name = serve_alexnet(server, monkeypatch)
     cache.mkdir(parents=True)
     (cache / name).write_bytes(b'truncated')
@@ -87,7 +87,7 @@ def test_a_server_without_the_file_is_named(server, cache, monkeypatch):
 @pytest.mark.parametrize(
     ('name', 'file'), [('alex', 'alexnet-owt-7be5be79'), ('vgg', 'vgg16-397923af'), ('vgg19', 'vgg19-dcbb9e9d')]
 )
-def test_the_files_are_torchvisions(name, file):
+def test_the_files_are_those_of_torchvision(name, file):
     assert fetch.urls()[name] == f'https://download.pytorch.org/models/{file}.pth'
 
 

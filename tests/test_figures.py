@@ -109,7 +109,7 @@ def test_spectra_of_equal_halved_and_blurred_images():
     assert abs(gap[0]) < 0.5 and gap[-1] > 10 and difference[0] < 0.1 and difference[-1] > 0.8
 
 
-def test_frequency(folder):
+def test_frequency_figure_compares_spectra(folder):
     """A network that returns its input has the spectrum of the degraded images, another one not."""
     rows = figure(folder, 'frequency', '-w', 'same.pth', 'with HEB=with.pth', '-d', 'data')
     networks = {row['network'] for row in rows}
@@ -151,7 +151,7 @@ def test_step_sizes_are_those_of_the_scans(options, monkeypatch):
         torch.testing.assert_close(size, delta * scale)
 
 
-def test_step_sizes_by_degradation(folder):
+def test_step_sizes_are_grouped_by_degradation(folder):
     rows = figure(folder, 'delta', '-w', 'with.pth', '-d', 'data', '--count', '2')
     assert [(row['degradation'], row['block'], row['images']) for row in rows] == [
         (kind, block, '2') for kind in KINDS for block in BLOCKS
@@ -167,7 +167,7 @@ def test_step_sizes_by_degradation(folder):
         assert np.mean(ratios) == pytest.approx(1) and ratios[0] != ratios[1]
 
 
-def test_extractor(folder, tmp_path):
+def test_extractor_figure_shows_psnr_and_separates_degradations(folder, tmp_path):
     """The PSNR is that of a test of stage 1; darkness and noise are told from one another by any extractor."""
     rows = {row['degradation']: row for row in figure(folder, 'extractor', '-w', 'stage1.pth', '-d', 'data')}
     assert list(rows) == [*KINDS, 'all'] and rows['all']['images'] == '6' and rows['dark']['embedding'] == '8'
@@ -186,7 +186,7 @@ def test_extractor(folder, tmp_path):
         assert float(rows[part.name]['classification accuracy']) == 1
 
 
-def test_alpha(folder):
+def test_alpha_figure_is_drawn_by_the_command(folder):
     """By the command that users type."""
     command = (
         '-m',
@@ -225,7 +225,7 @@ def test_alpha(folder):
         ('delta', '-w', 'with.pth', '-d', 'data', '-o', 'x.png', '--count', '0'): '--count: must be 1 or more',
     }.items(),
 )  # fmt: skip
-def test_what_cannot_be_drawn_is_said_in_one_line(folder, arguments, message, capsys):
+def test_figures_that_cannot_be_drawn_are_refused_in_one_line(folder, arguments, message, capsys):
     (folder / 'made').mkdir(exist_ok=True)
     for side in ('LQ', 'GT'):
         (folder / 'broken' / side).mkdir(parents=True, exist_ok=True)

@@ -101,7 +101,7 @@ def test_the_scaler_of_fp16_steps_once():
     torch.testing.assert_close(everything(model), everything(plain), rtol=1e-4, atol=1e-6)
 
 
-def test_a_batch_that_cannot_be_shared_out_is_refused():
+def test_an_indivisible_batch_is_refused():
     model = build(**{'train.accum_iter': 4})
     message = r'^train\.accum_iter: 4 micro-batches have 8 images, but the loader gives 6'
     with pytest.raises(ValueError, match=message):

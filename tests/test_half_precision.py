@@ -31,7 +31,7 @@ class Casts(TorchDispatchMode):
 
 
 @pytest.mark.parametrize('name', NETWORKS)
-def test_a_step_casts_no_weight_twice(name):
+def test_a_step_casts_no_weight_more_than_once(name):
     net = NETWORKS[name]()
     in_training(net, mixed(torch.bfloat16, type(net).forward))
     image = torch.rand(2, 3, 16, 16)

@@ -117,7 +117,7 @@ np.save('restored.npy', dpmambair_basicsr.load('hf:someone/net').restore(image))
 """
 
 
-def test_what_is_pushed_is_what_others_load(hub, tmp_path):
+def test_pushed_files_are_what_others_load(hub, tmp_path):
     write_checkpoint(tmp_path)
     result = command('push', 'net_g_8.pth', 'someone/net', cwd=tmp_path)
     assert result.returncode == 0 and result.stdout.splitlines()[-1].endswith('/someone/net'), result.stdout
@@ -142,7 +142,7 @@ def test_what_is_pushed_is_what_others_load(hub, tmp_path):
     assert result.returncode == 0 and not hub.asked, 'the file is kept'
 
 
-def test_a_card_that_is_there_stays(hub, tmp_path):
+def test_an_existing_card_is_kept(hub, tmp_path):
     write_checkpoint(tmp_path)
     hub.files['README.md'] = b'what the owner wrote'
     result = command('push', 'net_g_8.pth', 'someone/net', cwd=tmp_path)
@@ -150,14 +150,14 @@ def test_a_card_that_is_there_stays(hub, tmp_path):
     assert hub.files['README.md'] == b'what the owner wrote' and 'model.safetensors' in hub.files
 
 
-def test_what_load_would_not_take_is_not_pushed(hub, tmp_path):
+def test_files_that_load_would_refuse_are_not_pushed(hub, tmp_path):
     torch.save({'params': {'weight': torch.zeros(2)}, 'network_g': {'type': 'MSRResNet'}}, tmp_path / 'other.pth')
     result = command('push', 'other.pth', 'someone/net', cwd=tmp_path)
     assert result.returncode == 1 and re.search(r'^dpmambair push: other\.pth: network_g', result.stdout, re.M)
     assert not hub.asked
 
 
-def test_what_is_not_there_is_named(hub, tmp_path):
+def test_missing_repositories_and_files_are_named(hub, tmp_path):
     (tmp_path / 'x.png').write_bytes(b'')
     result = command('restore', '-w', 'hf:someone/nothing', '-o', 'restored', 'x.png', cwd=tmp_path)
     assert re.search(r'^.*hf:someone/nothing: model\.safetensors cannot be downloaded \(\w+', result.stdout, re.M)

@@ -84,7 +84,7 @@ def test_every_setting_is_compared():
         assert {dict(options).get(key) for options in ASKED_FOR} == values
 
 
-def test_where_definitions_differ():
+def test_other_definitions_give_other_numbers():
     """docs/experiments.md, "Metrics": each of these is more than the last printed digit."""
     image, truth = next(pairs())
     pair, luminance = {'img': image, 'img2': truth}, {'crop_border': 0, 'test_y_channel': True}
@@ -99,7 +99,7 @@ def test_where_definitions_differ():
     assert cropped - psnr > 1
 
 
-def test_faster_ssim_is_the_same():
+def test_faster_ssim_gives_the_same_values():
     for image, truth in pairs():
         image, truth = (part[..., 0].astype(np.float64) for part in (image, truth))
         for other in (image, truth, 255 - truth, np.zeros_like(truth)):
@@ -110,14 +110,14 @@ def test_faster_ssim_is_the_same():
 # LPIPS
 
 
-def test_zero_for_equal_images_and_rising_with_noise(option):
+def test_lpips_is_zero_for_equal_images_and_rises_with_noise(option):
     clean = photo()
     values = [calculate_metric({'img': noisy(clean, sigma), 'img2': clean}, option) for sigma in (0, 5, 20, 60)]
     assert values[0] == 0 and all(np.diff(values) > 0.002), values
     assert all(type(value) is float for value in values), 'a numpy or torch scalar would not survive a checkpoint'
 
 
-def test_equals_lpips_of_the_rgb_images(option):
+def test_metric_equals_lpips_of_the_rgb_images(option):
     """From the tensors that BasicSR's validation turned into 8 bit BGR."""
     tensors = [
         torch.rand(1, 3, 40, 44, generator=torch.Generator().manual_seed(seed)).mul(255).round() / 255
@@ -131,7 +131,7 @@ def test_equals_lpips_of_the_rgb_images(option):
     assert abs(swapped - expected) > 1e-3, 'the test would not notice BGR taken for RGB'
 
 
-def test_crop_border(option):
+def test_crop_border_excludes_the_frame(option):
     clean = photo()
     framed = clean.copy()
     framed[:4], framed[-4:], framed[:, :4], framed[:, -4:] = 0, 255, 0, 255
@@ -154,7 +154,7 @@ def test_the_network_is_built_once(option, monkeypatch):
     assert calculate_metric(data, option) == first
 
 
-def test_errors(option, tmp_path):
+def test_invalid_arguments_are_named(option, tmp_path):
     with pytest.raises(ValueError, match=r'the same size, got \(48, 56, 3\) and \(48, 40, 3\)'):
         calculate_lpips(photo(), photo(shape=(48, 40, 3)), net='squeeze', weights=option['weights'])
     with pytest.raises(ValueError, match="better must be 'lower', got 'higher'"):

@@ -210,7 +210,7 @@ def test_a_list_beside_lmdb_is_refused(opt, listed, finished):
     assert 'meta_info_file is ignored with lmdb, which has its own list; write ~' in refused(opt, finished)
 
 
-def test_keys_of_lmdb_keep_their_points(images, tmp_path):
+def test_keys_of_lmdb_may_contain_dots(images, tmp_path):
     """BasicSR's reader ends a key at the first point, so that x.1.png and x.2.png would be one image."""
     folder = Path(images['dataroot_gt'])
     for index in range(2):
@@ -263,7 +263,7 @@ def test_a_key_that_the_file_does_not_have_is_refused(opt, checkpoint, finished)
         ('bare', {'param_key_g': None}, ''),
     ],
 )
-def test_a_test_says_which_network_of_the_file_it_took(opt, checkpoint, tmp_path, name, path, used):
+def test_a_test_says_which_network_of_the_file_it_used(opt, checkpoint, tmp_path, name, path, used):
     """Without a key the one that validation and `restore` take: the average, if there is one."""
     file = tmp_path / f'{name}.pth'
     test = test_options(opt) | {'path': {'pretrain_network_g': str(file), **path}}
@@ -390,7 +390,7 @@ def test_processes_that_would_each_train_alone_are_refused(opt, finished, monkey
     assert '--launcher: torchrun started several processes' in refused(opt, finished)
 
 
-def test_auto_resume_says_that_it_takes_another_state(opt, tmp_path, capsys):
+def test_auto_resume_logs_that_it_uses_another_state(opt, tmp_path, capsys):
     opt['logger']['save_checkpoint_freq'] = 1
     file = write_options(opt, tmp_path / 'options.yml')
     pipelines.train(file, cwd=tmp_path)
@@ -401,7 +401,7 @@ def test_auto_resume_says_that_it_takes_another_state(opt, tmp_path, capsys):
     assert message in capsys.readouterr().out
 
 
-def test_a_folder_of_the_other_kind_of_run_is_not_made(opt, tmp_path):
+def test_a_folder_of_the_other_kind_of_run_is_not_created(opt, tmp_path):
     """BasicSR makes every folder that `path` names, and ends with a TypeError, after renaming, at an empty one."""
     opt['path'] |= {'results_root': None}
     pipelines.train(write_options(opt, tmp_path / 'train.yml'), cwd=tmp_path)
@@ -518,7 +518,7 @@ def test_the_page_about_migration_has_every_name_and_key_of_the_messages():
         assert re.search(rf'`[^`]*\b{name}\b', page), name
 
 
-def test_lists_of_folders_are_for_datasets_that_take_them(opt, images, finished):
+def test_lists_of_folders_are_for_datasets_that_accept_them(opt, images, finished):
     """BasicSR itself ends with a TypeError when it expands `~`."""
     opt['datasets']['val']['dataroot_gt'] = [images['dataroot_gt'], 3]
     assert 'datasets.val.dataroot_gt[1]: expected text, got 3' in refused(opt, finished)

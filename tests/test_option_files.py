@@ -86,7 +86,7 @@ def test_training_is_refused_for_a_hostile_text(text, opt, tmp_path, monkeypatch
     assert refusal(opt, tmp_path).startswith(message)
 
 
-def test_no_key_stands_twice(opt, tmp_path, monkeypatch):
+def test_duplicate_keys_are_refused(opt, tmp_path, monkeypatch):
     text = yaml.safe_dump(opt, sort_keys=False)
     for more, message in {
         'train:\n  total_iter: 3\n': "duplicate key 'train', first in line",
@@ -125,7 +125,7 @@ def named_line(problem: str, folder: Path) -> str:
 
 
 @pytest.mark.parametrize('value', VALUES)
-def test_training_is_refused_before_it_makes_or_renames_anything(value, opt, tmp_path):
+def test_training_is_refused_before_anything_is_created_or_renamed(value, opt, tmp_path):
     changes, message = VALUES[value]
     report = refusal(changed(opt, changes), tmp_path)
     assert report.startswith(f'1 problem in the options:\n  {message}')
@@ -157,7 +157,7 @@ def test_every_problem_has_the_line_of_its_key(opt, tmp_path):
         assert named_line(told, tmp_path).strip().startswith(f'{key}: ')
 
 
-def test_a_number_of_26_digits(opt, tmp_path):
+def test_a_number_of_26_digits_is_refused(opt, tmp_path):
     report = refusal(changed(opt, {'train.total_iter': 10**25}), tmp_path)
     assert report.endswith(": '10000000000000000000000000' does not fit into 64 bits")
     assert named_line(report.partition(':')[0].replace('line', '(line'), tmp_path).strip().startswith('total_iter: 1')
@@ -183,7 +183,7 @@ def test_options_are_utf_8_wherever_they_are_read(tmp_path):
     assert read_options(copy) == opt
 
 
-def test_what_is_not_a_regular_file_is_refused_and_not_waited_for(opt, tmp_path):
+def test_files_that_are_not_regular_are_refused_without_blocking(opt, tmp_path):
     os.mkfifo(tmp_path / 'fifo')
     for file, message in {
         'fifo': 'not a regular file',
@@ -198,7 +198,7 @@ def test_aliases_stand_for_what_they_name():
     assert parse_value('{a: &x {b: [1, 2]}, c: *x}') == {'a': {'b': [1, 2]}, 'c': {'b': [1, 2]}}
 
 
-def test_names_of_files_on_every_system():
+def test_names_must_be_valid_on_every_system():
     for name in ('run', 'train_DPMambaIR_all-in-one', 'Größe 2', '.hidden', 'a.b', '-x', 'x' * 200):
         assert name_problem(name) == ''
     for name in ('', '.', '..', 'a/b', '/', '..\\x', 'x ', 'x.', 'a\nb', 'a\0', '\ud800', 'ä' * 101):

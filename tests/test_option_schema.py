@@ -20,7 +20,7 @@ SCHEMA = json.loads((OPTIONS / FILE).read_text(encoding='utf-8'))
 VALIDATOR = jsonschema.Draft7Validator(SCHEMA)
 
 
-def test_the_schema_that_is_shipped_is_current():
+def test_the_shipped_schema_is_current():
     """Except optimizers, which differ between PyTorch versions."""
     jsonschema.Draft7Validator.check_schema(SCHEMA)
     made, shipped = json.loads(json.dumps(make_schema())), copy.deepcopy(SCHEMA)

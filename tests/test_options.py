@@ -104,7 +104,7 @@ def change(opt: dict, path: str, value) -> None:
         opt[key] = value
 
 
-def test_what_works_passes_and_is_not_changed(opt):
+def test_valid_options_pass_unchanged(opt):
     before = copy.deepcopy(opt)
     assert check_options(opt) == []
     assert opt == before
@@ -255,7 +255,7 @@ def test_a_mistake_is_named(opt, mistake):
     assert check_options(opt) == [f'{where or path}: {what}']
 
 
-def test_numbers_are_written_as_yaml_wants_them(opt):
+def test_numbers_that_yaml_reads_as_text_get_a_valid_spelling(opt):
     for text in ('3e-4', '1e5', '2.5E3', '-1e-08', '.5e1'):
         change(opt, 'train.optim_g.lr', text)
         (problem,) = check_options(opt)
@@ -278,7 +278,7 @@ def test_a_resumed_run_does_not_need_what_it_started_from(opt, tmp_path):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason='needs a machine without CUDA')
-def test_cuda_without_cuda(opt):
+def test_cuda_options_without_cuda_are_refused(opt):
     opt['num_gpu'] = 1
     opt['datasets']['train']['prefetch_mode'] = 'cuda'
     for model in ('CheckedModel', 'SRModel'):
@@ -348,12 +348,12 @@ STRUCTURES = {
 
 
 @pytest.mark.parametrize('name', STRUCTURES)
-def test_structure(name):
+def test_problems_of_structure_are_named(name):
     opt, is_train, problems = STRUCTURES[name]
     assert check_structure(opt, is_train) == problems
 
 
-def test_forced_options():
+def test_forced_options_are_applied_or_refused():
     opt = {'name': 'x', 'train': {'total_iter': 1}}
     assert apply_forced(opt, ['name=y', 'train:total_iter=4', 'train:new=[1, 2e-1]']) == []
     assert opt == {'name': 'y', 'train': {'total_iter': 4, 'new': [1, 0.2]}}
@@ -393,7 +393,7 @@ def test_forced_options_add_sections_that_a_file_may_have():
         'network_g:parts:x=1': 'there is no section network_g.parts',
     }.items(),
 )
-def test_a_section_that_no_file_has_is_refused_with_the_nearest_name(entry, message):
+def test_an_unknown_section_is_refused_with_the_nearest_name(entry, message):
     opt = {'train': {'total_iter': 1}, 'datasets': {'val': {}}, 'network_g': {}}
     assert add_sections(opt, [entry]) == [entry]
     (problem,) = apply_forced(opt, [entry])
@@ -416,7 +416,7 @@ def test_refusal_is_one_message_and_a_failure():
     assert str(refusal.value) == 'x.yml: 2 problems in the options:\n  a: missing\n  b: missing'
 
 
-def test_no_near_name_lists_the_choices():
+def test_without_a_similar_name_the_choices_are_listed():
     assert did_you_mean('zzz', ['b', 'a']) == '; choices: a, b'
 
 
@@ -496,7 +496,7 @@ def ours(opt, images, checkpoints):
     return opt
 
 
-def test_what_works_is_made_in_a_dry_run_without_a_trace(ours):
+def test_valid_options_pass_the_dry_run_without_a_trace(ours):
     torch.manual_seed(0)
     expected = torch.rand(1)
     torch.manual_seed(0)
@@ -620,7 +620,7 @@ FOUND_IN_A_DRY_RUN = {
 
 
 @pytest.mark.parametrize('mistake', FOUND_IN_A_DRY_RUN)
-def test_what_shows_only_when_things_are_made_is_found_before(ours, checkpoints, mistake):
+def test_errors_at_construction_are_found_in_the_dry_run(ours, checkpoints, mistake):
     path, value, message = FOUND_IN_A_DRY_RUN[mistake]
     change(ours, path, str(checkpoints / value) if str(value).endswith('.pth') else value)
     (problem,) = check_options(ours)
@@ -628,7 +628,7 @@ def test_what_shows_only_when_things_are_made_is_found_before(ours, checkpoints,
     assert '\n' not in problem
 
 
-def test_images_without_partners_are_found_before(ours, images, tmp_path):
+def test_images_without_partners_are_found_up_front(ours, images, tmp_path):
     shutil.copytree(images['dataroot_gt'], tmp_path / 'lq')
     (tmp_path / 'lq' / '0.png').unlink()
     ours['datasets']['train']['datasets']['rain']['dataroot_lq'] = str(tmp_path / 'lq')
@@ -636,13 +636,13 @@ def test_images_without_partners_are_found_before(ours, images, tmp_path):
     assert re.match('datasets.train: images do not pair', problem) and '0.png' in problem
 
 
-def test_scales_agree(ours):
+def test_scales_must_agree(ours):
     ours['network_g'] = {'type': 'VmambaIR', 'dim': 8, 'num_blocks': [1, 1, 1, 1], 'scale': 2}
     del ours['path']['pretrain_network_e']
     assert check_options(ours) == ['network_g.scale: 2, but scale is 1']
 
 
-def test_our_parts_are_made_in_a_dry_run_for_models_of_basicsr_too(ours):
+def test_the_dry_run_builds_our_parts_for_models_of_basicsr_too(ours):
     ours['model_type'] = 'SRModel'
     ours['network_g']['insertion'] = 'mix'
     ours['datasets']['train']['sampling'] = 'unifrm'
@@ -650,7 +650,7 @@ def test_our_parts_are_made_in_a_dry_run_for_models_of_basicsr_too(ours):
     assert network.startswith('network_g: insertion') and dataset.startswith('datasets.train: sampling')
 
 
-def test_progressive_is_for_any_model_also_basicsrs_own(ours):
+def test_progressive_works_with_any_model_including_basicsrs_own(ours):
     phases = {'gt_sizes': [8, 16], 'batch_sizes': [2, 1], 'iters': [5, 5]}
     ours['datasets']['train']['progressive'] = phases
     for model in ('RestorationModel', 'SRModel'):
@@ -664,7 +664,7 @@ def test_checking_does_not_open_the_log(ours, monkeypatch):
     assert sys.modules['basicsr.utils.logger'].initialized_logger == {}
 
 
-def test_a_checkpoint_in_the_folder_that_is_renamed(ours, tmp_path, checkpoints):
+def test_a_checkpoint_in_the_folder_that_is_renamed_is_refused(ours, tmp_path, checkpoints):
     (tmp_path / 'models').mkdir()
     file = shutil.copy(checkpoints / 'whole.pth', tmp_path / 'models')
     ours['path'] |= {'experiments_root': str(tmp_path), 'pretrain_network_g': str(file), 'pretrain_network_e': None}

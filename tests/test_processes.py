@@ -91,7 +91,7 @@ def waiting(images, waiting_in):
 
 @pytest.mark.usefixtures('waiting')
 @pytest.mark.parametrize('kind', KINDS)
-def test_two_processes_are_one_with_the_doubled_batch(kind, images, tmp_path):
+def test_two_processes_equal_one_with_the_doubled_batch(kind, images, tmp_path):
     is_real_world = kind.startswith('RealWorld')
     opt = plain_photos(tmp_path) if is_real_world else forked.options(images)
     common = {'network_g.dropout': 0.0, 'train.optim_g': SGD, 'train.total_iter': TOTAL}
@@ -138,7 +138,7 @@ def in_folders_of_their_own(tmp_path, images):
     return changed(opt, val), folders[:2], folders[2]
 
 
-def test_validation_of_a_network_with_buffers_and_without_average(images, tmp_path):
+def test_validation_of_a_network_with_buffers_and_without_average_does_not_hang(images, tmp_path):
     """It is the first process's alone, whatever the others see; BasicSR's would hang."""
     opt, (first, second), alone = in_folders_of_their_own(tmp_path, images)
     for kind in ('gt', 'lq'):
@@ -222,7 +222,7 @@ def test_a_missing_process_is_named_and_the_other_ends(rank, name, missing, wait
     assert name.endswith('stopped') or not (waiting_in / name / 'experiments').exists()
 
 
-def test_a_process_that_continues_is_said_to_be_back(waiting, waiting_in):
+def test_a_process_that_continues_is_reported_as_back(waiting, waiting_in):
     first, second = waiting[0, 'paused'], waiting[1, 'paused']
     first.wait_for(SILENT + "(torch's default)")
     os.kill(second.process.pid, signal.SIGCONT)
@@ -234,6 +234,6 @@ def test_a_process_that_continues_is_said_to_be_back(waiting, waiting_in):
     assert SILENT not in second.log(), 'it does not take its own pause for one of the other'
 
 
-def test_the_limit_is_a_number(images, tmp_path):
+def test_the_limit_must_be_a_number(images, tmp_path):
     run = Training(changed(forked.options(images), {'dist_params': {'timeout': 'long'}}), tmp_path)
     assert run.status() == 1 and 'dist_params.timeout: ' in run.log()

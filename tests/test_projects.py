@@ -203,7 +203,7 @@ def commands(scripts, tmp_path):
 
 
 @pytest.mark.parametrize('make', [fork, old_fork, old_fork_with_init, package], ids=lambda make: make.__name__)
-def test_our_commands_work_in_the_folder_of_a_project_or_say_what_is_missing(make, commands, options, tmp_path):
+def test_our_commands_work_in_a_projects_folder_or_say_what_is_missing(make, commands, options, tmp_path):
     project = make(tmp_path)
     options |= {
         'name': 'ours',

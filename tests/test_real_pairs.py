@@ -83,7 +83,7 @@ def mean_over(images, truths) -> dict[str, float]:
 
 
 @pytest.mark.parametrize('dataset', DATASETS, ids=lambda dataset: dataset['name'])
-def test_figures_are_those_of_scikit_image(dataset, tested):
+def test_metrics_match_scikit_image(dataset, tested):
     """Of the unrestored images as they are on disk (noise and JPEG as they were made), and of the restored ones."""
     folder, _ = tested
     root, name = folder / 'results' / 'test_all_in_one', dataset['name']
@@ -97,7 +97,7 @@ def test_figures_are_those_of_scikit_image(dataset, tested):
     assert abs(restored['psnr'] - part['unrestored']['psnr']) > 1e-2, 'the two could be mixed up'
 
 
-def test_the_files_have_all_rows_and_their_average(tested):
+def test_the_tables_have_all_rows_and_their_average(tested):
     folder, log = tested
     root = folder / 'results' / 'test_all_in_one'
     content = json.loads((root / 'results.json').read_text())

@@ -188,7 +188,7 @@ def test_what_is_degraded_on_the_fly_is_shown_degraded(pairs, tmp_path):
     assert part.unrestored == pytest.approx(mean_over(map(Path, part.images.values()), pairs), abs=1e-3)
 
 
-def test_numbers_that_json_does_not_have_survive_it(tmp_path):
+def test_numbers_that_json_lacks_survive_a_round_trip(tmp_path):
     part = results.SetResult('set', restored={'psnr': math.inf, 'ssim': math.nan})
     results.write_run(a_run('run', part), tmp_path)
     json.loads((tmp_path / 'results.json').read_text(), parse_constant=lambda name: pytest.fail(name))
@@ -231,7 +231,7 @@ def table_of(text: str) -> dict[tuple[str, str], dict[str, str]]:
     return {(row[0], row[-1]): dict(zip(heading, row, strict=True)) for row in rows}
 
 
-def test_two_runs_stand_in_one_table_beside_the_papers(tested):
+def test_two_runs_are_in_one_table_with_the_papers(tested):
     folder, _ = tested
     process = command('results/one', 'results/two/results.json', cwd=folder)
     assert process.returncode == 0, process.stdout
@@ -266,7 +266,7 @@ def test_an_average_needs_every_set(tmp_path):
         assert float(averages[method].split(' / ')[0]) == pytest.approx(psnr, abs=0.011)
 
 
-def test_numbers_that_are_measured_otherwise_are_marked_and_compared_with_nothing(tmp_path):
+def test_numbers_measured_differently_are_marked_and_not_compared(tmp_path):
     part = results.SetResult('Rain100H', restored={'psnr': 30.0, 'ssim': 0.9}, unrestored={'psnr': 12.0, 'ssim': 0.4})
     (folder,) = write_runs(tmp_path, a_run('both', part))
     process = command(folder, '--html', 'page.html', cwd=tmp_path)
@@ -295,7 +295,7 @@ def test_every_ssim_of_dpmambair_is_marked_and_none_of_vmambair():
 @pytest.mark.parametrize(
     'file', sorted((commands.PACKAGE_PARENT / 'options').glob('test_*.yml')), ids=lambda file: file.stem
 )
-def test_the_option_files_measure_what_stands_beside_them(file):
+def test_the_option_files_have_the_metrics_of_the_published_tables(file):
     """Each table whose sets a file has is shown with every metric of the file, but those that it does not print."""
     opt = yaml.safe_load(file.read_text(encoding='utf-8'))
     sets = [
@@ -337,7 +337,7 @@ def test_runs_that_cannot_be_compared_are_refused_or_noted(tmp_path):
 
 
 @pytest.mark.parametrize('content', [None, '', '[]', '{"name": "run"}', '{"average": {}, "sets": [{"name": 1}]}'])
-def test_what_is_no_result_is_named(tmp_path, content):
+def test_files_that_are_not_results_are_named(tmp_path, content):
     if content is not None:
         (tmp_path / 'results.json').write_text(content)
     with pytest.raises(ValueError, match=rf'^{re.escape(str(tmp_path / "results.json"))}: '):
@@ -482,7 +482,7 @@ def test_the_input_is_measured_once(trained, pairs):
     assert any(float(value) == pytest.approx(psnr, abs=1e-3) for _, value, _ in said)
 
 
-def test_the_best_checkpoint_is_the_network_it_says(trained):
+def test_the_best_checkpoint_is_the_network_that_the_log_names(trained):
     folder, log = trained
     best = torch.load(folder / 'experiments/run/models/net_g_best.pth', weights_only=True)
     saved = [(int(iteration), float(value)) for iteration, value in best_lines(log)]
@@ -529,7 +529,7 @@ def test_a_resumed_training_replaces_the_best_only_by_a_better_one(trained, tmp_
     assert not list(file.parent.glob('.*'))
 
 
-def test_a_best_by_another_measure_is_not_compared_with(trained, tmp_path):
+def test_a_best_value_of_another_metric_is_not_compared(trained, tmp_path):
     folder, _ = trained
     shutil.copytree(folder / 'experiments', tmp_path / 'experiments')
     opt = yaml.safe_load((folder / 'run.yml').read_text())

@@ -113,7 +113,7 @@ def test_basicsrs_charbonnier_loss_trains():
     assert model.log_dict == pytest.approx({'l_pix': expected}, rel=1e-5)
 
 
-def test_a_loss_that_is_none_is_not_logged():
+def test_a_loss_of_None_is_not_logged():
     model = build(pixel_opt=None, perceptual_opt={'type': 'PairOfLosses', 'style': 0})
     model.optimize_parameters(1)
     assert list(model.log_dict) == ['l_percep']
@@ -193,7 +193,7 @@ def test_a_schedule_may_end_with_the_last_iteration(periods, works):
 
 
 @pytest.mark.parametrize('model_type', ['RestorationModel', 'RestorationGANModel'])
-def test_what_freeze_names_is_not_trained_and_takes_no_optimizer_state(model_type, caplog, monkeypatch):
+def test_frozen_parameters_are_not_trained_and_have_no_optimizer_state(model_type, caplog, monkeypatch):
     monkeypatch.setattr(get_root_logger(), 'propagate', True)
     patterns = ['encoder_level1*', '*.norm*.weight', 'output.*']
     opt = options(VMAMBAIR, freeze=patterns, ema_decay=0.5, grad_clip_norm=1.0)
@@ -315,7 +315,7 @@ def extractor_of(file):
     return {name.removeprefix('extractor.'): value for name, value in state.items() if name.startswith('extractor.')}
 
 
-def test_from_stage_1(stage_1, stage_2, tmp_path):
+def test_extractor_is_loaded_from_stage_1(stage_1, stage_2, tmp_path):
     file, expected = stage_1
     assert_extractor(model_with(pretrain_network_e=file), expected)
     part = {'pretrain_network_g': stage_2['part'], 'strict_load_g': False}
@@ -327,7 +327,7 @@ def test_from_stage_1(stage_1, stage_2, tmp_path):
     assert_extractor(model_with(pretrain_network_e=bare), expected)
 
 
-def test_from_a_checkpoint_of_the_whole_network(stage_1, stage_2):
+def test_extractor_is_loaded_from_a_checkpoint_of_the_whole_network(stage_1, stage_2):
     expected = extractor_of(stage_2['whole'])
     assert_extractor(model_with(pretrain_network_g=stage_2['whole']), expected)
     with pytest.raises(ValueError, match=r'^path\.pretrain_network_e: \S*whole\.pth includes its own extractor'):
@@ -361,7 +361,7 @@ def test_a_random_extractor_is_refused(make, stage_1, stage_2, tmp_path):
         make({'pretrain_network_g': file, 'strict_load_g': False})
 
 
-def test_gan_model_takes_the_extractor(stage_1, stage_2):
+def test_gan_model_loads_the_extractor(stage_1, stage_2):
     model = gan_model({'pretrain_network_e': stage_1[0]})
     model.feed_data({'lq': torch.rand(2, 3, 16, 16), 'gt': torch.rand(2, 3, 16, 16)})
     model.optimize_parameters(1)
@@ -377,7 +377,7 @@ def test_gan_model_takes_the_extractor(stage_1, stage_2):
         ('DegradationExtractorModel', {'type': 'DegradationAutoencoder', **EXTRACTOR}),
     ],
 )
-def test_a_network_that_takes_no_extractor_is_given_none(model_type, network, stage_1):
+def test_a_network_without_an_extractor_is_given_none(model_type, network, stage_1):
     opt = options(dict(network), {'pretrain_network_e': stage_1[0]}) | {'model_type': model_type}
     message = rf'^path\.pretrain_network_e: this {network["type"]} does not use an extractor; write ~'
     with pytest.raises(ValueError, match=message):

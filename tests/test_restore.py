@@ -98,7 +98,7 @@ def test_our_models_load_files_with_and_without_options(tmp_path):
 # load
 
 
-def test_importing_the_package_and_load_imports_neither_torch_nor_basicsr(tmp_path):
+def test_importing_load_imports_neither_torch_nor_basicsr(tmp_path):
     code = (
         'import sys; from dpmambair_basicsr import load; print({"torch", "basicsr", "numpy", "cv2"} & {*sys.modules})'
     )
@@ -124,7 +124,7 @@ def test_restore_gives_what_validation_gives(network, tmp_path):
     torch.testing.assert_close(net.restore(tensor), model.output[0].clamp(0, 1))
 
 
-def test_kinds_of_images():
+def test_images_batches_and_dtypes_are_restored():
     net = restorer_of(VMAMBAIR)
     image = photo(17, 9)
     tensor = torch.from_numpy(image).permute(2, 0, 1) / 255
@@ -151,7 +151,7 @@ def test_kinds_of_images():
         torch.zeros(3, 4, 4, dtype=torch.uint8),
     ],
 )
-def test_other_images_are_refused(image):
+def test_invalid_images_are_refused(image):
     with pytest.raises(ValueError, match=r'^image: '):
         restorer_of(VMAMBAIR).restore(image)
 
@@ -257,7 +257,7 @@ def test_half_precision_is_close():
         assert 0 < np.abs(net.restore(image) - exact).mean() < 0.05 * np.abs(exact - image).mean()
 
 
-def test_self_ensemble_turns_with_the_image():
+def test_self_ensemble_is_equivariant_to_rotation():
     net = restorer_of(VMAMBAIR, scale=2)
     image = photo(16, 24)
     result = net.restore(image, self_ensemble=True)
@@ -320,7 +320,7 @@ class Local(nn.Module):
 
 @pytest.mark.parametrize(('scale', 'with_mean'), [(1, False), (2, False), (1, True)])
 @pytest.mark.parametrize(('height', 'width', 'tile'), [(150, 201, 64), (40, 300, 96), (64, 64, 64)])
-def test_tiles_change_nothing_where_they_see_all_that_matters(scale, with_mean, height, width, tile):
+def test_tiles_change_nothing_if_they_cover_the_receptive_field(scale, with_mean, height, width, tile):
     """To 1e-6: the outer quarter of the overlap, 8 of 32 pixels, is only seen."""
     net = Restorer(Local(scale, with_mean), CPU)
     image = torch.rand(3, height, width)
@@ -395,7 +395,7 @@ def test_tiles_agree_to_a_thousandth_if_scans_forget():
 
 
 @pytest.mark.parametrize(('network', 'seed'), [(VMAMBAIR, 1), (DPMAMBAIR, 6)])
-def test_no_seams_with_scans_that_remember(network, seed):
+def test_long_range_scans_leave_no_seams(network, seed):
     """Tiles then differ from the whole image, but not by steps: columns and rows follow on one another as smoothly."""
     net = restorer_of(network, seed=seed)
     net.net.output.weight.normal_(0, 0.1)
@@ -456,7 +456,7 @@ class Hungry(Local):
         return super().forward(x, embedding)
 
 
-def test_out_of_memory_is_said_with_a_tile_that_needs_less():
+def test_out_of_memory_is_reported_with_a_smaller_tile():
     """No smaller tile is taken without asking: it would change the result."""
     net = Restorer(Hungry(1, False), CPU)
     image = torch.rand(3, 100, 300)

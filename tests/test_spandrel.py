@@ -48,7 +48,7 @@ def installed():
 
 
 @pytest.mark.parametrize(('network', 'options'), CASES, ids=str)
-def test_a_checkpoint_becomes_the_network_that_it_is_of(network, options, tmp_path):
+def test_checkpoints_are_recognised_as_their_networks(network, options, tmp_path):
     torch.manual_seed(0)
     net = network(**options).eval()
     # As our models save it: the average is what is used.
@@ -70,20 +70,20 @@ def test_a_checkpoint_becomes_the_network_that_it_is_of(network, options, tmp_pa
 
 
 @pytest.mark.parametrize(('network', 'options'), CASES, ids=str)
-def test_no_other_architecture_takes_it(network, options):
+def test_no_other_architecture_matches_a_checkpoint(network, options):
     with torch.device('meta'):
         state_dict = network(**options).state_dict()
     found = [arch.architecture.id for arch in spandrel.MAIN_REGISTRY if arch.detect(state_dict)]
     assert found == [network.__name__]
 
 
-def test_what_needs_a_label_is_not_taken():
+def test_networks_that_need_a_label_are_not_recognised():
     with torch.device('meta'):
         state_dict = DPMambaIR(**DPMAMBAIR, degradation='class').state_dict()
     assert not any(arch.detect(state_dict) for arch in spandrel.MAIN_REGISTRY)
 
 
-def test_factors_that_give_the_same_widths_give_them_again():
+def test_ambiguous_factors_reproduce_the_widths():
     for factor in (1.0, 2.0, 2.1, 2.66, 2.999):
         for dim in (6, 48):
             with torch.device('meta'):

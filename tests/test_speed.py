@@ -151,14 +151,14 @@ GAN = {'model_type': 'RestorationGANModel', 'optim_d': {'type': 'Adam', 'lr': 1e
     ],
     ids=str,
 )
-def test_what_does_not_work_is_named(train, message, monkeypatch):
+def test_unsupported_settings_are_named(train, message, monkeypatch):
     monkeypatch.setenv('CXX', 'no-such-compiler')
     opt = options({'type': 'VmambaIR', **TINY}, **train)
     with pytest.raises(ValueError, match=message):
         MODEL_REGISTRY.get(opt['model_type']).check_training(opt)
 
 
-def test_gan_training_in_bf16():
+def test_a_gan_trains_in_bf16():
     opt = options({'type': 'VmambaIR', **TINY}, **GAN, amp='bf16')
     opt['network_d'] = {'type': 'UNetDiscriminatorSN', 'num_in_ch': 3, 'num_feat': 4}
     opt['train']['gan_opt']['gan_type'] = 'vanilla'
@@ -169,7 +169,7 @@ def test_gan_training_in_bf16():
     assert all(torch.tensor(value).isfinite() for value in model.log_dict.values())
 
 
-def test_a_training_in_bf16_from_its_option_file(tmp_path):
+def test_an_option_file_trains_in_bf16(tmp_path):
     """The keys pass the check of the options; the log says what runs; names in the checkpoint are plain."""
     pairs = pipelines.write_pairs(tmp_path / 'pairs', [(24, 24)] * 2)
     opt = options({'type': 'VmambaIR', **TINY}, amp='bf16')

@@ -126,7 +126,7 @@ def stop_and_repeat_after_the_answer() -> None:
     sys.exit(128 + signals.received)
 
 
-def test_a_request_that_is_repeated_while_a_saved_training_ends_is_the_same():
+def test_a_request_repeated_while_the_training_ends_counts_once():
     """As torchrun does it when the first of its processes has ended, after an iteration of many seconds."""
     process = multiprocessing.get_context('forkserver').Process(target=stop_and_repeat_after_the_answer)
     process.start()

@@ -82,7 +82,7 @@ SCENES = [scene(0, 100, 200)] * 6 + [scene(1, 30, 130)] * 6
 
 
 @pytest.mark.parametrize('extension', VIDEOS)
-def test_the_result_differs_in_its_pixels_alone(extension, tmp_path):
+def test_only_the_pixels_of_the_result_differ(extension, tmp_path):
     codec = VIDEOS[extension].encoder
     source = write_video(tmp_path / f'a{extension}', SCENES, codec=codec, sample_aspect_ratio=Fraction(4, 3))
     assert rewrite(source, tmp_path / f'b{extension}', lambda frame: 255 - frame.image) == []
@@ -183,7 +183,7 @@ def test_frames_of_a_shot_are_restored_as_pictures_with_its_statistics(tmp_path)
 # Foreign files
 
 
-def test_what_cannot_be_restored_is_refused_in_one_line(tmp_path):
+def test_unsupported_videos_are_refused_in_one_line(tmp_path):
     good = write_video(tmp_path / 'good.mkv', SCENES).read_bytes()
     write_video(tmp_path / 'hdr.mkv', SCENES, color_trc=16)
     (tmp_path / 'text.mp4').write_text('no video')
@@ -207,7 +207,7 @@ def test_what_cannot_be_restored_is_refused_in_one_line(tmp_path):
     assert not [*tmp_path.glob('*result*')], 'nor a part of one'
 
 
-def test_an_error_in_the_middle_leaves_no_file(tmp_path):
+def test_an_error_midway_leaves_no_file(tmp_path):
     source, seen = write_video(tmp_path / 'a.mkv', SCENES), []
 
     def fail(frame):
@@ -239,7 +239,7 @@ def command(monkeypatch, capsys, *arguments) -> tuple[int, str]:
     return status, captured.out + captured.err
 
 
-def test_a_folder_of_videos_and_pictures(weights, tmp_path, monkeypatch, capsys):
+def test_a_folder_may_contain_videos_and_pictures(weights, tmp_path, monkeypatch, capsys):
     from PIL import Image
 
     (tmp_path / 'in').mkdir()
@@ -271,7 +271,7 @@ def test_a_clean_video_is_copied(tmp_path, monkeypatch, capsys):
     assert (tmp_path / 'b.mp4').read_bytes() == source.read_bytes()
 
 
-def test_a_result_of_another_kind_is_refused_before_anything(weights, tmp_path, monkeypatch, capsys):
+def test_an_output_of_another_kind_is_refused_up_front(weights, tmp_path, monkeypatch, capsys):
     source = write_video(tmp_path / 'a.mp4', SCENES)
     with pytest.raises(SystemExit, match='a.png: .*a.mp4 is a video; expected such a file'):
         command(monkeypatch, capsys, source, '-o', tmp_path / 'a.png', '-w', weights)
