@@ -1,6 +1,6 @@
-"""The CPU's kernels for depthwise convolutions and layer norm with what follows them, against PyTorch's functions.
+"""The CPU kernels for depthwise convolutions and layer norm, fused with the operations that follow, against PyTorch.
 
-All tests run in PyTorch's deterministic mode, where fresh memory, that for scratch included, is full of NaN.
+All tests run in PyTorch's deterministic mode, which fills new memory, including scratch memory, with NaN.
 """
 
 import pytest

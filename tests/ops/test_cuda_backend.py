@@ -1,6 +1,6 @@
-"""The CUDA kernels: on a GPU if there is one, else built by g++ for the CPU, where threads of a block are fibers.
+"""The CUDA kernels: on a GPU if there is one, else built by g++ for the CPU, with fibers as the threads of a block.
 
-There sizes are tiny, and fresh memory, that for scratch included, is full of NaN. On a GPU test_selective_scan.py tests
+On the CPU, sizes are tiny, and new memory (scratch included) is full of NaN. On a GPU test_selective_scan.py tests
 this backend as well, at usual sizes.
 """
 
@@ -37,7 +37,7 @@ needs_gpu = pytest.mark.skipif(not ON_GPU, reason='needs an NVIDIA GPU')
 def backend(monkeypatch):
     if not ON_GPU:
         cuda_on_host.install(monkeypatch)
-    torch.use_deterministic_algorithms(True, warn_only=True)  # fills fresh memory; a GPU's matrix products may vary
+    torch.use_deterministic_algorithms(True, warn_only=True)  # fills new memory; a GPU's matrix products may vary
     yield
     torch.use_deterministic_algorithms(False)
     forget_plans()
@@ -57,7 +57,7 @@ def image_inputs(**options):
 
 
 def projected_inputs(dtype=torch.float32, **options):
-    """What `omni.omni_scan` takes: the kernels alone, without the matrix product, which minds the layout."""
+    """Arguments of `omni.omni_scan`, the kernels without the matrix product, which depends on the layout."""
     inputs = image_inputs(**options)
     size, inputs = inputs['x'].shape[2:], {k: x.to(dtype) if torch.is_tensor(x) else x for k, x in inputs.items()}
     x, weight = inputs.pop('x').flatten(2).mT, inputs.pop('x_proj_weight').flatten(-3, -2)
@@ -104,7 +104,7 @@ def test_agrees_with_the_unfused_scan(b, d, size, n, rank, directions):
 
 @pytest.mark.parametrize('order', ['first to last', 'last to first'])
 def test_agrees_with_the_unfused_scan_in_chunks_of_large_images(order, monkeypatch):
-    """128 steps, of which each of two directions writes half first; without a GPU threads run in both orders."""
+    """128 steps; each of two directions writes one half first. Without a GPU, threads run in both orders."""
     monkeypatch.setattr(plan, '_WARPS_EACH', 0)
     if order == 'last to first':
         monkeypatch.setenv('SHIM_BACKWARDS', '1')
@@ -122,7 +122,7 @@ def test_agrees_with_the_unfused_scan_in_the_shared_memory_of_a_smaller_gpu(monk
 
 @pytest.mark.parametrize(('d', 'directions'), [(20, ALL), (3, (3,))])
 def test_each_sample_may_have_its_own_projection_and_A(d, directions):
-    """What a factor of delta of each sample becomes, DPMambaIR's Eq. 8, see `directional_scan`."""
+    """This is how a per-sample factor of delta (DPMambaIR, Eq. 8) is computed, see `directional_scan`."""
     inputs = image_inputs(b=3, d=d, per_sample=('x_proj_weight', 'A'), directions=directions)
     assert_images_agree(inputs)
     assert scans_run_by(lambda: omni_scan(**inputs, backend='cuda')) == ['omni_scan_cuda']
@@ -176,7 +176,7 @@ def test_is_deterministic_and_reads_no_uninitialized_memory():
 
 
 def test_nan_propagates_to_later_positions_only():
-    """By columns reversed, up from (1, 1) in that column, then all columns to its left."""
+    """In reversed column order: from (1, 1) up its column, then all columns to its left."""
     inputs = projected_inputs(d=2, directions=(3,), size=(5, 3))
     inputs['projected'][0, 1 * 3 + 1, 3] = math.nan  # in B
     y = omni.omni_scan(**inputs).unflatten(1, (5, 3))
@@ -214,7 +214,7 @@ def test_sequences_agree_with_the_definition(b, d, g, n, length):
 @pytest.mark.parametrize('without', [('D',), ('delta_bias',), ('D', 'delta_bias')])
 def test_sequences_agree_with_the_definition_without_options(without, delta_softplus):
     inputs = sequence_inputs()
-    if not delta_softplus:  # then delta + delta_bias, or delta alone, has to be positive itself
+    if not delta_softplus:  # then delta + delta_bias, or delta alone, must be positive itself
         bias = 0 if 'delta_bias' in without else inputs['delta_bias'][:, None]
         inputs['delta'] = inputs['delta'].abs() * 0.1 - bias
     assert_sequences_agree({name: x for name, x in inputs.items() if name not in without}, delta_softplus)
@@ -222,7 +222,7 @@ def test_sequences_agree_with_the_definition_without_options(without, delta_soft
 
 @pytest.mark.parametrize('step', [20.0, 1e-4])
 def test_sequences_agree_with_the_definition_at_extreme_steps(step):
-    """20: decays underflow to 0. 1e-4: hardly any decay, so all positions add up."""
+    """20: decays underflow to 0. 1e-4: almost no decay, so all positions contribute."""
     inputs = sequence_inputs()
     inputs['delta'] = inputs['delta'].abs() * step
     del inputs['delta_bias']
@@ -275,11 +275,11 @@ def test_softplus_and_sigmoid_keep_full_precision():
         assert ((result.double() - exact).abs() <= allowed).all()
 
 
-# --- PyTorch's view of it
+# --- as PyTorch operators
 
 
 def test_image_operators_pass_opcheck():
-    """PyTorch's own checks: nothing mutated or aliased, right shapes without data, traced rightly by torch.compile."""
+    """PyTorch's own checks: no mutation or aliasing, correct fake tensors, correct tracing by torch.compile."""
     tensors = [x for x in projected_inputs(d=2, size=(3, 2)).values() if torch.is_tensor(x)]
     for A in (tensors[4], tensors[4].repeat(1, 1, 1)):
         tensors[4] = A
@@ -317,7 +317,7 @@ def test_compiles_without_a_graph_break():
 
 
 def test_compiles_with_dynamic_shapes():
-    """The number of states kept for the backward pass is a function of sizes that are unknown then."""
+    """The number of states saved for the backward pass depends on sizes that are symbolic at compile time."""
     module = Omni()
     compiled = torch.compile(module, backend='aot_eager', fullgraph=True, dynamic=True)
     for size in ((3, 2), (5, 6)):

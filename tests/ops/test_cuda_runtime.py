@@ -1,4 +1,4 @@
-"""How the CUDA kernels are planned, compiled and kept; nothing here needs a GPU, the compiler is a library."""
+"""How the CUDA kernels are planned, compiled and cached. No GPU is needed: the compiler is a library."""
 
 import io
 import logging
@@ -20,14 +20,14 @@ KERNELS = {
 
 
 def macros(b=1, d=96, length=65536, n=16, rank=6, directions=ALL, dtype=torch.float32, limit=227 << 10):
-    """Of every specialization that a scan of this shape launches, and what `runtime.load` gets them with."""
+    """The macros that `runtime.load` gets for each specialization that a scan of this shape launches."""
     made = plan.make_plan(b, d, length, n, rank, directions, limit)
     kind = launch._TYPES[dtype]
     constants = made.constants | {'SOFTPLUS': 1, 'TX': kind, 'TD': kind, 'TP': kind}
     return [plan.specialize(constants, together) for together in {max(1, len(pair)) for pair in made.pairs}]
 
 
-# --- the division of the work
+# --- partition of the work
 
 SHAPES = [
     (b, d, length, n, rank, directions, limit)
@@ -70,7 +70,7 @@ def test_scans_that_exceed_shared_memory_are_refused(rank, limit):
 
 # --- machine code
 
-# Bytes that a thread of a kernel may spill, by what is measured with NVRTC 13.0: 76 in scan_gradients (compute
+# Bytes that a thread of a kernel may spill, from measurements with NVRTC 13.0: 76 in scan_gradients (compute
 # capability 8.0), 236 in the plain scan's, 280 with 32 states.
 CASES = [pytest.param(architecture, {}, 96, id=f'sm_{architecture}') for architecture in (80, 86, 89, 90, 100, 120)]
 CASES += [
@@ -96,7 +96,7 @@ def test_kernels_compile_with_few_register_spills(architecture, shape, spilled):
 
 @needs_nvrtc
 def test_the_compiler_does_not_write_into_shared_bytes_objects():
-    """Python has one object for each single byte; a log of one byte must not be written into that of a blank."""
+    """Python shares one object per single byte; a log of one byte must not overwrite that of a blank."""
     code, said = runtime.compile_source('extern "C" __global__ void f(float* x) { x[0] = 1; }', 'x.cu', '90')
     assert said == '' and code.startswith(b'\x7fELF') and isinstance(code, bytes)
     assert [io.BytesIO(bytes([0, value])[1:]).read(1)[0] for value in range(256)] == [*range(256)]
@@ -108,12 +108,12 @@ def test_a_compiler_error_includes_the_compiler_log():
         runtime.compile_source('nonsense here;', 'x.cu', '90')
 
 
-# --- what is kept
+# --- the cache
 
 
 @pytest.fixture
 def small(monkeypatch, tmp_path, caplog):
-    """Quickly compiled macros, an empty folder for what is kept, and the log, without what was said before."""
+    """Macros that compile quickly, an empty cache folder, and a cleared log."""
     monkeypatch.setenv('LOCALAPPDATA' if sys.platform == 'win32' else 'XDG_CACHE_HOME', str(tmp_path / 'cache'))
     runtime._say_once.cache_clear()
     logger = logging.getLogger('basicsr')
@@ -127,7 +127,7 @@ def small(monkeypatch, tmp_path, caplog):
 @needs_nvrtc
 def test_compiles_and_logs_once_and_then_reads_the_cache(small, caplog, monkeypatch):
     code = runtime.machine_code('forward', small, '90')
-    (file,) = runtime.cache_folder().iterdir()  # and no part of one
+    (file,) = runtime.cache_folder().iterdir()  # and no partial file
     assert len(caplog.records) == 1 and 'compiling CUDA kernels' in caplog.text
     compiled = []
     real = runtime.compile_source
@@ -157,7 +157,7 @@ def test_without_a_writable_cache_it_compiles_and_says_so(small, tmp_path, caplo
     assert 'cannot be cached' in caplog.text and len(caplog.records) == 2
 
 
-# --- where it runs
+# --- availability
 
 
 def test_unsupported_devices_and_dtypes_are_explained():

@@ -1,4 +1,4 @@
-"""What test_selective_scan.py, which runs for this backend too where it is installed, does not know of."""
+"""What test_selective_scan.py, which covers this backend too if it is installed, does not test."""
 
 import pytest
 import torch

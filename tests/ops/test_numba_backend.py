@@ -1,6 +1,6 @@
-"""What test_selective_scan.py, which runs for the numba backend too, does not know of: its units, threads, compiler.
+"""What test_selective_scan.py, which covers the numba backend too, does not test: its work units, threads, compiler.
 
-All tests run in PyTorch's deterministic mode, where fresh memory, that for scratch included, is full of NaN.
+All tests run in PyTorch's deterministic mode, which fills new memory, including scratch memory, with NaN.
 """
 
 import hashlib
@@ -61,7 +61,7 @@ def test_agrees_with_the_definition_at_any_width(n, d, g):
 @pytest.mark.parametrize('units', [1, 4, 100])
 @pytest.mark.parametrize('positions', [64, 128, 8192])
 def test_agrees_with_the_definition_for_any_partition_of_the_backward_pass(monkeypatch, units, positions):
-    """A group's blocks in one part, two, or each by itself; dB and dC added up after 1, 2 or all 5 chunks."""
+    """The blocks of a group in one part, two, or each by itself; dB and dC summed after 1, 2 or all 5 chunks."""
     monkeypatch.setattr(numba_backend, '_BACKWARD_UNITS', units)
     monkeypatch.setattr(numba_backend, '_BACKWARD_POSITIONS', positions)
     assert_agrees('numba', small_inputs(b=1, d=104, length=300, g=2))
@@ -92,9 +92,9 @@ def test_the_incoming_gradient_may_be_expanded(dims):
 
 
 def test_softplus_sigmoid_and_decay_keep_full_precision():
-    """A scan of one position is softplus(delta), and of an impulse and a pause the decay over the second step.
+    """A scan of one position is softplus(delta); of an impulse and a zero, the decay over the second step.
 
-    Besides the results, the exponent log2(e) * x is rounded, twice: up to |x| / 2^23 of the result.
+    Besides the results, the exponent log2(e) * x is rounded twice: a relative error of up to |x| / 2^23.
     """
 
     def assert_exact(result, exact):
@@ -144,7 +144,7 @@ def test_python_threads_may_scan_concurrently(threads):
     alone = [scan_with_grads(x) for x in inputs]
 
     def scan_repeatedly(x):
-        torch.set_num_threads(2)  # OpenMP's setting is one per thread
+        torch.set_num_threads(2)  # OpenMP's setting is per thread
         return [scan_with_grads(x) for _ in range(10)]
 
     with ThreadPoolExecutor(4) as pool:
@@ -159,7 +159,7 @@ class Scans(Dataset):
 
     def __getitem__(self, index):
         inputs = small_inputs(d=48, length=200, seed=index)
-        torch.set_num_threads(2)  # a worker starts with one, as OpenMP, which torch.exp uses, hangs in a fork with more
+        torch.set_num_threads(2)  # a worker starts with one: OpenMP, which torch.exp uses, hangs in a fork with more
         results = scan_with_grads(inputs)
         torch.set_num_threads(1)
         return results
@@ -175,12 +175,12 @@ def test_forked_data_loader_workers_may_scan(threads):
         assert_same(result, x)
 
 
-# --- PyTorch's view of it
+# --- as a PyTorch operator
 
 
 @pytest.mark.parametrize('without', [(), ('D', 'delta_bias')])
 def test_operator_passes_opcheck(without):
-    """PyTorch's own checks: nothing mutated or aliased, right shapes without data, traced rightly by torch.compile."""
+    """PyTorch's own checks: no mutation or aliasing, correct fake tensors, correct tracing by torch.compile."""
     inputs = small_inputs(d=20, n=3, length=70, g=2)
     inputs = [None if name in without else x.requires_grad_() for name, x in inputs.items()]
     inputs[0] = inputs[0].detach().mT.contiguous().mT.requires_grad_()
@@ -244,7 +244,7 @@ def test_compiles_once_says_so_and_then_loads_from_the_cache(tmp_path):
     assert log.count('compiling the CPU kernels') == len(log.splitlines()) == 1
     printed, log = run_python(code, NUMBA_CACHE_DIR=str(tmp_path))
     assert printed == ['6']
-    assert log == ''  # numba says when it compiles, and did not
+    assert log == ''  # numba logs when it compiles, and did not
 
 
 def test_compiles_without_a_writable_cache(monkeypatch):

@@ -1,7 +1,7 @@
-"""The omni scan fused against the omni scan by its parts.
+"""The fused omni scan against the unfused one.
 
 Shapes: b batch, d channels, h, w height and width, k directions, r rank, n states. All tests run in PyTorch's
-deterministic mode, where fresh memory, that for scratch included, is full of NaN.
+deterministic mode, which fills new memory, including scratch memory, with NaN.
 """
 
 import sys
@@ -31,12 +31,12 @@ pytestmark = pytest.mark.usefixtures('nan_in_new_memory')
 FP32 = torch.float32
 needs_numba = pytest.mark.skipif('numba' not in available_backends(), reason='the extra [cpu] is not installed')
 
-# Largest error allowed in fp32, as a part of the largest entry, or of 0.1 where a sum over the pixels all but vanishes.
+# Largest error allowed in fp32, relative to the largest entry, or to 0.1 where a sum over the pixels nearly vanishes.
 TOLERANCE = 5e-6  # measured up to 2e-6
 
 
 def omni_inputs(b=2, d=20, size=(5, 7), n=4, directions=(0, 1, 2, 3), rank=3, per_sample=(), dtype=FP32, seed=0):
-    """What `omni_scan` takes, with Mamba's statistics; `per_sample` names what each sample has its own of."""
+    """Arguments of `omni_scan`, with Mamba's statistics; `per_sample` names those that differ between samples."""
     rng, k = torch.Generator().manual_seed(seed), len(directions)
 
     def randn(*shape):
@@ -88,7 +88,7 @@ def assert_agrees(inputs):
 
 
 def scan_alone(inputs, size):
-    """Only what our kernels do, without the matrix product, which PyTorch may compute otherwise with other threads."""
+    """Our kernels without the matrix product, whose result may depend on PyTorch's number of threads."""
     inputs = dict(inputs)
     x, weight = inputs.pop('x').flatten(2).mT, inputs.pop('x_proj_weight').flatten(-3, -2)
     inputs = {'x': x, 'projected': x @ weight.mT} | {k.replace('proj_', ''): v for k, v in inputs.items()}
@@ -117,7 +117,7 @@ def test_agrees_with_the_unfused_scan_beyond_one_chunk(b, d, n, rank, directions
 @pytest.mark.parametrize('units', [1, 4, 100])
 @needs_numba
 def test_agrees_with_the_unfused_scan_for_any_partition_of_the_work(monkeypatch, units):
-    """Directions summed by 1, 2 or 4 teams, gradients of projections by 1, 2 or all 3 blocks."""
+    """Directions summed by 1, 2 or 4 teams, projection gradients by 1, 2 or all 3 blocks."""
     monkeypatch.setattr(numba_omni, '_UNITS', units)
     assert_agrees(omni_inputs(d=40, size=(9, 15), n=16))
 
@@ -145,7 +145,7 @@ def test_each_sample_may_have_its_own_projection():
 )
 @needs_numba
 def test_each_sample_may_have_its_own_A(b, d, size, n, directions, units, monkeypatch):
-    """As each sample alone, which shares its A with nobody, by the definition; gradients too."""
+    """Equal to the definition on each sample alone, with its A; gradients too."""
     monkeypatch.setattr(numba_omni, '_UNITS', units)
     inputs = omni_inputs(b=b, d=d, size=size, n=n, directions=directions, per_sample=('x_proj_weight', 'A'))
     own = ('x', 'x_proj_weight', 'A')
@@ -175,7 +175,7 @@ def test_identical_A_per_sample_are_bit_exact_with_a_shared_A():
 )
 @pytest.mark.parametrize('directions', [(0,), (0, 1, 2, 3)], ids=str)
 def test_delta_scale_multiplies_delta_after_softplus(backend, directions):
-    """DPMambaIR, Eq. 8, written down: softplus of the projected step sizes, times the factor, scanned. 0 is allowed."""
+    """DPMambaIR's Eq. 8: a scan with the softplus of the projected step sizes times the factor. 0 is allowed."""
     inputs = omni_inputs(b=3, d=5, size=(3, 4), n=3, rank=2, directions=directions)
     rng = torch.Generator().manual_seed(2)
     prompt = 1 + 0.3 * torch.randn(3, 2 + 2 * 3, generator=rng)
@@ -197,7 +197,7 @@ def test_delta_scale_multiplies_delta_after_softplus(backend, directions):
 
 
 def network_form(inputs):
-    """The parameters as the networks' function takes them and checkpoints hold them."""
+    """The parameters as the networks' function takes them and checkpoints store them."""
     names = {'x_proj_weight': 'x_proj_weight', 'dt_proj_weight': 'dt_projs_weight', 'dt_proj_bias': 'dt_projs_bias'}
     parameters = {new: inputs[old] for old, new in names.items()}
     parameters |= {'A_logs': (-inputs['A']).log(), 'Ds': inputs['D']}
@@ -206,7 +206,7 @@ def network_form(inputs):
 
 @needs_numba
 def test_prompts_and_logs_have_their_gradients():
-    """Through the networks' function: the parameters as checkpoints hold them, and DPMambaIR's prompt."""
+    """Through the networks' function: the parameters as checkpoints store them, and DPMambaIR's prompt."""
     inputs = omni_inputs(n=3)
     prompt = 1 + 0.3 * torch.randn(2, 9, generator=torch.Generator().manual_seed(2))
     parameters = network_form(inputs) | {'prompt': prompt}
@@ -265,11 +265,11 @@ def test_computing_gradients_changes_neither_output_nor_inputs():
     assert all(torch.equal(inputs[k], x) for k, x in copies.items())
 
 
-# --- which way it goes
+# --- fused or unfused
 
 
 def test_fp64_and_other_backends_run_unfused():
-    """fp64, other devices and backends that are not fused go by sequences."""
+    """fp64, other devices and backends that are not fused scan sequences."""
     inputs = omni_inputs(d=4)
     exact = run_with_grads(in_double(inputs))
     assert exact['y'].dtype == torch.float64
@@ -298,7 +298,7 @@ def test_without_a_fused_backend_the_unfused_scan_runs():
 
 @needs_numba
 def test_numba_is_fused_by_default_and_by_name():
-    """On a CPU with numba nothing goes by sequences, but what another backend is asked for or fp32 is not all."""
+    """On a CPU with numba, only another requested backend or a dtype other than fp32 scans sequences."""
     inputs, fused = omni_inputs(), ['omni_scan_numba', 'omni_scan_numba_backward']
     assert scans_run_by(lambda: run_with_grads(inputs)) == fused
     assert scans_run_by(lambda: run_with_grads(inputs, backend='numba')) == fused
@@ -310,7 +310,7 @@ def test_numba_is_fused_by_default_and_by_name():
 
 @pytest.mark.filterwarnings('ignore::torch.jit.TracerWarning')
 def test_a_trace_contains_all_matrix_products():
-    """FLOP counters trace or dispatch; both see x_proj and dt_proj by tracing, and the results are the same."""
+    """FLOP counters trace or dispatch; a trace contains x_proj and dt_proj, and its results are the same."""
     inputs = omni_inputs(d=4)
     directions = inputs.pop('directions')
 
@@ -374,7 +374,7 @@ def test_python_threads_may_scan_concurrently(threads):
     alone = [scan_alone(x, (9, 15)) for x in inputs]
 
     def scan_repeatedly(x):
-        torch.set_num_threads(2)  # OpenMP's setting is one per thread
+        torch.set_num_threads(2)  # OpenMP's setting is per thread
         return [scan_alone(x, (9, 15)) for _ in range(10)]
 
     with ThreadPoolExecutor(4) as pool:
@@ -389,7 +389,7 @@ class Scans(Dataset):
 
     def __getitem__(self, index):
         inputs = omni_inputs(d=48, size=(9, 15), seed=index)
-        # A worker starts with one thread, as OpenMP, which the matrix product uses, hangs in a fork with more.
+        # A worker starts with one thread: OpenMP, which the matrix product uses, hangs in a fork with more.
         return run_with_grads(inputs)
 
 
@@ -406,12 +406,12 @@ def test_forked_data_loader_workers_may_scan(threads):
         assert_same(result, x)
 
 
-# --- PyTorch's view of it
+# --- as a PyTorch operator
 
 
 @needs_numba
 def test_operator_passes_opcheck():
-    """PyTorch's own checks: nothing mutated or aliased, right shapes without data, traced rightly by torch.compile."""
+    """PyTorch's own checks: no mutation or aliasing, correct fake tensors, correct tracing by torch.compile."""
     inputs = omni_inputs(size=(5, 14))
     x = inputs['x'].flatten(2).mT
     projected = x @ inputs['x_proj_weight'].flatten(0, 1).mT

@@ -1,6 +1,6 @@
 """The kernels for layer norm and depthwise convolutions: on a GPU if there is one, else built by g++ for the CPU.
 
-There fresh memory is full of NaN, and sizes are tiny.
+On the CPU, new memory is full of NaN, and sizes are tiny.
 """
 
 import pytest
@@ -29,7 +29,7 @@ KERNELS = {
 def kernels(monkeypatch):
     if not ON_GPU:
         cuda_on_host.install(monkeypatch)
-    torch.use_deterministic_algorithms(True, warn_only=True)  # fills fresh memory
+    torch.use_deterministic_algorithms(True, warn_only=True)  # fills new memory
     yield
     torch.use_deterministic_algorithms(False)
     pixels._kernel.cache_clear()
@@ -51,7 +51,7 @@ def image(*shape, dtype=torch.float32, offset=0.0, seed=0):
 
 
 def gradients(function, *tensors, dtype):
-    """The result, and the gradient of every tensor for a fixed one of the result, which this type can hold."""
+    """The result, and the gradients of every tensor for a fixed output gradient that this dtype represents exactly."""
     leaves = [tensor.detach().requires_grad_() for tensor in tensors]
     y = function(*leaves)
     dy = torch.sin(torch.arange(y.numel(), device=DEVICE)).view(y.shape).to(dtype).to(y.dtype)
@@ -121,7 +121,7 @@ def test_results_are_bit_exact_for_any_layout_and_for_slices():
         assert other.stride() != x.stride()
         assert torch.equal(depthwise_conv(other, weight, bias), depthwise_conv(x, weight, bias))
         assert torch.equal(norm_of(other, bias, bias), norm_of(x, bias, bias))
-    part = x.flatten()[1 : 1 + 24 * 5].view(1, 1, 5, 24).permute(0, 3, 1, 2)  # not from a multiple of 16 bytes on
+    part = x.flatten()[1 : 1 + 24 * 5].view(1, 1, 5, 24).permute(0, 3, 1, 2)  # not aligned to 16 bytes
     torch.testing.assert_close(norm_of(part, bias, bias), torch_norm(part, bias, bias))
     torch.testing.assert_close(depthwise_conv(part, weight, bias), torch_conv(part, weight, bias))
 

@@ -28,7 +28,7 @@ def runs(dtype):
 every_backend = pytest.mark.parametrize(('backend', 'device'), runs(torch.float32))
 every_double_backend = pytest.mark.parametrize(('backend', 'device'), runs(torch.float64))
 
-# Largest error allowed in y and in each gradient against the definition in fp64, as a part of the largest entry.
+# Largest error allowed in y and in each gradient against the definition in fp64, relative to the largest entry.
 TOLERANCE = {
     torch.float64: 1e-12,  # measured up to 2e-15
     torch.float32: 5e-6,  # measured up to 1.4e-6, in A's gradient, a sum over b * l terms; the definition: 1.1e-6
@@ -56,7 +56,7 @@ def scan_inputs(b=2, d=6, n=5, length=65, g=1, dtype=torch.float64, device='cpu'
 
 
 def weights(y):
-    """Random, the same for every type of y: bfloat16 fits them all."""
+    """Random, the same for every dtype of y: exact in bfloat16."""
     return torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).bfloat16().to(y)
 
 
@@ -150,7 +150,7 @@ def test_agrees_with_the_definition_with_any_number_of_states(backend, device, n
 @every_backend
 def test_agrees_with_the_definition_without_options(backend, device, without, delta_softplus):
     inputs = scan_inputs(dtype=torch.float32, device=device)
-    if not delta_softplus:  # then delta + delta_bias, or delta alone, has to be positive itself
+    if not delta_softplus:  # then delta + delta_bias, or delta alone, must be positive itself
         inputs['delta'] = inputs['delta'].abs() * 0.1 - (
             0 if 'delta_bias' in without else inputs['delta_bias'][:, None]
         )
@@ -160,7 +160,7 @@ def test_agrees_with_the_definition_without_options(backend, device, without, de
 @pytest.mark.parametrize(('b', 'd', 'g'), [(1, 1, 1), (2, 6, 1), (3, 20, 2), (3, 17, 17)])
 @every_backend
 def test_each_sample_may_have_its_own_A(backend, device, b, d, g):
-    """As each sample alone, which shares its A with nobody: y, last state, every gradient; gated, on strided inputs."""
+    """Equal to each sample alone, with its A: y, last state, every gradient; gated, on strided inputs."""
     inputs = scan_inputs(b=b, d=d, g=g, dtype=torch.float32, device=device)
     inputs |= {'A': inputs['A'] * torch.linspace(0.3, 2, b, device=device)[:, None, None], 'z': inputs['u'].flip(1)}
     inputs['u'] = inputs['u'].mT.contiguous().mT
@@ -208,7 +208,7 @@ def test_agrees_with_the_definition_on_strided_inputs(backend, device):
 @pytest.mark.parametrize('step', [20.0, 1e-4])
 @every_backend
 def test_agrees_with_the_definition_at_extreme_steps(backend, device, step):
-    """20: decays underflow to 0, and softplus becomes the identity. 1e-4: hardly any decay, so all positions add up."""
+    """20: decays underflow to 0, and softplus becomes the identity. 1e-4: hardly any decay: all positions count."""
     inputs = scan_inputs(n=16, length=300, dtype=torch.float32, device=device)
     inputs['delta'] = inputs['delta'].abs() * step
     del inputs['delta_bias']
@@ -222,7 +222,7 @@ def test_half_precision_inputs_only_round_the_result(backend, device):
     inputs = scan_inputs(length=200, dtype=torch.bfloat16, device=device)
     y = selective_scan(**inputs, delta_softplus=True, backend=backend)
     exact = selective_scan(**{k: x.float() for k, x in inputs.items()}, delta_softplus=True, backend=backend)
-    if get_backend(backend).reads_half:  # a kernel of its own, which may add up in another order and round otherwise
+    if get_backend(backend).reads_half:  # a kernel of its own, which may sum in another order and round differently
         torch.testing.assert_close(y, exact.bfloat16(), rtol=2**-7, atol=0)
         assert (y != exact.bfloat16()).float().mean() < 0.01
     else:
@@ -231,7 +231,7 @@ def test_half_precision_inputs_only_round_the_result(backend, device):
 
 @pytest.fixture
 def nan_in_new_memory():
-    """PyTorch's deterministic mode: fresh memory is filled with NaN, and operations that are not reproducible raise."""
+    """PyTorch's deterministic mode: new memory is filled with NaN, and nondeterministic operations raise."""
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
@@ -277,11 +277,11 @@ def test_can_be_traced(backend, device):
         return selective_scan(*x, delta_softplus=True, backend=backend)
 
     traced = torch.jit.trace(scan, tuple(inputs.values()))
-    assert 'repeat_interleave' not in str(traced.graph)  # by a number that is a tensor then, on the CPU
+    assert 'repeat_interleave' not in str(traced.graph)  # by a number that is then a tensor on the CPU
     torch.testing.assert_close(traced(*inputs.values()), scan(*inputs.values()))
 
 
-# --- 'torch' only: how it divides the work must not matter
+# --- 'torch' only: results must not depend on the partition of the work
 
 
 @pytest.mark.parametrize('elements', [1, 300, 5000, 40000])
@@ -295,7 +295,7 @@ def test_torch_agrees_with_the_definition_for_any_partition_of_the_work(monkeypa
 
 
 def test_torch_operator_passes_opcheck():
-    """PyTorch's own checks: nothing mutated or aliased, right shapes without data, traced rightly by torch.compile."""
+    """PyTorch's own checks: no mutation or aliasing, correct fake tensors, correct tracing by torch.compile."""
     inputs = [x.requires_grad_() for x in scan_inputs(d=4, length=9, g=2).values()]
     torch.library.opcheck(torch_chunked._scan, (*inputs, True, True))
 

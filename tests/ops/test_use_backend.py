@@ -18,12 +18,12 @@ from dpmambair_basicsr.ops.selective_scan import BACKENDS, BackendError, availab
 from dpmambair_basicsr.ops.selective_scan.backend import VARIABLE, get_backend
 
 INPUTS = scan_inputs(dtype=torch.float32, length=9) | {'delta_softplus': True}
-# Both run everywhere. What the definition runs are PyTorch's own operators.
+# Both run everywhere. The definition runs PyTorch's own operators.
 RUNS = {'torch': ['chunked_scan'], 'reference': []}
 
 
 class Counting:
-    """The definition, as a backend of one's own that counts its calls."""
+    """The definition as a custom backend that counts its calls."""
 
     name, reads_half, omni_scan = 'counting', False, None
 
@@ -93,7 +93,7 @@ def test_errors_about_unknown_names_say_where_they_were_given(monkeypatch):
 
 
 def test_an_unavailable_backend_is_refused_and_not_replaced(monkeypatch):
-    """Each kind of scan; the message says who asks for it, what it needs, and which there are."""
+    """For each kind of scan; the message says where it was requested, what it needs, and which backends there are."""
     for scan in (lambda: selective_scan(**INPUTS), lambda: omni_scan(**omni_inputs())):
         with (
             use_backend('mamba_ssm'),
@@ -155,7 +155,7 @@ def test_a_custom_fused_backend_gets_the_image_and_its_projections():
 
 
 def test_a_recomputed_block_uses_the_backend_of_its_forward_pass():
-    """Activation checkpointing: the backward pass is outside of the context, as on a GPU, whose threads have none."""
+    """Activation checkpointing: the backward pass runs outside the context, as in the autograd threads of a GPU."""
     torch.manual_seed(0)
     options = {'dim': 4, 'num_blocks': [1, 0, 0, 0], 'num_refinement_blocks': 0, 'd_state': 2}
     net, image = VmambaIR(**options, checkpoint_levels=[0, 1]), torch.rand(1, 3, 8, 8)
