@@ -40,7 +40,7 @@ def inputs_of(net, image):
 
 
 def padded_by_numpy(image):
-    """To multiples of 8 by reflection, or by the border's own pixels where there is too little to reflect."""
+    """To multiples of 8 by reflection, or by repeating border pixels where there are too few to reflect."""
     for axis in (3, 2):
         missing, size = -image.shape[axis] % 8, image.shape[axis]
         widths = [(0, missing if i == axis else 0) for i in range(4)]

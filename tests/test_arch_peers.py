@@ -33,7 +33,7 @@ def test_every_parameter_receives_a_gradient(peer):
 
 
 def test_channel_attention_matches_restormer():
-    """Written out for each head: softmax(normalised q k^T, times a temperature) v, over the pixels."""
+    """Written out per head: softmax(normalised q k^T, times a temperature) v, over the pixels."""
     torch.manual_seed(0)
     attention = ChannelAttention(8, 2)
     torch.nn.init.uniform_(attention.temperature, 1, 3)

@@ -18,7 +18,7 @@ from dpmambair_basicsr.archs.vmambair_arch import OSSModule
 GOLDEN = Path(__file__).parents[2] / 'shared' / 'golden'
 needs_golden = pytest.mark.skipif(not GOLDEN.is_dir(), reason='no ../shared/golden: outputs of the released networks')
 
-# What the option files have: released blocks and refinement blocks, kinds of channel scan, parameters.
+# From the option files: released blocks and refinement blocks, kinds of channel scan, parameters.
 RELEASED = {
     'derain': (dict(channel_scan='lifted', channel_fusion='add'), [3, 5, 7, 9], 2, 28_709_875),
     'sisr': (dict(scale=4, channel_scan='lifted', channel_fusion='modulate'), [15, 1, 1, 1], 15, 12_028_273),
@@ -62,7 +62,7 @@ def test_outputs_match_the_released_networks(golden):
 @needs_golden
 @torch.no_grad()
 def test_each_part_matches_the_released_networks(golden):
-    """In the order of the computation, so that the first failure names the part that differs."""
+    """In order of computation, so that the first failure names the part that differs."""
     net, fixture = golden
     block = net.encoder_level1[0]
     parts = {
@@ -106,7 +106,7 @@ def test_parameter_counts_match_the_released_networks(task):
 
 
 def pixels_of_mean(shape, *_, out_shape=None, **__):
-    """Pooling counts one operation per pixel, as in fvcore; FlopCounterMode has two per MAC."""
+    """Pooling counts one operation per pixel, as in fvcore; FlopCounterMode counts two per MAC."""
     return 2 * math.prod(shape)
 
 
@@ -119,7 +119,7 @@ def test_flops_match_the_documented_ones_by_both_rules(task, pixels, without_sca
     """The table of docs/vmambair.md: billions, 1 MAC = 1, of an input of pixels x pixels.
 
     Convolutions, projections and pooling, counted in a pass on the meta device; for the planar scans 9BLDN + BDL
-    (state-spaces/mamba#110) of the shapes that they are called with. The channel scans are below 0.01.
+    (state-spaces/mamba#110) of the shapes they are called with. The channel scans are below 0.01.
     """
     scans = []
 
@@ -128,7 +128,7 @@ def test_flops_match_the_documented_ones_by_both_rules(task, pixels, without_sca
             scans.append((u.numel(), A.shape[1]))  # BLD, N
         return torch.empty_like(u)
 
-    module = sys.modules['dpmambair_basicsr.ops.omni_scan']  # the package has the function under this name
+    module = sys.modules['dpmambair_basicsr.ops.omni_scan']  # in the package, this name is the function
     monkeypatch.setattr(module, 'selective_scan', note_shapes)
     net = released(task)
     with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.mean: pixels_of_mean}) as counter:
@@ -264,7 +264,7 @@ def test_bias_applies_to_the_layers_in_the_docstring(scale):
     assert parts == effn | stem | ({'output.bias'} if scale == 1 else set())
 
 
-# Table 4. V3 has more blocks in the paper, how many is not published.
+# Table 4. V3 has more blocks in the paper; their number is not published.
 def test_ablation_v1_scans_in_one_direction():
     net = tiny(planar_directions=1, channel_scan='none')
     x = torch.randn(1, 8, 4, 6)

@@ -14,7 +14,7 @@ COUNT, SCALE = 4, 3
 
 
 def numbered():
-    """Image i of the degraded ones is i everywhere, of the clean ones, three times as large, 10 + i."""
+    """Degraded image i has the value i everywhere; clean image i, three times as large, 10 + i."""
     number = torch.arange(float(COUNT)).view(COUNT, 1, 1, 1)
     return {'lq': number.expand(COUNT, 2, 8, 12).clone(), 'gt': 10 + number.expand(COUNT, 2, 24, 36).clone()}
 

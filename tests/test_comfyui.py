@@ -12,7 +12,7 @@ NETWORK = {'dim': 4, 'num_blocks': [1, 1, 1, 1], 'num_refinement_blocks': 1, 'd_
 
 
 def run_node(node, **values):
-    """As ComfyUI's executor calls it: validated values by name, a tuple of as many outputs as there are types."""
+    """As ComfyUI's executor calls it: validated values by name; returns a tuple with one output per type."""
     specified = node.INPUT_TYPES()['required']
     defaults = {name: kind[1]['default'] for name, kind in specified.items() if len(kind) > 1}
     values = defaults | values

@@ -1,4 +1,4 @@
-"""What runs where BasicSR is not installed, and how it gets there."""
+"""What runs without BasicSR, and how BasicSR is installed."""
 
 import functools
 import hashlib
@@ -16,7 +16,7 @@ from dpmambair_basicsr.prepare import install_basicsr
 from dpmambair_basicsr.prepare.install_basicsr import NAME
 
 SMALL = {'dim': 16, 'num_blocks': [1, 1, 1, 1], 'num_refinement_blocks': 1, 'd_state': 2}
-# Runs a command as `python -m` does, where nothing of the extra `train` can be found.
+# Runs a command as `python -m` does, without the packages of the extra `train`.
 WITHOUT_TRAINING = """
 import importlib.machinery, runpy, sys
 MISSING = {'basicsr', 'addict', 'future', 'lmdb', 'lpips', 'requests', 'scipy', 'skimage', 'tensorboard',
@@ -117,7 +117,7 @@ def test_the_packaged_option_file_is_used_if_there_is_no_local_one(tmp_path):
     done = python('-m', 'dpmambair_basicsr', 'train', '-opt', 'train_your_own.yml', cwd=tmp_path)
     assert done.returncode == 1
     assert done.stdout.startswith(f'-opt train_your_own.yml: no such file here; using {PACKAGE_PARENT / "options"}')
-    assert 'datasets/your_own/train/GT' in done.stdout  # the data that is not there
+    assert 'datasets/your_own/train/GT' in done.stdout  # the missing data
     (tmp_path / 'train_your_own.yml').write_text('name: 1')
     done = python('-m', 'dpmambair_basicsr', 'train', '-opt', 'train_your_own.yml', cwd=tmp_path)
     assert done.returncode == 1 and 'no such file here' not in done.stdout

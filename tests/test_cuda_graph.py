@@ -1,6 +1,6 @@
-"""`train.cuda_graph`: the same training by replaying a recording; without a GPU, on the tape of `support.tape`.
+"""`train.cuda_graph`: replaying a recording gives the same training; without a GPU, on the tape of `support.tape`.
 
-Steps with a recorded optimizer are fused Adam's here, since torch lets no other one compute like that on a CPU.
+Recorded optimizer steps use fused Adam here, the only optimizer that torch can record on a CPU.
 """
 
 import math
@@ -35,7 +35,7 @@ def build(**changes):
 
 
 class Eager:
-    """A recorder under which everything runs as usual."""
+    """A recorder that records nothing: everything runs eagerly."""
 
     aside = Tape.aside
 
@@ -176,7 +176,7 @@ def test_several_gpus_have_no_recordable_step(option, value):
 
 @pytest.mark.parametrize('capturable', [True, False])
 def test_states_with_and_without_graphs_are_interchangeable(capturable):
-    """The flag in a state is that of the run that saved it; on a CPU plain Adam refuses to compute with it."""
+    """The flag in a state is that of the run that saved it; on a CPU, plain Adam refuses it."""
     model = build(**{'train.optim_g': {'type': 'Adam', 'lr': 1e-2}})
     train(model, batches(1))
     state = model.optimizer_g.state_dict()

@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def coordinates(height=40, width=48, number=0):
-    """RGB uint8 in which every pixel says where it is: red the row, green the column, blue the image."""
+    """RGB uint8 image that encodes positions: red is the row, green the column, blue the image."""
     rows, columns = np.mgrid[:height, :width]
     return np.stack([4 * rows, 4 * columns, np.full_like(rows, 20 * number)], axis=2).astype(np.uint8)
 
@@ -37,7 +37,7 @@ def write(path, image):
 
 
 def make_pairs(folder, count=3, darken=2):
-    """LQ = GT divided by `darken`, named so that the order on disk is not the order of names."""
+    """LQ = GT divided by `darken`, named so that the order on disk differs from the order of names."""
     for number in reversed(range(count)):
         image = coordinates(number=number)
         write(folder / 'GT' / f'photo{number}.png', image)
@@ -129,7 +129,7 @@ def test_each_flip_turns_its_own_axis(tmp_path, option, changes):
 
 
 def test_items_equal_those_of_basicsr(tmp_path):
-    """Without our additions, the same seed gives what PairedImageDataset gives."""
+    """Without our additions, the same seed gives the same items as PairedImageDataset."""
     options = paired(
         tmp_path, phase='train', gt_size=24, scale=1, use_hflip=True, use_rot=True, io_backend={'type': 'disk'}
     )
@@ -208,7 +208,7 @@ def test_depth_and_channels(tmp_path):
     assert np.array_equal(pixels(dataset[2]['gt']), coordinates())
 
 
-# --- what is wrong with the data is said with the file's name
+# --- errors in the data name the file
 
 
 def spoil(path, how):
@@ -522,7 +522,7 @@ def test_proportions_are_exact_over_an_epoch(tmp_path, sampling, expected):
 
 
 def test_construction_leaves_basicsrs_log_closed(tmp_path, monkeypatch):
-    """Who builds a dataset before BasicSR has opened its log (to check options) must not cost the run its log file."""
+    """Building a dataset before BasicSR opens its log (to check options) must not prevent the run's log file."""
     opened = {}
     monkeypatch.setattr('basicsr.utils.logger.initialized_logger', opened)
     for options in (mixed(tmp_path, 'uniform'), paired(tmp_path), synthetic(tmp_path, degradations=['noise'])):
@@ -557,7 +557,7 @@ def test_mixed_validation_has_unique_names(tmp_path):
 
 
 def test_mixtures_keep_their_shares_in_basicsrs_loader(tmp_path):
-    """With workers, as in training; the shares hold for what the loader delivers."""
+    """With workers, as in training; the shares hold for the items that the loader delivers."""
     options = mixed(tmp_path, 'uniform') | {'batch_size_per_gpu': 4, 'num_worker_per_gpu': 1}
     dataset = build_dataset(options)
     loader = build_dataloader(dataset, options, num_gpu=1, sampler=EnlargedSampler(dataset, 1, 0, 2), seed=0)

@@ -1,6 +1,6 @@
 """What the degradation extractor sees: `python -m dpmambair_basicsr.degradation`, with tiny random extractors.
 
-Random features tell noise from darkness as surely as trained ones: they average another brightness, or edges.
+Random features separate noise from darkness as reliably as trained ones: they average brightness, or edges.
 """
 
 import sys
@@ -130,7 +130,7 @@ def test_scores_are_those_of_the_docstring():
     torch.testing.assert_close(distances, torch.tensor([[1.0, 1.5]]))
     densities = torch.tensor([1, 1 / 4]) * torch.tensor([-1.0, -(1.5**2)]).exp()
     torch.testing.assert_close(classes.scores(distances)[0], densities / densities.sum())
-    # Left out of their means, which are then 1, -1, 6 and 2, all are nearer to the other class but -1 and 6.
+    # Leave-one-out means are 1, -1, 6 and 2: all but -1 and 6 are then nearer to the other class.
     assert classes.accuracy() == 0.5
 
 
@@ -160,7 +160,7 @@ def test_a_broken_picture_is_reported_and_the_others_are_processed(folder, monke
 
 
 def test_only_the_crop_is_analysed(folder, monkeypatch, capsys, tmp_path):
-    """Noise around a dark middle."""
+    """Noise around a dark center."""
     image = noisy(scene(5))
     image[10:30, 10:30] = dark(scene(5))[10:30, 10:30]
     write(tmp_path / 'x.png', image)

@@ -75,7 +75,7 @@ def test_zero_strength_is_the_identity(kind):
     np.testing.assert_allclose(run(kind, **ZERO_STRENGTH[kind]), CLEAN, atol=1e-7)
 
 
-# kind: parameter, values of growing severity. Each is a fixed number, so one seed keeps the pattern.
+# kind: parameter, values of increasing severity. Each is a fixed number, so a seed always gives the same pattern.
 SEVERITY = [
     ('haze', 'beta', [0.2, 0.6, 1.2, 2.4]),
     ('rain', 'strength', [0.1, 0.3, 0.6, 1.0]),
@@ -101,7 +101,7 @@ def test_degradations_combine_as_in_equation_6():
     rng = np.random.default_rng(0)
     alpha, artefact = rng.random((96, 80, 1), dtype=np.float32), rng.random((96, 80, 3), dtype=np.float32) / 8
     kernel = np.zeros((3, 3), np.float32)
-    kernel[0, 1], kernel[2, 2] = 0.25, 0.75  # not symmetric: a correlation would move the image the other way
+    kernel[0, 1], kernel[2, 2] = 0.25, 0.75  # asymmetric: a correlation would shift the image the other way
     inside = 0.5 * (alpha * CLEAN + artefact)
     expected = 0.25 * inside[2:, 1:-1] + 0.75 * inside[:-2, :-2]
     got = form_image(0.5 * CLEAN, alpha=alpha, artefact=0.5 * artefact, kernel=kernel)
@@ -222,7 +222,7 @@ def test_errors_name_the_image():
         run('noise', image=np.zeros((8, 8, 3), np.uint8))
 
 
-# --- a camera's noise, two at once
+# --- camera noise, two degradations at once
 
 FLAT = np.full((256, 256, 3), 0.5, np.float32)
 WHITE = {'grain': 0, 'quality': None}
@@ -265,7 +265,7 @@ def test_two_degradations_are_composed_in_the_order_of_equation_6():
 
 
 def test_two_of_one_term_are_never_composed():
-    """Of rain, snow and haze there are two pairs: haze comes first in both."""
+    """Two pairs of rain, snow and haze are possible: haze comes first in both."""
     of = {'rain': {'strength': 0}, 'snow': {'strength': 0}, 'haze': {'beta': 100, 'airlight': 0.8}}
     for seed in range(8):
         np.testing.assert_allclose(run('composed', seed, of=of), 0.8, atol=1e-4)
@@ -303,7 +303,7 @@ def test_the_demos_strengths_are_within_what_the_functions_take():
 
 @pytest.fixture
 def registry():
-    """The registry, which the test may add to."""
+    """The registry, restored after the test."""
     before = dict(DEGRADATIONS)
     yield DEGRADATIONS
     DEGRADATIONS.clear()

@@ -20,7 +20,7 @@ def demo_options(name: str) -> dict:
 
 
 def test_option_files_agree():
-    """BasicSR's option files cannot share values, so they are repeated, but for the strengths."""
+    """BasicSR's option files cannot share values, so all but the strengths are repeated."""
     extractor, network, test = map(demo_options, ('degradation_extractor', 'dpmambair', 'test_dpmambair'))
     parts = network['datasets']['train']['datasets']
     assert extractor['datasets']['train']['degradations'] == 'demo'

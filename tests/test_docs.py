@@ -1,4 +1,4 @@
-"""Every command and every piece of code in README.md and docs/ does what it is there for, on small images."""
+"""Every command and code block in README.md and docs/ works, on small images."""
 
 import glob
 import inspect
@@ -29,7 +29,7 @@ LESS_TRAINING += ('datasets:train:num_worker_per_gpu=0', 'num_gpu=0')
 
 
 def code_blocks(page: Path, language: str) -> list[str]:
-    """Also those in lists, without their indentation."""
+    """Including those in lists, dedented."""
     found = re.findall(rf'^( *)```{language}\n(.*?)^ *```', page.read_text(encoding='utf-8'), re.S | re.M)
     return [re.sub(rf'^{indent}', '', block, flags=re.M) for indent, block in found]
 
@@ -50,7 +50,7 @@ def test_relative_links_are_valid():
 
 
 def test_every_guarantee_names_an_existing_test():
-    """A row of docs/reliability.md ends with tests: files, and beginnings of names in the file named before."""
+    """A row of docs/reliability.md ends with tests: files, and prefixes of names in the preceding file."""
     tests = {
         file.name: re.findall(r'^def (test_\w+)', file.read_text(), re.M) for file in Path(__file__).parent.glob('*.py')
     }
@@ -68,7 +68,7 @@ def test_every_guarantee_names_an_existing_test():
 
 
 def test_what_a_page_installs_is_one_of_our_requirements():
-    """The recipe itself: test_packaging.py."""
+    """The commands themselves: test_packaging.py."""
     project = pyproject()['project']
     ours = {name_of(word) for extra in project['optional-dependencies'].values() for word in extra}
     for command in all_commands():
@@ -77,7 +77,7 @@ def test_what_a_page_installs_is_one_of_our_requirements():
 
 
 def test_other_commands_name_existing_files_and_modules():
-    """Other tests run them: option files (test_experiments.py), the demo (test_demo.py), BasicSR's (test_dropin.py)."""
+    """Run by other tests: option files (test_experiments.py), the demo (test_demo.py), BasicSR's (test_dropin.py)."""
     for command in all_commands():
         if '-opt' in command:
             assert (PACKAGE_PARENT / command[command.index('-opt') + 1]).is_file(), command
@@ -87,7 +87,7 @@ def test_other_commands_name_existing_files_and_modules():
 
 @pytest.fixture
 def project(tmp_path, monkeypatch):
-    """What somebody has who reads these pages, as far as their commands need it."""
+    """The files that a reader of these pages has, as far as their commands need them."""
     shutil.copytree(PACKAGE_PARENT / 'options', tmp_path / 'options')
     for part in ('train', 'test'):
         write_pairs(tmp_path / 'datasets/your_own' / part, [(24, 24), (20, 27)])
@@ -124,7 +124,7 @@ def run(command: list[str]) -> None:
 
 
 def forced(command: list[str], *values: str) -> list[str]:
-    """With more of --force_yml, which takes what comes after it."""
+    """With additional values of --force_yml, which takes all arguments after it."""
     return [*command, *(() if '--force_yml' in command else ('--force_yml',)), *values]
 
 
@@ -133,7 +133,7 @@ def test_train_your_own_page_runs(project):
     seen = []
     for command in commands(PACKAGE_PARENT / 'docs/train_your_own.md'):
         if command[2].endswith('.train'):
-            # 30000 iterations become 3; what the page says of the schedule has to go with it.
+            # 30000 iterations become 3; the schedule on the page must change accordingly.
             short = [re.sub('30000|800', '3', word) for word in command if word.startswith('train:')]
             command = [word for word in command if not word.startswith('train:')]
             command = [*forced(command, *LESS_TRAINING, 'train:scheduler:periods=[2]'), *network, *short]
@@ -232,7 +232,7 @@ def test_python_of_the_readme_runs(project):
 
 
 def test_migration_page_runs(project):
-    """A published checkpoint has parameters alone."""
+    """A published checkpoint contains parameters only."""
     page = PACKAGE_PARENT / 'docs/migration.md'
     opt = yaml.safe_load((project / 'options/test_vmambair_derain.yml').read_text())
     for dataset in opt['datasets'].values():

@@ -1,4 +1,4 @@
-"""`dropin` makes the literal `python basicsr/train.py` work in BasicSR's own source; removed, it leaves no trace."""
+"""`dropin` makes the literal `python basicsr/train.py` work in BasicSR's own source; removal leaves no trace."""
 
 import json
 import shutil
@@ -35,7 +35,7 @@ def checkout(source, tmp_path):
 
 @pytest.fixture
 def small(source, tmp_path):
-    """A project that has of BasicSR only what makes it one."""
+    """A project with the minimum that identifies it as BasicSR."""
     root = tmp_path / 'small'
     for folder, content in (('', 'from . import archs, models'), ('archs', SCAN), ('models', ''), ('utils', '')):
         (root / 'basicsr' / folder).mkdir(parents=True)
@@ -134,7 +134,7 @@ def test_our_files_are_updated(small):
 
 @pytest.mark.skipif(sys.version_info < (3, 11), reason='PYTHONSAFEPATH came with Python 3.11')
 def test_a_safe_path_is_named_as_the_reason(small):
-    """Python leaves the script's folder out, so that neither the project's BasicSR nor the launcher is found."""
+    """Python then omits the script's folder from sys.path and finds neither the project's BasicSR nor the launcher."""
     before = tree(small)
     result = dropin(small, PYTHONSAFEPATH=1)
     assert result.returncode != 0 and 'PYTHONSAFEPATH is set: unset it' in result.stdout
@@ -175,7 +175,7 @@ def test_a_record_cannot_point_outside(small):
 
 
 def test_the_literal_commands_run(checkout, tmp_path):
-    """They use the checkout's BasicSR though another one is installed, and ours is registered and patches it."""
+    """They use the checkout's BasicSR although another one is installed; our package is registered and patches it."""
     (checkout / 'basicsr/version.py').unlink()  # as in a raw clone
     (checkout / 'VERSION').write_text('1.4.2+this.checkout\n')
     files = tree(checkout)
@@ -185,7 +185,7 @@ def test_the_literal_commands_run(checkout, tmp_path):
     opt['datasets']['train']['batch_size_per_gpu'] = 3  # of four images: BasicSR plans too few epochs
     write_options(opt, checkout / 'options' / 'x.yml')
     result = python('basicsr/train.py', '-opt', 'options/x.yml', cwd=checkout, PYTHONDONTWRITEBYTECODE='')
-    assert result.returncode == 0, result.stdout  # with AdamW, which only our patch knows
+    assert result.returncode == 0, result.stdout  # with AdamW, which needs our patch
     assert 'BasicSR: 1.4.2+this.checkout' in result.stdout
     assert (checkout / 'experiments/tiny/training_states/2.state').is_file()
 
@@ -237,7 +237,7 @@ for name, more in {{'VmambaIR': {{}}, 'DPMambaIR': {{'d_inner': [8] * 4}}}}.item
 
 
 def test_dpmambair_trains_and_tests_in_a_checkout(checkout):
-    """The two commands of the README, and stage 1 before them, on the shipped option files made small."""
+    """Stage 1 and the two commands of the README, with the shipped option files, reduced."""
     before = tree(checkout)
     assert dropin(checkout).returncode == 0
     rng = np.random.default_rng(0)

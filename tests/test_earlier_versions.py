@@ -1,12 +1,12 @@
-"""Checkpoints, training states and option files of version 692b954: read, and continued as that version did.
+"""Checkpoints, training states and option files of version 692b954 are read, and continued as by that version.
 
 data/run_of_692b954.tar.xz holds for RestorationModel and RestorationGANModel an option file, the checkpoint of
 iteration 4, and the one of iteration 8 that version 692b954 continued to. Other processors round differently, so
 numbers of that file are compared with a tolerance; where git has the version, it trains here and
 all bits are compared.
 
-data/networks_of_692b954.tar.xz holds small DPMambaIRs of that version, with weights away from the initial ones: their
-checkpoints, an image, and what that version made of it. Their options lack what did not exist then.
+data/networks_of_692b954.tar.xz holds small DPMambaIRs of that version, with non-initial weights: their checkpoints, an
+image, and that version's outputs for it. Their options lack the keys that did not exist then.
 """
 
 import copy
@@ -33,7 +33,7 @@ VERSION = '692b954'
 DATA = Path(__file__).parent / 'data'
 ARCHIVE, NETWORKS = DATA / f'run_of_{VERSION}.tar.xz', DATA / f'networks_of_{VERSION}.tar.xz'
 TRIAL = Path(__file__).parents[2] / 'shared' / 'weights' / 'dpmambair_small_trial.pth'
-# What the defaults were.
+# The former defaults.
 EARLIER = {'delta_prompt': 'low_rank', 'extractor_channels': [64, 64, 64, 64, 64, 128], 'extractor_hidden': 512}
 FILES = {'restoration': ['net_g'], 'gan': ['net_g', 'net_d']}
 
@@ -95,7 +95,7 @@ KINDS = {
         'network_g': {'type': 'DegradationAutoencoder', 'embed_dim': 8, 'channels': 4},
     },
 }
-# Of which network the options say nothing of what has changed; it is added to the checkpoints.
+# Networks whose options lack the changed arguments; these are added to the checkpoints.
 ADDED = {'DPMambaIR': EARLIER, 'DegradationAutoencoder': {k: v for k, v in EARLIER.items() if k != 'delta_prompt'}}
 ADDED['DegradationAutoencoder']['unit_embedding'] = False
 
@@ -124,7 +124,7 @@ def test_a_run_continues_bit_exactly(kind, earlier_version, tmp_path):
         saved, expected = forked.load(target, name), forked.load(straight, name)
         if kind in ADDED and 'network_g' in saved:
             options, before = saved.pop('network_g'), expected.pop('network_g')
-            # The best may be one that the earlier version saved.
+            # The best network may be one that the earlier version saved.
             assert options == before | ADDED[kind] or (name == 'models/net_g_best.pth' and options == before)
         assert_equal(saved, expected)
 
@@ -190,7 +190,7 @@ def test_spandrel_loads_an_earlier_network(networks):
 
 @pytest.mark.parametrize('kind', ['network_g', 'network_e'])
 def test_an_earlier_option_file_is_completed_by_its_checkpoint(kind, networks, tmp_path, caplog):
-    """Also of stage 1, which knows nothing of prompts; what the file does say, it keeps."""
+    """Including stage 1, which has no prompts; values given in the file are kept."""
     network = torch.load(networks / 'modulate.pth', weights_only=True)['network_g']
     del network['extractor_channels']
     if kind == 'network_g':

@@ -1,7 +1,7 @@
-"""docs/experiments.md and the option files, with small networks and small images in the places that they name.
+"""docs/experiments.md and the option files, with small networks, and small images in the folders that they name.
 
 The real commands run every file in options/: VmambaIR's in test_models_vmambair.py, the demo's in test_demo.py,
-those of the small weights in test_train_small.py, all others here, in this process.
+those of the small weights in test_train_small.py, all others here in this process.
 """
 
 import functools
@@ -79,11 +79,11 @@ def reduced(name: str) -> list[str]:
     return [f'{key}={value}' for key, value in changes.items()]
 
 
-# What the page says
+# The page
 
 
 def tables() -> list[tuple[str, dict[str, str]]]:
-    """(option file of the section, {heading: cell}) of every row that has a recipe."""
+    """(option file of the section, {heading: cell}) for every row with a recipe."""
     rows = []
     for section in PAGE.split('\n## ')[1:]:
         for table in re.findall(r'(?:^\|.*\n)+', section, re.MULTILINE):
@@ -121,7 +121,7 @@ BLOCKS = {commands[0][2][0] if commands[0][2] else 'the file itself': commands f
 
 @pytest.fixture(scope='module')
 def project(tmp_path_factory):
-    """A folder with images wherever an option file or the page names some, both stages trained there; their logs."""
+    """A folder with images at all paths of option files and page, and both stages trained; returns their logs."""
     folder = tmp_path_factory.mktemp('project')
     sizes = [(64, 72), (66, 64)]
     pairs = {name: pipelines.write_pairs(folder / name, sizes, 4 if name[2:] else 1) for name in ('LQ', 'LQ_x4')}
@@ -253,7 +253,7 @@ def shapes(network: torch.nn.Module) -> dict:
 
 @pytest.mark.parametrize('line', LINES, ids=IDS)
 def test_a_row_is_the_network_that_it_describes(line):
-    """At full size: its number of parameters, its ticks, and that no other recipe makes the same network."""
+    """At full size: its number of parameters, its ticks, and that no other recipe builds the same network."""
     row = ROWS[line][1]
     own = shapes(full_size(line))
     count = sum(parameter.numel() for parameter in full_size(line).parameters())

@@ -1,4 +1,4 @@
-"""`python -m dpmambair_basicsr.export`: networks as ONNX and .pt2 files that need nothing of this package."""
+"""`python -m dpmambair_basicsr.export`: networks as ONNX and .pt2 files that do not need this package."""
 
 import itertools
 import sys
@@ -19,7 +19,7 @@ dpmambair_basicsr.register()
 
 SCRIPT = PACKAGE_PARENT / 'dpmambair_basicsr' / 'export.py'
 
-# One block at the lowest, one at the full resolution: tracing takes seconds a block.
+# One block at the lowest, one at full resolution: tracing takes seconds per block.
 FEW = {'num_blocks': [0, 0, 0, 1], 'num_refinement_blocks': 1, 'd_state': 2}
 NETWORKS = {
     'vmambair': {'type': 'VmambaIR', 'dim': 4, 'scale': 2, **FEW},
@@ -57,7 +57,7 @@ def run_main(monkeypatch, weights, output):
 
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
-    """Each network as a checkpoint and, by the command, in both formats; traced once, the dear part."""
+    """Each network as a checkpoint and, by the command, in both formats; traced only once, since this is slow."""
     folder = tmp_path_factory.mktemp('export')
     with pytest.MonkeyPatch.context() as monkeypatch:
         for name, options in NETWORKS.items():
@@ -103,7 +103,7 @@ def test_files_match_the_network_at_any_size(name, form, folder):
         image = torch.rand(batch, 3, height, width)
         expected = net(image)
         torch.testing.assert_close(run(image), expected, rtol=0, atol=1e-4)
-        if name == 'dpmambair':  # what the extractor finds matters, or the test would not see it
+        if name == 'dpmambair':  # the extractor's output must matter, or the test would not notice errors in it
             assert (expected - net(image, embedding=-net.embed(image))).abs().max() > 1e-2
 
 

@@ -28,7 +28,7 @@ def images(tmp_path):
 
 @pytest.fixture
 def opt(images):
-    """One batch has all training images."""
+    """One batch contains all training images."""
     return changed(forked.options(images), {'datasets.train.batch_size_per_gpu': 7, 'train.total_iter': 2})
 
 
@@ -41,7 +41,7 @@ def write_image(path, shape, kind=np.uint8):
 
 
 def write_endless_header(path):
-    """A BMP of 2**30 x 2**30 pixels, as far as its header knows."""
+    """A BMP whose header claims 2**30 x 2**30 pixels."""
     _, content = cv2.imencode('.bmp', np.zeros((12, 14, 3), np.uint8))
     content[18:26] = np.array([2**30, 2**30], '<i4').view(np.uint8)
     path.write_bytes(content)
@@ -59,7 +59,7 @@ FAULTS = {
 
 
 def refused(opt, folder, name, *arguments):
-    """The last line of the log of a training that fails, and says why."""
+    """The last line of the log of a training that fails, which says why."""
     run = Training(opt, folder, *arguments)
     assert run.status(timeout=60) == 1, run.log()
     lines = [line for line in run.log().splitlines() if name in line]

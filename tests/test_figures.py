@@ -1,4 +1,4 @@
-"""`python -m dpmambair_basicsr figures`, with tiny networks: the numbers of each figure, and that it is drawn."""
+"""`python -m dpmambair_basicsr figures`, with tiny networks: the numbers in each figure, and that it is drawn."""
 
 import csv
 import sys
@@ -40,7 +40,7 @@ KINDS = {'dark': darken, 'noisy': add_noise}
 
 
 def randomised(net, seed):
-    """With prompts and alphas that do something."""
+    """With prompts and alphas that have an effect."""
     torch.manual_seed(seed)
     with torch.no_grad():
         for name, parameter in net.named_parameters():
@@ -87,7 +87,7 @@ def run(folder, *arguments) -> None:
 
 
 def figure(folder, *arguments) -> list[dict[str, str]]:
-    """The rows of the table of a figure that the command has made."""
+    """The rows of a figure's table, as written by the command."""
     run(folder, *arguments, '-o', 'made/figure.png')
     return table(folder)
 
@@ -110,7 +110,7 @@ def test_spectra_of_equal_halved_and_blurred_images():
 
 
 def test_frequency_figure_compares_spectra(folder):
-    """A network that returns its input has the spectrum of the degraded images, another one not."""
+    """A network that returns its input has the spectrum of the degraded images; another one does not."""
     rows = figure(folder, 'frequency', '-w', 'same.pth', 'with HEB=with.pth', '-d', 'data')
     networks = {row['network'] for row in rows}
     assert networks == {'same', 'with HEB', 'degraded image'} and len(rows) == 3 * 3 * RINGS
@@ -128,7 +128,7 @@ def test_frequency_figure_compares_spectra(folder):
 
 @pytest.mark.parametrize('options', [{}, {'prompt': []}, {'directions': 4}, {'insertion': 'concat'}], ids=str)
 def test_step_sizes_are_those_of_the_scans(options, monkeypatch):
-    """Seen from the other side: from what each scan is called with."""
+    """Compared with the arguments of each scan."""
     torch.manual_seed(0)
     net, called = randomised(DPMambaIR(**SMALL | options), 0).eval(), []
 
@@ -168,7 +168,7 @@ def test_step_sizes_are_grouped_by_degradation(folder):
 
 
 def test_extractor_figure_shows_psnr_and_separates_degradations(folder, tmp_path):
-    """The PSNR is that of a test of stage 1; darkness and noise are told from one another by any extractor."""
+    """The PSNR is that of a test of stage 1; any extractor separates darkness from noise."""
     rows = {row['degradation']: row for row in figure(folder, 'extractor', '-w', 'stage1.pth', '-d', 'data')}
     assert list(rows) == [*KINDS, 'all'] and rows['all']['images'] == '6' and rows['dark']['embedding'] == '8'
     data = {

@@ -1,4 +1,4 @@
-"""What is found in an image, and what `restore` makes of it: classes, strength, steering, spread, table and report."""
+"""What is found in an image, and how `restore` uses it: classes, strength, steering, spread, table and report."""
 
 import csv
 import json
@@ -42,7 +42,7 @@ def net():
 
 @pytest.fixture(scope='module')
 def tiny():
-    """A DPMambaIR whose prompts and blocks do something."""
+    """A DPMambaIR whose prompts and blocks have an effect."""
     torch.manual_seed(0)
     network = DPMambaIR(**TINY)
     for name, value in network.named_parameters():
@@ -169,7 +169,7 @@ def test_the_spread_is_the_standard_deviation_of_the_eight(tile, image):
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """pictures/{clean,rain}.png, where the command runs."""
+    """pictures/{clean,rain}.png in the working directory of the command."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / 'pictures').mkdir()
     photo = np.ascontiguousarray(PHOTOGRAPHS['coffee'][100:196, 80:192])

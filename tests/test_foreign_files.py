@@ -1,4 +1,4 @@
-"""Checkpoints, states and results from elsewhere: bounded, one message each, no network, no private picture."""
+"""Untrusted checkpoints, states and results: bounded, one message each, no network access, no private image."""
 
 import json
 import os
@@ -40,7 +40,7 @@ def write(file: Path, weights: dict, **network) -> Path:
 
 
 OTHERS = {
-    'VGGFeatureExtractor': {'layer_name_list': ['conv1_2']},  # it asks the network for its weights
+    'VGGFeatureExtractor': {'layer_name_list': ['conv1_2']},  # it downloads its weights
     'MSRResNet': {},
     'TinyNet': {},
 }
@@ -87,7 +87,7 @@ def test_huge_sizes_are_refused_before_anything_is_built(options, weights, tmp_p
 
 
 def test_tensors_that_repeat_few_bytes_are_refused(tmp_path):
-    """10^11 values by a stride of 0, in a file of 1 kB, for a network that would hold them."""
+    """10^11 values with stride 0 in a file of 1 kB, for a network of that size."""
     weights = {'weight': torch.zeros(1).expand(10**11)}
     file = write(tmp_path / 'x.pth', weights, type='VmambaIR', **NETWORK)
     assert file.stat().st_size < 2000
@@ -96,7 +96,7 @@ def test_tensors_that_repeat_few_bytes_are_refused(tmp_path):
 
 
 def test_a_network_made_without_storage_is_complete(tmp_path):
-    """Whatever it is loaded with takes the place of everything in it."""
+    """Loading replaces everything in it."""
     for name, target in ARCH_REGISTRY.items():
         if target.__module__.startswith('dpmambair_basicsr.'):
             net = make_without_storage(target, {})
@@ -133,7 +133,7 @@ def test_files_that_are_not_regular_are_refused_without_blocking(read, kind, tmp
 
 @pytest.mark.parametrize('read', [read_checkpoint, read_on_cpu])
 def test_a_compressed_checkpoint_is_refused(read, tmp_path):
-    """70 kB that stand for 64 MB."""
+    """70 kB that expand to 64 MB."""
     plain, file = tmp_path / 'plain.pth', tmp_path / 'x.pth'
     torch.save({'params': {'weight': torch.zeros(2**24)}}, plain)
     with zipfile.ZipFile(plain) as source, zipfile.ZipFile(file, 'w', zipfile.ZIP_DEFLATED) as target:
@@ -251,7 +251,7 @@ def test_results_do_not_block_on_a_fifo(tmp_path, monkeypatch):
 
 @pytest.fixture
 def private(tmp_path, monkeypatch):
-    """A picture of the user's; the current folder has received results beside it."""
+    """A user's private picture, beside received results in the current folder."""
     (tmp_path / 'work/received/visualization/Rain100H').mkdir(parents=True)
     (tmp_path / 'private').mkdir()
     rng = np.random.default_rng(0)
@@ -269,7 +269,7 @@ def made_page(run: dict, monkeypatch, *arguments) -> str:
 
 
 def foreign(private: Path, way: str) -> dict:
-    """Results that would have the private picture in the page."""
+    """Results that try to include the private picture in the page."""
     images, name, suffix = {'1': 'visualization/Rain100H/1_x.png'}, 'Rain100H', 'x'
     if way == 'absolute':
         images = {'1': str(private)}

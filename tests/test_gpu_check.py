@@ -1,4 +1,4 @@
-"""The check for a GPU machine, as far as a machine without one can tell."""
+"""The check for GPU machines, as far as it can be tested without a GPU."""
 
 import runpy
 import subprocess

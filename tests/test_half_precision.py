@@ -1,4 +1,4 @@
-"""bf16 autocast casts no weight more than once a step; how fast half precision is, only a GPU can tell."""
+"""bf16 autocast casts no weight more than once per step; the speed of half precision can only be measured on a GPU."""
 
 from collections import Counter
 
@@ -17,7 +17,7 @@ NETWORKS = {
 
 
 class Casts(TorchDispatchMode):
-    """Counts the elements of each parameter, by its memory, that are cast to bf16."""
+    """Counts, for each parameter's memory, the elements that are cast to bf16."""
 
     def __init__(self):
         super().__init__()
