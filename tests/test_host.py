@@ -1,4 +1,4 @@
-"""Each patch fixes what BasicSR 1.4.2 fails at on today's stack. Training runs are in test_entry_points.py."""
+"""The patches fix what fails in BasicSR 1.4.2 with current libraries. Training runs are in test_entry_points.py."""
 
 import copy
 import os
@@ -44,7 +44,7 @@ def test_stand_in_for_distutils_compares_versions():
 
 
 class Random(torch.utils.data.Dataset):
-    """Two items that show the state of the generators which BasicSR's datasets use."""
+    """Two items that show the state of the random generators that BasicSR's datasets use."""
 
     def __len__(self):
         return 4
@@ -96,7 +96,7 @@ def test_prefetching_passes_on_errors_and_still_ends():
         except ValueError as error:
             errors.append(str(error))
 
-    thread = threading.Thread(target=consume, daemon=True)  # because BasicSR would wait here forever
+    thread = threading.Thread(target=consume, daemon=True)  # since BasicSR would wait here forever
     thread.start()
     thread.join(timeout=20)
     assert errors == ['cannot read 1.png']
@@ -287,7 +287,7 @@ STATE = {'epoch': 0, 'optimizers': [], 'schedulers': []}
 
 @pytest.fixture
 def run_folder(tmp_path):
-    """Training states 2, 4 and 10, where 10 is truncated and 4 lacks its network, and one with a name."""
+    """Training states 2, 4 and 10 (10 is truncated, 4 lacks its network), and one with a name instead of a number."""
     (tmp_path / 'states').mkdir()
     (tmp_path / 'models').mkdir()
     for iteration in (2, 4, 10):

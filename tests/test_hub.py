@@ -1,4 +1,4 @@
-"""`load('hf:user/name')` and `dpmambair push`, with a server on this machine that has the hub's layout."""
+"""`load('hf:user/name')` and `dpmambair push`, with a local server that has the hub's layout."""
 
 import base64
 import hashlib
@@ -21,7 +21,7 @@ NETWORK = {'type': 'VmambaIR', 'dim': 4, 'num_blocks': [1, 1, 1, 1], 'num_refine
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
-    """What the client asks of the hub for one repository: its files, and commits of small ones."""
+    """The hub's API as far as the client uses it for one repository: its files, and commits of small files."""
 
     protocol_version = 'HTTP/1.1'
     files: dict[str, bytes] = {}
@@ -86,7 +86,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """The class of the server, whose files and requests are those of this test; commands reach it."""
+    """The class of the server, with the files and requests of this test; commands connect to it."""
     server = type('HubOfThisTest', (Hub,), {'files': {}, 'asked': []})
     with http.server.ThreadingHTTPServer(('localhost', 0), server) as running:
         threading.Thread(target=running.serve_forever, daemon=True).start()

@@ -1,4 +1,4 @@
-"""Images are asked for their size before they are decoded; the limit is named, and can be raised."""
+"""The size of an image is read before it is decoded; the limit is named, and can be raised."""
 
 import os
 import resource
@@ -18,7 +18,7 @@ from dpmambair_basicsr.prepare.images import read as read_download
 
 
 def bomb(width: int = 32000, height: int = 32000) -> bytes:
-    """A PNG of one bit a pixel, all black."""
+    """A PNG with one bit per pixel, all black."""
     packer = zlib.compressobj(9)
     rows = bytes(100 * (1 + width // 8))
     packed = b''.join(packer.compress(rows) for _ in range(height // 100)) + packer.flush()
@@ -31,7 +31,7 @@ def bomb(width: int = 32000, height: int = 32000) -> bytes:
 
 
 def tiled_tiff(side: int) -> bytes:
-    """A grey TIFF of 16 x 16 pixels, in one tile of another size, which is not there."""
+    """A grey TIFF of 16 x 16 pixels, with one missing tile of another size."""
     fields = {256: 16, 257: 16, 258: 8, 259: 1, 262: 1, 277: 1, 322: side, 323: side, 324: 8, 325: 16}
     entries = b''.join(struct.pack('<HHII', tag, 4, 1, value) for tag, value in fields.items())
     return b'II*\0' + struct.pack('<IH', 8, len(fields)) + entries + bytes(4 + 16)

@@ -1,4 +1,4 @@
-"""`calculate_iqa`: pyiqa's metrics in validation, refused before a training where they cannot be computed."""
+"""`calculate_iqa`: pyiqa's metrics in validation, refused before training if they cannot be computed."""
 
 import sys
 
@@ -33,7 +33,7 @@ def pyiqa():
     ids=['RGB', 'luminance'],
 )
 def test_psnr_matches_basicsr(pyiqa, name, options, shift):
-    """pyiqa's luminance has 255 steps, BasicSR's 219, as ITU-R BT.601 has it."""
+    """pyiqa's luminance has 255 steps, BasicSR's 219, as in ITU-R BT.601."""
     pair = {'img': photo(0), 'img2': photo(1)}
     for border in (0, 3):
         expected = calculate_metric(pair, {'type': 'calculate_psnr', 'crop_border': border, **options}) + shift

@@ -1,4 +1,4 @@
-"""One run, one process group: a second one is refused, starting or resuming; locks of the dead are no obstacle."""
+"""One run, one process group: a second one is refused, whether it starts or resumes; stale locks are no obstacle."""
 
 import json
 import os
@@ -36,7 +36,7 @@ def end(run):
 
 
 def refusal(run, holder):
-    """The last line of a training that was refused, which is all that it says."""
+    """The only line that a refused training writes."""
     assert run.status() == 1, run.log()
     lines = [line for line in run.log().splitlines() if 'is using this folder' in line]
     assert len(lines) == 1 and f'process {holder.process.pid} on ' in lines[0] and 'Traceback' not in run.log()
@@ -107,7 +107,7 @@ def test_the_processes_of_one_training_share_the_lock(opt, tmp_path):
 
 
 def test_a_training_whose_run_was_taken_over_writes_no_more(opt, tmp_path):
-    """It was frozen for longer than the lease, and another machine continued with it."""
+    """It was frozen for longer than the lease, and another machine continued the run."""
     run = Training(opt, tmp_path)
     run.wait_for('iter:       2,')
     other = json.loads((tmp_path / LOCK).read_text()) | {'host': 'other-node', 'pid': 7}
@@ -144,7 +144,7 @@ def test_results_of_one_name_belong_to_one_test(images, tmp_path):
     lock.release()
 
 
-# Another machine, of whose processes nothing is known
+# Another machine, whose processes are unknown
 
 
 @pytest.fixture
@@ -221,7 +221,7 @@ def test_a_lock_is_beside_the_folder_that_a_link_leads_to(tmp_path):
 
 
 def test_exactly_one_process_takes_over_a_stale_lock(tmp_path):
-    """They look at it at the same time, and take it away."""
+    """They examine and remove it at the same time."""
     (tmp_path / '.run.lock').write_text(json.dumps(lock.identity() | {'started': '1'}))
     script = 'import sys; from dpmambair_basicsr.files import lock; print("ready", flush=True); input(); '
     script += 'lock.hold(sys.argv[1]); print("mine", flush=True); input()'

@@ -25,7 +25,7 @@ def images(seed=0, shape=(2, 3, 10, 13), dtype=torch.float32):
 
 
 def test_fft_loss_is_the_distance_of_stacked_spectra():
-    """By the definition: a DFT written out as a matrix product, odd and even sides."""
+    """By the definition: a DFT written as a matrix product, with odd and even sides."""
     pred, target = images(0, (1, 2, 4, 5), torch.float64), images(1, (1, 2, 4, 5), torch.float64)
 
     def dft(x):
@@ -41,7 +41,7 @@ def test_fft_loss_is_the_distance_of_stacked_spectra():
 
 
 def test_fft_of_a_constant_offset():
-    """Only the zero frequency, H W c, differs: one of 2 H W numbers per channel."""
+    """Only the zero frequency differs, by H W c: one of 2 H W numbers per channel."""
     target = images(dtype=torch.float64)
     torch.testing.assert_close(fft_l1(target + 0.25, target), torch.tensor(0.25 / 2, dtype=torch.float64))
 
@@ -87,7 +87,7 @@ def test_fft_module_is_registered_and_weighted():
 
 
 def test_psnr_loss_equals_the_metric():
-    """BasicSR's own metric, of images whose values survive the rounding to 8 bits."""
+    """BasicSR's own metric, on images whose values are exact in 8 bits."""
     pred, target = ((images(seed) * 255).round() for seed in (0, 1))
     pred[1] = target[1] + 3 * (target[1] < 128) - 1  # the second image differs little
     psnr = [

@@ -22,7 +22,7 @@ def optimizer(*rates):
 
 
 def rates(scheduler, steps):
-    """The first group's rate in iterations 1, 2, ... of BasicSR's loop, which steps before all but the first."""
+    """The first group's rate in iterations 1, 2, ... of BasicSR's loop, which steps before each but the first."""
     found = []
     for iteration in range(1, steps + 1):
         if iteration > 1:
@@ -97,7 +97,7 @@ SCHEDULERS = {
 
 
 def rates_of_training(model_type, scheduler, warmup_iter):
-    """Of each optimizer in iterations 1 to 12."""
+    """The rates of each optimizer in iterations 1 to 12."""
     changes = {'train.scheduler': scheduler, 'train.total_iter': 12}
     if model_type == 'RestorationGANModel':
         changes |= GAN

@@ -15,7 +15,7 @@ from dpmambair_basicsr.metrics.lpips import calculate_lpips
 
 @pytest.fixture(scope='module')
 def option(tmp_path_factory):
-    """With a random backbone; even that measures a distance. For values of a trained one see test_losses.py."""
+    """With a random backbone, which measures a distance too. Values of a trained one: test_losses.py."""
     path = tmp_path_factory.mktemp('weights') / 'squeezenet.pth'
     torch.manual_seed(0)
     torch.save(torchvision.models.SqueezeNet('1_1').state_dict(), path)
@@ -33,7 +33,7 @@ def noisy(image, sigma):
     return np.clip(image + noise, 0, 255).round().astype(np.uint8)
 
 
-# BasicSR's PSNR and SSIM as our option files ask for them
+# BasicSR's PSNR and SSIM with the settings of our option files
 
 ASKED_FOR = {
     tuple(sorted(metric.items()))
@@ -59,7 +59,7 @@ def by_skimage(image, truth, type, crop_border, test_y_channel=False, **of_ssim)
 
 
 def pairs():
-    """Mildly and strongly degraded, one of odd sides, with an edge that a wrong border would show."""
+    """Mildly and strongly degraded pairs, one with odd sides, with an edge that reveals a wrong border."""
     for seed, (sigma, shape) in enumerate([(4, (48, 56, 3)), (40, (37, 51, 3))]):
         truth = photo(seed, shape)
         image = noisy(truth, sigma)
@@ -75,7 +75,7 @@ def test_psnr_and_ssim_are_those_of_scikit_image(options):
 
 
 def test_every_setting_is_compared():
-    """What the option files ask for: both metrics, RGB and Y, borders of 0 and 4 pixels."""
+    """The settings of the option files: both metrics, RGB and Y, borders of 0 and 4 pixels."""
     for key, values in {
         'type': {'calculate_psnr', 'calculate_ssim'},
         'crop_border': {0, 4},
@@ -85,7 +85,7 @@ def test_every_setting_is_compared():
 
 
 def test_other_definitions_give_other_numbers():
-    """docs/experiments.md, "Metrics": each of these is more than the last printed digit."""
+    """docs/experiments.md, "Metrics": each difference exceeds the last printed digit."""
     image, truth = next(pairs())
     pair, luminance = {'img': image, 'img2': truth}, {'crop_border': 0, 'test_y_channel': True}
     ssim = {'type': 'calculate_ssim', 'crop_border': 0}
@@ -118,7 +118,7 @@ def test_lpips_is_zero_for_equal_images_and_rises_with_noise(option):
 
 
 def test_metric_equals_lpips_of_the_rgb_images(option):
-    """From the tensors that BasicSR's validation turned into 8 bit BGR."""
+    """From the tensors that BasicSR's validation converted to 8-bit BGR."""
     tensors = [
         torch.rand(1, 3, 40, 44, generator=torch.Generator().manual_seed(seed)).mul(255).round() / 255
         for seed in (0, 1)

@@ -1,4 +1,4 @@
-"""VmambaIR's recipes: each option file trains, resumes and tests, reduced; what the GAN and real-world models add."""
+"""VmambaIR's recipes: each option file trains, resumes and tests, reduced; additions of GAN and real-world models."""
 
 import copy
 import re
@@ -46,7 +46,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def weights(tmp_path_factory):
-    """{'vgg19', 'vgg', 'alex'}: files like torchvision's, of random numbers; {'sisr_x4', 'realsr_x4'}: first stages."""
+    """{'vgg19', 'vgg', 'alex'}: files like torchvision's, of random values; {'sisr_x4', 'realsr_x4'}: first stages."""
     folder = tmp_path_factory.mktemp('weights')
     torch.manual_seed(0)
     files = {}
@@ -65,7 +65,7 @@ def weights(tmp_path_factory):
     for recipe in ('sisr_x4', 'realsr_x4'):
         net = build_model(reduced(options('test', recipe))).net_g
         files[recipe] = folder / f'{recipe}.pth'
-        torch.save({'params_ema': net.state_dict()}, files[recipe])  # as released, but both keys are there
+        torch.save({'params_ema': net.state_dict()}, files[recipe])  # as released, but with both keys
     return files
 
 
@@ -137,7 +137,7 @@ def changes_for_test(recipe, data, weights, checkpoint):
 
 @pytest.mark.parametrize('recipe', RECIPES)
 def test_every_recipe_trains_resumes_and_tests(recipe, data, weights, tmp_path):
-    """In this process, but for one recipe, which runs as the commands that users type."""
+    """In this process, except for one recipe, which runs by the commands that users type."""
 
     def run(stage, *arguments, file=recipe):
         if recipe != 'derain':
@@ -439,7 +439,7 @@ def test_cosine_that_ends_too_early_is_refused():
 
 
 def degraded_batches(model, count, level=lambda index: 0.5):
-    """Feeds `count` batches of two noise pictures of mean `level(index)` and yields after each."""
+    """Feeds `count` batches of two noise images with mean `level(index)` and yields after each."""
     set_random_seed(0)
     kernel = torch.zeros(2, 21, 21)
     kernel[:, 10, 10] = 1
@@ -498,7 +498,7 @@ def test_ldl_matches_its_paper_and_changes_no_other_loss():
     )
     for other in (without, model):
         for parameter in other.net_g_ema.parameters():
-            parameter.data.mul_(0.9)  # otherwise the average is the network, and there are no artefacts
+            parameter.data.mul_(0.9)  # otherwise the average equals the network, and there are no artefacts
     with torch.no_grad():
         output, average = model.net_g(model.lq), model.net_g_ema(model.lq)
     weight = artefact_map(model.gt, output, average)

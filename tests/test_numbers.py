@@ -67,7 +67,7 @@ def test_a_non_finite_step_is_skipped(changes, value):
 @pytest.mark.parametrize('limit', [0, 3])
 def test_too_many_in_a_row_are_an_error(limit):
     model = build(**{'train.max_skipped_steps': limit})
-    for _ in range(3):  # one good step in between, and the counting starts over
+    for _ in range(3):  # after one good step, the counting starts over
         for _ in range(limit):
             step(model, math.nan)
         step(model)
@@ -79,7 +79,7 @@ def test_too_many_in_a_row_are_an_error(limit):
 
 
 def test_steps_that_the_scaler_of_fp16_skips_are_counted():
-    """Its fp16 needs a GPU, the scaler does not."""
+    """fp16 needs a GPU, the scaler does not."""
     model = build(**{'train.max_skipped_steps': 2})
     model.precision.scaler = torch.amp.GradScaler('cpu', init_scale=64.0)
     step(model)

@@ -1,4 +1,4 @@
-"""Any text as an option file is options or one message with file and line, soon, and before anything is made."""
+"""Any text as an option file is options or one message with file and line, quickly, before anything is created."""
 
 import os
 from pathlib import Path
@@ -22,7 +22,7 @@ def tree(folder: Path) -> set[Path]:
 
 
 def write_text(monkeypatch, text: str) -> None:
-    """In the place of a training's options."""
+    """Writes it in place of a training's options."""
 
     def write_options(opt, file):
         file.write_text(text)
@@ -32,7 +32,7 @@ def write_text(monkeypatch, text: str) -> None:
 
 
 def refusal(opt: dict | str, folder: Path, *arguments: str) -> str:
-    """What a training says that is refused before it has made anything."""
+    """The message of a training that is refused before it has created anything."""
     (folder / 'work').mkdir(exist_ok=True)
     (folder / 'datasets').mkdir(exist_ok=True)
     file = folder / 'work/options.yml'
@@ -99,7 +99,7 @@ def test_duplicate_keys_are_refused(opt, tmp_path, monkeypatch):
         assert refusal(opt, tmp_path).startswith(f'line {len(text.splitlines()) + 1}: {message}')
 
 
-# What is changed in the options of a training, and the whole of what is said.
+# Changes to the options of a training, and the complete message.
 VALUES = {
     'a time that no calendar has': ({'train.total_iter': 1e18}, 'train.total_iter: must be at most 10'),
     'infinity': ({'train.total_iter': float('inf')}, 'train.total_iter: must be at most 1000000000000, got inf'),
@@ -170,7 +170,7 @@ def test_many_problems_are_a_short_report(opt, tmp_path):
 
 
 def test_options_are_utf_8_wherever_they_are_read(tmp_path):
-    """A byte order mark, as Windows' editors write it, and a system whose own encoding is another."""
+    """With a byte order mark, as editors on Windows write it, and on a system with another default encoding."""
     opt = commands.stock_options(commands.write_images(tmp_path / 'images'))
     text = '\ufeff# für Größe\n' + yaml.safe_dump(opt, sort_keys=False)
     (tmp_path / 'options.yml').write_text(text, encoding='utf-8')

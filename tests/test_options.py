@@ -1,4 +1,4 @@
-"""The option check names every kind of mistake with its key, and lets through what works."""
+"""The option check names every kind of mistake with its key, and accepts valid options."""
 
 import copy
 import re
@@ -78,7 +78,7 @@ def images(tmp_path_factory):
 
 @pytest.fixture
 def opt(images):
-    """Parsed options of a training that works, with our own classes."""
+    """Parsed valid options of a training, with classes of our own."""
     opt = stock_options(images)
     opt |= {'model_type': 'CheckedChildModel', 'network_g': {'type': 'CheckedNet', 'width': 8}, 'extra': 1}
     for phase, dataset in opt['datasets'].items():
@@ -110,7 +110,7 @@ def test_valid_options_pass_unchanged(opt):
     assert opt == before
 
 
-# What is changed, to what (None: deleted), what is said of it; a fourth entry: of which key, if not the changed one.
+# Changed key, its value (None: deleted), message; a fourth entry: the key in the message, if it is another one.
 MISTAKES = {
     'model type': ('model_type', 'CheckdModel', 'unknown type CheckdModel, did you mean CheckedModel?'),
     'network type': ('network_g.type', 'CheckedNot', 'unknown type CheckedNot, did you mean CheckedNet?'),
@@ -467,7 +467,7 @@ STAGE_1 = {'embed_dim': 8, 'extractor_channels': [4, 4], 'channels': 4, 'num_fus
 
 @pytest.fixture(scope='module')
 def checkpoints(tmp_path_factory):
-    """Of stage 1 and of a whole network, which has one refinement block."""
+    """Checkpoints of stage 1 and of a whole network with one refinement block."""
     folder = tmp_path_factory.mktemp('checkpoints')
     network = DPMambaIR(**{key: value for key, value in NETWORK.items() if key != 'type'})
     torch.save({'params': DegradationAutoencoder(**STAGE_1).state_dict()}, folder / 'stage_1.pth')
@@ -480,7 +480,7 @@ def checkpoints(tmp_path_factory):
 
 @pytest.fixture
 def ours(opt, images, checkpoints):
-    """Parsed options of a training that works, with classes of this package, which are made in a dry run."""
+    """Parsed valid options of a training, with classes of this package, which the dry run builds."""
     gt = {'dataroot_gt': images['dataroot_gt']}
     parts = {
         'rain': {'dataroot_lq': images['dataroot_gt'], **gt},
@@ -507,7 +507,7 @@ def test_valid_options_pass_the_dry_run_without_a_trace(ours):
 
 
 def test_a_network_that_needs_labels_is_given_some(ours):
-    """A part with a name of its own has none; a misspelt one is shown."""
+    """A sub-dataset with another name has no label; a misspelt name is reported."""
     ours['network_g'] |= {'degradation': 'class'}
     ours['path']['pretrain_network_e'] = None
     assert check_options(ours) == []
@@ -533,7 +533,7 @@ def test_a_network_has_an_embedding_for_each_label(ours):
     assert check_options(ours) == []
 
 
-# What is changed, to what, and the whole of what is said.
+# Changed key, its value, and the complete message.
 FOUND_IN_A_DRY_RUN = {
     'freeze': (
         'train.freeze',
@@ -658,7 +658,7 @@ def test_progressive_works_with_any_model_including_basicsrs_own(ours):
 
 
 def test_checking_does_not_open_the_log(ours, monkeypatch):
-    """BasicSR's log opened here would have no file."""
+    """If BasicSR's log were opened here, it would have no file."""
     monkeypatch.setattr('basicsr.utils.logger.initialized_logger', {})
     assert check_options(ours) == []
     assert sys.modules['basicsr.utils.logger'].initialized_logger == {}
@@ -682,7 +682,7 @@ def test_only_a_folder_of_a_run_may_be_renamed(tmp_path):
     (tmp_path / 'root' / 'mine.yml').write_text('x: 1')
     (problem,) = check_root(opt, opt['path'])
     assert problem.startswith('path.experiments_root: ') and 'files that do not belong to a run' in problem
-    assert check_root(opt, {}) == []  # BasicSR's own place
+    assert check_root(opt, {}) == []  # BasicSR's default location
     (tmp_path / 'root' / 'copy.yml').write_text('# GENERATE TIME: now\n')
     assert check_root(opt, opt['path']) == []
     (tmp_path / 'root' / 'copy.yml').unlink()

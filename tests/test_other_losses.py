@@ -1,4 +1,4 @@
-"""Losses that neither paper uses, each against its definition, written out naively."""
+"""Losses that neither paper uses, each compared with a naive implementation of its definition."""
 
 import sys
 
@@ -47,7 +47,7 @@ def test_focal_frequency_matches_its_definition(alpha, parts):
 
 
 def test_focal_frequency_with_alpha_0_is_the_mean_squared_error():
-    """Parseval: alpha 0 weighs all frequencies alike."""
+    """Parseval: alpha 0 weights all frequencies equally."""
     pred, target = images(0), images(1)
     torch.testing.assert_close(focal_frequency(pred, target, alpha=0.0), F.mse_loss(pred, target))
 

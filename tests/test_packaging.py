@@ -1,4 +1,4 @@
-"""What pip installs, and the commands by their short name."""
+"""What pip installs, and the commands by their short names."""
 
 import ast
 import re
@@ -60,7 +60,7 @@ assert not {{'torch', 'basicsr'}} & set(sys.modules)
 
 @pytest.fixture(scope='module')
 def distributions(tmp_path_factory):
-    """The wheel and the source distribution, made from what git tracks."""
+    """The wheel and the source distribution, built from the files that git tracks."""
     folder = tmp_path_factory.mktemp('distributions')
     for name in ('dpmambair_basicsr', 'options'):
         shutil.copytree(PACKAGE_PARENT / name, folder / name, ignore=shutil.ignore_patterns('__pycache__'))
@@ -124,7 +124,7 @@ def test_an_index_takes_both_and_its_page_has_no_dead_links(distributions):
 
 @pytest.mark.parametrize('page', ['README.md', 'docs/install.md'])
 def test_the_pages_give_the_install_commands_of_the_setup_script(page):
-    """One for pictures, two for training; the script's have the extra `test`, which includes `train`."""
+    """One for restoring, two for training; the script's have the extra `test`, which includes `train`."""
     blocks = re.findall(r'```bash\n(pip install -e.*?)```', (PACKAGE_PARENT / page).read_text('utf-8'), re.S)
     assert blocks == ['pip install -e .\n', "pip install -e '.[train]'\ndpmambair install_basicsr\n"]
     script, extras = (

@@ -1,4 +1,4 @@
-"""Picture files of all kinds, as people have them: what is kept, what is refused, and what the command says."""
+"""Image files of all kinds, as users have them: what is kept, what is refused, and what the command reports."""
 
 import errno
 import io
@@ -70,7 +70,7 @@ def identity(tmp_path_factory):
 
 @dataclass
 class Done:
-    """What a command in a process of its own would be known by."""
+    """The outcome of a command, as of one in its own process."""
 
     returncode: int
     stdout: str
@@ -92,12 +92,12 @@ def restore(identity, *arguments, cwd):
 
 
 def again(path, target=None):
-    """The picture at path read, and written."""
+    """Reads the picture at path, and writes it."""
     picture = read_picture(path)
     return write_picture(target or path, picture)
 
 
-# What files say beside their pixels
+# Metadata
 
 
 @pytest.mark.parametrize('byteorder', ['<', '>'])
@@ -139,7 +139,7 @@ def test_tiff_keeps_profile_resolution_description_dates_and_alpha(byteorder, sh
         assert image.mode == {2: {'uint8': 'L', 'uint16': 'I;16'}, 3: {'uint8': 'RGB', 'uint16': 'RGB'}}[len(shape)][
             pixels.dtype.name
         ] + 'A' * (shape[-1] == 4)
-    again(path)  # what was written is read with the same values
+    again(path)  # reading the result gives the same values
     picture = read_picture(path)
     expected = np.repeat(pixels[..., None], 3, 2) if len(shape) == 2 else pixels[..., :3]
     np.testing.assert_array_equal(picture.image, expected)
@@ -232,7 +232,7 @@ def test_png_keeps_resolution_text_time_and_colours(tmp_path):
 
 
 def test_exif_data_that_is_text_in_a_png_is_exif_data_once(tmp_path):
-    """ImageMagick's way; the orientation in it would turn the result a second time."""
+    """As ImageMagick writes it; its orientation would rotate the result a second time."""
     exif = Image.Exif()
     exif[274], exif[0x010E] = 6, 'described'
     data = exif.tobytes()
@@ -348,7 +348,7 @@ def test_all_extensions_of_jpeg_have_its_quality(name, tmp_path):
 
 @pytest.mark.parametrize(('name', 'parameters'), [('a.png', []), ('a.jpg', [1, 98, 7, 0x111111])])
 def test_files_without_metadata_are_byte_identical_to_opencvs(name, parameters, tmp_path):
-    """So results are what they were before anything else was kept."""
+    """So results are the same as before metadata was kept."""
     path = tmp_path / name
     cv2.imwrite(str(path), smooth(37, 45))
     pixels = cv2.imread(str(path))
@@ -361,7 +361,7 @@ def test_files_without_metadata_are_byte_identical_to_opencvs(name, parameters, 
 
 @pytest.mark.parametrize('name', ['a.png', 'a.webp', 'a.tif'])
 def test_hidden_colours_do_not_bleed_into_visible_edges(name, tmp_path):
-    """A red disc with a soft edge over hidden green, by a network that looks around each pixel."""
+    """A red disc with a soft edge over hidden green, by a network with a receptive field around each pixel."""
     y, x = np.mgrid[:64, :64] - 31.5
     alpha = (255 * np.clip(24 - np.hypot(x, y), 0, 3) / 3).astype(np.uint8)
     colours = np.where(alpha[..., None] > 0, np.uint8([220, 30, 20]), np.uint8([0, 255, 0])).astype(np.uint8)
@@ -489,7 +489,7 @@ def test_the_command_restores_frames_or_refuses_with_one_line(identity, tmp_path
 
 
 def test_the_tile_depends_on_the_picture_alone(monkeypatch):
-    """Not on the memory that happens to be free, nor on the backend of the scans."""
+    """Neither on the free memory nor on the backend of the scans."""
     net = Restorer(small_network(), torch.device('cpu'))
     monkeypatch.setattr(restorer, 'BUDGET', net.bytes_per_pixel * 300**2)
     seen = set()
@@ -510,7 +510,7 @@ def test_too_little_memory_is_reported_with_a_smaller_tile(monkeypatch):
     assert net.restore(smooth(260, 300), tile=152, overlap=0, one_pass=True).shape == (260, 300, 3)
 
 
-# The command: which files, where to, and what it says
+# The command: its inputs, outputs and messages
 
 
 def test_results_have_the_requested_format(identity, tmp_path):
@@ -606,7 +606,7 @@ def test_names_that_the_terminal_cannot_show_are_escaped(identity, tmp_path):
 
 
 def test_every_picture_has_its_line_immediately(identity, tmp_path):
-    """In a log file too; and Ctrl-C ends it with one more line, no half file, and status 130."""
+    """In a log file too; and Ctrl-C ends it with one more line, no partial file, and status 130."""
     for number in range(40):
         Image.fromarray(smooth(64, 64, number)).save(tmp_path / f'{number:02}.png')
     arguments = [sys.executable, '-m', 'dpmambair_basicsr.restore', '-w', identity, '.', '-o', 'out']

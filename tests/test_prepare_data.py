@@ -1,6 +1,6 @@
-"""prepare_data on miniature trees with the published layouts: what it arranges, refuses, continues.
+"""prepare_data on miniature trees with the published layouts: what it arranges, refuses and resumes.
 
-Miniature trees have fewer images than was published, so the commands have --any-count, as users need it then.
+Miniature trees have fewer images than the published sets, so the commands have --any-count.
 """
 
 import hashlib
@@ -105,7 +105,7 @@ X4 = [name for name, public in SETS.items() if any(part.scale == 4 for part in p
 
 
 def level(number: int) -> int:
-    """Brightness of a GT image: which one it is."""
+    """Brightness of a GT image, which identifies it."""
     return 60 + 60 * number
 
 
@@ -115,7 +115,7 @@ def write(path: Path, height: int, width: int, value: int) -> None:
 
 
 def make_tree(root: Path, name: str, count: int = COUNT, trees: list | None = None) -> Path:
-    """The download of a set, in a folder of its own: images that say by their brightness which pair they are of."""
+    """The download of a set, in its own folder; the brightness of an image identifies its pair."""
     for lq, gt, *_ in trees or TREES[name]:
         for number in range(count):
             height, width = (50, 41) if name == 'set14' else (48, 40)
@@ -135,7 +135,7 @@ def stems(folder: Path) -> list[str]:
 
 
 def contents(folder: Path) -> dict[str, str]:
-    """{file: digest}, links as what they lead to."""
+    """{file: digest}, following links."""
     return {
         path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in folder.rglob('*')
@@ -155,7 +155,7 @@ def arrange(*arguments) -> None:
 
 @pytest.fixture(scope='module')
 def everything(tmp_path_factory):
-    """All sets in one `datasets`, with what was downloaded and what it looked like before."""
+    """All sets in one `datasets`; returns its parent and the previous contents of the downloads."""
     root = tmp_path_factory.mktemp('everything')
     before = {}
     for name in TREES:
@@ -219,7 +219,7 @@ OPTION_FILES = [
 
 @pytest.mark.parametrize('file', OPTION_FILES, ids=lambda file: file.name)
 def test_datasets_of_our_option_files_exist(file, everything, monkeypatch):
-    """Every public dataset of the option files is there; what is not cropped can be read."""
+    """Every public dataset of the option files exists; those without crops can be read."""
     monkeypatch.chdir(everything[0])
     opt = yaml.safe_load(file.read_text(encoding='utf-8'))
     assert opt['datasets']
@@ -243,7 +243,7 @@ def test_all_in_one_has_the_seven_degradations():
     assert all(train['network_g'][key] == value for key, value in opt['network_g'].items())
 
 
-# Other layouts in which a set is published: {name: (set, trees)}
+# Other published layouts of a set: {name: (set, trees)}
 OTHERS = {
     'Rain100H in one folder': ('rain100h', ('Rain100H/rainy/rain-00{n}.png', 'Rain100H/norain-00{n}.png', '', '00{n}')),
     'Rain100L in two': ('rain100l', ('Rain100L/rain/rain-00{n}.png', 'Rain100L/norain/norain-00{n}.png', '', '00{n}')),
@@ -338,7 +338,7 @@ def test_two_images_of_the_same_name_are_refused(tmp_path):
 
 
 def archive(folder: Path, file: Path) -> Path:
-    """With what macOS and Windows add, and in an order in which pairs are far apart."""
+    """With the files that macOS and Windows add, and in an order in which pairs are far apart."""
     (folder / '__MACOSX').mkdir()
     (folder / '__MACOSX' / '._1.png').write_bytes(b'no image')
     (folder / 'Thumbs.db').write_bytes(b'no image')
@@ -412,7 +412,7 @@ def test_repeated_calls_follow_changed_and_moved_downloads(tmp_path, capsys):
     made.unlink()
     arrange(*command)
     assert made.is_file()
-    moved = raw.rename(tmp_path / 'moved')  # the links lead nowhere
+    moved = raw.rename(tmp_path / 'moved')  # the links are dangling
     arrange('set14', moved, '--output', tmp_path / 'out')
     assert os.readlink(tmp_path / 'out/Set14/GT/img_0.png') == str(moved / 'Set14/img_0.png')
     (moved / 'Set14/img_0.png').unlink()
@@ -430,7 +430,7 @@ def test_a_changed_image_is_not_taken_from_an_unfinished_run(tmp_path):
 
 
 def test_an_interrupted_command_is_continued(tmp_path):
-    """Killed in the middle; what is done is not done again, and only whole files are seen, under their final names."""
+    """Killed midway; finished work is not repeated, and only complete files are visible under their final names."""
     rng = np.random.default_rng(0)
     raw = tmp_path / 'raw' / 'DIV2K_train_HR'
     raw.mkdir(parents=True)
@@ -470,11 +470,11 @@ def test_an_interrupted_command_is_continued(tmp_path):
 
 
 def test_an_interruption_between_the_final_renames_is_continued(tmp_path):
-    """The renames at the end cannot be one step; a repeated command does the rest, another one starts clean."""
+    """The final renames are not one atomic step; a repeated command completes them, another one starts clean."""
     raw = make_tree(tmp_path / 'raw', 'set14')
     for rest in ((), ('--copy',)):
         out = tmp_path / f'out{len(rest)}'
-        refusal('set14', raw, '--output', out)  # the count: everything is made, nothing in place
+        refusal('set14', raw, '--output', out)  # the count: everything is created, nothing in place
         (out / 'Set14/LQ_x4').mkdir()
         (out / 'Set14/.LQ_x4.set14.test/img_1.png').rename(out / 'Set14/LQ_x4/img_1.png')
         moved = (out / 'Set14/LQ_x4/img_1.png').stat().st_mtime_ns
@@ -493,7 +493,7 @@ def test_tiles_cover_the_image_and_fit(tmp_path):
     small = shrink(image)
     assert small.shape == (182, 240, 3)
     basicsr = imresize(image[:728, :960] / 255.0, 0.25) * 255
-    assert np.abs(small - basicsr)[2:-2, 2:-2].max() < 1.2  # which rounds neither in between nor at the end
+    assert np.abs(small - basicsr)[2:-2, 2:-2].max() < 1.2  # without rounding in between or at the end
     tops, lefts = (0, 240, 248), (0, 240, 480)
     for number, (top, left) in enumerate([(top, left) for top in tops for left in lefts], 1):
         gt, lq = (

@@ -19,7 +19,7 @@ from dpmambair_basicsr.data.progressive import Phases
 from dpmambair_basicsr.models import RestorationModel
 
 PHASES = {'gt_sizes': [8, 16, 24, 32], 'batch_sizes': [4, 3, 2, 1], 'iters': [3, 4, 3, 2]}
-SCHEDULE = [(8, 4)] * 3 + [(16, 3)] * 4 + [(24, 2)] * 3 + [(32, 1)] * 4  # the last phase stays: 14 iterations
+SCHEDULE = [(8, 4)] * 3 + [(16, 3)] * 4 + [(24, 2)] * 3 + [(32, 1)] * 4  # the last phase continues: 14 iterations
 OPTIONS = """
 name: progressive
 model_type: TracingModel
@@ -49,7 +49,7 @@ logger: {print_freq: 1, save_checkpoint_freq: 5, use_tb_logger: false}
 
 @MODEL_REGISTRY.register()
 class TracingModel(RestorationModel):
-    """Notes (iteration, crop size, batch size)."""
+    """Records (iteration, crop size, batch size)."""
 
     trace = []
 
@@ -129,7 +129,7 @@ def test_disagreement_with_total_iter_is_reported_at_the_start(options, tmp_path
 
 
 def test_distributed_training_follows_the_schedule(options, tmp_path):
-    """Two processes with a worker each, resumed amid an epoch: both follow the schedule, with images of their own."""
+    """Two processes with a worker each, resumed within an epoch: both follow the schedule, with different images."""
     train_set = options['datasets']['train']
     train_set |= pipelines.write_pairs(tmp_path / 'twelve', [(40, 36)] * 12) | {'batch_size_per_gpu': 3}
     train_set['progressive'] = {'gt_sizes': [8, 32], 'batch_sizes': [3, 1], 'iters': [5, 2]}
@@ -194,7 +194,7 @@ def test_all_images_are_used_although_batches_are_small(options):
 
 
 def test_one_crop_size_per_batch_and_a_position_per_image(options, tmp_path):
-    """The pictures are all alike, so equal crops are at equal positions."""
+    """All images are equal, so equal crops are at equal positions."""
     random.seed(0)
     options['datasets']['train']['use_hflip'] = False
     folder = tmp_path / 'pairs' / 'GT'
@@ -272,7 +272,7 @@ def test_gt_sizes_fit_the_network_at_scale_4(options):
 
 
 def test_one_image_is_decoded_per_used_crop(options):
-    """Restormer's way: as many as the full batch has."""
+    """In Restormer: as many as the full batch has."""
     compare = runpy.run_path(str(pipelines.ROOT / 'benchmarks' / 'progressive.py'))['compare']
     rows = compare(options['datasets']['train'] | {'phase': 'train', 'scale': 1}, batches=2)
     assert [row[:2] for row in rows] == list(zip(PHASES['gt_sizes'], PHASES['batch_sizes'], strict=True))

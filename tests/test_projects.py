@@ -62,13 +62,13 @@ def weights(project, name) -> dict:
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of project: how it is made, its command, a network of its own, and what `dropin` says of ours there."""
+    """A kind of project: how it is made, its command, one of its networks, and what `dropin` says about ours there."""
 
     make: Callable
     script: str
     own: str
     said: list[str]
-    path: str = ''  # what its command needs on Python's path
+    path: str = ''  # needed on Python's path by its command
 
 
 KINDS = [
@@ -119,7 +119,7 @@ def test_own_networks_train_as_before_and_ours_in_the_same_loop(kind, scripts, o
     assert tree(project) == before
 
 
-# The kinds of BasicSR's own option files, small: what is changed in STOCK.
+# The kinds of BasicSR's own option files, reduced: changes to STOCK.
 OF_BASICSR = {
     'EDSR': {
         'network_g': {'type': 'EDSR', 'num_in_ch': 3, 'num_out_ch': 3, 'num_feat': 4, 'num_block': 1, 'upscale': 4},
@@ -182,7 +182,7 @@ print('sizes', load(sys.argv[1]).restore(torch.zeros(7, 5, 3, dtype=torch.uint8)
 
 
 def old_fork_with_init(folder):
-    """As some forks of Restormer: still no registry."""
+    """Like some forks of Restormer: still without registry."""
     project = old_fork(folder)
     (project / 'basicsr/__init__.py').touch()
     return project

@@ -6,7 +6,7 @@ import pytest
 from support.commands import basicsr_source, python
 from support.projects import replace_in, with_own_losses, without_vgg
 
-# Imports torch and torchvision once, then runs each case in a forked copy of itself: separate interpreters, but quick.
+# Imports torch and torchvision once, then runs each case in a fork of itself: separate interpreters, but fast.
 DRIVER = """
 import json, os, sys, traceback, warnings
 import cv2, scipy.stats, torch, torchvision

@@ -1,4 +1,4 @@
-"""The table of a test, several of them in one, the page, and what a training tells: averages, best network, draws."""
+"""The table of a test, several tests in one table, the page, and a training's log: averages, best network, draws."""
 
 import base64
 import csv
@@ -88,7 +88,7 @@ def measure(image, truth) -> dict[str, float]:
 
 
 def mean_over(paths, pairs) -> dict[str, float]:
-    """Of images whose names begin with that of their GT image."""
+    """Mean over the images whose names begin with that of their GT image."""
     gt = {name: cv2.imread(f'{pairs["dataroot_gt"]}/{name}.png') for name in ('00', '01')}
     values = [measure(cv2.imread(str(path)), gt[path.name[:2]]) for path in paths]
     assert values
@@ -254,7 +254,7 @@ def test_two_runs_are_in_one_table_with_the_papers(tested):
 
 
 def test_an_average_needs_every_set(tmp_path):
-    """And that of the published rows is, to rounding, the one that the paper prints."""
+    """That of the published rows equals, up to rounding, the average that the paper prints."""
     names = ('LOL + LSRW', 'snow100k', 'Rain100H', 'RESIDE-6K', 'BSD400_JPEG', 'BSD400 noise', 'GoPro')
     parts = [results.SetResult(name, restored={'psnr': 30.0, 'ssim': 0.9}) for name in names]
     whole, half = a_run('whole', *parts), a_run('half', *parts[:3])
@@ -296,7 +296,7 @@ def test_every_ssim_of_dpmambair_is_marked_and_none_of_vmambair():
     'file', sorted((commands.PACKAGE_PARENT / 'options').glob('test_*.yml')), ids=lambda file: file.stem
 )
 def test_the_option_files_have_the_metrics_of_the_published_tables(file):
-    """Each table whose sets a file has is shown with every metric of the file, but those that it does not print."""
+    """Each published table with sets of the file is shown with every metric of the file that the table has."""
     opt = yaml.safe_load(file.read_text(encoding='utf-8'))
     sets = [
         results.SetResult(data['name'], restored=dict.fromkeys(opt['val']['metrics'], 1.0))
@@ -472,7 +472,7 @@ def test_the_average_over_the_sets_is_logged(trained):
 
 
 def test_the_input_is_measured_once(trained, pairs):
-    """By scikit-image's PSNR; the second set has other images."""
+    """By scikit-image's PSNR; the second set has different images."""
     _, log = trained
     said = re.findall(r'Validation (.+): the unrestored input has psnr (\S+), ssim (\S+)\.', log)
     assert len(said) == len({name for name, *_ in said}) == 2
@@ -541,7 +541,7 @@ def test_a_best_value_of_another_metric_is_not_compared(trained, tmp_path):
 
 
 def test_an_infinite_metric_is_never_best(pairs, tmp_path):
-    """A network that returns its input, and a set whose input is the truth: PSNR is infinite there."""
+    """A network that returns its input, and a set whose input is the GT: its PSNR is infinite."""
     net = VmambaIR(**NETWORK)
     torch.nn.init.zeros_(net.output.weight)
     torch.save({'params': net.state_dict()}, tmp_path / 'identity.pth')
@@ -555,7 +555,7 @@ def test_an_infinite_metric_is_never_best(pairs, tmp_path):
 
 
 def test_the_log_counts_what_was_drawn(trained):
-    """3 : 1 is exact after an epoch, 4 items twice over."""
+    """3 : 1 is exact after an epoch, which has 4 items twice."""
     _, log = trained
     drawn = re.findall(r'Drawn so far by this process: (.*)\.', log)
     assert len(drawn) == 2

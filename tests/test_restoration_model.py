@@ -177,14 +177,14 @@ def test_the_frozen_extractor_does_not_drift_in_the_average(stage_1):
 
 @pytest.mark.parametrize(('periods', 'works'), [([8], False), ([3, 6], True), ([10], True)])
 def test_a_schedule_may_end_with_the_last_iteration(periods, works):
-    """BasicSR's fails if it is asked for a rate after its periods; iteration i asks for position i - 1."""
+    """BasicSR's fails if a rate is requested after its periods; iteration i requests position i - 1."""
     schedule = {'type': 'CosineAnnealingRestartLR', 'periods': periods, 'restart_weights': [1] * len(periods)}
     if not works:
         with pytest.raises(ValueError, match=r'periods sum to 8, train\.total_iter is 10'):
             build(scheduler=schedule)
         return
     model = build(scheduler=schedule)
-    model.optimizer_g.step()  # PyTorch warns of schedulers that step before
+    model.optimizer_g.step()  # PyTorch warns about schedulers that step before
     for iteration in range(1, 11):
         model.update_learning_rate(iteration)
 
@@ -243,7 +243,7 @@ def test_a_state_of_other_trained_parameters_is_refused():
 
 @pytest.mark.parametrize('size', [(16, 16), (13, 9)])
 def test_the_output_is_cropped_at_the_networks_own_scale(size):
-    """Without a top-level `scale`, which is for the datasets."""
+    """Without the top-level `scale`, which is for the datasets."""
     model = build({**VMAMBAIR, 'scale': 4})
     model.lq = torch.rand(1, 3, *size)
     model.test()
@@ -272,7 +272,7 @@ def test_the_label_reaches_the_network():
         model.test()
 
 
-# Where the degradation extractor is from
+# Sources of the degradation extractor
 
 
 def save(path, checkpoint):
@@ -282,7 +282,7 @@ def save(path, checkpoint):
 
 @pytest.fixture(scope='module')
 def stage_1(tmp_path_factory):
-    """A checkpoint of stage 1, and the extractor that it should give."""
+    """A checkpoint of stage 1, and the extractor that it contains."""
     torch.manual_seed(7)
     net = DegradationAutoencoder(**EXTRACTOR, channels=4, num_fusion_blocks=1, num_refine_blocks=1)
     file = tmp_path_factory.mktemp('stage1') / 'stage1.pth'
@@ -355,7 +355,7 @@ def test_a_random_extractor_is_refused(make, stage_1, stage_2, tmp_path):
     part = {'pretrain_network_g': stage_2['part'], 'strict_load_g': False}
     with pytest.raises(ValueError, match=r'^path\.pretrain_network_e: missing, and \S*part\.pth has no matching one'):
         make(part)
-    wider = DPMambaIR(**NETWORK | {'embed_dim': 16}).state_dict()  # strict_load_g: false skips what does not fit
+    wider = DPMambaIR(**NETWORK | {'embed_dim': 16}).state_dict()  # strict_load_g: false skips mismatched parameters
     file = save(tmp_path / 'wider.pth', {'params': wider})
     with pytest.raises(ValueError, match=r'missing, and \S*wider\.pth has no matching one'):
         make({'pretrain_network_g': file, 'strict_load_g': False})
@@ -440,7 +440,7 @@ def test_a_wrong_checkpoint_is_named(content, message, tmp_path):
 
 @pytest.mark.parametrize('key', [None, 'weights'])
 def test_files_of_other_programs_start_network_and_average(key, tmp_path):
-    """A bare state dict, or one under a key of its own, with the names that DataParallel gives."""
+    """A bare state dict, or one under another key, with DataParallel's names."""
     state = DPMambaIR(**NETWORK | {'insertion': 'none'}).state_dict()
     renamed = {f'module.{name}': value for name, value in state.items()}
     file = save(tmp_path / 'other.pth', renamed if key is None else {key: renamed})
@@ -454,5 +454,5 @@ def test_files_of_other_programs_start_network_and_average(key, tmp_path):
 
 @pytest.mark.parametrize(('model', 'most'), [('RestorationModel', 5), ('RealWorldSRGANModel', 9)])
 def test_few_classes_stand_between_a_model_and_basicsr(model, most):
-    """What a model does beside BasicSR is in parts that it owns, not in its ancestors."""
+    """A model's additions to BasicSR are in objects that it owns, not in base classes."""
     assert len(MODEL_REGISTRY.get(model).__mro__) <= most

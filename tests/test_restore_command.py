@@ -1,4 +1,4 @@
-"""Picture files, read and written again, and the command that restores them."""
+"""Image files, read and written back, and the command that restores them."""
 
 import io
 
@@ -26,7 +26,7 @@ def encode(image, kind, **options):
 
 
 def again(path):
-    """The file at path read, and written at the same place."""
+    """Reads the file at path, and writes it back."""
     picture = read_picture(path)
     write_picture(path, picture)
     return picture
@@ -199,7 +199,7 @@ def write_pictures(folder):
 
 
 def identity(folder, name, network):
-    """A checkpoint of a network that returns its input, enlarged by repetition; its file in folder."""
+    """A checkpoint, in folder, of a network that returns its input, upscaled by repetition."""
     net = restorer_of(network).net
     (net.output if net.scale == 1 else net.tail[-1]).weight.zero_()
     if net.scale > 1:
@@ -279,7 +279,7 @@ def test_super_resolution_supports_compare_suffix_and_an_old_checkpoint(monkeypa
     weights = identity(tmp_path, 'sr.pth', network)
     torch.save({'params': torch.load(weights)['params']}, weights)
     (tmp_path / 'old.yml').write_text(yaml.safe_dump({'name': 'old', 'network_g': network}))
-    pixels = np.random.default_rng(0).integers(1, 256, (9, 13, 4), dtype=np.uint8)  # no alpha is 0, which hides colours
+    pixels = np.random.default_rng(0).integers(1, 256, (9, 13, 4), dtype=np.uint8)  # no alpha is 0: it hides colours
     assert cv2.imwrite(str(tmp_path / 'a.png'), pixels)
     arguments = ('-w', weights, tmp_path / 'a.png', '-o', tmp_path / 'out', '--opt', tmp_path / 'old.yml')
     assert run_main(monkeypatch, *arguments, '--suffix', '_x4', '--compare', '--self-ensemble', '--half') == 0

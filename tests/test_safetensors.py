@@ -1,4 +1,4 @@
-"""Networks as safetensors files: written by the command, read wherever a checkpoint is read."""
+"""Networks as safetensors files: written by the command, accepted wherever a checkpoint is."""
 
 import json
 import re
@@ -68,7 +68,7 @@ def test_spandrel_recognises_it(converted):
 
 
 def test_files_of_a_training_are_read_like_its_checkpoint(converted, tmp_path):
-    """logger.save_format: network and average in one file, with the options and what the best is best in."""
+    """logger.save_format: network and EMA in one file, with the options and the metric of the best network."""
     content = torch.load(converted / 'net.pth') | {
         'best': {'metric': 'psnr', 'value': 0.1 + 0.2, 'iter': 8, 'sets': ['a']}
     }
@@ -149,7 +149,7 @@ def test_invalid_safetensors_files_are_named(tmp_path):
             read_checkpoint(str(file))
     with pytest.raises(FileNotFoundError, match='absent'):
         read_checkpoint(str(tmp_path / 'absent.safetensors'))
-    save_file({'x': torch.zeros(1)}, file)  # of another program, which knows no options
+    save_file({'x': torch.zeros(1)}, file)  # of another program, without options
     with pytest.raises(ValueError, match=f"^{file}: has no key 'network_g', .* not recognised"):
         load(file)
 

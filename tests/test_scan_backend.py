@@ -25,7 +25,7 @@ VARIABLE = 'DPMAMBAIR_SCAN_BACKEND'
 
 @pytest.fixture
 def options(tmp_path):
-    """Of a training of one iteration, by BasicSR's own model, and of a test."""
+    """Options of a training of one iteration, by BasicSR's own model, and of a test."""
     pairs = write_pairs(tmp_path / 'pairs', [(16, 16)] * 2)
     dataset = {'name': 'x', 'type': 'PairedDegradationDataset', **pairs}
     loader = {'gt_size': 16, 'batch_size_per_gpu': 1, 'num_worker_per_gpu': 0}

@@ -1,4 +1,4 @@
-"""The weights that come with the package, and `restore` and `load` without a file."""
+"""The weights shipped with the package, and `restore` and `load` without a file."""
 
 from pathlib import Path
 
@@ -72,7 +72,7 @@ def test_the_detected_class_steers_if_the_file_says_so(kind, net, photograph):
 
 @pytest.mark.parametrize('kind, gain', [('rain', 5), ('noise', 5), ('lowlight', 7)])
 def test_restoring_a_trained_degradation_gains_several_dB(kind, gain, net, photograph):
-    """Any change of what the network computes, say of the place of a prompt, would lose this."""
+    """Any change to what the network computes, such as the position of a prompt, would lose this."""
     degraded = to_uint8(degrade(to_float(photograph), kind, np.random.default_rng(0)))
     before, after = (calculate_psnr(image, photograph, crop_border=0) for image in (degraded, net.restore(degraded)))
     assert after > before + gain

@@ -18,7 +18,7 @@ needs_golden = pytest.mark.skipif(not GOLDEN.is_dir(), reason='no ../shared/gold
 SMALL = {'num_blocks': [1, 2, 1, 3], 'num_refinement_blocks': 2, 'd_state': 3}
 VMAMBAIR = {'dim': 4, **SMALL}
 DPMAMBAIR = {'dim': 8, **SMALL, 'd_inner': [6, 8, 10, 12], 'embed_dim': 8, 'extractor_channels': [4, 6, 4]}
-# The released networks, and the other values of each argument that can be seen in a state dict.
+# The released networks, and other values of each argument that can be inferred from a state dict.
 VMAMBAIR_CASES = [
     {},
     {'scale': 4, 'channel_fusion': 'modulate'},
@@ -51,7 +51,7 @@ def installed():
 def test_checkpoints_are_recognised_as_their_networks(network, options, tmp_path):
     torch.manual_seed(0)
     net = network(**options).eval()
-    # As our models save it: the average is what is used.
+    # As our models save it: the average is used.
     other = {name: torch.zeros_like(value) for name, value in net.state_dict().items()}
     checkpoint = {'params': other, 'params_ema': net.state_dict(), 'network_g': {'type': network.__name__, **options}}
     torch.save(checkpoint, tmp_path / 'net_g.pth')

@@ -1,4 +1,4 @@
-"""Mixed precision and compilation in training: close to fp32, fp32 where it matters, nothing of it in what is saved."""
+"""Mixed precision and compilation in training: close to fp32, fp32 where it matters, without effect on saved files."""
 
 import copy
 
@@ -22,7 +22,7 @@ SCHEDULE = {'type': 'CosineAnnealingRestartLR', 'periods': [100], 'restart_weigh
 
 @ARCH_REGISTRY.register()
 class TwoBlocks(nn.Module):
-    """A U-Net's stage alone."""
+    """A single stage of a U-Net."""
 
     stride = 1
 
@@ -59,7 +59,7 @@ def options(network, model_type='RestorationModel', num_gpu=0, **train):
 
 
 def losses(network, iterations, **train):
-    """Of a training that learns to brighten an image, and the model."""
+    """The losses of a training that learns to brighten an image, and the model."""
     torch.manual_seed(0)
     model = build_model(options(network, **train))
     values = []
@@ -196,7 +196,7 @@ def test_compiled_training_equals_eager():
     torch.testing.assert_close(values, expected, rtol=1e-4, atol=1e-5)
     assert model.net_g.state_dict().keys() == eager.net_g.state_dict().keys()
     assert torch._dynamo.utils.counters['stats']['unique_graphs'] == 1, 'one for both blocks'
-    model.test()  # another size or another mode compiles nothing more
+    model.test()  # another size or mode does not recompile
     assert torch._dynamo.utils.counters['stats']['unique_graphs'] == 1
 
 

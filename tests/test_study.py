@@ -1,4 +1,4 @@
-"""Studies: their files, their tables, one that is killed and continues; and the verification of its results."""
+"""Studies: their files and tables, one that is killed and continued, and the verification of its results."""
 
 import copy
 import json
@@ -81,7 +81,7 @@ STUDY = {
 
 
 def write(folder: Path, study: dict) -> Path:
-    """The study file, and the option files and images that it needs."""
+    """Writes the study file, and the option files and images that it needs."""
     train, test = yaml.safe_load(OPTIONS), yaml.safe_load(TEST)
     pairs = {name: folder / 'datasets' / name for name in ('train', 'first', 'second')}
     if not pairs['train'].exists():
@@ -142,7 +142,7 @@ def test_another_budget_leaves_earlier_trainings_unchanged():
 
 @pytest.mark.parametrize('file', SHIPPED, ids=lambda file: file.stem)
 def test_a_shipped_study_trains_and_tests_networks_that_differ(file, tmp_path):
-    """Its entries fit its option files, and a variant's test makes the network that its training made."""
+    """Its entries match its option files, and a variant's test builds the same network as its training."""
     study = read_study(file)
     assert study.name == file.stem
     described = {}
@@ -204,7 +204,7 @@ def test_trials_on_different_images_are_not_in_one_table():
 
 @contextmanager
 def one_thread():
-    """As the processes of a study have it."""
+    """As in the processes of a study."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -248,7 +248,7 @@ def test_a_killed_study_continues_to_the_numbers_of_an_uninterrupted_training(st
         record = json.loads((own / f'{module}.json').read_text())
         entries = [entry.replace('seed_4/t', 'seed_4/again/t') for entry in record['force_yml']]
         options = (f'{module}.yml', '--force_yml', *entries)
-        if module == 'train':  # in a process of its own: the random numbers of a second one in a process are others
+        if module == 'train':  # in its own process: a second training in a process would have other random numbers
             assert command('train', '-opt', *options, cwd=study).returncode == 0
         else:
             with one_thread():
@@ -290,7 +290,7 @@ def test_a_failed_command_is_one_line_with_its_last_output(tmp_path):
 
 
 def test_completed_jobs_end_at_once(tmp_path):
-    """As the trainings before the trials are when a study continues."""
+    """Like the trainings before the trials when a study continues."""
     (tmp_path / 'result').touch()
     jobs = [[Command('train', [], tmp_path / f'{i}.txt', tmp_path / 'result', {})] for i in range(3)]
     done = []

@@ -23,7 +23,7 @@ DEVICE = torch.device('cuda' if ON_GPU else 'cpu')
 
 
 def networks(name, half=False):
-    """With graphs and without, of the same weights; and the recorders of the first."""
+    """Networks with and without graphs, with the same weights; and the recorders of the first."""
     torch.manual_seed(0)
     net = NETWORKS[name]().eval().requires_grad_(False)
     for parameter in net.parameters():

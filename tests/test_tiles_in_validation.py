@@ -1,4 +1,4 @@
-"""`val.tile`: validations and tests in the tiles that `restore` takes, to the bit; what happens out of memory."""
+"""`val.tile`: validation and tests use the tiles of `restore`, bit-exactly; what happens out of memory."""
 
 from collections import OrderedDict
 from pathlib import Path
@@ -147,7 +147,7 @@ def test_training_and_testing_save_the_images_that_restore_gives(tmp_path):
 
 # Out of memory
 
-# A network that allocates 40 kB for each pixel, and an address space of 2 GiB beside what the program has.
+# A network that allocates 40 kB per pixel, and an address space of 2 GiB in addition to the program's.
 LIMITED = """
 import re, resource, sys, runpy, torch
 from pathlib import Path
@@ -177,7 +177,7 @@ def limited(command, *arguments, cwd):
 
 @pytest.fixture
 def hungry(tmp_path):
-    """(option file, its options) of a training whose one validation image is too large."""
+    """(option file, its options) of a training whose only validation image is too large."""
     opt = options(tmp_path)
     opt['network_g'] = {'type': 'Hungry'}
     opt['train']['total_iter'] = 5
@@ -225,7 +225,7 @@ def test_a_test_and_restore_suggest_it_too(hungry, tmp_path):
     assert done.returncode == 1 and line in done.stdout.splitlines()[-1], done.stdout
 
     arguments = ('-w', weights, '--opt', file, lq, '-o', 'restored')
-    # The tile is chosen by the size of the picture; no smaller one is taken without asking: it would change the result.
+    # The tile depends on the size of the image; no smaller one is used automatically: it would change the result.
     cases = {(): ' in tiles of 320: out of memory; tile=160 (--tile 160)'}
     cases['--tile', '0'] = ': out of memory; tile=200 (--tile 200)'
     for tile, advice in cases.items():
@@ -238,7 +238,7 @@ def test_a_test_and_restore_suggest_it_too(hungry, tmp_path):
 
 @ARCH_REGISTRY.register()
 class Hungry(torch.nn.Module):
-    """LIMITED's, where there is memory enough."""
+    """Like that of LIMITED, with enough memory."""
 
     def __init__(self):
         super().__init__()

@@ -71,7 +71,7 @@ def test_photographs_become_weights_that_restore_and_classify(photos, tiny_check
 
 
 def test_a_slice_ends_in_time_and_the_next_one_continues(photos, tiny_checkout):
-    """Slices grow until one has trained something, on however busy a machine; the next one then goes on."""
+    """Slices grow until one has trained something, however busy the machine; the next one then continues."""
     endless = [value.replace('=3', '=100000').replace('[3]', '[100000]') for value in TINY]
     seen = [0]
     minutes = 0.2

@@ -1,4 +1,4 @@
-"""Videos: as many frames out as in, at their times, with their sound; a shot is restored with one set of statistics."""
+"""Videos: the same number of frames, times and sound as the input; a shot is restored with one set of statistics."""
 
 import sys
 from fractions import Fraction
@@ -19,7 +19,7 @@ from dpmambair_basicsr.inference.video import SAMPLES, find_in, find_shots, meas
 av = pytest.importorskip('av', reason="needs PyAV: extra 'video'")
 CPU = torch.device('cpu')
 NETWORK = {'type': 'VmambaIR', 'dim': 4, 'num_blocks': [1, 1, 1, 1], 'num_refinement_blocks': 1, 'd_state': 2}
-TIMES = [0, 1, 2, 4, 5, 8, 9, 10, 13, 14, 15, 16]  # in 1/25 s: of a variable rate
+TIMES = [0, 1, 2, 4, 5, 8, 9, 10, 13, 14, 15, 16]  # in 1/25 s: variable frame rate
 
 
 def scene(seed: int, low: int, high: int) -> np.ndarray:
@@ -55,7 +55,7 @@ def write_video(path, images, *, form='yuv420p', codec='libx264', sound=True, ch
 
 
 def streams_of(path):
-    """Times of the frames in seconds; (time, bytes) of all packets of sound; what is said of the video stream."""
+    """Frame times in seconds; (time, bytes) of all audio packets; properties of the video stream."""
     with av.open(str(path)) as file:
         video = file.streams.video[0]
         context = video.codec_context
@@ -96,7 +96,7 @@ def test_only_the_pixels_of_the_result_differ(extension, tmp_path):
 @pytest.mark.parametrize(
     ('form', 'context'),
     [
-        ('yuv420p', {'colorspace': 1, 'color_primaries': 1, 'color_trc': 1, 'color_range': 1}),  # BT.709, limited
+        ('yuv420p', {'colorspace': 1, 'color_primaries': 1, 'color_trc': 1, 'color_range': 1}),  # BT.709, limited range
         ('yuvj420p', {'color_range': 2}),
         ('yuv444p', {}),
         ('yuv422p10le', {}),
@@ -126,7 +126,7 @@ def test_frames_are_upright(angle, tmp_path):
 
 
 class ToMean(nn.Module):
-    """Gives each pixel the mean of the image, as far as `ImageMean` knows it."""
+    """Sets each pixel to the mean of the image, as provided by `ImageMean`."""
 
     def __init__(self):
         super().__init__()
