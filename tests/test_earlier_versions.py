@@ -74,7 +74,7 @@ def earlier_version(tmp_path_factory):
     folder = tmp_path_factory.mktemp('earlier') / 'version.tar'
     git = ('git', '-C', PACKAGE_PARENT, 'archive', '--output', folder, VERSION)
     if not shutil.which('git') or subprocess.run(git, capture_output=True).returncode:
-        pytest.skip(f'git has no version {VERSION} here')
+        pytest.skip(f'git does not have version {VERSION}')
     with tarfile.open(folder) as archive:
         archive.extractall(folder.parent, filter='data')
     return folder.parent

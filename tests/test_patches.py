@@ -160,7 +160,7 @@ def one_test_at_a_time(make_exp_dirs, tmp_path, monkeypatch):
 
 
 @regression
-@pytest.mark.skipif(torch.cuda.is_available(), reason='for machines without a GPU')
+@pytest.mark.skipif(torch.cuda.is_available(), reason='needs a machine without a GPU')
 def init_dist_anywhere(init_dist_pytorch, tmp_path, monkeypatch):
     process_group(monkeypatch)
     init_dist_pytorch('nccl')
@@ -417,7 +417,7 @@ def test_every_patch_has_a_regression():
 
 
 @pytest.mark.parametrize('which', ['patched', pytest.param('original', marks=pytest.mark.xfail(strict=True))])
-@pytest.mark.skipif(torch.cuda.is_available(), reason='for machines without a GPU')
+@pytest.mark.skipif(torch.cuda.is_available(), reason='needs a machine without a GPU')
 def test_resuming_needs_no_gpu(which, tmp_path):
     """`load_resume_state` and `whole_epochs` replace functions in train.py once the options have been read."""
     state = {'epoch': 0, 'iter': 2, 'optimizers': [], 'schedulers': []}

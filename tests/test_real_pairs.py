@@ -19,7 +19,7 @@ import dpmambair_basicsr  # noqa: F401  (first: it makes BasicSR importable, and
 from dpmambair_basicsr import prepare_data
 from dpmambair_basicsr.archs import DPMambaIR
 
-metrics = pytest.importorskip('skimage.metrics', reason='its metrics are compared with')
+metrics = pytest.importorskip('skimage.metrics', reason='its metrics are the reference')
 SHARED = Path(__file__).parents[2] / 'shared' / 'data'
 OPTIONS = PACKAGE_PARENT / 'options' / 'test_all_in_one.yml'
 DATASETS = yaml.safe_load(OPTIONS.read_text(encoding='utf-8'))['datasets'].values()

@@ -25,7 +25,7 @@ from dpmambair_basicsr.results import run as results
 from dpmambair_basicsr.results.comparison import key_of
 from dpmambair_basicsr.results.page import bars
 
-metrics = pytest.importorskip('skimage.metrics', reason='its metrics are compared with')
+metrics = pytest.importorskip('skimage.metrics', reason='its metrics are the reference')
 
 NETWORK = {'dim': 4, 'num_blocks': [1, 1, 1, 1], 'num_refinement_blocks': 1}
 METRICS = {

@@ -41,7 +41,7 @@ def test_the_file_is_small_in_half_precision_and_knows_its_network():
 
 def test_shipped_weights_match_the_trial_bit_for_bit(net, photograph):
     if not TRIAL.is_file():
-        pytest.skip(f'{TRIAL} is not there')
+        pytest.skip(f'{TRIAL} does not exist')
     own = net.embedding_of(photograph)
     assert np.array_equal(net.restore(photograph, embedding=own), load(TRIAL).restore(photograph))
 
@@ -49,7 +49,7 @@ def test_shipped_weights_match_the_trial_bit_for_bit(net, photograph):
 def test_noise_of_real_cameras_is_not_mistaken_for_darkness(net):
     """Steered by their own embeddings, two of these five lose 34 and 28 dB, a third 4."""
     if not POLYU.is_dir():
-        pytest.skip(f'{POLYU} is not there')
+        pytest.skip(f'{POLYU} does not exist')
     gains = []
     for noisy in sorted((POLYU / 'LQ').iterdir())[:5]:
         image, clean = (cv2.imread(str(file))[128:256, 128:256, ::-1] for file in (noisy, POLYU / 'GT' / noisy.name))

@@ -165,7 +165,7 @@ class Scans(Dataset):
         return results
 
 
-@pytest.mark.skipif(sys.platform == 'win32', reason='has no fork')
+@pytest.mark.skipif(sys.platform == 'win32', reason='Windows has no fork')
 def test_forked_data_loader_workers_may_scan(threads):
     skip_where_forks_have_no_gradients()
     threads(2)

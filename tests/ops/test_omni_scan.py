@@ -393,7 +393,7 @@ class Scans(Dataset):
         return run_with_grads(inputs)
 
 
-@pytest.mark.skipif(sys.platform == 'win32', reason='has no fork')
+@pytest.mark.skipif(sys.platform == 'win32', reason='Windows has no fork')
 @needs_numba
 def test_forked_data_loader_workers_may_scan(threads):
     skip_where_forks_have_no_gradients()
