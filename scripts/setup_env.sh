@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Sourced by demo.sh and test.sh: makes a virtual environment once and activates it.
+# Sourced by demo.sh and test.sh: creates a virtual environment once and activates it.
 # DPMAMBAIR_VENV names it (default: .venv in the checkout), so that several checkouts can share one.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -8,7 +8,7 @@ stamp="$venv/.dpmambair_basicsr"
 recipe="$(cat pyproject.toml setup.py scripts/setup_env.sh | cksum)"
 
 if [ ! -f "$stamp" ] || [ "$(cat "$stamp")" != "$recipe" ]; then
-    echo "Setting up $venv (once; downloads about 5 GB where PyTorch is not there yet)"
+    echo "Setting up $venv (once; downloads about 5 GB if PyTorch is not installed yet)"
     python3 -c 'import sys; sys.version_info >= (3, 10) or sys.exit("Python 3.10 or newer is needed, python3 is %d.%d" % sys.version_info[:2])'
     python3 -m venv "$venv"
     install() { "$venv/bin/python" -m pip install --quiet --disable-pip-version-check "$@"; }
@@ -18,4 +18,4 @@ if [ ! -f "$stamp" ] || [ "$(cat "$stamp")" != "$recipe" ]; then
     echo "$recipe" > "$stamp"
 fi
 export PATH="$venv/bin:$PATH"
-export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"  # this checkout, whichever one the environment was made for
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"  # this checkout, even if the environment was created for another one

@@ -1,6 +1,6 @@
-"""BasicSR 1.4.2 can be imported once this package has been; in this process it is patched as by our commands.
+"""Makes BasicSR 1.4.2 importable, by importing this package first, and patches it as our commands do.
 
-Ctrl-C and SIGHUP reach what tests start, also where the tests themselves run in a shell's background or under nohup.
+Ctrl-C and SIGHUP reach the processes that tests start, even if the tests run in a shell's background or under nohup.
 """
 
 import signal
@@ -21,7 +21,7 @@ if hasattr(signal, 'SIGHUP') and signal.getsignal(signal.SIGHUP) is signal.SIG_I
 
 @pytest.fixture(autouse=True)
 def default_backend():
-    """A test's option `scan_backend` ends with it."""
+    """Resets the option `scan_backend` after each test."""
     yield
     from dpmambair_basicsr.ops.selective_scan.backend import set_default_backend
 

@@ -1,4 +1,4 @@
-"""docs/adding.md: what it adds is added to a copy of the package, as it says, and the commands that it touches run."""
+"""docs/adding.md: its additions are applied to a copy of the package as described, and the affected commands run."""
 
 import ast
 import json
@@ -20,7 +20,7 @@ HEAD = re.compile(r'# (dpmambair_basicsr/\S+\.py)(?:, in (\w+))?\n')
 
 
 def add(block: str, folder: Path) -> None:
-    """Does what a block of the page says."""
+    """Applies a block of the page."""
     path, table = HEAD.match(block).groups()
     file, text = folder / path, HEAD.sub('', block, count=1)
     if table is None:
@@ -37,7 +37,7 @@ def add(block: str, folder: Path) -> None:
 
 @pytest.fixture(scope='module')
 def copy(tmp_path_factory):
-    """The package with everything that the page adds, and the demo's images and stage 1 made by it."""
+    """The package with all additions of the page, and the demo's images and stage 1 created with it."""
     folder = tmp_path_factory.mktemp('adding')
     for part in ('dpmambair_basicsr', 'options', 'scripts'):
         shutil.copytree(PACKAGE_PARENT / part, folder / part, ignore=shutil.ignore_patterns('__pycache__'))
@@ -125,7 +125,7 @@ def test_a_mistake_in_the_new_keys_is_named(copy):
         assert re.search(problem, done.stdout), (problem, done.stdout)
 
 
-def test_the_schema_is_written_anew(copy):
+def test_the_schema_is_regenerated(copy):
     run(copy, '-m', 'dpmambair_basicsr.option_checks.json_schema')
     schema = (copy / 'options/dpmambair.schema.json').read_text(encoding='utf-8')
     assert all(

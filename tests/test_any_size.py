@@ -40,7 +40,7 @@ def inputs_of(net, image):
 
 
 def padded_by_numpy(image):
-    """To multiples of 8 by reflection, or by the border's own pixels where there is too little to reflect."""
+    """To multiples of 8 by reflection, or by repeating border pixels where there are too few to reflect."""
     for axis in (3, 2):
         missing, size = -image.shape[axis] % 8, image.shape[axis]
         widths = [(0, missing if i == axis else 0) for i in range(4)]
@@ -49,7 +49,7 @@ def padded_by_numpy(image):
 
 
 @pytest.mark.parametrize('size', SIZES, ids=str)
-def test_a_network_pads_and_crops_to_the_bit_as_one_did_by_hand(net, size):
+def test_padding_inside_the_network_is_bit_exact_with_padding_by_hand(net, size):
     image, scale = torch.rand(2, 3, *size), getattr(net, 'scale', 1)
     padded = torch.from_numpy(padded_by_numpy(image.numpy()))
     assert padded.shape[2] % 8 == padded.shape[3] % 8 == 0
@@ -70,14 +70,14 @@ def test_gradients_are_those_of_the_padded_image(size):
 
 
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float64])
-def test_other_precisions_take_any_size(dtype):
+def test_any_size_is_accepted_in_other_dtypes(dtype):
     torch.manual_seed(0)
     net = VmambaIR(**NETWORKS['derain'][1]).to(dtype).eval()
     with torch.no_grad():
         assert net(torch.rand(1, 3, 13, 3).to(dtype)).shape == (1, 3, 13, 3)
 
 
-def test_a_compiled_network_takes_any_size():
+def test_any_size_is_accepted_by_a_compiled_network():
     net = VmambaIR(**NETWORKS['x4'][1]).eval().requires_grad_(False)
     compiled = torch.compile(net, backend='eager', dynamic=True)
     for size in (16, 24), (13, 21), (7, 3):
@@ -93,7 +93,7 @@ def model_of(model_type, net, options):
 
 
 @pytest.mark.parametrize('name', ['derain', 'x4', 'extractor'])
-def test_basicsrs_own_model_gives_what_ours_gives(name):
+def test_basicsrs_own_model_gives_the_same_output_as_ours(name):
     torch.manual_seed(0)
     network, options = NETWORKS[name]
     net, results = network(**options), []

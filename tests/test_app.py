@@ -1,4 +1,4 @@
-"""The page of `dpmambair app`, operated in a real browser."""
+"""The page of `dpmambair app`, used in a real browser."""
 
 import re
 import subprocess
@@ -37,9 +37,9 @@ def served(folder):
 
 
 def wait_for(page, condition: str):
-    """The value of a script, once it is true."""
+    """The value of a script, once it is truthy."""
     while not (value := page.evaluate(condition)):
-        time.sleep(0.2)  # the browser's watchdog ends a wait that is in vain
+        time.sleep(0.2)  # the browser's watchdog ends a futile wait
     return value
 
 
@@ -67,7 +67,7 @@ def test_a_picture_is_restored_in_the_browser_and_downloaded(tmp_path):
         page.evaluate("document.querySelector('#download').click()")
         file = tmp_path / 'downloads/rainy_restored.png'
         while not file.is_file():
-            page.evaluate('0')  # its watchdog ends a wait that is in vain
+            page.evaluate('0')  # its watchdog ends a futile wait
             time.sleep(0.2)
         downloaded = cv2.imread(str(file))[..., ::-1]
         before, after = (np.mean((image.astype(float) - photo) ** 2) for image in (rainy, downloaded))

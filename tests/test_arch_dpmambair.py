@@ -1,4 +1,4 @@
-"""DPMambaIR and its extractor: the paper's counts, the ablation switches, identity at the start, exact merging."""
+"""DPMambaIR and its extractor: the paper's counts, ablation switches, initial identity, exact merging."""
 
 import copy
 import inspect
@@ -13,7 +13,7 @@ from dpmambair_basicsr.archs.dpmambair_arch import DPSSModule
 from dpmambair_basicsr.ops import use_backend
 from dpmambair_basicsr.ops.selective_scan import reference
 
-# What the defaults were in version 692b954.
+# The defaults of version 692b954.
 EARLIER_DEFAULTS = {
     'delta_prompt': 'low_rank',
     'extractor_channels': (64, 64, 64, 64, 64, 128),
@@ -42,13 +42,13 @@ def build(**options):
 def tiny(seed=0, **options):
     torch.manual_seed(seed)
     net = DPMambaIR(**{**TINY, **options}).eval()
-    torch.nn.init.normal_(net.output.weight)  # by default it is nearly zero, and would hide differences
+    torch.nn.init.normal_(net.output.weight)  # the default is nearly zero, which would hide differences
     return net
 
 
 @pytest.mark.parametrize(('embed_dim', 'expected'), [(256, 28.71), (384, 29.03), (512, 29.35), (1024, 30.62)])
-def test_parameters_are_the_papers(embed_dim, expected):
-    """v3, Table VII. The first versions, whose prompt multiplied the low-rank delta, missed three of four by more."""
+def test_parameter_counts_match_the_paper(embed_dim, expected):
+    """v3, Table VII. In the first versions (prompt times low-rank delta), three of four counts were further off."""
     assert millions(build(embed_dim=embed_dim)) == pytest.approx(expected, abs=0.015)
     assert {
         name: value
@@ -60,26 +60,26 @@ def test_parameters_are_the_papers(embed_dim, expected):
 
 
 @pytest.mark.parametrize('insertion', ['concat', 'attention'])
-def test_other_insertions_have_about_as_many_parameters(insertion):
+def test_other_insertions_have_similar_parameter_counts(insertion):
     assert millions(build(insertion=insertion)) == pytest.approx(29.35, rel=0.1)
 
 
-def test_embeddings_have_unit_length_wherever_they_come_from():
+def test_embeddings_from_any_source_have_unit_length():
     image, label = torch.rand(3, 3, 16, 16), torch.tensor([1, 0, 6])
     for net in (tiny(), tiny(degradation='class')):
         torch.testing.assert_close(net.embed(image, label).norm(dim=1), torch.ones(3))
     assert tiny(degradation='class', unit_classes=False).embed(image, label).norm(dim=1).min() > 1.5
 
 
-def test_parameters_of_the_scan_in_four_directions_are_nearly_the_papers():
+def test_parameter_count_with_four_directions_is_close_to_the_paper():
     """Table 5: 31.43 M."""
     assert millions(build(directions=4, prompt=['delta', 'B'])) == pytest.approx(31.43, abs=0.05)
 
 
-def test_flops_are_the_papers():
-    """153.33 G at 1x3x256x256, 1 MAC = 1, without what the papers' hand-written norms hide from fvcore.
+def test_flops_match_the_paper():
+    """153.33 G at 1x3x256x256, 1 MAC = 1, without the papers' hand-written norms, which fvcore does not count.
 
-    Counted at 64x64, for the time a forward pass takes on a CPU: convolutions and projections are per pixel, exactly.
+    Counted at 64x64 to save time: the cost of convolutions and projections is exactly proportional to the pixels.
     """
     flops = (
         FlopCountAnalysis(DPMambaIR().eval(), torch.rand(1, 3, 64, 64)).unsupported_ops_warnings(False).by_operator()
@@ -105,8 +105,8 @@ SWITCHES = [
 
 
 @pytest.mark.parametrize('options', SWITCHES, ids=str)
-def test_identity_initialisation(options):
-    """At step 0 the embedding changes nothing, bit for bit: the network equals the one without prompts and HEB."""
+def test_embedding_has_no_effect_at_initialisation(options):
+    """At step 0 the embedding has no effect: the network is bit-exact with the one without prompts and HEB."""
     net = tiny(**options)
     plain = tiny(seed=1, insertion='none', high_frequency=False, directions=options.get('directions', 1))
     own = net.state_dict()
@@ -146,7 +146,7 @@ def test_the_prompt_acts_per_sample():
 
 
 def median_delta(scale: float, **options) -> float:
-    """Of the DPSS module's step sizes, by the definition, with P_delta at `scale` for all embeddings."""
+    """The median step size of the DPSS module, by the definition, with P_delta = `scale` for all embeddings."""
     torch.manual_seed(0)
     module = DPSSModule(48, 64, 16, 8, ['delta'], insertion='modulate', high_frequency=False, directions=1, **options)
     torch.nn.init.constant_(next(iter(module.modulation.layers.values())).bias, scale)
@@ -158,7 +158,7 @@ def median_delta(scale: float, **options) -> float:
 
         @staticmethod
         def scan(u, delta, A, B, C, D, delta_bias, delta_softplus):
-            # What a scan can see of delta is exp(delta A), for which A may have taken a factor.
+            # A scan only sees exp(delta A); the factor may be part of A.
             step = torch.nn.functional.softplus(delta + delta_bias[:, None]) if delta_softplus else delta
             deltas.append(step * A[:, :1] / -1)
             return reference.scan(u, delta, A, B, C, D, delta_bias, delta_softplus)
@@ -169,7 +169,7 @@ def median_delta(scale: float, **options) -> float:
 
 
 def test_p_delta_multiplies_delta():
-    """Eq. 8: alpha 2 doubles delta, alpha 0 makes it 0. By the place before dt_proj its level hardly changes."""
+    """Eq. 8: alpha 2 doubles delta, alpha 0 makes it 0. Inserted before dt_proj, it hardly changes delta's level."""
     once = median_delta(1.0, delta_prompt='scale')
     assert median_delta(2.0, delta_prompt='scale') == pytest.approx(2 * once, rel=1e-5)
     assert median_delta(0.0, delta_prompt='scale') == 0
@@ -180,7 +180,7 @@ def test_p_delta_multiplies_delta():
 
 
 def test_p_b_and_p_c_are_one_prompt():
-    """Only alpha_B alpha_C counts, and equal layers get equal gradients: A is diagonal, alpha everywhere alike."""
+    """Only alpha_B alpha_C matters; equal layers get equal gradients: A is diagonal, alpha uniform over the image."""
     torch.manual_seed(0)
     module = PlanarScan(6, 4, 2, (0, 3)).double()
     x = torch.randn(3, 6, 5, 7).double()
@@ -205,8 +205,8 @@ def test_p_b_and_p_c_are_one_prompt():
         torch.testing.assert_close(parameter.grad, gradient, rtol=1e-10, atol=1e-12)
 
 
-def test_without_delta_the_scan_is_switched_off():
-    """y = D u, whatever came before: no state, however long the image."""
+def test_zero_delta_switches_the_scan_off():
+    """y = D u, whatever precedes: no state, for an image of any size."""
     module = PlanarScan(8, 4, 2, (0, 2))
     x = torch.randn(2, 8, 5, 7)
     y = module.scan(x, None, torch.zeros(2))
@@ -228,7 +228,7 @@ def test_without_delta_the_scan_is_switched_off():
     ],
     ids=str,
 )
-def test_bad_values_name_the_key(options, key):
+def test_errors_name_the_key(options, key):
     with pytest.raises(ValueError, match=f'^{key}: '):
         tiny(**options)
 
@@ -240,7 +240,7 @@ def test_class_without_label_is_an_error():
 
 @pytest.mark.parametrize('size', [(1, 1), (5, 9), (33, 47)])
 def test_merge_is_exact(size):
-    """Paper, Fig. 3c: the four branches are one convolution, at borders, odd sizes and strides alike."""
+    """Paper, Fig. 3c: the four branches equal one convolution, also at borders, with odd sizes and strides."""
     torch.manual_seed(0)
     extractor = DegradationExtractor(embed_dim=32, channels=[16, 16, 16, 24]).eval()
     image = torch.rand(2, 3, *size)
@@ -267,7 +267,7 @@ def test_load_extractor_takes_the_merged_weights():
     assert not net.train().extractor.training
 
 
-def test_stage_1_reads_the_direction_of_the_embedding_alone():
+def test_stage_1_only_uses_the_direction_of_the_embedding():
     """As stage 2 does; a longer embedding changes nothing. In the first versions it did."""
     clean, degraded = torch.rand(2, 3, 13, 7), torch.rand(2, 3, 13, 7)
     for unit in (True, False):

@@ -12,7 +12,7 @@ PEERS = pytest.mark.parametrize('peer', [PeerRestormer, PeerNAFNet])
 
 
 @PEERS
-def test_an_image_of_any_size_keeps_it_and_starts_near_itself(peer):
+def test_output_has_the_size_of_the_input_and_starts_close_to_it(peer):
     torch.manual_seed(0)
     image = torch.rand(2, 3, 19, 26)
     output = peer(**TINY)(image)
@@ -32,8 +32,8 @@ def test_every_parameter_receives_a_gradient(peer):
     assert [name for name, parameter in net.named_parameters() if not parameter.grad.abs().sum() > 0] == []
 
 
-def test_attention_between_channels_is_that_of_restormer():
-    """Written out for each head: softmax(normalised q k^T, times a temperature) v, over the pixels."""
+def test_channel_attention_matches_restormer():
+    """Written out per head: softmax(normalised q k^T, times a temperature) v, over the pixels."""
     torch.manual_seed(0)
     attention = ChannelAttention(8, 2)
     torch.nn.init.uniform_(attention.temperature, 1, 3)
@@ -47,7 +47,7 @@ def test_attention_between_channels_is_that_of_restormer():
     torch.testing.assert_close(attention(x), wanted)
 
 
-def test_the_block_of_nafnet_starts_as_the_identity():
+def test_nafnets_block_starts_as_the_identity():
     x = torch.randn(1, 8, 4, 4)
     assert torch.equal(NonlinearActivationFreeBlock(8)(x), x)
 

@@ -18,7 +18,7 @@ from dpmambair_basicsr.archs.vmambair_arch import OSSModule
 GOLDEN = Path(__file__).parents[2] / 'shared' / 'golden'
 needs_golden = pytest.mark.skipif(not GOLDEN.is_dir(), reason='no ../shared/golden: outputs of the released networks')
 
-# What the option files have: released blocks and refinement blocks, kinds of channel scan, parameters.
+# From the option files: released blocks and refinement blocks, kinds of channel scan, parameters.
 RELEASED = {
     'derain': (dict(channel_scan='lifted', channel_fusion='add'), [3, 5, 7, 9], 2, 28_709_875),
     'sisr': (dict(scale=4, channel_scan='lifted', channel_fusion='modulate'), [15, 1, 1, 1], 15, 12_028_273),
@@ -52,7 +52,7 @@ def assert_golden(output, expected, name=''):
 
 @needs_golden
 @torch.no_grad()
-def test_outputs_are_those_of_the_released_networks(golden):
+def test_outputs_match_the_released_networks(golden):
     net, fixture = golden
     assert [case['input'].shape[-2:] for case in fixture['cases']] == [(24, 40), (16, 16), (19, 26)]
     for case in fixture['cases']:
@@ -61,8 +61,8 @@ def test_outputs_are_those_of_the_released_networks(golden):
 
 @needs_golden
 @torch.no_grad()
-def test_each_part_is_that_of_the_released_networks(golden):
-    """In the order of the computation, so that the first failure names the part that differs."""
+def test_each_part_matches_the_released_networks(golden):
+    """In order of computation, so that the first failure names the part that differs."""
     net, fixture = golden
     block = net.encoder_level1[0]
     parts = {
@@ -85,7 +85,7 @@ def test_each_part_is_that_of_the_released_networks(golden):
 
 @needs_golden
 @torch.no_grad()
-def test_the_module_alone_is_the_released_one(golden):
+def test_the_module_alone_matches_the_released_one(golden):
     net, fixture = golden
     oss, attn = fixture['oss'], net.encoder_level1[0].attn
     module = OSSModule(oss['config']['d_model'], 16, attn.channel_scan, attn.channel_fusion, 4, False)
@@ -95,18 +95,18 @@ def test_the_module_alone_is_the_released_one(golden):
 
 @needs_golden
 @pytest.mark.parametrize('task', RELEASED)
-def test_names_and_shapes_are_the_released_ones(task):
+def test_parameter_names_and_shapes_match_the_released_networks(task):
     schema = json.loads((GOLDEN / f'schema_{task}.json').read_text())
     assert {name: list(value.shape) for name, value in released(task).state_dict().items()} == schema
 
 
 @pytest.mark.parametrize('task', RELEASED)
-def test_number_of_parameters(task):
+def test_parameter_counts_match_the_released_networks(task):
     assert sum(parameter.numel() for parameter in released(task).parameters()) == RELEASED[task][3]
 
 
 def pixels_of_mean(shape, *_, out_shape=None, **__):
-    """Pooling counts one operation per pixel, as in fvcore; FlopCounterMode has two per MAC."""
+    """Pooling counts one operation per pixel, as in fvcore; FlopCounterMode counts two per MAC."""
     return 2 * math.prod(shape)
 
 
@@ -115,11 +115,11 @@ def pixels_of_mean(shape, *_, out_shape=None, **__):
     [('realsr', 64, 15.67, 19.45), ('sisr', 64, 25.59, 34.33), ('derain', 256, 121.25, 162.53)],
 )
 @torch.no_grad()
-def test_flops_by_both_rules(task, pixels, without_scan, with_scan, monkeypatch):
+def test_flops_match_the_documented_ones_by_both_rules(task, pixels, without_scan, with_scan, monkeypatch):
     """The table of docs/vmambair.md: billions, 1 MAC = 1, of an input of pixels x pixels.
 
     Convolutions, projections and pooling, counted in a pass on the meta device; for the planar scans 9BLDN + BDL
-    (state-spaces/mamba#110) of the shapes that they are called with. The channel scans are below 0.01.
+    (state-spaces/mamba#110) of the shapes they are called with. The channel scans are below 0.01.
     """
     scans = []
 
@@ -128,7 +128,7 @@ def test_flops_by_both_rules(task, pixels, without_scan, with_scan, monkeypatch)
             scans.append((u.numel(), A.shape[1]))  # BLD, N
         return torch.empty_like(u)
 
-    module = sys.modules['dpmambair_basicsr.ops.omni_scan']  # the package has the function under this name
+    module = sys.modules['dpmambair_basicsr.ops.omni_scan']  # in the package, this name is the function
     monkeypatch.setattr(module, 'selective_scan', note_shapes)
     net = released(task)
     with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.mean: pixels_of_mean}) as counter:
@@ -223,7 +223,7 @@ def oss_by_pixel(m, image):
     ],
 )
 @torch.no_grad()
-def test_module_pixel_by_pixel(channel_scan, channel_fusion, directions, linear):
+def test_module_matches_the_paper_pixel_by_pixel(channel_scan, channel_fusion, directions, linear):
     torch.manual_seed(0)
     module = OSSModule(6, 3, channel_scan, channel_fusion, directions, linear).double()
     for parameter in module.parameters():
@@ -234,7 +234,7 @@ def test_module_pixel_by_pixel(channel_scan, channel_fusion, directions, linear)
 
 
 @pytest.mark.parametrize('scale', [1, 2, 3, 4, 8])
-def test_scales(scale):
+def test_every_scale_upsamples_the_image(scale):
     net = tiny(scale=scale)
     lq = torch.rand(1, 3, 8, 16)
     assert net(lq).shape == (1, 3, 8 * scale, 16 * scale)
@@ -254,7 +254,7 @@ def test_every_parameter_receives_a_gradient(task):
 
 
 @pytest.mark.parametrize('scale', [1, 4])
-def test_bias_reaches_what_the_docstring_says(scale):
+def test_bias_applies_to_the_layers_in_the_docstring(scale):
     with_bias, without = (
         {name for name, _ in tiny(scale=scale, bias=bias).named_parameters()} for bias in (True, False)
     )
@@ -264,8 +264,8 @@ def test_bias_reaches_what_the_docstring_says(scale):
     assert parts == effn | stem | ({'output.bias'} if scale == 1 else set())
 
 
-# Table 4. V3 has more blocks in the paper, how many is not published.
-def test_ablation_v1_scans_one_way():
+# Table 4. V3 has more blocks in the paper; their number is not published.
+def test_ablation_v1_scans_in_one_direction():
     net = tiny(planar_directions=1, channel_scan='none')
     x = torch.randn(1, 8, 4, 6)
     changed = x.clone()
@@ -316,6 +316,6 @@ def test_ablation_v4_computes_the_same_with_linear_layers():
     ],
     ids=str,
 )
-def test_bad_values_name_the_key(options, key):
+def test_errors_name_the_key(options, key):
     with pytest.raises(ValueError, match=f'^{key}: '):
         tiny(**options)

@@ -14,7 +14,7 @@ COUNT, SCALE = 4, 3
 
 
 def numbered():
-    """Image i of the degraded ones is i everywhere, of the clean ones, three times as large, 10 + i."""
+    """Degraded image i has the value i everywhere; clean image i, three times as large, 10 + i."""
     number = torch.arange(float(COUNT)).view(COUNT, 1, 1, 1)
     return {'lq': number.expand(COUNT, 2, 8, 12).clone(), 'gt': 10 + number.expand(COUNT, 2, 24, 36).clone()}
 
@@ -25,7 +25,7 @@ def mix(seed, **kinds):
 
 
 @pytest.mark.parametrize('seed', range(5))
-def test_mixup_blends_each_image_with_another_one_by_one_factor(seed):
+def test_mixup_blends_each_image_with_another_by_one_factor(seed):
     mixed = mix(seed, mixup={'alpha': 2.0, 'prob': 1})
     values = {name: value.flatten(1) for name, value in mixed.items()}
     assert all(torch.allclose(value, value[:, :1]) for value in values.values()), 'constant images stay constant'
@@ -56,7 +56,7 @@ def test_cutmix_pastes_one_rectangle_of_another_image_at_its_place_in_both(seed)
         assert len(sources) <= 1 and (mixed['gt'][image][large[image]].unique() - 10).tolist() == sources
 
 
-def test_rectangles_have_their_share_and_reach_every_pixel():
+def test_rectangles_have_the_requested_area_and_reach_every_pixel():
     torch.manual_seed(0)
     hits, full = torch.zeros(12, 16), 0
     for _ in range(400):
@@ -68,7 +68,7 @@ def test_rectangles_have_their_share_and_reach_every_pixel():
     assert full > 100 and hits.min() > 0
 
 
-def test_each_kind_comes_as_often_as_asked_for():
+def test_each_kind_occurs_with_its_probability():
     before, counts = numbered()['lq'], {'mixup': 0, 'cutmix': 0, 'none': 0}
     torch.manual_seed(0)
     augment = BatchAugment({'train': {'batch_augment': {'mixup': {'prob': 0.2}, 'cutmix': {'alpha': 9, 'prob': 0.5}}}})
@@ -87,7 +87,7 @@ def test_each_kind_comes_as_often_as_asked_for():
     )
 
 
-def test_without_the_option_nothing_is_drawn():
+def test_without_the_option_no_random_number_is_drawn():
     state = torch.random.get_rng_state()
     images = numbered()
     assert BatchAugment({'train': {}}).apply(images) is images
@@ -153,6 +153,6 @@ LABELS |= {'d_state': 2, 'degradation': 'class', 'embed_dim': 8}
         ),
     ],
 )
-def test_what_cannot_be_mixed_is_refused(changes, message):
+def test_batches_that_cannot_be_mixed_are_refused(changes, message):
     with pytest.raises(ValueError, match=rf'^train\.batch_augment{message}'):
         build(**changes)

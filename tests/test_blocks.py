@@ -1,4 +1,4 @@
-"""The blocks' fast forms equal their definitions, in outputs and every gradient; checkpointing changes no gradient."""
+"""The fast forms of the blocks equal their definitions, in outputs and all gradients; checkpointing is bit-exact."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ def outputs_and_gradients(module, forward, x):
 
 
 def assert_equal(module, definition, x):
-    """In fp64, where only rounding may differ."""
+    """In fp64, up to rounding."""
     for layout in LAYOUTS:
         x = x.double().contiguous(memory_format=layout)
         expected = outputs_and_gradients(module, definition, x)
@@ -32,8 +32,8 @@ def assert_equal(module, definition, x):
 
 @pytest.mark.parametrize('bias', [False, True])
 @pytest.mark.parametrize('hidden', [1, 8, 13, 127])
-def test_effn(hidden, bias):
-    """Widths that are extended to a multiple of 8 and one that is not."""
+def test_effn_matches_its_definition(hidden, bias):
+    """Widths that are padded to a multiple of 8, and one that needs no padding."""
     torch.manual_seed(0)
     net = EFFN(4, hidden / 4, bias).double()
 
@@ -46,7 +46,7 @@ def test_effn(hidden, bias):
 
 
 @pytest.mark.parametrize('alpha', [-1.5, 0.0, 0.3])
-def test_high_frequency_enhancement(alpha):
+def test_high_frequency_enhancement_matches_its_equation(alpha):
     """Eq. 10 of DPMambaIR."""
     net = HighFrequencyEnhancementBlock().double()
     net.alpha.data.fill_(alpha)
@@ -55,8 +55,8 @@ def test_high_frequency_enhancement(alpha):
 
 
 @pytest.mark.parametrize('name', ['HighFrequencyEnhancementBlock', 'dpmambair_HighFrequencyEnhancementBlock'])
-def test_high_frequency_enhancement_is_built_by_its_name(name):
-    """BasicSR's way; in a network of somebody else it starts as the identity and learns."""
+def test_high_frequency_enhancement_is_built_by_name(name):
+    """As in BasicSR; in another network it starts as the identity and learns."""
     dpmambair_basicsr.register()
     from basicsr.archs import build_network
 
@@ -73,7 +73,7 @@ def test_high_frequency_enhancement_is_built_by_its_name(name):
 
 
 @pytest.mark.parametrize('bias', [False, True])
-def test_halves_of_a_convolution(bias):
+def test_split_convolution_matches_the_whole_one(bias):
     conv, x = torch.nn.Conv2d(3, 10, 1, bias=bias), torch.randn(2, 3, 4, 5)
     for width in (5, 8):
         for half, expected in zip(convolve_halves(conv, x, width=width), conv(x).chunk(2, dim=1), strict=True):
@@ -95,8 +95,8 @@ NETWORKS = pytest.mark.parametrize(
 
 @NETWORKS
 @torch.no_grad()
-def test_layouts_do_not_matter(arch, options):
-    """Neither the image's nor the features', and the output is as the image is: losses and discriminators view it."""
+def test_outputs_do_not_depend_on_the_memory_layout(arch, options):
+    """Neither the image's nor the features'; the output keeps the image's: losses and discriminators view() it."""
     net, lq = make(arch, **options).eval(), torch.rand(2, 3, 16, 24)
     expected = net(lq)
     assert expected.is_contiguous()
@@ -108,7 +108,7 @@ def test_layouts_do_not_matter(arch, options):
 @NETWORKS
 @pytest.mark.parametrize('levels', [[0], [1, 3], [0, 1, 2, 3]], ids=str)
 def test_checkpointing_changes_no_gradient(arch, options, levels):
-    """Bit for bit; and what is kept for the backward pass shrinks."""
+    """Bit for bit; and less memory is saved for the backward pass."""
     lq, gradients, kept = torch.rand(2, 3, 16, 16), [], []
     for checkpoint_levels in ((), levels):
         net = make(arch, **options, checkpoint_levels=checkpoint_levels).train()

@@ -1,6 +1,6 @@
 """Nothing is lost: full disks, signals, kills at any moment, broken checkpoints; with trainings as processes.
 
-KILLS=36 kills each kind of training that often.
+KILLS=36 kills each kind of training 36 times.
 """
 
 import os
@@ -44,7 +44,7 @@ def assert_ends_like(opt, folder, straight, train=train):
         assert_equal(load(folder, name), load(straight, name))
 
 
-# A disk that is full
+# Full disks
 
 
 @pytest.fixture
@@ -91,7 +91,7 @@ def test_a_full_disk(images, tmp_path, small_disk):
         filler.write(bytes(free - 28_700))
     before = files(small_disk)
     run = Training(opt, small_disk, '--auto_resume')
-    check_failed_save(run, small_disk, before, '')  # the network or the state: the log takes space, too
+    check_failed_save(run, small_disk, before, '')  # the network or the state: the log takes space too
     assert 'No space left on device' in run.log()
     (small_disk / 'filler').unlink()
     assert_ends_like(opt, small_disk, tmp_path / 'straight')
@@ -112,8 +112,8 @@ def test_a_best_network_that_cannot_be_saved_is_an_error(images, tmp_path):
 
 
 @pytest.mark.parametrize('sets', [1, 2])
-def test_a_failed_validation_does_not_cost_the_checkpoint(images, tmp_path, sets):
-    """It is done first when training is resumed, so that the best is the best."""
+def test_a_failed_validation_does_not_lose_the_checkpoint(images, tmp_path, sets):
+    """The resumed training starts with this validation, so that the best network is the best of all."""
     opt = changed(forked.options(images), {'val.val_freq': 4, 'train.total_iter': 6, 'logger.save_checkpoint_freq': 2})
     own = forked.write_images(tmp_path / 'val images')
     opt['datasets'] |= {f'val_{n}': opt['datasets']['val'] | own | {'name': f'set {n}'} for n in range(1, sets)}
@@ -132,8 +132,8 @@ def test_a_failed_validation_does_not_cost_the_checkpoint(images, tmp_path, sets
 # Resumed with other options
 
 
-def test_a_finished_training_is_made_longer(images, tmp_path):
-    """BasicSR's schedulers forget the new periods, and end with a TypeError."""
+def test_a_finished_training_can_be_extended(images, tmp_path):
+    """BasicSR's schedulers ignore the new periods and end with a TypeError."""
     cosine = {'type': 'CosineAnnealingRestartLR', 'periods': [6], 'restart_weights': [1], 'eta_min': 0.004}
     opt = changed(forked.options(images), {'train.total_iter': 6, 'train.scheduler': cosine})
     train(opt, tmp_path)
@@ -142,7 +142,7 @@ def test_a_finished_training_is_made_longer(images, tmp_path):
     assert files(tmp_path) == again and 'the option file applies from now on' not in log, 'nothing is left to do'
     log = train(changed(opt, {'train.total_iter': 12, 'train.scheduler.periods': [12]}), tmp_path, '--auto_resume')
     assert 'CosineAnnealingRestartLR: periods, cumulative_period changed' in log
-    # The scheduler counts from 0: half of the way from 0.01 to 0.004
+    # The scheduler counts from 0: halfway from 0.01 to 0.004
     assert 'iter:       7, lr:(7.000e-03,)' in log and 'iter:      12,' in log
 
 
@@ -157,7 +157,7 @@ def test_metrics_may_change(images, tmp_path):
     assert 'iter:      10,' in log
 
 
-# Which checkpoints there are
+# Which checkpoints exist
 
 
 def test_only_the_last_are_kept(images, tmp_path):
@@ -172,7 +172,7 @@ def test_only_the_last_are_kept(images, tmp_path):
     assert names(tmp_path, 'models') == [f'net_g_{name}.pth' for name in kept]
 
 
-def test_keep_last_is_a_number(images, tmp_path):
+def test_keep_last_must_be_a_number(images, tmp_path):
     run = Training(changed(forked.options(images), {'logger.keep_last': 0}), tmp_path)
     assert run.status() == 1 and 'logger.keep_last: expected int >= 1' in run.log()
 
@@ -199,8 +199,8 @@ def test_a_broken_pair_is_skipped(images, tmp_path):
 
 
 @pytest.mark.parametrize('frequency', [2, 1000])
-def test_networks_without_any_state_are_not_renamed_away(images, tmp_path, frequency):
-    """Their states were lost, or never saved: the training was shorter than that."""
+def test_networks_without_any_state_are_not_archived(images, tmp_path, frequency):
+    """Their states were lost, or never saved because the training was too short."""
     opt = changed(forked.options(images), {'logger.save_checkpoint_freq': frequency, 'train.total_iter': 4})
     train(opt, tmp_path)
     for state in (tmp_path / RUN / 'training_states').iterdir():
@@ -211,7 +211,7 @@ def test_networks_without_any_state_are_not_renamed_away(images, tmp_path, frequ
     assert files(tmp_path) == before and not list(tmp_path.glob('experiments/*archived*'))
 
 
-def test_an_unfinished_first_checkpoint_is_none(images, tmp_path):
+def test_an_incomplete_first_checkpoint_does_not_count(images, tmp_path):
     opt = changed(forked.options(images), {'train.total_iter': 4})
     train(changed(opt, {'train.total_iter': 2}), tmp_path)
     (tmp_path / RUN / 'models/net_g_latest.pth').unlink()
@@ -236,7 +236,7 @@ def test_a_state_of_basicsr_resumes(images, tmp_path):
 @pytest.mark.parametrize(
     ('number', 'workers', 'prefetch'), [(signal.SIGINT, 0, None), (signal.SIGTERM, 2, None), (signal.SIGINT, 1, 'cpu')]
 )
-def test_a_signal_ends_it_after_the_iteration(images, tmp_path, number, workers, prefetch):
+def test_a_signal_ends_training_after_the_iteration(images, tmp_path, number, workers, prefetch):
     """The loader's workers get it too: Ctrl-C and torchrun send it to the whole group, Slurm to each process."""
     opt = forked.options(images)
     opt['datasets']['train'] |= {'num_worker_per_gpu': workers, 'prefetch_mode': prefetch, 'dataset_enlarge_ratio': 99}
@@ -266,7 +266,7 @@ def test_a_signal_to_one_of_two_processes_ends_both(images, tmp_path):
     assert len(states(tmp_path)) == 1
 
 
-def test_a_second_signal_ends_it_at_once(images, tmp_path):
+def test_a_second_signal_ends_training_at_once(images, tmp_path):
     run = Training(changed(forked.options(images), {'network_g.seconds': 60}), tmp_path)
     run.wait_for('TinyNet takes 60 s')
     os.kill(run.process.pid, signal.SIGTERM)
@@ -279,7 +279,7 @@ def test_a_second_signal_ends_it_at_once(images, tmp_path):
 # Killed
 
 
-# Name -> changes of the options, how often it is killed.
+# Name -> changes of the options, number of kills.
 KILLED = {
     'plain': ({}, 20),
     'GAN, two workers, progressive': (
@@ -295,14 +295,14 @@ KILLED = {
 
 @pytest.mark.parametrize('kind', KILLED)
 def test_killed_at_random_moments(kind, images, tmp_path):
-    """Every file under a final name is whole, and the last of the trainings ends as if it had been the only one."""
+    """Every file under a final name is complete, and the last training ends as if it had been the only one."""
     changes, kills = KILLED[kind]
     opt = {'train.total_iter': 20_000, 'logger.save_checkpoint_freq': 1, 'val.val_freq': 7, 'logger.keep_last': 3}
     opt = changed(forked.options(images), opt | changes)
     rng = random.Random(0)
     for attempt in range(int(os.environ.get('KILLS', kills))):
         run = Training(opt, tmp_path, '--auto_resume')
-        if attempt % 5 != 4:  # now and then it is killed before training begins
+        if attempt % 5 != 4:  # sometimes it is killed before training begins
             run.wait_for('Start training')
         while attempt == 0 and not states(tmp_path):
             time.sleep(0.01)

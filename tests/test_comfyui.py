@@ -12,7 +12,7 @@ NETWORK = {'dim': 4, 'num_blocks': [1, 1, 1, 1], 'num_refinement_blocks': 1, 'd_
 
 
 def run_node(node, **values):
-    """As ComfyUI's executor calls it: validated values by name, a tuple of as many outputs as there are types."""
+    """As ComfyUI's executor calls it: validated values by name; returns a tuple with one output per type."""
     specified = node.INPUT_TYPES()['required']
     defaults = {name: kind[1]['default'] for name, kind in specified.items() if len(kind) > 1}
     values = defaults | values
@@ -41,6 +41,6 @@ def test_the_node_restores_a_batch_of_images(tmp_path):
     assert tiles.shape == result.shape and not torch.equal(tiles, result)
 
 
-def test_a_missing_checkpoint_is_said_before_the_run():
+def test_a_missing_checkpoint_is_reported_before_the_run():
     (node,) = NODE_CLASS_MAPPINGS.values()
     assert node.VALIDATE_INPUTS(weights='absent.pth') == 'absent.pth: no such file'

@@ -1,4 +1,4 @@
-"""What runs where BasicSR is not installed, and how it gets there."""
+"""What runs without BasicSR, and how BasicSR is installed."""
 
 import functools
 import hashlib
@@ -16,7 +16,7 @@ from dpmambair_basicsr.prepare import install_basicsr
 from dpmambair_basicsr.prepare.install_basicsr import NAME
 
 SMALL = {'dim': 16, 'num_blocks': [1, 1, 1, 1], 'num_refinement_blocks': 1, 'd_state': 2}
-# Runs a command as `python -m` does, where nothing of the extra `train` can be found.
+# Runs a command as `python -m` does, without the packages of the extra `train`.
 WITHOUT_TRAINING = """
 import importlib.machinery, runpy, sys
 MISSING = {'basicsr', 'addict', 'future', 'lmdb', 'lpips', 'requests', 'scipy', 'skimage', 'tensorboard',
@@ -76,7 +76,7 @@ def test_other_commands_run_without_basicsr(arguments, folder):
 @pytest.mark.parametrize(
     'arguments', [('train', '-opt', 'x.yml'), ('test', '-opt', 'x.yml'), ('prepare_data', 'gopro', '.')]
 )
-def test_what_needs_basicsr_says_what_to_type(arguments, folder):
+def test_commands_that_need_basicsr_say_how_to_install_it(arguments, folder):
     done = python('-c', WITHOUT_TRAINING, *arguments, cwd=folder)
     assert done.returncode == 1
     (line,) = done.stdout.splitlines()
@@ -84,7 +84,7 @@ def test_what_needs_basicsr_says_what_to_type(arguments, folder):
     assert line.endswith("pip install 'dpmambair_basicsr[train]', then dpmambair install_basicsr")
 
 
-def test_a_network_of_basicsr_is_looked_up_there_and_else_said_to_be_missing(folder):
+def test_a_network_of_basicsr_is_looked_up_there_or_reported_as_missing(folder):
     network = {'type': 'EDSR', 'num_in_ch': 3, 'num_out_ch': 3, 'num_feat': 4, 'num_block': 1, 'upscale': 2}
     (folder / 'edsr.yml').write_text(f'network_g: {network}')
     from basicsr.archs.edsr_arch import EDSR
@@ -113,11 +113,11 @@ def test_option_files_are_copied_once_and_never_replaced(tmp_path):
     assert edited.read_text() == 'name: mine'
 
 
-def test_the_packaged_option_file_is_taken_where_there_is_none_of_its_name(tmp_path):
+def test_the_packaged_option_file_is_used_if_there_is_no_local_one(tmp_path):
     done = python('-m', 'dpmambair_basicsr', 'train', '-opt', 'train_your_own.yml', cwd=tmp_path)
     assert done.returncode == 1
     assert done.stdout.startswith(f'-opt train_your_own.yml: no such file here; using {PACKAGE_PARENT / "options"}')
-    assert 'datasets/your_own/train/GT' in done.stdout  # the data that is not there
+    assert 'datasets/your_own/train/GT' in done.stdout  # the missing data
     (tmp_path / 'train_your_own.yml').write_text('name: 1')
     done = python('-m', 'dpmambair_basicsr', 'train', '-opt', 'train_your_own.yml', cwd=tmp_path)
     assert done.returncode == 1 and 'no such file here' not in done.stdout
@@ -138,7 +138,7 @@ def index(tmp_path):
         server.shutdown()
 
 
-def test_another_file_than_basicsr_is_refused_before_anything_is_installed(index, monkeypatch):
+def test_any_file_but_basicsr_is_refused_before_anything_is_installed(index, monkeypatch):
     monkeypatch.setenv('PIP_INDEX_URL', index)
     content = install_basicsr.download()
     assert content == b'something else'
@@ -156,6 +156,6 @@ def test_an_index_without_basicsr_is_named(index, monkeypatch, tmp_path):
         install_basicsr.download()
 
 
-def test_without_configuration_it_is_the_index_of_pip(monkeypatch):
+def test_without_configuration_the_index_is_that_of_pip(monkeypatch):
     monkeypatch.delenv('PIP_INDEX_URL', raising=False)
     assert install_basicsr.index().startswith('http')

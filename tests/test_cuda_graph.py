@@ -1,6 +1,6 @@
-"""`train.cuda_graph`: the same training by replaying a recording; without a GPU, on the tape of `support.tape`.
+"""`train.cuda_graph`: replaying a recording gives the same training; without a GPU, on the tape of `support.tape`.
 
-Steps with a recorded optimizer are fused Adam's here, since torch lets no other one compute like that on a CPU.
+Recorded optimizer steps use fused Adam here, the only optimizer that torch can record on a CPU.
 """
 
 import math
@@ -35,7 +35,7 @@ def build(**changes):
 
 
 class Eager:
-    """A recorder under which everything runs as usual."""
+    """A recorder that records nothing: everything runs eagerly."""
 
     aside = Tape.aside
 
@@ -69,7 +69,7 @@ def assert_equal(model, other):
     torch.testing.assert_close(model.net_g_ema.state_dict(), other.net_g_ema.state_dict(), rtol=0, atol=0)
 
 
-def test_replays_train_to_the_same_bits_while_rates_batches_and_averages_change():
+def test_replays_are_bit_exact_while_rates_batches_and_averages_change():
     data = batches(10)
     (taped, recorders), (eager, _) = build_with(Tape), build_with(Eager)
     assert train(taped, data) == train(eager, data)
@@ -81,7 +81,7 @@ def test_replays_train_to_the_same_bits_while_rates_batches_and_averages_change(
     assert [group['lr'] for group in taped.optimizer_g.param_groups] == [0.0025], 'a number, as in every state'
 
 
-def test_every_shape_has_a_recording_of_its_own():
+def test_every_shape_has_its_own_recording():
     data = [*batches(5, 16), *batches(6, 24), *batches(2, 16)]
     (taped, recorders), (eager, _) = build_with(Tape), build_with(Eager)
     assert train(taped, data) == train(eager, data)
@@ -90,7 +90,7 @@ def test_every_shape_has_a_recording_of_its_own():
 
 
 @pytest.mark.parametrize('place', [1, WARM_UP + 1, WARM_UP + 3], ids=['warm-up', 'recording', 'replay'])
-def test_a_bad_batch_is_skipped_wherever_it_comes(place):
+def test_a_bad_batch_is_skipped_during_warm_up_recording_and_replay(place):
     data = batches(WARM_UP + 4)
     data[place - 1]['lq'][0, 0, 0, 0] = math.nan
     (taped, _), (eager, _) = build_with(Tape), build_with(Eager)
@@ -101,7 +101,7 @@ def test_a_bad_batch_is_skipped_wherever_it_comes(place):
     assert_equal(taped, eager)
 
 
-def test_resumes_to_the_same_bits(tmp_path):
+def test_resume_is_bit_exact(tmp_path):
     data = batches(12)
     (whole, _), (first, _), (second, recorders) = (build_with(Tape) for _ in range(3))
     train(whole, data)
@@ -118,7 +118,7 @@ def test_resumes_to_the_same_bits(tmp_path):
     assert recorders[0].recordings[0].replays == 12 - 6 - WARM_UP
 
 
-def test_what_cannot_be_recorded_is_said_once_and_trains_on():
+def test_a_step_that_cannot_be_recorded_is_logged_once_and_training_continues():
     class Waits(torch.nn.L1Loss):
         def forward(self, output, target):
             return super().forward(output, target) * (1 if output.sum().item() < math.inf else 0)
@@ -134,7 +134,7 @@ def test_what_cannot_be_recorded_is_said_once_and_trains_on():
     assert_equal(taped, eager)
 
 
-def test_on_a_cpu_the_log_says_so_and_the_training_is_that_without():
+def test_on_a_cpu_training_runs_without_graphs_and_the_log_says_so():
     data = batches(5)
     changes = {'train.optim_g': {'type': 'AdamW', 'lr': 1e-2}, 'num_gpu': 0}
     with logged() as records:
@@ -159,7 +159,7 @@ def test_on_a_cpu_the_log_says_so_and_the_training_is_that_without():
     ],
     ids=['plain', 'bf16', 'accumulation', 'SGD', 'GAN'],
 )
-def test_what_has_no_recordable_step_says_why(changes, reason):
+def test_models_without_a_recordable_step_say_why(changes, reason):
     model = build(**changes)
     model.device = torch.device('cuda')
     found = why_not(model)
@@ -175,8 +175,8 @@ def test_several_gpus_have_no_recordable_step(option, value):
 
 
 @pytest.mark.parametrize('capturable', [True, False])
-def test_a_state_of_a_run_with_or_without_graphs_serves_the_other(capturable):
-    """The flag in a state is that of the run that saved it; on a CPU plain Adam refuses to compute with it."""
+def test_states_with_and_without_graphs_are_interchangeable(capturable):
+    """The flag in a state is that of the run that saved it; on a CPU, plain Adam refuses it."""
     model = build(**{'train.optim_g': {'type': 'Adam', 'lr': 1e-2}})
     train(model, batches(1))
     state = model.optimizer_g.state_dict()
@@ -191,7 +191,7 @@ def test_a_state_of_a_run_with_or_without_graphs_serves_the_other(capturable):
 # --- functions of tensors
 
 
-def test_a_replay_reads_copies_and_gives_the_same_tensors():
+def test_a_replay_reads_copies_and_returns_the_same_tensors():
     calls = []
 
     def function(x, others):
@@ -209,7 +209,7 @@ def test_a_replay_reads_copies_and_gives_the_same_tensors():
     assert results[3] is results[4] and results[2] is results[3]
 
 
-def test_a_function_that_does_not_repeat_is_found_out():
+def test_a_nondeterministic_function_is_detected():
     count = iter(range(9))
     replayed = Replayed(lambda x: x + next(count), Tape(), warm_up=1, pure=True)
     x = torch.zeros(2)
@@ -223,7 +223,7 @@ def test_a_function_that_does_not_repeat_is_found_out():
 
 @needs_gpu
 @pytest.mark.parametrize('optimizer', [{'type': 'Adam'}, {'type': 'AdamW', 'fused': True}])
-def test_a_gpu_trains_to_the_bits_of_steps_without_graphs(optimizer):
+def test_on_a_gpu_training_with_graphs_is_bit_exact_with_training_without(optimizer):
     data = [*batches(8, 16), *batches(8, 24)]
     changes = {'num_gpu': 1, 'train.optim_g': optimizer | {'lr': 1e-2}}
     graphs, eager = build(**changes, **{'train.cuda_graph': True}), build_with(Eager, **changes)[0]

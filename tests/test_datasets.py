@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def coordinates(height=40, width=48, number=0):
-    """RGB uint8 in which every pixel says where it is: red the row, green the column, blue the image."""
+    """RGB uint8 image that encodes positions: red is the row, green the column, blue the image."""
     rows, columns = np.mgrid[:height, :width]
     return np.stack([4 * rows, 4 * columns, np.full_like(rows, 20 * number)], axis=2).astype(np.uint8)
 
@@ -37,7 +37,7 @@ def write(path, image):
 
 
 def make_pairs(folder, count=3, darken=2):
-    """LQ = GT divided by `darken`, named so that the order on disk is not the order of names."""
+    """LQ = GT divided by `darken`, named so that the order on disk differs from the order of names."""
     for number in reversed(range(count)):
         image = coordinates(number=number)
         write(folder / 'GT' / f'photo{number}.png', image)
@@ -128,8 +128,8 @@ def test_each_flip_turns_its_own_axis(tmp_path, option, changes):
     assert seen[1] > 8 and seen[-1] > 8
 
 
-def test_same_items_as_basicsr(tmp_path):
-    """Without our additions, the same seed gives what PairedImageDataset gives."""
+def test_items_equal_those_of_basicsr(tmp_path):
+    """Without our additions, the same seed gives the same items as PairedImageDataset."""
     options = paired(
         tmp_path, phase='train', gt_size=24, scale=1, use_hflip=True, use_rot=True, io_backend={'type': 'disk'}
     )
@@ -152,7 +152,7 @@ def test_a_jpeg_may_pair_with_a_png(tmp_path):
     assert len(dataset) == 3 and dataset[0]['lq_path'].endswith('photo0_q.jpg')
 
 
-def test_meta_info_file_chooses_the_images(tmp_path):
+def test_meta_info_file_selects_the_images(tmp_path):
     options = paired(tmp_path)
     (tmp_path / 'list.txt').write_text('photo2.png (40,48,3)\nphoto0.png (40,48,3)\n')
     dataset = build_dataset(options | {'meta_info_file': str(tmp_path / 'list.txt')})
@@ -208,7 +208,7 @@ def test_depth_and_channels(tmp_path):
     assert np.array_equal(pixels(dataset[2]['gt']), coordinates())
 
 
-# --- what is wrong with the data is said with the file's name
+# --- errors in the data name the file
 
 
 def spoil(path, how):
@@ -220,14 +220,14 @@ def spoil(path, how):
     ('how', 'role', 'workers'),
     [*itertools.product(['truncated', 'text', 'empty'], ['LQ', 'GT'], [0]), ('truncated', 'LQ', 1)],
 )
-def test_broken_image(tmp_path, how, role, workers):
+def test_broken_images_are_named(tmp_path, how, role, workers):
     dataset = build_dataset(paired(tmp_path))
     spoil(tmp_path / role / 'photo1.png', how)
     with pytest.raises(ValueError, match=rf'item 1: {role.lower()} image \S*{role}/photo1.png is .* truncated'):
         list(torch.utils.data.DataLoader(dataset, num_workers=workers))
 
 
-def test_broken_jpeg(tmp_path):
+def test_broken_jpeg_files_are_named(tmp_path):
     options = paired(tmp_path)
     for path in (tmp_path / 'LQ').iterdir():
         write(path.with_suffix('.jpg'), coordinates())
@@ -237,14 +237,14 @@ def test_broken_jpeg(tmp_path):
         build_dataset(options)[2]
 
 
-def test_image_gone_since_the_start(tmp_path):
+def test_images_deleted_after_the_start_are_named(tmp_path):
     dataset = build_dataset(paired(tmp_path))
     (tmp_path / 'LQ' / 'photo2.png').unlink()
     with pytest.raises(OSError, match=r'item 2: cannot read lq image \S*LQ/photo2.png: No such file'):
         dataset[2]
 
 
-def test_unknown_lmdb_key(tmp_path):
+def test_unknown_lmdb_keys_are_named(tmp_path):
     options = paired(tmp_path)
     folders = {'dataroot_gt': make_lmdb(tmp_path / 'GT'), 'dataroot_lq': make_lmdb(tmp_path / 'LQ')}
     for folder in folders.values():
@@ -255,14 +255,14 @@ def test_unknown_lmdb_key(tmp_path):
 
 
 @pytest.mark.parametrize('phase', ['train', 'val'])
-def test_sizes_that_do_not_fit(tmp_path, phase):
+def test_mismatched_sizes_are_named(tmp_path, phase):
     dataset = build_dataset(paired(tmp_path, phase=phase, gt_size=16))
     write(tmp_path / 'GT' / 'photo1.png', coordinates(height=41))
     with pytest.raises(ValueError, match=r'item 1: .*LQ/photo1.png is 48x40, gt \S*GT/photo1.png is 48x41'):
         dataset[1]
 
 
-def test_gt_smaller_than_the_crop(tmp_path):
+def test_gt_smaller_than_the_crop_is_refused_or_padded(tmp_path):
     for options in (paired(tmp_path), synthetic(tmp_path, degradations=['noise'])):
         dataset = build_dataset(options | {'phase': 'train', 'gt_size': 41})
         with pytest.raises(
@@ -290,7 +290,7 @@ def test_at_scale_2_an_odd_gt_loses_its_last_row(tmp_path):
     assert build_dataset(options)[0]['gt'].shape == (3, 80, 96)
 
 
-def test_unpaired_folders(tmp_path):
+def test_images_without_partners_are_named(tmp_path):
     options = paired(tmp_path)
     (tmp_path / 'GT' / 'photo1.png').rename(tmp_path / 'GT' / 'other.png')
     message = r'do not pair .*: no lq image for \S*/GT/other.png; no gt image for \S*/LQ/photo1.png'
@@ -313,12 +313,12 @@ def test_unpaired_folders(tmp_path):
         ({'mean': [0.5, 0.5, 0.5]}, 'mean is not supported'),
     ],
 )
-def test_bad_options(tmp_path, change, message):
+def test_invalid_options_are_refused(tmp_path, change, message):
     with pytest.raises(ValueError, match=message):
         build_dataset(paired(tmp_path) | change)
 
 
-def test_folders_missing_empty_or_ambiguous(tmp_path):
+def test_missing_empty_and_ambiguous_folders_are_refused(tmp_path):
     options = paired(tmp_path)
     with pytest.raises(FileNotFoundError, match=r'image folder \S*/nowhere does not exist'):
         build_dataset(options | {'dataroot_lq': str(tmp_path / 'nowhere')})
@@ -333,7 +333,7 @@ def test_folders_missing_empty_or_ambiguous(tmp_path):
 # --- synthetic
 
 
-def test_validation_shows_every_image_in_every_kind(tmp_path):
+def test_validation_has_every_image_in_every_kind(tmp_path):
     dataset = build_dataset(synthetic(tmp_path, degradations=['noise', 'jpeg']))
     items = [dataset[index] for index in range(len(dataset))]
     expected = [(f'photo{number}', kind) for number in range(3) for kind in ('noise', 'jpeg')]
@@ -406,7 +406,7 @@ def test_training_draws_crops_flips_and_kinds(tmp_path):
     assert all(torch.equal(again[index]['lq'], epochs[0][index]['lq']) for index in range(3)), 'random.seed decides all'
 
 
-def test_demo_stands_for_the_strengths_of_the_demo(tmp_path):
+def test_the_value_demo_stands_for_the_strengths_of_the_demo(tmp_path):
     def first_images(degradations):
         dataset = build_dataset(synthetic(tmp_path, degradations=degradations))
         return {item['degradation']: item['lq'] for item in map(dataset.__getitem__, range(len(dataset.kinds)))}
@@ -417,7 +417,7 @@ def test_demo_stands_for_the_strengths_of_the_demo(tmp_path):
     assert torch.equal(some['noise'], demo['noise']) and not torch.equal(some['haze'], demo['haze'])
 
 
-def test_training_shows_crops_of_degraded_images(tmp_path):
+def test_training_items_are_crops_of_degraded_images(tmp_path):
     """Not degraded crops: haze thickens over the whole scene, so a quarter of its height shows part of that."""
     write(tmp_path / 'grey' / 'grey.png', np.full((64, 64, 3), 128, np.uint8))
     degradations = {'haze': {'beta': 1.5, 'airlight': 1.0}}
@@ -450,7 +450,7 @@ def test_training_noise_differs_where_the_crop_does_not(tmp_path):
         ({'jpeg': {'quality': [0, 20]}}, 'degradations, jpeg: quality: expected int'),
     ],
 )
-def test_bad_degradations_fail_at_the_start(tmp_path, degradations, message):
+def test_invalid_degradations_fail_at_the_start(tmp_path, degradations, message):
     with pytest.raises(ValueError, match=message):
         build_dataset(synthetic(tmp_path, degradations=degradations))
 
@@ -470,7 +470,7 @@ def mixed(tmp_path, sampling='concat', phase='train', **options):
     return defaults | {'datasets': sets, 'sampling': sampling} | options
 
 
-def test_concat_shows_every_image_once(tmp_path):
+def test_concat_has_every_image_once(tmp_path):
     dataset = build_dataset(mixed(tmp_path))
     items = [dataset[index] for index in range(len(dataset))]
     assert len(items) == 12 and len({(item['degradation'], item['gt_path']) for item in items}) == 12
@@ -522,7 +522,7 @@ def test_proportions_are_exact_over_an_epoch(tmp_path, sampling, expected):
 
 
 def test_construction_leaves_basicsrs_log_closed(tmp_path, monkeypatch):
-    """Who builds a dataset before BasicSR has opened its log (to check options) must not cost the run its log file."""
+    """Building a dataset before BasicSR opens its log (to check options) must not prevent the run's log file."""
     opened = {}
     monkeypatch.setattr('basicsr.utils.logger.initialized_logger', opened)
     for options in (mixed(tmp_path, 'uniform'), paired(tmp_path), synthetic(tmp_path, degradations=['noise'])):
@@ -537,7 +537,7 @@ def test_weighted_draws_reach_every_image(tmp_path):
     assert len(seen) == 10  # the synthetic set shares haze's two images
 
 
-def test_apportion():
+def test_apportioned_counts_add_up_and_are_off_by_less_than_one():
     assert apportion(10, [1, 1, 1]) == [4, 3, 3]
     assert apportion(7, [0.5, 0.5, 6]) == [1, 0, 6]
     rng = np.random.default_rng(0)
@@ -556,8 +556,8 @@ def test_mixed_validation_has_unique_names(tmp_path):
         build_dataset(mixed(tmp_path, 'uniform', phase='val'))
 
 
-def test_mixed_through_basicsrs_loader(tmp_path):
-    """With workers, as in training; the shares hold for what the loader delivers."""
+def test_mixtures_keep_their_shares_in_basicsrs_loader(tmp_path):
+    """With workers, as in training; the shares hold for the items that the loader delivers."""
     options = mixed(tmp_path, 'uniform') | {'batch_size_per_gpu': 4, 'num_worker_per_gpu': 1}
     dataset = build_dataset(options)
     loader = build_dataloader(dataset, options, num_gpu=1, sampler=EnlargedSampler(dataset, 1, 0, 2), seed=0)
@@ -586,7 +586,7 @@ def test_mixed_through_basicsrs_loader(tmp_path):
         ),
     ],
 )
-def test_bad_mixtures(tmp_path, change, message):
+def test_invalid_mixtures_are_refused(tmp_path, change, message):
     with pytest.raises(ValueError, match=message):
         build_dataset(mixed(tmp_path) | change)
 
@@ -602,7 +602,7 @@ def test_home_is_expanded_in_sub_datasets(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize('workers', [0, 1])
-def test_progressive_mixture(tmp_path, workers):
+def test_progressive_sizes_reach_the_sub_datasets(tmp_path, workers):
     """Crop and batch sizes reach the sub-datasets, paired and synthetic."""
     options = mixed(tmp_path, 'uniform', gt_size=32) | {'batch_size_per_gpu': 4, 'num_worker_per_gpu': workers}
     options['progressive'] = {'gt_sizes': [16, 32], 'batch_sizes': [4, 2], 'iters': [2, 10]}
@@ -614,7 +614,7 @@ def test_progressive_mixture(tmp_path, workers):
 # --- the demo data
 
 
-def test_demo_data(tmp_path, monkeypatch, capsys):
+def test_demo_data_is_reproducible_and_kept(tmp_path, monkeypatch, capsys):
     pytest.importorskip('skimage')
     pytest.importorskip('sklearn')
     script = ROOT / 'scripts' / 'make_demo_data.py'

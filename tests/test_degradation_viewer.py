@@ -1,6 +1,6 @@
 """What the degradation extractor sees: `python -m dpmambair_basicsr.degradation`, with tiny random extractors.
 
-Random features tell noise from darkness as surely as trained ones: they average another brightness, or edges.
+Random features separate noise from darkness as reliably as trained ones: they average brightness, or edges.
 """
 
 import sys
@@ -130,7 +130,7 @@ def test_scores_are_those_of_the_docstring():
     torch.testing.assert_close(distances, torch.tensor([[1.0, 1.5]]))
     densities = torch.tensor([1, 1 / 4]) * torch.tensor([-1.0, -(1.5**2)]).exp()
     torch.testing.assert_close(classes.scores(distances)[0], densities / densities.sum())
-    # Left out of their means, which are then 1, -1, 6 and 2, all are nearer to the other class but -1 and 6.
+    # Leave-one-out means are 1, -1, 6 and 2: all but -1 and 6 are then nearer to the other class.
     assert classes.accuracy() == 0.5
 
 
@@ -149,7 +149,7 @@ def test_every_checkpoint_with_an_extractor_gives_the_embedding_of_its_network(t
         torch.testing.assert_close(embedding, expected, rtol=1e-4, atol=1e-6)
 
 
-def test_a_broken_picture_is_reported_and_the_others_are_done(folder, monkeypatch, capsys, tmp_path):
+def test_a_broken_picture_is_reported_and_the_others_are_processed(folder, monkeypatch, capsys, tmp_path):
     (tmp_path / 'broken.png').write_bytes((folder / 'pictures' / 'dark' / '10.png').read_bytes()[:100])
     write(tmp_path / 'fine.png', dark(scene(3)))
     common = ('-w', 'w.pth', '--reference', 'reference')
@@ -159,8 +159,8 @@ def test_a_broken_picture_is_reported_and_the_others_are_done(folder, monkeypatc
     assert rows(output).keys() == {str(tmp_path / 'fine.png')}
 
 
-def test_the_crop_is_what_is_looked_at(folder, monkeypatch, capsys, tmp_path):
-    """Noise around a dark middle."""
+def test_only_the_crop_is_analysed(folder, monkeypatch, capsys, tmp_path):
+    """Noise around a dark center."""
     image = noisy(scene(5))
     image[10:30, 10:30] = dark(scene(5))[10:30, 10:30]
     write(tmp_path / 'x.png', image)
@@ -210,13 +210,13 @@ def test_a_missing_library_is_named_with_its_extra(module, arguments, message, f
         run(monkeypatch, capsys, folder, 'pictures', '-w', 'w', '--clean', 'clean', '-o', 'map.png', *arguments)
 
 
-def test_classes_have_to_be_chosen(folder, monkeypatch, capsys):
+def test_classes_must_be_chosen(folder, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         run(monkeypatch, capsys, folder, 'pictures', '-w', 'w.pth')
     assert 'one of the arguments --reference --clean is required' in capsys.readouterr().err
 
 
-def test_the_command(folder):
+def test_the_command_prints_the_table(folder):
     arguments = ('-w', 'w.pth', '--reference', 'reference', 'pictures/dark/10.png')
     done = command('degradation', *arguments, cwd=folder)
     assert done.returncode == 0 and rows(done.stdout)['pictures/dark/10.png'][0] == 'dark', done.stdout

@@ -36,7 +36,7 @@ def run(kind, seed=0, image=CLEAN, **parameters):
 
 
 @pytest.mark.parametrize('kind', [kind for kind in DEGRADATIONS if kind != 'clean'])
-def test_contract(kind):
+def test_results_are_degraded_deterministic_and_in_range(kind):
     before = CLEAN.copy()
     degraded = run(kind)
     assert degraded.shape == CLEAN.shape and degraded.dtype == np.float32
@@ -53,7 +53,7 @@ def test_seeds_differ(kind):
 
 @pytest.mark.parametrize('kind', DEGRADATIONS)
 @pytest.mark.parametrize('size', [(1, 1), (7, 3), (33, 130)])
-def test_any_size(kind, size):
+def test_images_of_any_size_are_degraded(kind, size):
     image = textured(*size)
     degraded = run(kind, image=image)
     assert degraded.shape == image.shape and np.isfinite(degraded).all()
@@ -75,7 +75,7 @@ def test_zero_strength_is_the_identity(kind):
     np.testing.assert_allclose(run(kind, **ZERO_STRENGTH[kind]), CLEAN, atol=1e-7)
 
 
-# kind: parameter, values of growing severity. Each is a fixed number, so one seed keeps the pattern.
+# kind: parameter, values of increasing severity. Each is a fixed number, so a seed always gives the same pattern.
 SEVERITY = [
     ('haze', 'beta', [0.2, 0.6, 1.2, 2.4]),
     ('rain', 'strength', [0.1, 0.3, 0.6, 1.0]),
@@ -92,16 +92,16 @@ SEVERITY = [
 
 
 @pytest.mark.parametrize(('kind', 'name', 'values'), SEVERITY)
-def test_severity(kind, name, values):
+def test_severity_grows_with_its_parameter(kind, name, values):
     results = [np.mean([psnr(run(kind, seed, **{name: value})) for seed in range(4)]) for value in values]
     assert all(np.diff(results) < 0), dict(zip(values, results, strict=True))
 
 
-def test_equation_6_by_hand():
+def test_degradations_combine_as_in_equation_6():
     rng = np.random.default_rng(0)
     alpha, artefact = rng.random((96, 80, 1), dtype=np.float32), rng.random((96, 80, 3), dtype=np.float32) / 8
     kernel = np.zeros((3, 3), np.float32)
-    kernel[0, 1], kernel[2, 2] = 0.25, 0.75  # not symmetric: a correlation would move the image the other way
+    kernel[0, 1], kernel[2, 2] = 0.25, 0.75  # asymmetric: a correlation would shift the image the other way
     inside = 0.5 * (alpha * CLEAN + artefact)
     expected = 0.25 * inside[2:, 1:-1] + 0.75 * inside[:-2, :-2]
     got = form_image(0.5 * CLEAN, alpha=alpha, artefact=0.5 * artefact, kernel=kernel)
@@ -112,7 +112,7 @@ def test_haze_tends_to_the_airlight():
     np.testing.assert_allclose(run('haze', beta=100, airlight=0.8), 0.8, atol=1e-4)
 
 
-def test_haze_is_scattering():
+def test_haze_follows_the_scattering_equation():
     """I - A = (J - A) t with one t for all colours, falling towards the top of the image."""
     degraded = run('haze', beta=1, airlight=0.95)
     transmission = (degraded - 0.95) / (CLEAN - 0.95)
@@ -136,7 +136,7 @@ def test_rain_falls_along_its_angle(angle, axis):
     assert along < across / 3
 
 
-def test_snow_coverage():
+def test_snow_covers_the_requested_area():
     black = np.zeros((256, 256, 3), np.float32)
     mask = run('snow', image=black, coverage=0.1, layers=1, radius=3, strength=1)
     assert (mask > 0.65 / 2).mean() == pytest.approx(0.1, rel=0.2)  # half of the mean brightness of a flake: its edge
@@ -166,14 +166,14 @@ def test_blur_spreads_a_point_over_its_path(curvature):
 
 
 @pytest.mark.parametrize(('angle', 'along'), [(0, 1), (90, 0)])
-def test_blur_goes_the_way_it_is_told(angle, along):
+def test_blur_follows_its_angle(angle, along):
     point = np.zeros((65, 65, 3), np.float32)
     point[32, 32] = 1
     spread = np.nonzero(run('blur', image=point, length=20, angle=angle, curvature=0)[..., 0] > 1e-4)
     assert np.ptp(spread[along]) >= 19 and np.ptp(spread[1 - along]) == 0
 
 
-def test_noise_has_its_sigma():
+def test_noise_has_the_requested_sigma():
     grey = np.full((128, 128, 3), 0.5, np.float32)
     error = (run('noise', image=grey, sigma=25) - grey) * 255
     assert error.std() == pytest.approx(25, rel=0.02) and abs(error.mean()) < 0.5
@@ -181,7 +181,7 @@ def test_noise_has_its_sigma():
     assert np.abs(channels - np.eye(3)).max() < 0.03
 
 
-def test_jpeg_is_opencvs():
+def test_jpeg_matches_opencv():
     code = cv2.imencode('.jpg', to_uint8(CLEAN[..., ::-1]), [cv2.IMWRITE_JPEG_QUALITY, 17])[1]
     expected = cv2.imdecode(code, cv2.IMREAD_COLOR)[..., ::-1]
     assert np.array_equal(to_uint8(run('jpeg', quality=17)), expected)
@@ -222,7 +222,7 @@ def test_errors_name_the_image():
         run('noise', image=np.zeros((8, 8, 3), np.uint8))
 
 
-# --- a camera's noise, two at once
+# --- camera noise, two degradations at once
 
 FLAT = np.full((256, 256, 3), 0.5, np.float32)
 WHITE = {'grain': 0, 'quality': None}
@@ -265,7 +265,7 @@ def test_two_degradations_are_composed_in_the_order_of_equation_6():
 
 
 def test_two_of_one_term_are_never_composed():
-    """Of rain, snow and haze there are two pairs: haze comes first in both."""
+    """Two pairs of rain, snow and haze are possible: haze comes first in both."""
     of = {'rain': {'strength': 0}, 'snow': {'strength': 0}, 'haze': {'beta': 100, 'airlight': 0.8}}
     for seed in range(8):
         np.testing.assert_allclose(run('composed', seed, of=of), 0.8, atol=1e-4)
@@ -303,7 +303,7 @@ def test_the_demos_strengths_are_within_what_the_functions_take():
 
 @pytest.fixture
 def registry():
-    """The registry, which the test may add to."""
+    """The registry, restored after the test."""
     before = dict(DEGRADATIONS)
     yield DEGRADATIONS
     DEGRADATIONS.clear()

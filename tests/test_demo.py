@@ -20,7 +20,7 @@ def demo_options(name: str) -> dict:
 
 
 def test_option_files_agree():
-    """BasicSR's option files cannot share values, so they are repeated, but for the strengths."""
+    """BasicSR's option files cannot share values, so all but the strengths are repeated."""
     extractor, network, test = map(demo_options, ('degradation_extractor', 'dpmambair', 'test_dpmambair'))
     parts = network['datasets']['train']['datasets']
     assert extractor['datasets']['train']['degradations'] == 'demo'
@@ -46,7 +46,7 @@ def demo_commands() -> list[tuple[str, ...]]:
     ]
 
 
-def test_demo(tmp_path):
+def test_the_demo_runs_and_reports(tmp_path):
     for folder in ('options', 'scripts'):
         shutil.copytree(PACKAGE_PARENT / folder, tmp_path / folder)
     commands = demo_commands()

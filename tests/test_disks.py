@@ -1,4 +1,4 @@
-"""A full disk: images are whole or an error, and what is not training, plots and the log, never ends it."""
+"""A full disk: images are complete or an error; plots and the log, which are not essential, never end a training."""
 
 import errno
 import os
@@ -24,7 +24,7 @@ apply_patches()
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """Makes a folder a file system of its own, N KiB large."""
+    """Mounts a file system of N KiB on a folder."""
     mounted = []
 
     def mount(name: str, size: int) -> Path:
@@ -47,14 +47,14 @@ def small_disk(tmp_path):
 
 @pytest.fixture
 def opt(tmp_path):
-    """No checkpoint before the end."""
+    """Without checkpoints before the end."""
     opt = forked.options(forked.write_images(tmp_path / 'images'))
     return changed(opt, {'logger.save_checkpoint_freq': 10**6, 'val.val_freq': 10**6})
 
 
 @pytest.mark.parametrize('model', ['RestorationModel', 'SRModel'])
 def test_validation_images_are_whole_or_an_error(model, opt, tmp_path, small_disk):
-    """On a full disk they were files of 0 bytes, and the exit status 0."""
+    """On a full disk they used to be files of 0 bytes, with exit status 0."""
     disk = small_disk('experiments', 64)
     changes = {'val.val_freq': 1, 'val.save_img': True, 'train.total_iter': 60, 'model_type': model}
     run = Training(changed(opt, changes), tmp_path)
@@ -87,8 +87,8 @@ def test_a_full_disk_of_plots_ends_no_training(opt, tmp_path, small_disk):
     assert len(forked.load(tmp_path, 'models/net_g_latest.pth')['params']) > 0
 
 
-def test_a_disk_of_plots_that_cannot_be_begun(opt, tmp_path, small_disk, monkeypatch):
-    """The folder of the run is there, and there is no room for a file in it."""
+def test_a_disk_of_plots_without_room_for_a_file_ends_no_training(opt, tmp_path, small_disk, monkeypatch):
+    """The folder of the run exists, but has no room for a file."""
     disk = small_disk('tb_logger', 4)
     subprocess.run(['mount', '-o', 'remount,nr_inodes=3', str(disk)], check=True)
     run = Training(changed(opt, {'logger.use_tb_logger': True, 'train.total_iter': 2}), tmp_path)
@@ -96,7 +96,7 @@ def test_a_disk_of_plots_that_cannot_be_begun(opt, tmp_path, small_disk, monkeyp
     assert run.log().count('TensorBoard is switched off, training continues: ') == 1
 
 
-def test_a_full_disk_of_the_log_ends_no_training_and_it_continues_when_there_is_room(opt, tmp_path, small_disk):
+def test_a_full_disk_of_the_log_ends_no_training_and_the_log_continues_once_there_is_room(opt, tmp_path, small_disk):
     disk = small_disk('experiments', 256)
     run = Training(changed(opt, {'train.total_iter': 400}), tmp_path)
     run.wait_for('iter:       6,')

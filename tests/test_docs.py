@@ -1,4 +1,4 @@
-"""Every command and every piece of code in README.md and docs/ does what it is there for, on small images."""
+"""Every command and code block in README.md and docs/ works, on small images."""
 
 import glob
 import inspect
@@ -29,7 +29,7 @@ LESS_TRAINING += ('datasets:train:num_worker_per_gpu=0', 'num_gpu=0')
 
 
 def code_blocks(page: Path, language: str) -> list[str]:
-    """Also those in lists, without their indentation."""
+    """Including those in lists, dedented."""
     found = re.findall(rf'^( *)```{language}\n(.*?)^ *```', page.read_text(encoding='utf-8'), re.S | re.M)
     return [re.sub(rf'^{indent}', '', block, flags=re.M) for indent, block in found]
 
@@ -43,14 +43,14 @@ def all_commands() -> list[list[str]]:
     return [command for page in PAGES for command in commands(page)]
 
 
-def test_links_point_somewhere():
+def test_relative_links_are_valid():
     for page in PAGES:
         for target in re.findall(r'\]\((?!https?://)([^)#]+)', page.read_text(encoding='utf-8')):
             assert (page.parent / target).exists(), f'{page.name}: {target}'
 
 
-def test_every_promise_names_a_test_that_is_there():
-    """A row of docs/reliability.md ends with tests: files, and beginnings of names in the file named before."""
+def test_every_guarantee_names_an_existing_test():
+    """A row of docs/reliability.md ends with tests: files, and prefixes of names in the preceding file."""
     tests = {
         file.name: re.findall(r'^def (test_\w+)', file.read_text(), re.M) for file in Path(__file__).parent.glob('*.py')
     }
@@ -68,7 +68,7 @@ def test_every_promise_names_a_test_that_is_there():
 
 
 def test_what_a_page_installs_is_one_of_our_requirements():
-    """The recipe itself: test_packaging.py."""
+    """The commands themselves: test_packaging.py."""
     project = pyproject()['project']
     ours = {name_of(word) for extra in project['optional-dependencies'].values() for word in extra}
     for command in all_commands():
@@ -76,8 +76,8 @@ def test_what_a_page_installs_is_one_of_our_requirements():
             assert {name_of(word) for word in command[2:]} <= ours | {'setuptools', 'wheel', 'cython'}, command
 
 
-def test_other_commands_name_what_is_there():
-    """Other tests run them: option files (test_experiments.py), the demo (test_demo.py), BasicSR's (test_dropin.py)."""
+def test_other_commands_name_existing_files_and_modules():
+    """Run by other tests: option files (test_experiments.py), the demo (test_demo.py), BasicSR's (test_dropin.py)."""
     for command in all_commands():
         if '-opt' in command:
             assert (PACKAGE_PARENT / command[command.index('-opt') + 1]).is_file(), command
@@ -87,7 +87,7 @@ def test_other_commands_name_what_is_there():
 
 @pytest.fixture
 def project(tmp_path, monkeypatch):
-    """What somebody has who reads these pages, as far as their commands need it."""
+    """The files that a reader of these pages has, as far as their commands need them."""
     shutil.copytree(PACKAGE_PARENT / 'options', tmp_path / 'options')
     for part in ('train', 'test'):
         write_pairs(tmp_path / 'datasets/your_own' / part, [(24, 24), (20, 27)])
@@ -124,16 +124,16 @@ def run(command: list[str]) -> None:
 
 
 def forced(command: list[str], *values: str) -> list[str]:
-    """With more of --force_yml, which takes what comes after it."""
+    """With additional values of --force_yml, which takes all arguments after it."""
     return [*command, *(() if '--force_yml' in command else ('--force_yml',)), *values]
 
 
-def test_train_your_own(project):
+def test_train_your_own_page_runs(project):
     network = [f'network_g:{key}={value}'.replace(' ', '') for key, value in SMALL.items()]
     seen = []
     for command in commands(PACKAGE_PARENT / 'docs/train_your_own.md'):
         if command[2].endswith('.train'):
-            # 30000 iterations become 3; what the page says of the schedule has to go with it.
+            # 30000 iterations become 3; the schedule on the page must change accordingly.
             short = [re.sub('30000|800', '3', word) for word in command if word.startswith('train:')]
             command = [word for word in command if not word.startswith('train:')]
             command = [*forced(command, *LESS_TRAINING, 'train:scheduler:periods=[2]'), *network, *short]
@@ -153,7 +153,7 @@ def test_train_your_own(project):
 
 
 @pytest.mark.parametrize('kind', ['SyntheticDegradationDataset', 'MixedDegradationDataset'])
-def test_training_sets_of_the_page(kind, project):
+def test_training_sets_of_the_page_train(kind, project):
     """The sections for clean images only and for several folders pass the check of options and train."""
     blocks = code_blocks(PACKAGE_PARENT / 'docs/train_your_own.md', 'yaml')
     (section,) = (block for block in blocks if f'type: {kind}' in block)
@@ -165,7 +165,7 @@ def test_training_sets_of_the_page(kind, project):
     assert (project / 'experiments/train_your_own/models/net_g_latest.pth').is_file()
 
 
-def test_restoring_and_reports_of_the_readme(project):
+def test_restoring_and_reports_of_the_readme_run(project):
     readme = commands(PACKAGE_PARENT / 'README.md')
     for name in ('test_all_in_one', 'another'):
         opt = yaml.safe_load((project / 'options/test_your_own.yml').read_text()) | {'name': name, 'num_gpu': 0}
@@ -181,7 +181,7 @@ def test_restoring_and_reports_of_the_readme(project):
     assert (project / 'report.html').is_file()
 
 
-def test_what_the_extractor_sees(project):
+def test_page_about_the_extractor_runs(project):
     pytest.importorskip('matplotlib')
     (project / 'photos').mkdir()
     for name in ('coffee', 'chelsea'):
@@ -191,7 +191,7 @@ def test_what_the_extractor_sees(project):
     assert cv2.imread('map.png') is not None
 
 
-def test_figures(project):
+def test_figures_page_runs(project):
     pytest.importorskip('matplotlib')
     for kind in ('rain', 'noise'):
         write_pairs(project / 'datasets/all_in_one/test' / kind, [(24, 32)] * 2)
@@ -219,7 +219,7 @@ def test_the_page_about_dpmambair_gives_the_defaults():
     assert f'(`delta_prompt: {network["delta_prompt"].default}`)' in page
 
 
-def test_python_of_the_readme(project):
+def test_python_of_the_readme_runs(project):
     picture = cv2.cvtColor(cv2.imread('pictures/a.png'), cv2.COLOR_BGR2RGB)
     by_load, by_class = code_blocks(PACKAGE_PARENT / 'README.md', 'python')
     values = {'image': torch.rand(1, 3, 16, 24)}
@@ -231,8 +231,8 @@ def test_python_of_the_readme(project):
     assert values['restored'].shape == picture.shape and values['restored'].dtype == np.uint8
 
 
-def test_migration(project):
-    """A published checkpoint has parameters alone."""
+def test_migration_page_runs(project):
+    """A published checkpoint contains parameters only."""
     page = PACKAGE_PARENT / 'docs/migration.md'
     opt = yaml.safe_load((project / 'options/test_vmambair_derain.yml').read_text())
     for dataset in opt['datasets'].values():

@@ -1,4 +1,4 @@
-"""`dropin` makes the literal `python basicsr/train.py` work in BasicSR's own source; removed, it leaves no trace."""
+"""`dropin` makes the literal `python basicsr/train.py` work in BasicSR's own source; removal leaves no trace."""
 
 import json
 import shutil
@@ -35,7 +35,7 @@ def checkout(source, tmp_path):
 
 @pytest.fixture
 def small(source, tmp_path):
-    """A project that has of BasicSR only what makes it one."""
+    """A project with the minimum that identifies it as BasicSR."""
     root = tmp_path / 'small'
     for folder, content in (('', 'from . import archs, models'), ('archs', SCAN), ('models', ''), ('utils', '')):
         (root / 'basicsr' / folder).mkdir(parents=True)
@@ -57,7 +57,7 @@ def dropin(checkout, *arguments, **environment):
     return python('-m', 'dpmambair_basicsr.dropin', checkout, *arguments, cwd=checkout.parent, **environment)
 
 
-def test_round_trip(small):
+def test_installing_is_idempotent_and_removal_leaves_no_trace(small):
     before = tree(small)
     first = dropin(small)
     assert first.returncode == 0, first.stdout
@@ -79,7 +79,7 @@ def test_round_trip(small):
     assert again.returncode != 0 and 'nothing to remove' in again.stdout
 
 
-def test_files_of_the_user_stay(small):
+def test_files_of_the_user_are_kept(small):
     (small / 'options').mkdir()
     (small / 'options' / 'mine.yml').write_text('mine')
     before = tree(small)
@@ -117,7 +117,7 @@ def test_changed_files_are_neither_removed_nor_updated(small):
     assert dropin(small, '--remove').returncode == 0
 
 
-def test_own_files_are_updated(small):
+def test_our_files_are_updated(small):
     before = tree(small)
     assert dropin(small).returncode == 0
     after = tree(small)
@@ -133,8 +133,8 @@ def test_own_files_are_updated(small):
 
 
 @pytest.mark.skipif(sys.version_info < (3, 11), reason='PYTHONSAFEPATH came with Python 3.11')
-def test_a_safe_path_is_the_reason(small):
-    """Python leaves the script's folder out, so that neither the project's BasicSR nor the launcher is found."""
+def test_a_safe_path_is_named_as_the_reason(small):
+    """Python then omits the script's folder from sys.path and finds neither the project's BasicSR nor the launcher."""
     before = tree(small)
     result = dropin(small, PYTHONSAFEPATH=1)
     assert result.returncode != 0 and 'PYTHONSAFEPATH is set: unset it' in result.stdout
@@ -174,8 +174,8 @@ def test_a_record_cannot_point_outside(small):
     assert outside.exists()
 
 
-def test_the_literal_commands(checkout, tmp_path):
-    """They use the checkout's BasicSR though another one is installed, and ours is registered and patches it."""
+def test_the_literal_commands_run(checkout, tmp_path):
+    """They use the checkout's BasicSR although another one is installed; our package is registered and patches it."""
     (checkout / 'basicsr/version.py').unlink()  # as in a raw clone
     (checkout / 'VERSION').write_text('1.4.2+this.checkout\n')
     files = tree(checkout)
@@ -185,7 +185,7 @@ def test_the_literal_commands(checkout, tmp_path):
     opt['datasets']['train']['batch_size_per_gpu'] = 3  # of four images: BasicSR plans too few epochs
     write_options(opt, checkout / 'options' / 'x.yml')
     result = python('basicsr/train.py', '-opt', 'options/x.yml', cwd=checkout, PYTHONDONTWRITEBYTECODE='')
-    assert result.returncode == 0, result.stdout  # with AdamW, which only our patch knows
+    assert result.returncode == 0, result.stdout  # with AdamW, which needs our patch
     assert 'BasicSR: 1.4.2+this.checkout' in result.stdout
     assert (checkout / 'experiments/tiny/training_states/2.state').is_file()
 
@@ -236,8 +236,8 @@ for name, more in {{'VmambaIR': {{}}, 'DPMambaIR': {{'d_inner': [8] * 4}}}}.item
     assert len(built) == 4
 
 
-def test_dpmambair_in_a_checkout(checkout):
-    """The two commands of the README, and stage 1 before them, on the shipped option files made small."""
+def test_dpmambair_trains_and_tests_in_a_checkout(checkout):
+    """Stage 1 and the two commands of the README, with the shipped option files, reduced."""
     before = tree(checkout)
     assert dropin(checkout).returncode == 0
     rng = np.random.default_rng(0)

@@ -1,12 +1,12 @@
-"""Checkpoints, training states and option files of version 692b954: read, and continued as that version did.
+"""Checkpoints, training states and option files of version 692b954 are read, and continued as by that version.
 
 data/run_of_692b954.tar.xz holds for RestorationModel and RestorationGANModel an option file, the checkpoint of
 iteration 4, and the one of iteration 8 that version 692b954 continued to. Other processors round differently, so
 numbers of that file are compared with a tolerance; where git has the version, it trains here and
 all bits are compared.
 
-data/networks_of_692b954.tar.xz holds small DPMambaIRs of that version, with weights away from the initial ones: their
-checkpoints, an image, and what that version made of it. Their options lack what did not exist then.
+data/networks_of_692b954.tar.xz holds small DPMambaIRs of that version, with non-initial weights: their checkpoints, an
+image, and that version's outputs for it. Their options lack the keys that did not exist then.
 """
 
 import copy
@@ -33,7 +33,7 @@ VERSION = '692b954'
 DATA = Path(__file__).parent / 'data'
 ARCHIVE, NETWORKS = DATA / f'run_of_{VERSION}.tar.xz', DATA / f'networks_of_{VERSION}.tar.xz'
 TRIAL = Path(__file__).parents[2] / 'shared' / 'weights' / 'dpmambair_small_trial.pth'
-# What the defaults were.
+# The former defaults.
 EARLIER = {'delta_prompt': 'low_rank', 'extractor_channels': [64, 64, 64, 64, 64, 128], 'extractor_hidden': 512}
 FILES = {'restoration': ['net_g'], 'gan': ['net_g', 'net_d']}
 
@@ -74,7 +74,7 @@ def earlier_version(tmp_path_factory):
     folder = tmp_path_factory.mktemp('earlier') / 'version.tar'
     git = ('git', '-C', PACKAGE_PARENT, 'archive', '--output', folder, VERSION)
     if not shutil.which('git') or subprocess.run(git, capture_output=True).returncode:
-        pytest.skip(f'git has no version {VERSION} here')
+        pytest.skip(f'git does not have version {VERSION}')
     with tarfile.open(folder) as archive:
         archive.extractall(folder.parent, filter='data')
     return folder.parent
@@ -95,7 +95,7 @@ KINDS = {
         'network_g': {'type': 'DegradationAutoencoder', 'embed_dim': 8, 'channels': 4},
     },
 }
-# Of which network the options say nothing of what has changed; it is added to the checkpoints.
+# Networks whose options lack the changed arguments; these are added to the checkpoints.
 ADDED = {'DPMambaIR': EARLIER, 'DegradationAutoencoder': {k: v for k, v in EARLIER.items() if k != 'delta_prompt'}}
 ADDED['DegradationAutoencoder']['unit_embedding'] = False
 
@@ -124,7 +124,7 @@ def test_a_run_continues_bit_exactly(kind, earlier_version, tmp_path):
         saved, expected = forked.load(target, name), forked.load(straight, name)
         if kind in ADDED and 'network_g' in saved:
             options, before = saved.pop('network_g'), expected.pop('network_g')
-            # The best may be one that the earlier version saved.
+            # The best network may be one that the earlier version saved.
             assert options == before | ADDED[kind] or (name == 'models/net_g_best.pth' and options == before)
         assert_equal(saved, expected)
 
@@ -168,7 +168,7 @@ def test_a_network_of_classes_gives_the_same_picture(networks):
 
 
 @pytest.mark.parametrize('kind', ['attention', 'concat'])
-def test_insertions_that_are_no_longer_there_are_an_error_that_says_so(kind, networks):
+def test_removed_insertions_are_an_error_that_says_so(kind, networks):
     file = networks / f'{kind}.pth'
     with pytest.raises(ValueError, match=f'{file}: weights with an insertion of version 0.1.0'):
         dpmambair_basicsr.load(file)
@@ -177,7 +177,7 @@ def test_insertions_that_are_no_longer_there_are_an_error_that_says_so(kind, net
         complete_networks({'network_g': network, 'path': {'pretrain_network_g': str(file)}, 'is_train': True})
 
 
-def test_spandrel_takes_a_network_of_then(networks):
+def test_spandrel_loads_an_earlier_network(networks):
     spandrel = pytest.importorskip('spandrel', reason='spandrel is not installed: pip install spandrel')
     from dpmambair_basicsr.integrations.spandrel import install
 
@@ -189,8 +189,8 @@ def test_spandrel_takes_a_network_of_then(networks):
 
 
 @pytest.mark.parametrize('kind', ['network_g', 'network_e'])
-def test_an_option_file_of_then_is_completed_by_its_checkpoint(kind, networks, tmp_path, caplog):
-    """Also of stage 1, which knows nothing of prompts; what the file does say, it keeps."""
+def test_an_earlier_option_file_is_completed_by_its_checkpoint(kind, networks, tmp_path, caplog):
+    """Including stage 1, which has no prompts; values given in the file are kept."""
     network = torch.load(networks / 'modulate.pth', weights_only=True)['network_g']
     del network['extractor_channels']
     if kind == 'network_g':
@@ -210,7 +210,7 @@ def test_an_option_file_of_then_is_completed_by_its_checkpoint(kind, networks, t
     assert opt['network_g']['delta_prompt'] == 'scale' and opt['network_g']['extractor_hidden'] == 7
 
 
-def test_a_place_of_the_prompt_that_is_not_the_checkpoints_is_an_error(networks):
+def test_a_prompt_insertion_other_than_the_checkpoints_is_an_error(networks):
     file = networks / 'modulate.pth'
     network = torch.load(file, weights_only=True)['network_g'] | {'delta_prompt': 'scale'}
     with pytest.raises(ValueError, match=f'{file}: does not fit DPMambaIR'):
@@ -218,7 +218,7 @@ def test_a_place_of_the_prompt_that_is_not_the_checkpoints_is_an_error(networks)
 
 
 @pytest.mark.skipif(not TRIAL.exists(), reason='no ../shared/weights: a network that version 692b954 trained')
-def test_the_trained_network_has_kept_its_place_of_the_prompt():
+def test_the_trained_network_keeps_its_prompt_insertion():
     net = dpmambair_basicsr.load(TRIAL).net
     assert net.encoder_level1[0].attn.modulation.layers.keys() == {'delta', 'B', 'C'}
     assert net.extractor.head[0].out_features == 384

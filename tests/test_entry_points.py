@@ -18,7 +18,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def trained(folder):
-    """The folder of two iterations in a directory of its own."""
+    """The folder of a run of two iterations, in its own directory."""
     opt = stock_options(write_images(folder / 'images'))
     opt['path']['experiments_root'] = str(folder / 'run')
     opt['datasets']['train'] |= {'num_worker_per_gpu': 1, 'prefetch_mode': 'cpu'}
@@ -70,7 +70,7 @@ def test_testing_writes_to_the_current_directory(folder, trained):
     assert sorted(path.name for path in images.iterdir()) == [f'{index}_tiny.png' for index in range(4)]
 
 
-def test_a_wrong_option_ends_it_before_anything_is_written(tmp_path):
+def test_a_wrong_option_is_refused_before_anything_is_written(tmp_path):
     opt = stock_options(write_images(tmp_path / 'images')) | {'model_type': 'SRMdel'}
     write_options(opt, tmp_path / 'wrong.yml')
     before = sorted(tmp_path.rglob('*'))
@@ -82,8 +82,8 @@ def test_a_wrong_option_ends_it_before_anything_is_written(tmp_path):
     assert sorted(tmp_path.rglob('*')) == before
 
 
-# Stands in for the system's python3: of the given version, and its virtual environments, which hold
-# nothing, only write down what they do.
+# Replaces the system's python3 of the given version; its virtual environments are empty and only record
+# their commands.
 PYTHON3 = """#!/bin/sh
 if [ "$1" = -c ]; then
     exec {python} -c 'import sys; sys.version_info = {version}; exec(sys.argv[1])' "$2"
@@ -123,7 +123,7 @@ def test_setup_works_in_any_path(setup):
 
 
 def test_a_new_requirement_sets_up_again(setup):
-    """And nothing changed does not."""
+    """Without changes, nothing is set up again."""
     _, once = setup((3, 12, 1))
     assert setup((3, 12, 1))[1] == once
     with open(setup.checkout / 'pyproject.toml', 'a') as stream:

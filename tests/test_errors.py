@@ -10,7 +10,7 @@ from dpmambair_basicsr.files import errors
 
 PACKAGE = Path(dpmambair_basicsr.__file__).parent
 ENDS = {'SystemExit', 'exit', 'quit', '_exit', 'abort', 'exit_on_error'}
-# (module, function or class) -> why it may end the program, though it is no command's main
+# (module, function or class) -> why it may end the program although it is not a command's main
 EXCEPTIONS = {
     ('files/errors.py', 'exit_on_error'): 'what main calls',
     ('patches/options.py', 'checked_options'): "BasicSR's own train.py and test.py call it, with no main of ours",
@@ -21,7 +21,7 @@ EXCEPTIONS = {
 
 
 def ends_of(file: Path) -> list[tuple[str, str]]:
-    """(module, outermost function or class) of what raises or catches an exit, or calls what ends a program."""
+    """(module, outermost function or class) of all code that raises or catches an exit, or calls code that exits."""
     module, tree = file.relative_to(PACKAGE).as_posix(), ast.parse(file.read_text(encoding='utf-8'))
     named = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
     found = []

@@ -62,7 +62,7 @@ def images(tmp_path_factory):
 
 
 def contents(folder):
-    """What a finished run is compared by."""
+    """What is compared of a finished run."""
     names = ['models/net_g_latest.pth', f'training_states/{TOTAL}.state']
     for optional in ('net_d_latest', 'net_g_best'):
         if network_file(folder / 'experiments/run/models', optional).exists():
@@ -77,7 +77,7 @@ def contents(folder):
 def assert_equal(value, other, path=''):
     assert type(value) is type(other), path
     if isinstance(value, dict):
-        assert value.keys() == other.keys(), path  # a safetensors file keeps no order
+        assert value.keys() == other.keys(), path  # a safetensors file does not preserve the order
         for key in value:
             assert_equal(value[key], other[key], f'{path}.{key}')
     elif isinstance(value, list):
@@ -89,7 +89,7 @@ def assert_equal(value, other, path=''):
 
 
 def resumed_at(iteration, folder, target):
-    """A copy of a run as if it had been interrupted after an iteration. A later best stays: it is found again."""
+    """A copy of a run as if it had been interrupted after an iteration. A later best is kept: it is found again."""
     shutil.copytree(folder / 'experiments', target / 'experiments')
     for file in (target / 'experiments/run/training_states').iterdir():
         if int(file.name.partition('.')[0]) > iteration:
@@ -140,7 +140,7 @@ def test_a_resume_may_change_the_format_of_the_networks(formats, images, tmp_pat
     )
 
 
-def test_a_network_that_was_converted_beside_its_checkpoint_is_not_resumed_from_nor_removed(images, tmp_path):
+def test_a_network_converted_beside_its_checkpoint_is_neither_resumed_from_nor_removed(images, tmp_path):
     """net_g_3.safetensors, of the average alone, is the user's."""
     opt = changed(forked.options(images), {'train.total_iter': TOTAL, 'logger.save_checkpoint_freq': 1})
     train(opt, tmp_path / 'straight')
@@ -156,7 +156,7 @@ def test_a_network_that_was_converted_beside_its_checkpoint_is_not_resumed_from_
     assert not (models / 'net_g_3.pth').exists()
 
 
-def test_mixtures_and_synthetic_degradations(images, tmp_path):
+def test_mixtures_and_synthetic_degradations_resume_bit_exactly(images, tmp_path):
     parts = {'noise': {}, 'rain': {'type': 'SyntheticDegradationDataset', 'degradations': ['rain', 'jpeg']}}
     for part in parts.values():
         part |= {
@@ -197,8 +197,8 @@ def train_in_two_processes(opt, folder, *arguments):
     return runs[0].log()
 
 
-def test_two_processes(images, tmp_path):
-    """With a buffer and no average BasicSR's validation would hang: it is the first process's alone.
+def test_two_processes_resume_bit_exactly(images, tmp_path):
+    """With a buffer and without EMA, BasicSR's validation would hang: ours runs in the first process only.
 
     Without manual_seed each process draws one, and the first process's is saved.
     """
@@ -214,7 +214,7 @@ def test_the_pools_of_training_pairs_of_both_processes_are_kept(tmp_path):
 
 
 class Numbers(torch.utils.data.Dataset):
-    """What the three generators give for an item."""
+    """The output of the three random generators for an item."""
 
     def __len__(self):
         return 5
@@ -224,7 +224,7 @@ class Numbers(torch.utils.data.Dataset):
 
 
 def numbers(epoch, seed=1, workers=0, rank=0):
-    """Those of an epoch that has every item twice, shared by two processes."""
+    """The numbers of an epoch with every item twice, shared by two processes."""
     opt = {'phase': 'train', 'num_worker_per_gpu': workers, 'batch_size_per_gpu': 1}
     sampler = EnlargedSampler(Numbers(), 2, rank, ratio=2)
     loader = build_dataloader(sampler.dataset, opt, num_gpu=0, sampler=sampler, seed=seed)
@@ -239,8 +239,8 @@ def test_augmentation_differs_between_epochs_and_repeats_for_a_seed():
     assert numbers(0, workers=2) == numbers(0) and numbers(1, workers=1) == numbers(1)
 
 
-def test_a_forced_seed_is_the_one_that_is_used(tmp_path):
-    """BasicSR seeds before it applies --force_yml: the log would have this seed, and the training another."""
+def test_a_forced_seed_is_used(tmp_path):
+    """BasicSR seeds before it applies --force_yml: the log would show this seed, but training would use another."""
     opt = forked.options(forked.write_images(tmp_path / 'images'))
     opt.pop('manual_seed')
     weights = {}

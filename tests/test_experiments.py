@@ -1,7 +1,7 @@
-"""docs/experiments.md and the option files, with small networks and small images in the places that they name.
+"""docs/experiments.md and the option files, with small networks, and small images in the folders that they name.
 
 The real commands run every file in options/: VmambaIR's in test_models_vmambair.py, the demo's in test_demo.py,
-those of the small weights in test_train_small.py, all others here, in this process.
+those of the small weights in test_train_small.py, all others here in this process.
 """
 
 import functools
@@ -79,11 +79,11 @@ def reduced(name: str) -> list[str]:
     return [f'{key}={value}' for key, value in changes.items()]
 
 
-# What the page says
+# The page
 
 
 def tables() -> list[tuple[str, dict[str, str]]]:
-    """(option file of the section, {heading: cell}) of every row that has a recipe."""
+    """(option file of the section, {heading: cell}) for every row with a recipe."""
     rows = []
     for section in PAGE.split('\n## ')[1:]:
         for table in re.findall(r'(?:^\|.*\n)+', section, re.MULTILINE):
@@ -121,7 +121,7 @@ BLOCKS = {commands[0][2][0] if commands[0][2] else 'the file itself': commands f
 
 @pytest.fixture(scope='module')
 def project(tmp_path_factory):
-    """A folder with images wherever an option file or the page names some, both stages trained there; their logs."""
+    """A folder with images at all paths of option files and page, and both stages trained; returns their logs."""
     folder = tmp_path_factory.mktemp('project')
     sizes = [(64, 72), (66, 64)]
     pairs = {name: pipelines.write_pairs(folder / name, sizes, 4 if name[2:] else 1) for name in ('LQ', 'LQ_x4')}
@@ -189,7 +189,7 @@ def test_option_file_runs(name, project):
 
 
 @pytest.mark.parametrize('name', [name for name in RUN_HERE if re.search('_dpmambair|_single_task', name)])
-def test_the_schedule_of_dpmambair_is_restormers_up_to_the_size_of_the_paper(name):
+def test_the_schedule_of_dpmambair_follows_restormer_up_to_the_papers_size(name):
     """Zamir et al. 2022, Sec. 4: per GPU 8 crops of 128, 5 of 160, 4 of 192, for 92k, 64k, 48k iterations."""
     opt = read(name)
     phases, total = opt['datasets']['train']['progressive'], opt['train']['total_iter']
@@ -208,14 +208,14 @@ def test_the_page_names_every_option_file_and_no_other():
 # One degradation alone
 
 
-def test_places_are_those_of_prepare_data():
+def test_folders_match_those_of_prepare_data():
     made = {folder for public in SETS.values() for part in public.parts.values() for folder in (part.gt, part.lq)}
     places = set(re.findall(r'=datasets/(?:LOL/)?(\S+)', PAGE))
     assert len(places) > 8 and places <= made
 
 
 @pytest.mark.parametrize('block', BLOCKS)
-def test_commands_of_the_page(block, project):
+def test_commands_of_the_page_run(block, project):
     folder, _ = project
     (train, train_file, train_forced), (test, test_file, test_forced) = BLOCKS[block]
     assert (train, test) == ('train', 'test')
@@ -253,7 +253,7 @@ def shapes(network: torch.nn.Module) -> dict:
 
 @pytest.mark.parametrize('line', LINES, ids=IDS)
 def test_a_row_is_the_network_that_it_describes(line):
-    """At full size: its number of parameters, its ticks, and that no other recipe makes the same network."""
+    """At full size: its number of parameters, its ticks, and that no other recipe builds the same network."""
     row = ROWS[line][1]
     own = shapes(full_size(line))
     count = sum(parameter.numel() for parameter in full_size(line).parameters())

@@ -1,4 +1,4 @@
-"""`python -m dpmambair_basicsr.export`: networks as ONNX and .pt2 files that need nothing of this package."""
+"""`python -m dpmambair_basicsr.export`: networks as ONNX and .pt2 files that do not need this package."""
 
 import itertools
 import sys
@@ -19,7 +19,7 @@ dpmambair_basicsr.register()
 
 SCRIPT = PACKAGE_PARENT / 'dpmambair_basicsr' / 'export.py'
 
-# One block at the lowest, one at the full resolution: tracing takes seconds a block.
+# One block at the lowest, one at full resolution: tracing takes seconds per block.
 FEW = {'num_blocks': [0, 0, 0, 1], 'num_refinement_blocks': 1, 'd_state': 2}
 NETWORKS = {
     'vmambair': {'type': 'VmambaIR', 'dim': 4, 'scale': 2, **FEW},
@@ -57,7 +57,7 @@ def run_main(monkeypatch, weights, output):
 
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
-    """Each network as a checkpoint and, by the command, in both formats; traced once, the dear part."""
+    """Each network as a checkpoint and, by the command, in both formats; traced only once, since this is slow."""
     folder = tmp_path_factory.mktemp('export')
     with pytest.MonkeyPatch.context() as monkeypatch:
         for name, options in NETWORKS.items():
@@ -83,13 +83,13 @@ def scan_inputs(length, groups=2):
 
 
 @pytest.mark.parametrize('length', [1, 31, 32, 33, 64, 200])
-def test_the_scan_is_the_definition(length):
+def test_the_scan_agrees_with_the_definition(length):
     inputs = scan_inputs(length)
     expected = selective_scan(*inputs, delta_softplus=True, backend='reference')
     torch.testing.assert_close(export.scan(*inputs, True), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_the_scan_without_its_options():
+def test_the_scan_agrees_with_the_definition_without_options():
     u, delta, A, B, C, *_ = scan_inputs(70, groups=1)
     delta = delta.exp()
     expected = selective_scan(u, delta, A, B, C, backend='reference')
@@ -97,18 +97,18 @@ def test_the_scan_without_its_options():
 
 
 @pytest.mark.parametrize(('name', 'form'), itertools.product(NETWORKS, FORMATS))
-def test_files_give_what_the_network_gives_at_any_size(name, form, folder):
+def test_files_match_the_network_at_any_size(name, form, folder):
     net, run = network(name), runner(folder / f'{name}.{form}')
     for batch, height, width in SIZES:
         image = torch.rand(batch, 3, height, width)
         expected = net(image)
         torch.testing.assert_close(run(image), expected, rtol=0, atol=1e-4)
-        if name == 'dpmambair':  # what the extractor finds matters, or the test would not see it
+        if name == 'dpmambair':  # the extractor's output must matter, or the test would not notice errors in it
             assert (expected - net(image, embedding=-net.embed(image))).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize('name', NETWORKS)
-def test_onnx_is_made_of_standard_operators(name, folder):
+def test_onnx_contains_standard_operators_only(name, folder):
     model = onnx.load(folder / f'{name}.onnx')
     onnx.checker.check_model(model, full_check=True)
     assert {entry.domain for entry in model.opset_import} == {''} and not model.functions
@@ -129,13 +129,13 @@ def test_pt2_needs_torch_alone(folder):
 
 
 @pytest.mark.parametrize('form', FORMATS)
-def test_other_sizes_are_refused(form, folder):
+def test_unsupported_sizes_are_refused(form, folder):
     run = runner(folder / f'dpmambair.{form}')
     with pytest.raises(Exception, match=r'(?i)shape|dimension|guard|divisible|blocksize'):
         run(torch.rand(1, 3, 20, 24))
 
 
-def test_tracing_leaves_network_and_scan_as_they_were(folder):
+def test_tracing_leaves_network_and_scan_unchanged(folder):
     net = network('dpmambair')
     image = torch.rand(1, 3, 16, 16)
     before = net(image)

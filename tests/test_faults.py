@@ -28,7 +28,7 @@ def images(tmp_path):
 
 @pytest.fixture
 def opt(images):
-    """One batch has all training images."""
+    """One batch contains all training images."""
     return changed(forked.options(images), {'datasets.train.batch_size_per_gpu': 7, 'train.total_iter': 2})
 
 
@@ -41,7 +41,7 @@ def write_image(path, shape, kind=np.uint8):
 
 
 def write_endless_header(path):
-    """A BMP of 2**30 x 2**30 pixels, as far as its header knows."""
+    """A BMP whose header claims 2**30 x 2**30 pixels."""
     _, content = cv2.imencode('.bmp', np.zeros((12, 14, 3), np.uint8))
     content[18:26] = np.array([2**30, 2**30], '<i4').view(np.uint8)
     path.write_bytes(content)
@@ -59,7 +59,7 @@ FAULTS = {
 
 
 def refused(opt, folder, name, *arguments):
-    """The last line of the log of a training that fails, and says why."""
+    """The last line of the log of a training that fails, which says why."""
     run = Training(opt, folder, *arguments)
     assert run.status(timeout=60) == 1, run.log()
     lines = [line for line in run.log().splitlines() if name in line]
@@ -68,7 +68,7 @@ def refused(opt, folder, name, *arguments):
 
 
 @pytest.mark.parametrize('fault', FAULTS)
-def test_a_bad_image(fault, opt, tmp_path):
+def test_a_bad_image_is_named(fault, opt, tmp_path):
     file = tmp_path / 'images/lq/3.png'
     FAULTS[fault](file)
     named = file.name if file.is_symlink() else str(file if file.exists() else tmp_path / 'images/gt/3.png')
@@ -76,7 +76,7 @@ def test_a_bad_image(fault, opt, tmp_path):
     assert 'item 3: ' in message or 'no lq image for' in message or 'broken link' in message
 
 
-def test_wrong_options_are_one_report_and_nothing_is_made(opt, tmp_path):
+def test_wrong_options_are_one_report_and_nothing_is_created(opt, tmp_path):
     changes = {'datasets.train.gt_size': 16, 'train.totl_iter': 3, 'network_g.type': 'TinyNte', 'logger.keep_last': '2'}
     run = Training(changed(opt, changes), tmp_path)
     assert run.status() == 1
@@ -95,7 +95,7 @@ LOADERS = [(2, None, False), (2, None, True), (1, 'cpu', False), (0, 'cpu', Fals
 
 
 @pytest.mark.parametrize(('workers', 'prefetch', 'persistent'), LOADERS)
-def test_a_bad_image_in_a_worker(opt, tmp_path, workers, prefetch, persistent):
+def test_a_bad_image_in_a_worker_is_named(opt, tmp_path, workers, prefetch, persistent):
     opt['datasets']['train'] |= {
         'num_worker_per_gpu': workers,
         'prefetch_mode': prefetch,
@@ -105,13 +105,13 @@ def test_a_bad_image_in_a_worker(opt, tmp_path, workers, prefetch, persistent):
     assert 'item 3: lq image' in refused(opt, tmp_path, str(tmp_path / 'images/lq/3.png'))
 
 
-def test_a_bad_image_in_a_dataset_of_basicsr(opt, tmp_path):
+def test_a_bad_image_in_a_dataset_of_basicsr_is_named(opt, tmp_path):
     opt['datasets']['train'] |= {'type': 'PairedImageDataset', 'io_backend': {'type': 'disk'}}
     cut_short(tmp_path / 'images/lq/3.png')
     assert 'RuntimeError: item ' in refused(opt, tmp_path, str(tmp_path / 'images/lq/3.png'))
 
 
-def test_a_bad_image_in_validation(opt, tmp_path):
+def test_a_bad_image_in_validation_is_named(opt, tmp_path):
     for phase, dataset in opt['datasets'].items():
         dataset |= forked.write_images(tmp_path / phase)
     cut_short(tmp_path / 'val/gt/5.png')
@@ -130,7 +130,7 @@ def test_unusual_images_and_other_files_do_no_harm(opt, tmp_path):
 
 
 @pytest.mark.parametrize('fault', ['not in the database', 'no image in the database'])
-def test_a_bad_key(fault, opt, tmp_path):
+def test_a_bad_key_is_named(fault, opt, tmp_path):
     for kind in ('gt', 'lq'):
         if kind == 'lq' and fault.startswith('no image'):
             (tmp_path / 'images/lq/3.png').write_text('text')
@@ -158,7 +158,7 @@ def write_lmdb(source, target):
     (target / 'meta_info.txt').write_text(''.join(f'{name}.png (12,14,3) 1\n' for name in NAMES))
 
 
-def test_a_killed_worker_ends_it(opt, tmp_path):
+def test_a_killed_worker_ends_training(opt, tmp_path):
     opt = changed(opt, {'datasets.train.num_worker_per_gpu': 1, 'datasets.train.persistent_workers': True})
     opt = changed(opt, {'train.total_iter': 20_000, 'logger.save_checkpoint_freq': 5, 'logger.keep_last': 1})
     run = Training(opt, tmp_path)
@@ -184,7 +184,7 @@ class Attack:
 
 @pytest.mark.parametrize('model', ['RestorationModel', 'SRModel'])
 @pytest.mark.parametrize('written_by', ['torch', 'pickle'])
-def test_a_checkpoint_that_would_run_code(model, written_by, opt, tmp_path):
+def test_a_checkpoint_that_would_run_code_is_refused(model, written_by, opt, tmp_path):
     file, marker = tmp_path / 'attack.pth', tmp_path / 'marker'
     content = {'params': {'weight': Attack(marker)}}
     if written_by == 'torch':
@@ -208,7 +208,7 @@ DATASETS = {
 
 @pytest.mark.parametrize('kind', DATASETS)
 @pytest.mark.parametrize('name', ['../outside.png', '{folder}/outside.png', 'a/../../outside.png', '../gt_too/1.png'])
-def test_a_list_of_images_stays_in_their_folder(kind, name, opt, tmp_path):
+def test_a_list_of_images_cannot_leave_its_folder(kind, name, opt, tmp_path):
     (tmp_path / 'list.txt').write_text(f'1.png (12,14,3)\n{name.format(folder=tmp_path)} (12,14,3)\n')
     dataset = opt['datasets']['train'] | DATASETS[kind]
     dataset |= {'type': kind, 'meta_info_file': str(tmp_path / 'list.txt'), 'phase': 'train'}

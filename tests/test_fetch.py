@@ -1,4 +1,4 @@
-"""`dpmambair fetch`: what it downloads is checked, whole, and where the losses look. From a server on this machine."""
+"""`dpmambair fetch`: downloads are verified, complete, and where the losses look for them. From a local server."""
 
 import functools
 import hashlib
@@ -17,7 +17,7 @@ from dpmambair_basicsr.prepare import fetch
 
 @pytest.fixture
 def server(tmp_path):
-    """The address of a server, and the folder whose files it gives."""
+    """The address of a server, and the folder that it serves."""
     folder = tmp_path / 'served'
     folder.mkdir()
     handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=folder)
@@ -57,7 +57,7 @@ def test_what_is_fetched_is_what_lpips_finds(server, cache, monkeypatch, capsys)
     assert (cache / name).read_bytes() == (server[1] / name).read_bytes()
     build_lpips('alex')
     (server[1] / name).unlink()
-    run(monkeypatch, 'alex')  # it is there, and nothing is asked for
+    run(monkeypatch, 'alex')  # it exists, so there is no request
 
 
 def test_a_file_with_another_checksum_is_not_kept(server, cache, monkeypatch):
@@ -67,7 +67,7 @@ def test_a_file_with_another_checksum_is_not_kept(server, cache, monkeypatch):
     assert not list(cache.iterdir())
 
 
-def test_a_wrong_file_that_is_there_is_named_and_left(server, cache, monkeypatch):
+def test_an_existing_wrong_file_is_named_and_kept(server, cache, monkeypatch):
     name = serve_alexnet(server, monkeypatch)
     cache.mkdir(parents=True)
     (cache / name).write_bytes(b'truncated')
@@ -87,7 +87,7 @@ def test_a_server_without_the_file_is_named(server, cache, monkeypatch):
 @pytest.mark.parametrize(
     ('name', 'file'), [('alex', 'alexnet-owt-7be5be79'), ('vgg', 'vgg16-397923af'), ('vgg19', 'vgg19-dcbb9e9d')]
 )
-def test_the_files_are_torchvisions(name, file):
+def test_the_files_are_those_of_torchvision(name, file):
     assert fetch.urls()[name] == f'https://download.pytorch.org/models/{file}.pth'
 
 

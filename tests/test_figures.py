@@ -1,4 +1,4 @@
-"""`python -m dpmambair_basicsr figures`, with tiny networks: the numbers of each figure, and that it is drawn."""
+"""`python -m dpmambair_basicsr figures`, with tiny networks: the numbers in each figure, and that it is drawn."""
 
 import csv
 import sys
@@ -40,7 +40,7 @@ KINDS = {'dark': darken, 'noisy': add_noise}
 
 
 def randomised(net, seed):
-    """With prompts and alphas that do something."""
+    """With prompts and alphas that have an effect."""
     torch.manual_seed(seed)
     with torch.no_grad():
         for name, parameter in net.named_parameters():
@@ -87,7 +87,7 @@ def run(folder, *arguments) -> None:
 
 
 def figure(folder, *arguments) -> list[dict[str, str]]:
-    """The rows of the table of a figure that the command has made."""
+    """The rows of a figure's table, as written by the command."""
     run(folder, *arguments, '-o', 'made/figure.png')
     return table(folder)
 
@@ -109,8 +109,8 @@ def test_spectra_of_equal_halved_and_blurred_images():
     assert abs(gap[0]) < 0.5 and gap[-1] > 10 and difference[0] < 0.1 and difference[-1] > 0.8
 
 
-def test_frequency(folder):
-    """A network that returns its input has the spectrum of the degraded images, another one not."""
+def test_frequency_figure_compares_spectra(folder):
+    """A network that returns its input has the spectrum of the degraded images; another one does not."""
     rows = figure(folder, 'frequency', '-w', 'same.pth', 'with HEB=with.pth', '-d', 'data')
     networks = {row['network'] for row in rows}
     assert networks == {'same', 'with HEB', 'degraded image'} and len(rows) == 3 * 3 * RINGS
@@ -128,7 +128,7 @@ def test_frequency(folder):
 
 @pytest.mark.parametrize('options', [{}, {'prompt': []}, {'directions': 4}, {'insertion': 'concat'}], ids=str)
 def test_step_sizes_are_those_of_the_scans(options, monkeypatch):
-    """Seen from the other side: from what each scan is called with."""
+    """Compared with the arguments of each scan."""
     torch.manual_seed(0)
     net, called = randomised(DPMambaIR(**SMALL | options), 0).eval(), []
 
@@ -151,7 +151,7 @@ def test_step_sizes_are_those_of_the_scans(options, monkeypatch):
         torch.testing.assert_close(size, delta * scale)
 
 
-def test_step_sizes_by_degradation(folder):
+def test_step_sizes_are_grouped_by_degradation(folder):
     rows = figure(folder, 'delta', '-w', 'with.pth', '-d', 'data', '--count', '2')
     assert [(row['degradation'], row['block'], row['images']) for row in rows] == [
         (kind, block, '2') for kind in KINDS for block in BLOCKS
@@ -167,8 +167,8 @@ def test_step_sizes_by_degradation(folder):
         assert np.mean(ratios) == pytest.approx(1) and ratios[0] != ratios[1]
 
 
-def test_extractor(folder, tmp_path):
-    """The PSNR is that of a test of stage 1; darkness and noise are told from one another by any extractor."""
+def test_extractor_figure_shows_psnr_and_separates_degradations(folder, tmp_path):
+    """The PSNR is that of a test of stage 1; any extractor separates darkness from noise."""
     rows = {row['degradation']: row for row in figure(folder, 'extractor', '-w', 'stage1.pth', '-d', 'data')}
     assert list(rows) == [*KINDS, 'all'] and rows['all']['images'] == '6' and rows['dark']['embedding'] == '8'
     data = {
@@ -186,7 +186,7 @@ def test_extractor(folder, tmp_path):
         assert float(rows[part.name]['classification accuracy']) == 1
 
 
-def test_alpha(folder):
+def test_alpha_figure_is_drawn_by_the_command(folder):
     """By the command that users type."""
     command = (
         '-m',
@@ -225,7 +225,7 @@ def test_alpha(folder):
         ('delta', '-w', 'with.pth', '-d', 'data', '-o', 'x.png', '--count', '0'): '--count: must be 1 or more',
     }.items(),
 )  # fmt: skip
-def test_what_cannot_be_drawn_is_said_in_one_line(folder, arguments, message, capsys):
+def test_figures_that_cannot_be_drawn_are_refused_in_one_line(folder, arguments, message, capsys):
     (folder / 'made').mkdir(exist_ok=True)
     for side in ('LQ', 'GT'):
         (folder / 'broken' / side).mkdir(parents=True, exist_ok=True)

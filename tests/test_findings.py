@@ -1,4 +1,4 @@
-"""What is found in an image, and what `restore` makes of it: classes, strength, steering, spread, table and report."""
+"""What is found in an image, and how `restore` uses it: classes, strength, steering, spread, table and report."""
 
 import csv
 import json
@@ -42,7 +42,7 @@ def net():
 
 @pytest.fixture(scope='module')
 def tiny():
-    """A DPMambaIR whose prompts and blocks do something."""
+    """A DPMambaIR whose prompts and blocks have an effect."""
     torch.manual_seed(0)
     network = DPMambaIR(**TINY)
     for name, value in network.named_parameters():
@@ -78,7 +78,7 @@ def test_clean_photographs_are_found_clean(net):
     assert found.count('clean') >= 2, found
 
 
-def test_what_is_nothing_like_a_photograph_is_unfamiliar(net):
+def test_images_unlike_photographs_are_unfamiliar(net):
     stripes = np.zeros((96, 96, 3), np.uint8)
     stripes[:, ::2] = 255
     for image in (stripes, np.zeros_like(stripes)):
@@ -169,7 +169,7 @@ def test_the_spread_is_the_standard_deviation_of_the_eight(tile, image):
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """pictures/{clean,rain}.png, where the command runs."""
+    """pictures/{clean,rain}.png in the working directory of the command."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / 'pictures').mkdir()
     photo = np.ascontiguousarray(PHOTOGRAPHS['coffee'][100:196, 80:192])
@@ -198,7 +198,7 @@ def test_a_line_says_what_was_found_and_done_and_clean_files_are_copied(folder, 
     assert rows['pictures/clean.png']['action'] == 'left unchanged'
 
 
-def test_force_kind_like_and_strength(folder, monkeypatch, capsys):
+def test_force_kind_like_and_strength_change_the_result(folder, monkeypatch, capsys):
     def restored(*arguments):
         status, output, _ = run(monkeypatch, capsys, 'pictures/clean.png', '-o', 'out', *arguments)
         assert status == 0 and 'restored, ' in output
@@ -211,7 +211,7 @@ def test_force_kind_like_and_strength(folder, monkeypatch, capsys):
     assert np.array_equal(restored('--force', '--strength', '0'), clean)
 
 
-def test_the_report_shows_every_image_also_what_failed(folder, monkeypatch, capsys):
+def test_the_report_shows_every_image_including_failures(folder, monkeypatch, capsys):
     (folder / 'pictures/broken.png').write_bytes(b'')
     arguments = ('pictures', '-o', 'out', '--self-ensemble', '--table', 'out/table.json', '--report', 'out/report.html')
     status, _, errors = run(monkeypatch, capsys, *arguments)

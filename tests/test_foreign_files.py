@@ -1,4 +1,4 @@
-"""Checkpoints, states and results from elsewhere: bounded, one message each, no network, no private picture."""
+"""Untrusted checkpoints, states and results: bounded, one message each, no network access, no private image."""
 
 import json
 import os
@@ -40,7 +40,7 @@ def write(file: Path, weights: dict, **network) -> Path:
 
 
 OTHERS = {
-    'VGGFeatureExtractor': {'layer_name_list': ['conv1_2']},  # it asks the network for its weights
+    'VGGFeatureExtractor': {'layer_name_list': ['conv1_2']},  # it downloads its weights
     'MSRResNet': {},
     'TinyNet': {},
 }
@@ -79,7 +79,7 @@ ENDLESS = {
 
 
 @pytest.mark.parametrize('options', ENDLESS)
-def test_sizes_without_end_are_refused_before_anything_is_built(options, weights, tmp_path):
+def test_huge_sizes_are_refused_before_anything_is_built(options, weights, tmp_path):
     file = write(tmp_path / 'x.pth', weights, type='VmambaIR', **NETWORK | ENDLESS[options])
     with pytest.raises(ValueError, match=f'^{file}: ') as refused:
         dpmambair_basicsr.load(file)
@@ -87,7 +87,7 @@ def test_sizes_without_end_are_refused_before_anything_is_built(options, weights
 
 
 def test_tensors_that_repeat_few_bytes_are_refused(tmp_path):
-    """10^11 values by a stride of 0, in a file of 1 kB, for a network that would hold them."""
+    """10^11 values with stride 0 in a file of 1 kB, for a network of that size."""
     weights = {'weight': torch.zeros(1).expand(10**11)}
     file = write(tmp_path / 'x.pth', weights, type='VmambaIR', **NETWORK)
     assert file.stat().st_size < 2000
@@ -96,7 +96,7 @@ def test_tensors_that_repeat_few_bytes_are_refused(tmp_path):
 
 
 def test_a_network_made_without_storage_is_complete(tmp_path):
-    """Whatever it is loaded with takes the place of everything in it."""
+    """Loading replaces everything in it."""
     for name, target in ARCH_REGISTRY.items():
         if target.__module__.startswith('dpmambair_basicsr.'):
             net = make_without_storage(target, {})
@@ -113,7 +113,7 @@ def test_the_number_of_parts_is_bounded_and_the_bound_does_not_stay():
     assert len(list(VmambaIR(**NETWORK).parameters())) > 10
 
 
-def test_a_half_precision_checkpoint_is_computed_in_single(weights, tmp_path):
+def test_a_half_precision_checkpoint_is_computed_in_fp32(weights, tmp_path):
     file = write(tmp_path / 'x.pth', {k: v.half() for k, v in weights.items()}, type='VmambaIR', **NETWORK)
     net = dpmambair_basicsr.load(file).net
     assert {value.dtype for value in net.state_dict().values()} == {torch.float32}
@@ -121,7 +121,7 @@ def test_a_half_precision_checkpoint_is_computed_in_single(weights, tmp_path):
 
 @pytest.mark.parametrize('read', [read_checkpoint, read_on_cpu, dpmambair_basicsr.load])
 @pytest.mark.parametrize('kind', ['fifo.pth', 'fifo.safetensors', 'zero'])
-def test_what_is_not_a_regular_file_is_refused_and_not_waited_for(read, kind, tmp_path):
+def test_files_that_are_not_regular_are_refused_without_blocking(read, kind, tmp_path):
     file = tmp_path / kind
     if kind == 'zero':
         file.symlink_to('/dev/zero')
@@ -133,7 +133,7 @@ def test_what_is_not_a_regular_file_is_refused_and_not_waited_for(read, kind, tm
 
 @pytest.mark.parametrize('read', [read_checkpoint, read_on_cpu])
 def test_a_compressed_checkpoint_is_refused(read, tmp_path):
-    """70 kB that stand for 64 MB."""
+    """70 kB that expand to 64 MB."""
     plain, file = tmp_path / 'plain.pth', tmp_path / 'x.pth'
     torch.save({'params': {'weight': torch.zeros(2**24)}}, plain)
     with zipfile.ZipFile(plain) as source, zipfile.ZipFile(file, 'w', zipfile.ZIP_DEFLATED) as target:
@@ -147,7 +147,7 @@ def test_a_compressed_checkpoint_is_refused(read, tmp_path):
 
 @pytest.mark.parametrize('model', ['RestorationModel', 'SRModel'])
 @pytest.mark.parametrize('key', ['pretrain_network_g', 'resume_state'])
-def test_training_does_not_wait_for_a_fifo(model, key, tmp_path):
+def test_training_does_not_block_on_a_fifo(model, key, tmp_path):
     opt = forked.options(forked.write_images(tmp_path / 'images'))
     os.mkfifo(tmp_path / 'fifo')
     run = Training(changed(opt, {f'path.{key}': str(tmp_path / 'fifo'), 'model_type': model}), tmp_path)
@@ -156,7 +156,7 @@ def test_training_does_not_wait_for_a_fifo(model, key, tmp_path):
     assert not (tmp_path / 'experiments').exists()
 
 
-def test_auto_resume_does_not_wait_for_a_fifo(tmp_path):
+def test_auto_resume_does_not_block_on_a_fifo(tmp_path):
     opt = changed(forked.options(forked.write_images(tmp_path / 'images')), {'train.total_iter': 4})
     forked.train(opt, tmp_path)
     os.mkfifo(tmp_path / 'experiments/run/training_states/9.state')
@@ -237,13 +237,13 @@ def test_results_made_by_hand_get_one_message(mistake, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize('content', [b'[' * 10**5, b'\xff\xfe', b'', b'9' * 5000, b'{"a": 1'])
-def test_any_bytes_as_results_get_one_message(content, tmp_path, monkeypatch):
+def test_invalid_bytes_as_results_get_one_message(content, tmp_path, monkeypatch):
     (tmp_path / 'results.json').write_bytes(content)
     monkeypatch.chdir(tmp_path)
     assert refused(Path('results.json'), monkeypatch).startswith('dpmambair_basicsr.report: results.json: not the res')
 
 
-def test_results_that_are_a_fifo_are_not_waited_for(tmp_path, monkeypatch):
+def test_results_do_not_block_on_a_fifo(tmp_path, monkeypatch):
     os.mkfifo(tmp_path / 'results.json')
     monkeypatch.chdir(tmp_path)
     assert 'results.json: not a regular file' in refused(Path('results.json'), monkeypatch)
@@ -251,7 +251,7 @@ def test_results_that_are_a_fifo_are_not_waited_for(tmp_path, monkeypatch):
 
 @pytest.fixture
 def private(tmp_path, monkeypatch):
-    """A picture of the user's; the current folder has received results beside it."""
+    """A user's private picture, beside received results in the current folder."""
     (tmp_path / 'work/received/visualization/Rain100H').mkdir(parents=True)
     (tmp_path / 'private').mkdir()
     rng = np.random.default_rng(0)
@@ -269,7 +269,7 @@ def made_page(run: dict, monkeypatch, *arguments) -> str:
 
 
 def foreign(private: Path, way: str) -> dict:
-    """Results that would have the private picture in the page."""
+    """Results that try to include the private picture in the page."""
     images, name, suffix = {'1': 'visualization/Rain100H/1_x.png'}, 'Rain100H', 'x'
     if way == 'absolute':
         images = {'1': str(private)}

@@ -1,4 +1,4 @@
-"""Whatever is in a file of options, results, weights or pixels: it is read, or refused by the error meant for it."""
+"""Any content of a file of options, results, weights or pixels is read, or refused with the intended error."""
 
 import copy
 import inspect
@@ -27,7 +27,7 @@ from dpmambair_basicsr.results.comparison import compare, label_runs, to_markdow
 from dpmambair_basicsr.results.page import page
 
 dpmambair_basicsr.register()
-# The same examples in each run of the same tests: a finding belongs in a test of its own.
+# The same examples in each run of the same tests: a finding deserves its own test.
 BOUNDED = settings(deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
 
 
@@ -45,7 +45,7 @@ def opt(folder):
 
 
 def parse(file, *arguments) -> dict | None:
-    """The options as BasicSR's parser gives them, None if they are refused with a message that names the file."""
+    """The options as BasicSR's parser returns them; None if they are refused with a message that names the file."""
     saved = sys.argv
     sys.argv = ['train.py', '-opt', str(file), *arguments]
     try:
@@ -207,7 +207,7 @@ IMAGES += [encoded('.png', 4), encoded('.png', 3, np.uint16), encoded('.tiff', 3
 
 @pytest.fixture(scope='module')
 def quiet():
-    """The decoders' own messages go to the terminal, past pytest."""
+    """The decoders' own messages go to the terminal, bypassing pytest."""
     saved, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)
     yield

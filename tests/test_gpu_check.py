@@ -1,4 +1,4 @@
-"""The check for a GPU machine, as far as a machine without one can tell."""
+"""The check for GPU machines, as far as it can be tested without a GPU."""
 
 import runpy
 import subprocess
@@ -10,12 +10,12 @@ from support.commands import PACKAGE_PARENT
 GPU = runpy.run_path(str(PACKAGE_PARENT / 'benchmarks/gpu.py'))
 
 
-def test_the_page_has_the_place_for_the_tables():
+def test_the_page_has_the_markers_of_the_tables():
     before, behind = GPU['parts'](PACKAGE_PARENT / 'docs/benchmarks.md')
     assert '## GPUs' in before and '## Progressive training' in behind
 
 
-def test_tables_take_the_place_of_earlier_ones_and_nothing_else_changes(tmp_path):
+def test_tables_replace_earlier_ones_and_nothing_else_changes(tmp_path):
     page = tmp_path / 'page.md'
     page.write_text(f'before\n{GPU["BEGIN"]}old\n{GPU["END"]}behind\n')
     GPU['write'](page, '| new |')
@@ -23,7 +23,7 @@ def test_tables_take_the_place_of_earlier_ones_and_nothing_else_changes(tmp_path
 
 
 @pytest.mark.parametrize('text', ['', 'BEGIN', 'END BEGIN', 'BEGIN BEGIN END'])
-def test_a_page_without_the_place_is_refused(text, tmp_path):
+def test_a_page_without_the_markers_is_refused(text, tmp_path):
     page = tmp_path / 'page.md'
     page.write_text(text.replace('BEGIN', GPU['BEGIN']).replace('END', GPU['END']))
     with pytest.raises(SystemExit, match='page.md: expected one line'):
@@ -31,7 +31,7 @@ def test_a_page_without_the_place_is_refused(text, tmp_path):
     assert '| x' not in page.read_text()
 
 
-def test_the_benchmarks_take_the_arguments_they_get():
+def test_the_benchmarks_accept_the_arguments_they_are_given():
     for command in GPU['BENCHMARKS'].values():
         assert (PACKAGE_PARENT / 'benchmarks' / command[0]).is_file()
     assert subprocess.run(['bash', '-n', PACKAGE_PARENT / 'scripts/gpu_check.sh']).returncode == 0

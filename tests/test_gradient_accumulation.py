@@ -1,4 +1,4 @@
-"""`train.accum_iter`: one step for several micro-batches equals one step for the whole batch, resume is bit-exact."""
+"""`train.accum_iter`: a step over several micro-batches equals one over the whole batch; resume is bit-exact."""
 
 import math
 
@@ -21,7 +21,7 @@ PLAIN = {'network_g.dropout': 0.0}
 
 @ARCH_REGISTRY.register()
 class TinyDiscriminator(nn.Sequential):
-    """Without normalization, which sees the micro-batches of a batch."""
+    """Without normalization, which would depend on the micro-batches."""
 
     def __init__(self):
         super().__init__(nn.Conv2d(3, 4, 3), nn.LeakyReLU(0.2), nn.Conv2d(4, 1, 3))
@@ -78,7 +78,7 @@ def test_micro_batches_equal_the_whole_batch(kind, accum_iter):
 @pytest.mark.parametrize('changes', [{}, PLAIN_GAN], ids=['alone', 'GAN'])
 @pytest.mark.parametrize('place', [0, 2], ids=['first', 'last'])
 def test_one_bad_micro_batch_skips_the_whole_step(changes, place):
-    """Infinity in a loss alone, whose gradient is finite, too."""
+    """Also if only the loss is infinite and its gradient is finite."""
     model = build(**changes, **{'train.accum_iter': 3})
     good, bad = batches(2)
     steps(model, [good])
@@ -101,7 +101,7 @@ def test_the_scaler_of_fp16_steps_once():
     torch.testing.assert_close(everything(model), everything(plain), rtol=1e-4, atol=1e-6)
 
 
-def test_a_batch_that_cannot_be_shared_out_is_refused():
+def test_an_indivisible_batch_is_refused():
     model = build(**{'train.accum_iter': 4})
     message = r'^train\.accum_iter: 4 micro-batches have 8 images, but the loader gives 6'
     with pytest.raises(ValueError, match=message):
@@ -130,7 +130,7 @@ def test_a_resumed_training_ends_as_an_uninterrupted_one(changes, images, tmp_pa
 
 
 def test_a_training_equals_one_with_the_large_batch(images, tmp_path):
-    """The commands': the same images in the same iterations, in each phase of a progressive training."""
+    """By the commands: the same images in the same iterations, in each phase of a progressive training."""
     log, content = {}, {}
     for name, accum_iter, size in (('parts', 2, 2), ('whole', 1, 4)):
         progressive = {'gt_sizes': [8, 8], 'batch_sizes': [size, size // 2], 'iters': [4, 4]}
@@ -147,7 +147,7 @@ def test_a_training_equals_one_with_the_large_batch(images, tmp_path):
 
 
 def test_two_processes_equal_one(images, tmp_path):
-    """Gradients are exchanged with the last micro-batch alone."""
+    """Gradients are only exchanged at the last micro-batch."""
     opt = changed(forked.options(images), PLAIN | {'train.total_iter': 3, 'datasets.train.use_hflip': False})
     opt = changed(opt, {'datasets.train.use_rot': False, 'datasets.train.gt_size': 12})
     runs = forked.start_processes(changed(opt, {'train.accum_iter': 2}), tmp_path / 'parts')

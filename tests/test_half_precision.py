@@ -1,4 +1,4 @@
-"""bf16 autocast casts no weight more than once a step; how fast half precision is, only a GPU can tell."""
+"""bf16 autocast casts no weight more than once per step; the speed of half precision can only be measured on a GPU."""
 
 from collections import Counter
 
@@ -17,7 +17,7 @@ NETWORKS = {
 
 
 class Casts(TorchDispatchMode):
-    """Counts the elements of each parameter, by its memory, that are cast to bf16."""
+    """Counts, for each parameter's memory, the elements that are cast to bf16."""
 
     def __init__(self):
         super().__init__()
@@ -31,7 +31,7 @@ class Casts(TorchDispatchMode):
 
 
 @pytest.mark.parametrize('name', NETWORKS)
-def test_a_step_casts_no_weight_twice(name):
+def test_a_step_casts_no_weight_more_than_once(name):
     net = NETWORKS[name]()
     in_training(net, mixed(torch.bfloat16, type(net).forward))
     image = torch.rand(2, 3, 16, 16)

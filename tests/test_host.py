@@ -1,4 +1,4 @@
-"""Each patch fixes what BasicSR 1.4.2 fails at on today's stack. Training runs are in test_entry_points.py."""
+"""The patches fix what fails in BasicSR 1.4.2 with current libraries. Training runs are in test_entry_points.py."""
 
 import copy
 import os
@@ -28,7 +28,7 @@ from dpmambair_basicsr.patches.imports import distutils_version
 from dpmambair_basicsr.patches.registry import PATCHES
 
 
-def test_every_mend_is_applied_once():
+def test_every_patch_is_applied_once():
     apply_patches()
     for owner, attribute, _ in PATCHES:
         patched = getattr(pkgutil.resolve_name(owner), attribute)
@@ -44,7 +44,7 @@ def test_stand_in_for_distutils_compares_versions():
 
 
 class Random(torch.utils.data.Dataset):
-    """Two items that show the state of the generators which BasicSR's datasets use."""
+    """Two items that show the state of the random generators that BasicSR's datasets use."""
 
     def __len__(self):
         return 4
@@ -67,7 +67,7 @@ def test_augmentation_differs_between_epochs_and_repeats_with_the_seed():
     assert epochs(seed=4)[0] != first
 
 
-def test_random_jpeg_quality():
+def test_random_jpeg_quality_may_be_fractional():
     image = np.random.default_rng(0).random((16, 16, 3), np.float32)
     assert degradations.random_add_jpg_compression(image, (30.2, 95.7)).shape == image.shape
 
@@ -96,14 +96,14 @@ def test_prefetching_passes_on_errors_and_still_ends():
         except ValueError as error:
             errors.append(str(error))
 
-    thread = threading.Thread(target=consume, daemon=True)  # because BasicSR would wait here forever
+    thread = threading.Thread(target=consume, daemon=True)  # since BasicSR would wait here forever
     thread.start()
     thread.join(timeout=20)
     assert errors == ['cannot read 1.png']
     assert prefetch(torch.arange(2)) == [0, 1, None]
 
 
-def test_any_optimizer_of_torch():
+def test_any_optimizer_of_torch_can_be_used():
     model, parameters = BaseModel.__new__(BaseModel), [torch.nn.Parameter(torch.ones(1))]
     assert type(model.get_optimizer('Adam', parameters, 0.1)) is torch.optim.Adam
     optimizer = model.get_optimizer('AdamW', parameters, 0.1, weight_decay=0.5)
@@ -112,7 +112,7 @@ def test_any_optimizer_of_torch():
         model.get_optimizer('AdmW', parameters, 0.1)
 
 
-def test_niqe_says_what_is_too_small():
+def test_niqe_refuses_images_that_are_too_small():
     image = np.random.default_rng(0).integers(0, 256, (96, 192, 3), dtype=np.uint8)
     assert np.isfinite(calculate_niqe(image, crop_border=0))
     with pytest.raises(ValueError, match='two blocks of 96 x 96 pixels, the image has 96 x 190'):
@@ -180,7 +180,7 @@ def test_options_run_no_code(attack, tmp_path, monkeypatch):
     assert not marker.exists()
 
 
-def test_forced_numbers_are_numbers():
+def test_forced_values_are_parsed_as_numbers():
     values = {'-1': -1, '1e-4': 1e-4, '2': 2, '0.5': 0.5, 'none': None, 'true': True, '[1, 2]': [1, 2], 'x1': 'x1'}
     values |= {'[1e-06, x, [2e3]]': [1e-6, 'x', [2e3]], "'none'": 'none', '"1"': '1'}
     assert {text: options._postprocess_yml_value(text) for text in values} == values
@@ -228,7 +228,7 @@ def images(tmp_path_factory):
     return write_images(tmp_path_factory.mktemp('host') / 'images')
 
 
-def test_training_reaches_its_last_iteration_though_batches_are_left_out(images, tmp_path):
+def test_training_reaches_its_last_iteration_despite_incomplete_batches(images, tmp_path):
     """Four images in batches of three are one iteration per epoch; BasicSR plans two, and ends after five."""
     opt = stock_options(images)
     opt['datasets']['train']['batch_size_per_gpu'] = 3
@@ -287,7 +287,7 @@ STATE = {'epoch': 0, 'optimizers': [], 'schedulers': []}
 
 @pytest.fixture
 def run_folder(tmp_path):
-    """Training states 2, 4 and 10, where 10 is truncated and 4 lacks its network, and one with a name."""
+    """Training states 2, 4 and 10 (10 is truncated, 4 lacks its network), and one with a name instead of a number."""
     (tmp_path / 'states').mkdir()
     (tmp_path / 'models').mkdir()
     for iteration in (2, 4, 10):
@@ -301,7 +301,7 @@ def run_folder(tmp_path):
     return {'auto_resume': True, 'network_g': {}, 'path': path}
 
 
-def test_auto_resume_takes_the_newest_state_that_can_be_used(run_folder, capsys):
+def test_auto_resume_uses_the_newest_usable_state(run_folder, capsys):
     assert resume.load_resume_state(run_folder) == STATE | {'iter': 2}
     assert run_folder['path']['pretrain_network_g'] == f'{run_folder["path"]["models"]}/net_g_2.pth'
     output = capsys.readouterr().out
@@ -320,7 +320,7 @@ def test_auto_resume_asks_for_every_network(run_folder, tmp_path, capsys):
     assert resume.load_resume_state(run_folder)['iter'] == 4
 
 
-def test_auto_resume_never_starts_again_silently(run_folder, tmp_path, capsys):
+def test_auto_resume_never_restarts_silently(run_folder, tmp_path, capsys):
     (tmp_path / 'models' / 'net_g_2.pth').unlink()
     with pytest.raises(SystemExit, match='none of its 3 training states'):
         resume.load_resume_state(run_folder)

@@ -1,4 +1,4 @@
-"""`load('hf:user/name')` and `dpmambair push`, with a server on this machine that has the hub's layout."""
+"""`load('hf:user/name')` and `dpmambair push`, with a local server that has the hub's layout."""
 
 import base64
 import hashlib
@@ -21,7 +21,7 @@ NETWORK = {'type': 'VmambaIR', 'dim': 4, 'num_blocks': [1, 1, 1, 1], 'num_refine
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
-    """What the client asks of the hub for one repository: its files, and commits of small ones."""
+    """The hub's API as far as the client uses it for one repository: its files, and commits of small files."""
 
     protocol_version = 'HTTP/1.1'
     files: dict[str, bytes] = {}
@@ -86,7 +86,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """The class of the server, whose files and requests are those of this test; commands reach it."""
+    """The class of the server, with the files and requests of this test; commands connect to it."""
     server = type('HubOfThisTest', (Hub,), {'files': {}, 'asked': []})
     with http.server.ThreadingHTTPServer(('localhost', 0), server) as running:
         threading.Thread(target=running.serve_forever, daemon=True).start()
@@ -117,7 +117,7 @@ np.save('restored.npy', dpmambair_basicsr.load('hf:someone/net').restore(image))
 """
 
 
-def test_what_is_pushed_is_what_others_load(hub, tmp_path):
+def test_pushed_files_are_what_others_load(hub, tmp_path):
     write_checkpoint(tmp_path)
     result = command('push', 'net_g_8.pth', 'someone/net', cwd=tmp_path)
     assert result.returncode == 0 and result.stdout.splitlines()[-1].endswith('/someone/net'), result.stdout
@@ -142,7 +142,7 @@ def test_what_is_pushed_is_what_others_load(hub, tmp_path):
     assert result.returncode == 0 and not hub.asked, 'the file is kept'
 
 
-def test_a_card_that_is_there_stays(hub, tmp_path):
+def test_an_existing_card_is_kept(hub, tmp_path):
     write_checkpoint(tmp_path)
     hub.files['README.md'] = b'what the owner wrote'
     result = command('push', 'net_g_8.pth', 'someone/net', cwd=tmp_path)
@@ -150,14 +150,14 @@ def test_a_card_that_is_there_stays(hub, tmp_path):
     assert hub.files['README.md'] == b'what the owner wrote' and 'model.safetensors' in hub.files
 
 
-def test_what_load_would_not_take_is_not_pushed(hub, tmp_path):
+def test_files_that_load_would_refuse_are_not_pushed(hub, tmp_path):
     torch.save({'params': {'weight': torch.zeros(2)}, 'network_g': {'type': 'MSRResNet'}}, tmp_path / 'other.pth')
     result = command('push', 'other.pth', 'someone/net', cwd=tmp_path)
     assert result.returncode == 1 and re.search(r'^dpmambair push: other\.pth: network_g', result.stdout, re.M)
     assert not hub.asked
 
 
-def test_what_is_not_there_is_named(hub, tmp_path):
+def test_missing_repositories_and_files_are_named(hub, tmp_path):
     (tmp_path / 'x.png').write_bytes(b'')
     result = command('restore', '-w', 'hf:someone/nothing', '-o', 'restored', 'x.png', cwd=tmp_path)
     assert re.search(r'^.*hf:someone/nothing: model\.safetensors cannot be downloaded \(\w+', result.stdout, re.M)

@@ -1,4 +1,4 @@
-"""Images are asked for their size before they are decoded; the limit is named, and can be raised."""
+"""The size of an image is read before it is decoded; the limit is named, and can be raised."""
 
 import os
 import resource
@@ -18,7 +18,7 @@ from dpmambair_basicsr.prepare.images import read as read_download
 
 
 def bomb(width: int = 32000, height: int = 32000) -> bytes:
-    """A PNG of one bit a pixel, all black."""
+    """A PNG with one bit per pixel, all black."""
     packer = zlib.compressobj(9)
     rows = bytes(100 * (1 + width // 8))
     packed = b''.join(packer.compress(rows) for _ in range(height // 100)) + packer.flush()
@@ -31,7 +31,7 @@ def bomb(width: int = 32000, height: int = 32000) -> bytes:
 
 
 def tiled_tiff(side: int) -> bytes:
-    """A grey TIFF of 16 x 16 pixels, in one tile of another size, which is not there."""
+    """A grey TIFF of 16 x 16 pixels, with one missing tile of another size."""
     fields = {256: 16, 257: 16, 258: 8, 259: 1, 262: 1, 277: 1, 322: side, 323: side, 324: 8, 325: 16}
     entries = b''.join(struct.pack('<HHII', tag, 4, 1, value) for tag, value in fields.items())
     return b'II*\0' + struct.pack('<IH', 8, len(fields)) + entries + bytes(4 + 16)
@@ -81,14 +81,14 @@ def test_the_limit_is_exact_in_every_format(extension, monkeypatch):
         decode(content)
 
 
-def test_the_tiles_of_a_tiff_count(monkeypatch):
+def test_the_limit_applies_to_tiff_tiles(monkeypatch):
     assert image_size(tiled_tiff(16)) == (16, 16)
     with pytest.raises(ValueError, match='is 30000 x 30000 pixels'):
         decode(tiled_tiff(30000))
 
 
 @pytest.mark.parametrize('text', ['0', '-1', 'x', '1e9', ''])
-def test_a_limit_that_is_none_is_named(text, monkeypatch):
+def test_an_invalid_limit_is_named(text, monkeypatch):
     monkeypatch.setenv(MAX_PIXELS_VARIABLE, text)
     with pytest.raises(ValueError, match=f"^{MAX_PIXELS_VARIABLE}: expected a positive int, got '{text}'$"):
         max_pixels()
@@ -114,7 +114,7 @@ def test_training_refuses_a_bomb_and_the_option_raises_the_limit(dataset, opt, t
         assert ('/3.png' if content else '.png') in run.log()
 
 
-def test_a_crop_is_an_image_too(opt, tmp_path):
+def test_the_limit_applies_to_crops(opt, tmp_path):
     """Small images are mirrored up to it: gt_size 10^6 would take 3 TB."""
     opt['datasets']['train'] |= {'gt_size': 10**6, 'pad_small': True}
     run = Training(opt, tmp_path)
@@ -127,7 +127,7 @@ def test_a_crop_is_an_image_too(opt, tmp_path):
 
 
 @pytest.mark.parametrize('dataset', ['PairedDegradationDataset', 'PairedImageDataset'])
-def test_a_fifo_in_a_list_of_images_is_not_waited_for(dataset, opt, tmp_path):
+def test_a_fifo_in_a_list_of_images_does_not_block(dataset, opt, tmp_path):
     (tmp_path / 'list.txt').write_text('fifo.png (12,14,3)\n' + ''.join(f'{n}.png (12,14,3)\n' for n in range(6)))
     for role in ('lq', 'gt'):
         os.mkfifo(tmp_path / 'images' / role / 'fifo.png')

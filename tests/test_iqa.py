@@ -1,4 +1,4 @@
-"""`calculate_iqa`: pyiqa's metrics in validation, refused before a training where they cannot be computed."""
+"""`calculate_iqa`: pyiqa's metrics in validation, refused before training if they cannot be computed."""
 
 import sys
 
@@ -32,8 +32,8 @@ def pyiqa():
     [('psnr', {}, 0), ('psnry', {'test_y_channel': True}, 20 * np.log10(219 / 255))],
     ids=['RGB', 'luminance'],
 )
-def test_its_psnr_is_that_of_basicsr(pyiqa, name, options, shift):
-    """pyiqa's luminance has 255 steps, BasicSR's 219, as ITU-R BT.601 has it."""
+def test_psnr_matches_basicsr(pyiqa, name, options, shift):
+    """pyiqa's luminance has 255 steps, BasicSR's 219, as in ITU-R BT.601."""
     pair = {'img': photo(0), 'img2': photo(1)}
     for border in (0, 3):
         expected = calculate_metric(pair, {'type': 'calculate_psnr', 'crop_border': border, **options}) + shift
@@ -42,7 +42,7 @@ def test_its_psnr_is_that_of_basicsr(pyiqa, name, options, shift):
 
 
 @pytest.mark.parametrize('name', ['fsim', 'gmsd', 'vif', 'vsi', 'entropy', 'piqe'])  # those without weights
-def test_it_is_what_pyiqa_says_of_rgb_images_in_unit_range(pyiqa, name):
+def test_metrics_match_pyiqa_on_rgb_images_in_unit_range(pyiqa, name):
     metric = pyiqa.create_metric(name)
     blurred = {'img': cv2.GaussianBlur(photo(0, (192, 208, 3)), (5, 5), 1), 'img2': photo(0, (192, 208, 3))}
     rgb = (image[..., ::-1] / np.float32(255) for image in blurred.values())
@@ -53,7 +53,7 @@ def test_it_is_what_pyiqa_says_of_rgb_images_in_unit_range(pyiqa, name):
     assert calculate_metric(blurred, iqa(name, better=better)) == pytest.approx(expected, rel=1e-6)
 
 
-def test_what_pyiqa_does_not_compute_so_is_refused_before_a_training(pyiqa):
+def test_metrics_that_pyiqa_cannot_compute_are_refused_before_training(pyiqa):
     assert check_metric('val.metrics.m', iqa('psnr')) == []
     for metric, options, problem in (
         ('niqee', {}, 'val.metrics.m.metric: niqee must be a pyiqa metric of single images, did you mean niqe?'),
@@ -78,7 +78,7 @@ def test_only_metrics_with_a_reference_need_clean_images(pyiqa):
         calculate_metric({'img': photo(0), 'img2': photo(0, (44, 40, 3))}, iqa('psnr'))
 
 
-def test_without_pyiqa_the_line_to_type_is_named(monkeypatch):
+def test_without_pyiqa_the_error_says_how_to_install_it(monkeypatch):
     monkeypatch.setitem(sys.modules, 'pyiqa', None)  # as if it were not installed
     monkeypatch.setitem(sys.modules, 'pyiqa.default_model_configs', None)
     (problem,) = check_metric('val.metrics.niqe', iqa('niqe', better='lower'))

@@ -1,4 +1,4 @@
-"""One run, one process group: a second one is refused, starting or resuming; locks of the dead are no obstacle."""
+"""One run, one process group: a second one is refused, whether it starts or resumes; stale locks are no obstacle."""
 
 import json
 import os
@@ -36,7 +36,7 @@ def end(run):
 
 
 def refusal(run, holder):
-    """The last line of a training that was refused, which is all that it says."""
+    """The only line that a refused training writes."""
     assert run.status() == 1, run.log()
     lines = [line for line in run.log().splitlines() if 'is using this folder' in line]
     assert len(lines) == 1 and f'process {holder.process.pid} on ' in lines[0] and 'Traceback' not in run.log()
@@ -44,7 +44,7 @@ def refusal(run, holder):
 
 
 @pytest.mark.parametrize('delay', [0, 0.1])
-def test_of_two_that_start_together_one_trains(opt, tmp_path, delay):
+def test_of_two_simultaneous_starts_one_trains(opt, tmp_path, delay):
     first = Training(opt, tmp_path)
     time.sleep(delay)
     second = Training(opt, tmp_path)
@@ -59,7 +59,7 @@ def test_of_two_that_start_together_one_trains(opt, tmp_path, delay):
 
 
 @pytest.mark.parametrize('arguments', [[], ['--auto_resume']])
-def test_a_run_that_continues_is_left_alone(opt, tmp_path, arguments):
+def test_a_resumed_run_is_left_alone(opt, tmp_path, arguments):
     train(changed(opt, {'train.total_iter': 2, 'logger.save_checkpoint_freq': 2}), tmp_path)
     run = Training(opt, tmp_path, '--auto_resume')
     run.wait_for('iter:       4,')
@@ -86,7 +86,7 @@ def test_plots_of_one_name_belong_to_one_training(opt, tmp_path):
     end(run)
 
 
-def test_a_killed_training_is_no_obstacle(opt, tmp_path):
+def test_the_lock_of_a_killed_training_is_taken_over(opt, tmp_path):
     run = Training(opt, tmp_path)
     run.wait_for('iter:       2,')
     run.process.kill()
@@ -107,7 +107,7 @@ def test_the_processes_of_one_training_share_the_lock(opt, tmp_path):
 
 
 def test_a_training_whose_run_was_taken_over_writes_no_more(opt, tmp_path):
-    """It was frozen for longer than the lease, and another machine continued with it."""
+    """It was frozen for longer than the lease, and another machine continued the run."""
     run = Training(opt, tmp_path)
     run.wait_for('iter:       2,')
     other = json.loads((tmp_path / LOCK).read_text()) | {'host': 'other-node', 'pid': 7}
@@ -144,7 +144,7 @@ def test_results_of_one_name_belong_to_one_test(images, tmp_path):
     lock.release()
 
 
-# Another machine, of whose processes nothing is known
+# Another machine, whose processes are unknown
 
 
 @pytest.fixture
@@ -189,14 +189,14 @@ def test_a_lock_that_another_machine_renews_is_respected(foreign, tmp_path):
     assert foreign.read_text() == held
 
 
-def test_a_lock_that_its_holder_gives_free_is_taken(foreign, tmp_path):
+def test_a_lock_released_by_its_holder_is_acquired(foreign, tmp_path):
     timer = threading.Timer(0.5, foreign.unlink)
     timer.start()
     lock.hold(tmp_path / 'run')
     assert json.loads(foreign.read_text())['pid'] == os.getpid()
 
 
-def test_a_process_id_that_was_given_to_another_process_is_not_the_holder(tmp_path, capsys):
+def test_a_reused_process_id_is_not_the_holder(tmp_path, capsys):
     file = tmp_path / '.run.lock'
     file.write_text(json.dumps(lock.identity() | {'started': '1'}))
     lock.hold(tmp_path / 'run')
@@ -204,7 +204,7 @@ def test_a_process_id_that_was_given_to_another_process_is_not_the_holder(tmp_pa
     lock.release()
 
 
-def test_a_lock_that_was_removed_by_hand_is_made_again(tmp_path):
+def test_a_lock_removed_by_hand_is_recreated(tmp_path):
     lock.hold(tmp_path / 'run')
     (tmp_path / '.run.lock').unlink()
     lock.check()
@@ -220,8 +220,8 @@ def test_a_lock_is_beside_the_folder_that_a_link_leads_to(tmp_path):
     lock.release()
 
 
-def test_of_many_that_find_a_dead_lock_one_gets_it(tmp_path):
-    """They look at it at the same time, and take it away."""
+def test_exactly_one_process_takes_over_a_stale_lock(tmp_path):
+    """They examine and remove it at the same time."""
     (tmp_path / '.run.lock').write_text(json.dumps(lock.identity() | {'started': '1'}))
     script = 'import sys; from dpmambair_basicsr.files import lock; print("ready", flush=True); input(); '
     script += 'lock.hold(sys.argv[1]); print("mine", flush=True); input()'
@@ -243,7 +243,7 @@ def test_of_many_that_find_a_dead_lock_one_gets_it(tmp_path):
     assert all('LockedFolderError: ' in error for error in errors)
 
 
-def test_a_process_killed_while_it_makes_its_lock_is_no_obstacle(tmp_path):
+def test_a_process_killed_while_creating_its_lock_is_no_obstacle(tmp_path):
     code = (
         'import os, signal, sys; from dpmambair_basicsr.files import lock\n'
         'os.link = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n'

@@ -24,8 +24,8 @@ def images(seed=0, shape=(2, 3, 10, 13), dtype=torch.float32):
 # --- FFT
 
 
-def test_fft_is_the_distance_of_stacked_spectra():
-    """By the definition: a DFT written out as a matrix product, odd and even sides."""
+def test_fft_loss_is_the_distance_of_stacked_spectra():
+    """By the definition: a DFT written as a matrix product, with odd and even sides."""
     pred, target = images(0, (1, 2, 4, 5), torch.float64), images(1, (1, 2, 4, 5), torch.float64)
 
     def dft(x):
@@ -41,7 +41,7 @@ def test_fft_is_the_distance_of_stacked_spectra():
 
 
 def test_fft_of_a_constant_offset():
-    """Only the zero frequency, H W c, differs: one of 2 H W numbers per channel."""
+    """Only the zero frequency differs, by H W c: one of 2 H W numbers per channel."""
     target = images(dtype=torch.float64)
     torch.testing.assert_close(fft_l1(target + 0.25, target), torch.tensor(0.25 / 2, dtype=torch.float64))
 
@@ -66,7 +66,7 @@ def test_fft_gradcheck():
 
 
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
-def test_fft_of_halves_is_computed_in_fp32(dtype):
+def test_fft_of_half_precision_images_is_computed_in_fp32(dtype):
     pred, target = images(0, dtype=dtype), images(1)
     loss = fft_l1(pred, target)
     assert loss.dtype == torch.float32
@@ -75,7 +75,7 @@ def test_fft_of_halves_is_computed_in_fp32(dtype):
         torch.testing.assert_close(fft_l1(pred, target), loss, rtol=0, atol=0)
 
 
-def test_fft_module():
+def test_fft_module_is_registered_and_weighted():
     loss = build_loss({'type': 'FFTLoss', 'loss_weight': 0.001})
     assert isinstance(loss, FFTLoss)
     torch.testing.assert_close(loss(images(0), images(1)), 0.001 * fft_l1(images(0), images(1)))
@@ -86,8 +86,8 @@ def test_fft_module():
 # --- PSNR
 
 
-def test_psnr_is_the_metric():
-    """BasicSR's own metric, of images whose values survive the rounding to 8 bits."""
+def test_psnr_loss_equals_the_metric():
+    """BasicSR's own metric, on images whose values are exact in 8 bits."""
     pred, target = ((images(seed) * 255).round() for seed in (0, 1))
     pred[1] = target[1] + 3 * (target[1] < 128) - 1  # the second image differs little
     psnr = [
@@ -183,7 +183,7 @@ def test_lpips_gradient_is_finite_at_equality(random_squeeze):
     assert pred.grad.isfinite().all()
 
 
-def test_missing_weights_name_the_place(tmp_path, monkeypatch):
+def test_errors_say_where_missing_weights_are_expected(tmp_path, monkeypatch):
     monkeypatch.setenv('TORCH_HOME', str(tmp_path))
 
     def no_download(*args, **kwargs):
@@ -209,13 +209,13 @@ def test_weights_are_found_in_torchs_cache(random_squeeze, tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize(('net', 'file'), [('alex', 'squeeze'), ('vgg', 'alex'), ('squeeze', 'vgg')])
-def test_file_of_another_network(net, file, random_backbones):
+def test_weights_of_another_network_are_refused(net, file, random_backbones):
     message = rf"{file}.pth does not contain the LPIPS backbone '{net}' \({Path(BACKBONES[net].url).name}\): \d+ of its"
     with pytest.raises(ValueError, match=message):
         build_lpips(net, str(random_backbones / f'{file}.pth'))
 
 
-def test_unknown_network():
+def test_unknown_networks_are_refused():
     with pytest.raises(ValueError, match="net must be one of alex, vgg, squeeze, got 'vgg19'"):
         LPIPSLoss(net='vgg19')
 

@@ -22,7 +22,7 @@ def optimizer(*rates):
 
 
 def rates(scheduler, steps):
-    """The first group's rate in iterations 1, 2, ... of BasicSR's loop, which steps before all but the first."""
+    """The first group's rate in iterations 1, 2, ... of BasicSR's loop, which steps before each but the first."""
     found = []
     for iteration in range(1, steps + 1):
         if iteration > 1:
@@ -32,7 +32,7 @@ def rates(scheduler, steps):
     return found
 
 
-def test_released_deraining_schedule():
+def test_rates_match_the_released_deraining_schedule():
     """Constant 3e-4 for 92k iterations, then a cosine to 1e-6 over 208k (thousandths of it here)."""
     scheduler = CosineAnnealingRestartCyclicLR(optimizer(3e-4), [92, 208], [1, 1], [3e-4, 1e-6])
     found = rates(scheduler, 301)
@@ -41,7 +41,7 @@ def test_released_deraining_schedule():
     assert found[93:] == pytest.approx(cosine)
 
 
-def test_rises_and_restarts_as_the_released_fine_tuning():
+def test_rates_match_the_released_fine_tuning_schedule():
     """1e-4 rises to its 'lowest' rate 2.85e-4, restarts at 1e-4, falls to 1e-6; its 144k iterations end before 156k."""
     scheduler = CosineAnnealingRestartCyclicLR(optimizer(1e-4), [48, 96], [1, 1], [2.85e-4, 1e-6])
     found = rates(scheduler, 156)
@@ -57,13 +57,13 @@ def test_one_period_is_basicsrs_cosine():
     assert ours == pytest.approx(rates(CosineAnnealingRestartLR(optimizer(2e-4), [50], [1], 1e-6), 51))
 
 
-def test_every_group_and_the_weights():
+def test_every_group_has_its_rate_and_periods_their_weights():
     scheduler = CosineAnnealingRestartCyclicLR(optimizer(1.0, 0.1), [4, 4], [1, 0.5], [0, 0.01])
     rates(scheduler, 7)  # the middle of the second period
     assert scheduler.get_last_lr() == pytest.approx([0.01 + 0.25 * 0.99, 0.01 + 0.25 * 0.09])
 
 
-def test_resumes_from_its_state():
+def test_schedule_resumes_from_its_state():
     periods = ([5, 7], [1, 1], [0.5, 0.1])
     straight = rates(CosineAnnealingRestartCyclicLR(optimizer(1.0), *periods), 20)
     first = CosineAnnealingRestartCyclicLR(optimizer(1.0), *periods)
@@ -79,7 +79,7 @@ def test_resumes_from_its_state():
     assert found == pytest.approx(straight[8:])
 
 
-def test_lengths_must_agree():
+def test_lists_of_unequal_length_are_refused():
     with pytest.raises(ValueError, match='scheduler: periods, restart_weights and eta_mins .* got 2, 1 and 2'):
         CosineAnnealingRestartCyclicLR(optimizer(1.0), [5, 7], eta_mins=[0, 0])
 
@@ -97,7 +97,7 @@ SCHEDULERS = {
 
 
 def rates_of_training(model_type, scheduler, warmup_iter):
-    """Of each optimizer in iterations 1 to 12."""
+    """The rates of each optimizer in iterations 1 to 12."""
     changes = {'train.scheduler': scheduler, 'train.total_iter': 12}
     if model_type == 'RestorationGANModel':
         changes |= GAN

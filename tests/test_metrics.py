@@ -15,7 +15,7 @@ from dpmambair_basicsr.metrics.lpips import calculate_lpips
 
 @pytest.fixture(scope='module')
 def option(tmp_path_factory):
-    """With a random backbone; even that measures a distance. For values of a trained one see test_losses.py."""
+    """With a random backbone, which measures a distance too. Values of a trained one: test_losses.py."""
     path = tmp_path_factory.mktemp('weights') / 'squeezenet.pth'
     torch.manual_seed(0)
     torch.save(torchvision.models.SqueezeNet('1_1').state_dict(), path)
@@ -33,7 +33,7 @@ def noisy(image, sigma):
     return np.clip(image + noise, 0, 255).round().astype(np.uint8)
 
 
-# BasicSR's PSNR and SSIM as our option files ask for them
+# BasicSR's PSNR and SSIM with the settings of our option files
 
 ASKED_FOR = {
     tuple(sorted(metric.items()))
@@ -59,7 +59,7 @@ def by_skimage(image, truth, type, crop_border, test_y_channel=False, **of_ssim)
 
 
 def pairs():
-    """Mildly and strongly degraded, one of odd sides, with an edge that a wrong border would show."""
+    """Mildly and strongly degraded pairs, one with odd sides, with an edge that reveals a wrong border."""
     for seed, (sigma, shape) in enumerate([(4, (48, 56, 3)), (40, (37, 51, 3))]):
         truth = photo(seed, shape)
         image = noisy(truth, sigma)
@@ -75,7 +75,7 @@ def test_psnr_and_ssim_are_those_of_scikit_image(options):
 
 
 def test_every_setting_is_compared():
-    """What the option files ask for: both metrics, RGB and Y, borders of 0 and 4 pixels."""
+    """The settings of the option files: both metrics, RGB and Y, borders of 0 and 4 pixels."""
     for key, values in {
         'type': {'calculate_psnr', 'calculate_ssim'},
         'crop_border': {0, 4},
@@ -84,8 +84,8 @@ def test_every_setting_is_compared():
         assert {dict(options).get(key) for options in ASKED_FOR} == values
 
 
-def test_where_definitions_differ():
-    """docs/experiments.md, "Metrics": each of these is more than the last printed digit."""
+def test_other_definitions_give_other_numbers():
+    """docs/experiments.md, "Metrics": each difference exceeds the last printed digit."""
     image, truth = next(pairs())
     pair, luminance = {'img': image, 'img2': truth}, {'crop_border': 0, 'test_y_channel': True}
     ssim = {'type': 'calculate_ssim', 'crop_border': 0}
@@ -99,7 +99,7 @@ def test_where_definitions_differ():
     assert cropped - psnr > 1
 
 
-def test_faster_ssim_is_the_same():
+def test_faster_ssim_gives_the_same_values():
     for image, truth in pairs():
         image, truth = (part[..., 0].astype(np.float64) for part in (image, truth))
         for other in (image, truth, 255 - truth, np.zeros_like(truth)):
@@ -110,15 +110,15 @@ def test_faster_ssim_is_the_same():
 # LPIPS
 
 
-def test_zero_for_equal_images_and_rising_with_noise(option):
+def test_lpips_is_zero_for_equal_images_and_rises_with_noise(option):
     clean = photo()
     values = [calculate_metric({'img': noisy(clean, sigma), 'img2': clean}, option) for sigma in (0, 5, 20, 60)]
     assert values[0] == 0 and all(np.diff(values) > 0.002), values
     assert all(type(value) is float for value in values), 'a numpy or torch scalar would not survive a checkpoint'
 
 
-def test_equals_lpips_of_the_rgb_images(option):
-    """From the tensors that BasicSR's validation turned into 8 bit BGR."""
+def test_metric_equals_lpips_of_the_rgb_images(option):
+    """From the tensors that BasicSR's validation converted to 8-bit BGR."""
     tensors = [
         torch.rand(1, 3, 40, 44, generator=torch.Generator().manual_seed(seed)).mul(255).round() / 255
         for seed in (0, 1)
@@ -131,7 +131,7 @@ def test_equals_lpips_of_the_rgb_images(option):
     assert abs(swapped - expected) > 1e-3, 'the test would not notice BGR taken for RGB'
 
 
-def test_crop_border(option):
+def test_crop_border_excludes_the_frame(option):
     clean = photo()
     framed = clean.copy()
     framed[:4], framed[-4:], framed[:, :4], framed[:, -4:] = 0, 255, 0, 255
@@ -154,7 +154,7 @@ def test_the_network_is_built_once(option, monkeypatch):
     assert calculate_metric(data, option) == first
 
 
-def test_errors(option, tmp_path):
+def test_invalid_arguments_are_named(option, tmp_path):
     with pytest.raises(ValueError, match=r'the same size, got \(48, 56, 3\) and \(48, 40, 3\)'):
         calculate_lpips(photo(), photo(shape=(48, 40, 3)), net='squeeze', weights=option['weights'])
     with pytest.raises(ValueError, match="better must be 'lower', got 'higher'"):

@@ -1,4 +1,4 @@
-"""VmambaIR's recipes: each option file trains, resumes and tests, reduced; what the GAN and real-world models add."""
+"""VmambaIR's recipes: each option file trains, resumes and tests, reduced; additions of GAN and real-world models."""
 
 import copy
 import re
@@ -46,7 +46,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def weights(tmp_path_factory):
-    """{'vgg19', 'vgg', 'alex'}: files like torchvision's, of random numbers; {'sisr_x4', 'realsr_x4'}: first stages."""
+    """{'vgg19', 'vgg', 'alex'}: files like torchvision's, of random values; {'sisr_x4', 'realsr_x4'}: first stages."""
     folder = tmp_path_factory.mktemp('weights')
     torch.manual_seed(0)
     files = {}
@@ -65,7 +65,7 @@ def weights(tmp_path_factory):
     for recipe in ('sisr_x4', 'realsr_x4'):
         net = build_model(reduced(options('test', recipe))).net_g
         files[recipe] = folder / f'{recipe}.pth'
-        torch.save({'params_ema': net.state_dict()}, files[recipe])  # as released, but both keys are there
+        torch.save({'params_ema': net.state_dict()}, files[recipe])  # as released, but with both keys
     return files
 
 
@@ -136,8 +136,8 @@ def changes_for_test(recipe, data, weights, checkpoint):
 
 
 @pytest.mark.parametrize('recipe', RECIPES)
-def test_recipe_trains_resumes_and_tests(recipe, data, weights, tmp_path):
-    """In this process, but for one recipe, which runs as the commands that users type."""
+def test_every_recipe_trains_resumes_and_tests(recipe, data, weights, tmp_path):
+    """In this process, except for one recipe, which runs by the commands that users type."""
 
     def run(stage, *arguments, file=recipe):
         if recipe != 'derain':
@@ -269,7 +269,7 @@ COMMON = {
 
 
 @pytest.mark.parametrize('recipe', RELEASED)
-def test_values_are_the_released_ones(recipe):
+def test_option_values_match_the_released_ones(recipe):
     given = options('train', recipe)
     for path, value in (COMMON | RELEASED[recipe]).items():
         found = given
@@ -325,7 +325,7 @@ def sisr_gan_model(**train_changes):
     return model
 
 
-def test_both_networks_and_the_average_learn():
+def test_both_networks_and_the_average_are_updated():
     model = sisr_gan_model()
     nets = {'net_g': model.net_g, 'net_d': model.net_d, 'net_g_ema': model.net_g_ema}
     before = {name: copy.deepcopy(net.state_dict()) for name, net in nets.items()}
@@ -344,7 +344,7 @@ def learning_rates(model):
     return [optimizer.param_groups[0]['lr'] for optimizer in model.optimizers]
 
 
-def test_each_network_has_its_schedule():
+def test_each_network_follows_its_own_schedule():
     """Released real-world GAN stage: the generator's rate halves at 300000, the discriminator's stays."""
     opt = reduced(options('train', 'realsr_x4_gan'))
     opt['train']['scheduler']['milestones'] = [3]
@@ -383,7 +383,7 @@ def test_gradient_of_the_generator_is_clipped():
         ),
     ],
 )
-def test_incomplete_gan_options_name_the_key(section, key, value, message):
+def test_errors_about_incomplete_gan_options_name_the_key(section, key, value, message):
     opt = reduced(options('train', 'sisr_x4_gan'))
     (opt if section is None else opt[section])[key] = value
     with pytest.raises(ValueError, match=message):
@@ -439,7 +439,7 @@ def test_cosine_that_ends_too_early_is_refused():
 
 
 def degraded_batches(model, count, level=lambda index: 0.5):
-    """Feeds `count` batches of two noise pictures of mean `level(index)` and yields after each."""
+    """Feeds `count` batches of two noise images with mean `level(index)` and yields after each."""
     set_random_seed(0)
     kernel = torch.zeros(2, 21, 21)
     kernel[:, 10, 10] = 1
@@ -450,7 +450,7 @@ def degraded_batches(model, count, level=lambda index: 0.5):
 
 
 @pytest.mark.parametrize('recipe', ['realsr_x4', 'realsr_x4_gan'])
-def test_degradation_on_the_cpu(recipe):
+def test_degradation_runs_on_the_cpu(recipe):
     model = build_model(reduced(options('train', recipe)))
     for lq, gt in degraded_batches(model, 5):
         assert lq.shape == (2, 3, 8, 8) and gt.shape == (2, 3, 32, 32)
@@ -460,7 +460,7 @@ def test_degradation_on_the_cpu(recipe):
         assert all(value == value for value in model.log_dict.values())
 
 
-def test_artefact_loss_of_the_real_world_model():
+def test_artefact_loss_of_the_real_world_model_is_logged():
     opt = reduced(options('train', 'realsr_x4_gan'))
     opt['train']['ldl_opt'] = {'type': 'L1Loss'}
     with pytest.raises(ValueError, match=r'^train\.ema_decay: missing, required by train\.ldl_opt'):
@@ -491,14 +491,14 @@ def mirrored(place, size):
     return abs(place) if place < size else 2 * (size - 1) - place
 
 
-def test_ldl_is_the_weighted_distance_of_its_paper_and_the_rest_is_as_without_it():
+def test_ldl_matches_its_paper_and_changes_no_other_loss():
     without, model = (
         sisr_gan_model(perceptual_opt=None),
         sisr_gan_model(perceptual_opt=None, ldl_opt={'type': 'L1Loss', 'loss_weight': 0.5}),
     )
     for other in (without, model):
         for parameter in other.net_g_ema.parameters():
-            parameter.data.mul_(0.9)  # otherwise the average is the network, and there are no artefacts
+            parameter.data.mul_(0.9)  # otherwise the average equals the network, and there are no artefacts
     with torch.no_grad():
         output, average = model.net_g(model.lq), model.net_g_ema(model.lq)
     weight = artefact_map(model.gt, output, average)
@@ -546,7 +546,7 @@ def test_pool_mixes_batches_and_keeps_pairs_together():
         ({'jpeg_range2': None}, '^jpeg_range2: missing'),
     ],
 )
-def test_bad_degradation_options_name_the_key(change, message):
+def test_errors_about_degradation_options_name_the_key(change, message):
     opt = reduced(options('train', 'realsr_x4_gan')) | change
     opt = {key: value for key, value in opt.items() if value is not None}
     with pytest.raises(ValueError, match=message):
@@ -558,7 +558,7 @@ def test_bad_degradation_options_name_the_key(change, message):
 LAYERS = {'conv1_2': 0.1, 'conv2_2': 0.1}
 
 
-def test_perceptual_loss_of_given_weights(weights, tmp_path, monkeypatch):
+def test_perceptual_loss_uses_the_given_weights(weights, tmp_path, monkeypatch):
     loss = build_loss({'type': 'VGGPerceptualLoss', 'layer_weights': LAYERS, 'weights': str(weights['vgg19'])})
     state = torch.load(weights['vgg19'], weights_only=True)
     assert torch.equal(loss.vgg.vgg_net.conv2_2.weight, state['features.7.weight'])
@@ -577,7 +577,7 @@ def test_perceptual_loss_of_given_weights(weights, tmp_path, monkeypatch):
         build_loss({'type': 'VGGPerceptualLoss', 'layer_weights': LAYERS})
 
 
-def test_absent_weights_say_where_to_put_them(tmp_path, monkeypatch):
+def test_errors_say_where_to_put_missing_weights(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'torch'))
     place = r'experiments/pretrained_models/vgg19-dcbb9e9d\.pth'

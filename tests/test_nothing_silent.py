@@ -1,4 +1,4 @@
-"""Nothing is left out, replaced or ignored silently: a start is refused before anything changes, or the log says so."""
+"""Nothing is skipped, replaced or ignored silently: a start is refused before anything changes, or the log says so."""
 
 import copy
 import importlib.util
@@ -49,7 +49,7 @@ def images(tmp_path):
 
 @pytest.fixture
 def opt(images):
-    """Of two iterations of a tiny network of ours."""
+    """Options of two iterations of a tiny network of ours."""
     opt = tiny_options(images) | {'network_g': copy.deepcopy(NETWORK)}
     opt['train'] |= {'total_iter': 2}
     return opt
@@ -57,7 +57,7 @@ def opt(images):
 
 @pytest.fixture
 def finished(tmp_path):
-    """What a finished training and test have left, under the names that the next ones have, too."""
+    """What a finished training and test have left, under the names that the next ones use."""
     for folder in ('experiments/run/models', 'experiments/run/training_states', 'results/run', 'tb_logger/run'):
         (tmp_path / folder).mkdir(parents=True)
     (tmp_path / 'experiments/run/models/net_g_latest.pth').write_text('weeks of work')
@@ -75,7 +75,7 @@ def change(opt: dict, changes: dict) -> None:
 
 
 def refused(opt: dict, folder: Path, pipeline=pipelines.train, *arguments: str) -> str:
-    """The message, of a start that has changed nothing."""
+    """The message of a refused start, which has changed nothing."""
     file = write_options(opt, folder / 'options.yml')
     before = tree(folder)
     with pytest.raises(SystemExit) as refusal:
@@ -93,7 +93,7 @@ def test_options(opt: dict) -> dict:
 test_options.__test__ = False  # not a test, for pytest
 
 
-# Images that are not there
+# Missing images
 
 
 @pytest.mark.parametrize('kind', ['gt', 'lq'])
@@ -151,7 +151,7 @@ def test_the_log_names_images_that_basicsr_would_replace_by_others(images, tmp_p
 
 @pytest.fixture
 def listed(opt, tmp_path):
-    """Sets the list of the training set; returns its file."""
+    """Sets the image list of the training set; returns its file."""
 
     def write(content: str | bytes, **more) -> Path:
         file = tmp_path / 'list.txt'
@@ -210,8 +210,8 @@ def test_a_list_beside_lmdb_is_refused(opt, listed, finished):
     assert 'meta_info_file is ignored with lmdb, which has its own list; write ~' in refused(opt, finished)
 
 
-def test_keys_of_lmdb_keep_their_points(images, tmp_path):
-    """BasicSR's reader ends a key at the first point, so that x.1.png and x.2.png would be one image."""
+def test_keys_of_lmdb_may_contain_dots(images, tmp_path):
+    """BasicSR's reader ends a key at the first dot, so that x.1.png and x.2.png would be one image."""
     folder = Path(images['dataroot_gt'])
     for index in range(2):
         (folder / f'{index}.png').rename(folder / f'x.{index}.png')
@@ -234,7 +234,7 @@ def test_keys_of_lmdb_keep_their_points(images, tmp_path):
 
 @pytest.fixture
 def checkpoint(tmp_path):
-    """Of a network and of another, its average."""
+    """A network and a different one as its average."""
     states = {}
     for seed, key in enumerate(('params', 'params_ema')):
         torch.manual_seed(seed)
@@ -263,8 +263,8 @@ def test_a_key_that_the_file_does_not_have_is_refused(opt, checkpoint, finished)
         ('bare', {'param_key_g': None}, ''),
     ],
 )
-def test_a_test_says_which_network_of_the_file_it_took(opt, checkpoint, tmp_path, name, path, used):
-    """Without a key the one that validation and `restore` take: the average, if there is one."""
+def test_a_test_says_which_network_of_the_file_it_used(opt, checkpoint, tmp_path, name, path, used):
+    """Without a key, the one that validation and `restore` use: the EMA, if there is one."""
     file = tmp_path / f'{name}.pth'
     test = test_options(opt) | {'path': {'pretrain_network_g': str(file), **path}}
     log = pipelines.test(write_options(test, tmp_path / 'test.yml'), cwd=tmp_path)
@@ -305,7 +305,7 @@ def test_a_test_without_a_checkpoint_says_so(opt, tmp_path):
     assert 'path.pretrain_network_g: none, so what is tested is a network with random weights' in log
 
 
-# Starts that cannot come to anything
+# Starts that must fail
 
 
 STARTS = {
@@ -384,13 +384,13 @@ def test_models_of_basicsr_are_refused_what_would_fail_after_the_renaming(images
 
 
 def test_processes_that_would_each_train_alone_are_refused(opt, finished, monkeypatch):
-    """In one folder, which each renames."""
+    """Each would rename the same folder."""
     monkeypatch.setenv('TORCHELASTIC_RUN_ID', 'x')
     monkeypatch.setenv('WORLD_SIZE', '2')
     assert '--launcher: torchrun started several processes' in refused(opt, finished)
 
 
-def test_auto_resume_says_that_it_takes_another_state(opt, tmp_path, capsys):
+def test_auto_resume_logs_that_it_uses_another_state(opt, tmp_path, capsys):
     opt['logger']['save_checkpoint_freq'] = 1
     file = write_options(opt, tmp_path / 'options.yml')
     pipelines.train(file, cwd=tmp_path)
@@ -401,8 +401,8 @@ def test_auto_resume_says_that_it_takes_another_state(opt, tmp_path, capsys):
     assert message in capsys.readouterr().out
 
 
-def test_a_folder_of_the_other_kind_of_run_is_not_made(opt, tmp_path):
-    """BasicSR makes every folder that `path` names, and ends with a TypeError, after renaming, at an empty one."""
+def test_a_folder_of_the_other_kind_of_run_is_not_created(opt, tmp_path):
+    """BasicSR creates every folder that `path` names; an empty one is a TypeError, after the renaming."""
     opt['path'] |= {'results_root': None}
     pipelines.train(write_options(opt, tmp_path / 'train.yml'), cwd=tmp_path)
     test = test_options(opt) | {'path': {'experiments_root': str(tmp_path / 'never')}}
@@ -472,7 +472,7 @@ def test_an_ordinary_log_has_no_notes(opt, tmp_path):
 
 @DATASET_REGISTRY.register()
 class FoldersDataset(PairedImageDataset):
-    """Takes several folders, as those of some forks do."""
+    """Accepts several folders, like datasets of some forks."""
 
     def __init__(self, opt):
         get_root_logger().info(f'folders of GT: {opt["dataroot_gt"]}')
@@ -480,7 +480,7 @@ class FoldersDataset(PairedImageDataset):
 
 
 def test_a_published_option_file_has_all_its_problems_at_once_with_what_to_write(opt, finished):
-    """All names and keys of the migration table that fit into one file."""
+    """All names and keys of the migration table that can be in one file."""
     opt |= {'model_type': 'ImageCleanModel'}
     opt['network_g'] |= {'type': 'Mamber32', 'heads': [1, 2], 'LayerNorm_type': 'WithBias'}
     opt['datasets']['train'] |= {'type': 'Dataset_PairedImage', 'geometric_augs': True, 'mini_batch_sizes': [2]}
@@ -518,7 +518,7 @@ def test_the_page_about_migration_has_every_name_and_key_of_the_messages():
         assert re.search(rf'`[^`]*\b{name}\b', page), name
 
 
-def test_lists_of_folders_are_for_datasets_that_take_them(opt, images, finished):
+def test_lists_of_folders_are_for_datasets_that_accept_them(opt, images, finished):
     """BasicSR itself ends with a TypeError when it expands `~`."""
     opt['datasets']['val']['dataroot_gt'] = [images['dataroot_gt'], 3]
     assert 'datasets.val.dataroot_gt[1]: expected text, got 3' in refused(opt, finished)

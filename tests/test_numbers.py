@@ -49,7 +49,7 @@ def copy(value):
 
 @pytest.mark.parametrize('changes', [{}, {'train.grad_clip_norm': 0.1}, GAN], ids=['alone', 'clipped', 'GAN'])
 @pytest.mark.parametrize('value', [math.nan, math.inf])
-def test_a_step_that_is_not_finite_is_not_taken(changes, value):
+def test_a_non_finite_step_is_skipped(changes, value):
     model = build(**changes)
     step(model)
     assert 'skipped_steps' not in model.get_current_log()
@@ -67,7 +67,7 @@ def test_a_step_that_is_not_finite_is_not_taken(changes, value):
 @pytest.mark.parametrize('limit', [0, 3])
 def test_too_many_in_a_row_are_an_error(limit):
     model = build(**{'train.max_skipped_steps': limit})
-    for _ in range(3):  # one good step in between, and the counting starts over
+    for _ in range(3):  # after one good step, the counting starts over
         for _ in range(limit):
             step(model, math.nan)
         step(model)
@@ -78,8 +78,8 @@ def test_too_many_in_a_row_are_an_error(limit):
     assert model.step_guard.skipped == 4 * limit + 1
 
 
-def test_steps_that_the_scaler_of_fp16_leaves_out_are_counted():
-    """Its fp16 needs a GPU, the scaler does not."""
+def test_steps_that_the_scaler_of_fp16_skips_are_counted():
+    """fp16 needs a GPU, the scaler does not."""
     model = build(**{'train.max_skipped_steps': 2})
     model.precision.scaler = torch.amp.GradScaler('cpu', init_scale=64.0)
     step(model)
@@ -132,7 +132,7 @@ def finite(folder, name):
     return all(value.isfinite().all() for key in ('params', 'params_ema') for value in content[key].values())
 
 
-def test_a_bad_batch_in_a_training(images, tmp_path):
+def test_a_bad_batch_is_skipped_in_a_training(images, tmp_path):
     log = train(changed(forked.options(images), {'network_g.nan_in': [3, 4, 7]}), tmp_path)
     assert log.count('is not finite: step skipped') == 3 and '(2 in a row, 2 in all)' in log
     assert 'skipped_steps: 3.0' in log
@@ -163,7 +163,7 @@ def test_a_network_of_nan_is_not_saved(images, tmp_path):
     assert states(tmp_path) == [2, 4]
 
 
-def test_a_buffer_may_be_infinite(tmp_path):
+def test_buffers_may_be_infinite(tmp_path):
     model = build(**{'path.models': str(tmp_path)})
     for net in (model.net_g, model.net_g_ema):
         net.register_buffer('mask', torch.tensor([0, -math.inf]))

@@ -1,4 +1,4 @@
-"""Any text as an option file is options or one message with file and line, soon, and before anything is made."""
+"""Any text as an option file is options or one message with file and line, quickly, before anything is created."""
 
 import os
 from pathlib import Path
@@ -22,7 +22,7 @@ def tree(folder: Path) -> set[Path]:
 
 
 def write_text(monkeypatch, text: str) -> None:
-    """In the place of a training's options."""
+    """Writes it in place of a training's options."""
 
     def write_options(opt, file):
         file.write_text(text)
@@ -32,7 +32,7 @@ def write_text(monkeypatch, text: str) -> None:
 
 
 def refusal(opt: dict | str, folder: Path, *arguments: str) -> str:
-    """What a training says that is refused before it has made anything."""
+    """The message of a training that is refused before it has created anything."""
     (folder / 'work').mkdir(exist_ok=True)
     (folder / 'datasets').mkdir(exist_ok=True)
     file = folder / 'work/options.yml'
@@ -86,7 +86,7 @@ def test_training_is_refused_for_a_hostile_text(text, opt, tmp_path, monkeypatch
     assert refusal(opt, tmp_path).startswith(message)
 
 
-def test_no_key_stands_twice(opt, tmp_path, monkeypatch):
+def test_duplicate_keys_are_refused(opt, tmp_path, monkeypatch):
     text = yaml.safe_dump(opt, sort_keys=False)
     for more, message in {
         'train:\n  total_iter: 3\n': "duplicate key 'train', first in line",
@@ -99,7 +99,7 @@ def test_no_key_stands_twice(opt, tmp_path, monkeypatch):
         assert refusal(opt, tmp_path).startswith(f'line {len(text.splitlines()) + 1}: {message}')
 
 
-# What is changed in the options of a training, and the whole of what is said.
+# Changes to the options of a training, and the complete message.
 VALUES = {
     'a time that no calendar has': ({'train.total_iter': 1e18}, 'train.total_iter: must be at most 10'),
     'infinity': ({'train.total_iter': float('inf')}, 'train.total_iter: must be at most 1000000000000, got inf'),
@@ -125,7 +125,7 @@ def named_line(problem: str, folder: Path) -> str:
 
 
 @pytest.mark.parametrize('value', VALUES)
-def test_training_is_refused_before_it_makes_or_renames_anything(value, opt, tmp_path):
+def test_training_is_refused_before_anything_is_created_or_renamed(value, opt, tmp_path):
     changes, message = VALUES[value]
     report = refusal(changed(opt, changes), tmp_path)
     assert report.startswith(f'1 problem in the options:\n  {message}')
@@ -157,7 +157,7 @@ def test_every_problem_has_the_line_of_its_key(opt, tmp_path):
         assert named_line(told, tmp_path).strip().startswith(f'{key}: ')
 
 
-def test_a_number_of_26_digits(opt, tmp_path):
+def test_a_number_of_26_digits_is_refused(opt, tmp_path):
     report = refusal(changed(opt, {'train.total_iter': 10**25}), tmp_path)
     assert report.endswith(": '10000000000000000000000000' does not fit into 64 bits")
     assert named_line(report.partition(':')[0].replace('line', '(line'), tmp_path).strip().startswith('total_iter: 1')
@@ -170,7 +170,7 @@ def test_many_problems_are_a_short_report(opt, tmp_path):
 
 
 def test_options_are_utf_8_wherever_they_are_read(tmp_path):
-    """A byte order mark, as Windows' editors write it, and a system whose own encoding is another."""
+    """With a byte order mark, as editors on Windows write it, and on a system with another default encoding."""
     opt = commands.stock_options(commands.write_images(tmp_path / 'images'))
     text = '\ufeff# für Größe\n' + yaml.safe_dump(opt, sort_keys=False)
     (tmp_path / 'options.yml').write_text(text, encoding='utf-8')
@@ -183,7 +183,7 @@ def test_options_are_utf_8_wherever_they_are_read(tmp_path):
     assert read_options(copy) == opt
 
 
-def test_what_is_not_a_regular_file_is_refused_and_not_waited_for(opt, tmp_path):
+def test_files_that_are_not_regular_are_refused_without_blocking(opt, tmp_path):
     os.mkfifo(tmp_path / 'fifo')
     for file, message in {
         'fifo': 'not a regular file',
@@ -198,7 +198,7 @@ def test_aliases_stand_for_what_they_name():
     assert parse_value('{a: &x {b: [1, 2]}, c: *x}') == {'a': {'b': [1, 2]}, 'c': {'b': [1, 2]}}
 
 
-def test_names_of_files_on_every_system():
+def test_names_must_be_valid_on_every_system():
     for name in ('run', 'train_DPMambaIR_all-in-one', 'Größe 2', '.hidden', 'a.b', '-x', 'x' * 200):
         assert name_problem(name) == ''
     for name in ('', '.', '..', 'a/b', '/', '..\\x', 'x ', 'x.', 'a\nb', 'a\0', '\ud800', 'ä' * 101):

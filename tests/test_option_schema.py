@@ -1,4 +1,4 @@
-"""Editors complete and check our option files by a JSON schema, which says what the checks of a run say."""
+"""Editors complete and check our option files by a JSON schema that agrees with the checks of a run."""
 
 import copy
 import json
@@ -20,7 +20,7 @@ SCHEMA = json.loads((OPTIONS / FILE).read_text(encoding='utf-8'))
 VALIDATOR = jsonschema.Draft7Validator(SCHEMA)
 
 
-def test_the_schema_that_is_shipped_is_current():
+def test_the_shipped_schema_is_current():
     """Except optimizers, which differ between PyTorch versions."""
     jsonschema.Draft7Validator.check_schema(SCHEMA)
     made, shipped = json.loads(json.dumps(make_schema())), copy.deepcopy(SCHEMA)
@@ -40,7 +40,7 @@ def test_an_option_file_names_the_schema_and_fits_it(file):
     assert [error.message for error in VALIDATOR.iter_errors(yaml.safe_load(file.read_text(encoding='utf-8')))] == []
 
 
-# The key that is set, to what; None deletes it.
+# The key that is set, and its value; None deletes it.
 PLANTED = {
     'unknown key at the top': ('model_typ', 'RestorationModel'),
     'unknown key in train': ('train.total_itr', 5),

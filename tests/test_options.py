@@ -1,4 +1,4 @@
-"""The option check names every kind of mistake with its key, and lets through what works."""
+"""The option check names every kind of mistake with its key, and accepts valid options."""
 
 import copy
 import re
@@ -78,7 +78,7 @@ def images(tmp_path_factory):
 
 @pytest.fixture
 def opt(images):
-    """Parsed options of a training that works, with our own classes."""
+    """Parsed valid options of a training, with classes of our own."""
     opt = stock_options(images)
     opt |= {'model_type': 'CheckedChildModel', 'network_g': {'type': 'CheckedNet', 'width': 8}, 'extra': 1}
     for phase, dataset in opt['datasets'].items():
@@ -104,13 +104,13 @@ def change(opt: dict, path: str, value) -> None:
         opt[key] = value
 
 
-def test_what_works_passes_and_is_not_changed(opt):
+def test_valid_options_pass_unchanged(opt):
     before = copy.deepcopy(opt)
     assert check_options(opt) == []
     assert opt == before
 
 
-# What is changed, to what (None: deleted), what is said of it; a fourth entry: of which key, if not the changed one.
+# Changed key, its value (None: deleted), message; a fourth entry: the key in the message, if it is another one.
 MISTAKES = {
     'model type': ('model_type', 'CheckdModel', 'unknown type CheckdModel, did you mean CheckedModel?'),
     'network type': ('network_g.type', 'CheckedNot', 'unknown type CheckedNot, did you mean CheckedNet?'),
@@ -255,7 +255,7 @@ def test_a_mistake_is_named(opt, mistake):
     assert check_options(opt) == [f'{where or path}: {what}']
 
 
-def test_numbers_are_written_as_yaml_wants_them(opt):
+def test_numbers_that_yaml_reads_as_text_get_a_valid_spelling(opt):
     for text in ('3e-4', '1e5', '2.5E3', '-1e-08', '.5e1'):
         change(opt, 'train.optim_g.lr', text)
         (problem,) = check_options(opt)
@@ -278,7 +278,7 @@ def test_a_resumed_run_does_not_need_what_it_started_from(opt, tmp_path):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason='needs a machine without CUDA')
-def test_cuda_without_cuda(opt):
+def test_cuda_options_without_cuda_are_refused(opt):
     opt['num_gpu'] = 1
     opt['datasets']['train']['prefetch_mode'] = 'cuda'
     for model in ('CheckedModel', 'SRModel'):
@@ -348,12 +348,12 @@ STRUCTURES = {
 
 
 @pytest.mark.parametrize('name', STRUCTURES)
-def test_structure(name):
+def test_problems_of_structure_are_named(name):
     opt, is_train, problems = STRUCTURES[name]
     assert check_structure(opt, is_train) == problems
 
 
-def test_forced_options():
+def test_forced_options_are_applied_or_refused():
     opt = {'name': 'x', 'train': {'total_iter': 1}}
     assert apply_forced(opt, ['name=y', 'train:total_iter=4', 'train:new=[1, 2e-1]']) == []
     assert opt == {'name': 'y', 'train': {'total_iter': 4, 'new': [1, 0.2]}}
@@ -393,7 +393,7 @@ def test_forced_options_add_sections_that_a_file_may_have():
         'network_g:parts:x=1': 'there is no section network_g.parts',
     }.items(),
 )
-def test_a_section_that_no_file_has_is_refused_with_the_nearest_name(entry, message):
+def test_an_unknown_section_is_refused_with_the_nearest_name(entry, message):
     opt = {'train': {'total_iter': 1}, 'datasets': {'val': {}}, 'network_g': {}}
     assert add_sections(opt, [entry]) == [entry]
     (problem,) = apply_forced(opt, [entry])
@@ -416,7 +416,7 @@ def test_refusal_is_one_message_and_a_failure():
     assert str(refusal.value) == 'x.yml: 2 problems in the options:\n  a: missing\n  b: missing'
 
 
-def test_no_near_name_lists_the_choices():
+def test_without_a_similar_name_the_choices_are_listed():
     assert did_you_mean('zzz', ['b', 'a']) == '; choices: a, b'
 
 
@@ -467,7 +467,7 @@ STAGE_1 = {'embed_dim': 8, 'extractor_channels': [4, 4], 'channels': 4, 'num_fus
 
 @pytest.fixture(scope='module')
 def checkpoints(tmp_path_factory):
-    """Of stage 1 and of a whole network, which has one refinement block."""
+    """Checkpoints of stage 1 and of a whole network with one refinement block."""
     folder = tmp_path_factory.mktemp('checkpoints')
     network = DPMambaIR(**{key: value for key, value in NETWORK.items() if key != 'type'})
     torch.save({'params': DegradationAutoencoder(**STAGE_1).state_dict()}, folder / 'stage_1.pth')
@@ -480,7 +480,7 @@ def checkpoints(tmp_path_factory):
 
 @pytest.fixture
 def ours(opt, images, checkpoints):
-    """Parsed options of a training that works, with classes of this package, which are made in a dry run."""
+    """Parsed valid options of a training, with classes of this package, which the dry run builds."""
     gt = {'dataroot_gt': images['dataroot_gt']}
     parts = {
         'rain': {'dataroot_lq': images['dataroot_gt'], **gt},
@@ -496,7 +496,7 @@ def ours(opt, images, checkpoints):
     return opt
 
 
-def test_what_works_is_made_in_a_dry_run_without_a_trace(ours):
+def test_valid_options_pass_the_dry_run_without_a_trace(ours):
     torch.manual_seed(0)
     expected = torch.rand(1)
     torch.manual_seed(0)
@@ -507,7 +507,7 @@ def test_what_works_is_made_in_a_dry_run_without_a_trace(ours):
 
 
 def test_a_network_that_needs_labels_is_given_some(ours):
-    """A part with a name of its own has none; a misspelt one is shown."""
+    """A sub-dataset with another name has no label; a misspelt name is reported."""
     ours['network_g'] |= {'degradation': 'class'}
     ours['path']['pretrain_network_e'] = None
     assert check_options(ours) == []
@@ -533,7 +533,7 @@ def test_a_network_has_an_embedding_for_each_label(ours):
     assert check_options(ours) == []
 
 
-# What is changed, to what, and the whole of what is said.
+# Changed key, its value, and the complete message.
 FOUND_IN_A_DRY_RUN = {
     'freeze': (
         'train.freeze',
@@ -620,7 +620,7 @@ FOUND_IN_A_DRY_RUN = {
 
 
 @pytest.mark.parametrize('mistake', FOUND_IN_A_DRY_RUN)
-def test_what_shows_only_when_things_are_made_is_found_before(ours, checkpoints, mistake):
+def test_errors_at_construction_are_found_in_the_dry_run(ours, checkpoints, mistake):
     path, value, message = FOUND_IN_A_DRY_RUN[mistake]
     change(ours, path, str(checkpoints / value) if str(value).endswith('.pth') else value)
     (problem,) = check_options(ours)
@@ -628,7 +628,7 @@ def test_what_shows_only_when_things_are_made_is_found_before(ours, checkpoints,
     assert '\n' not in problem
 
 
-def test_images_without_partners_are_found_before(ours, images, tmp_path):
+def test_images_without_partners_are_found_up_front(ours, images, tmp_path):
     shutil.copytree(images['dataroot_gt'], tmp_path / 'lq')
     (tmp_path / 'lq' / '0.png').unlink()
     ours['datasets']['train']['datasets']['rain']['dataroot_lq'] = str(tmp_path / 'lq')
@@ -636,13 +636,13 @@ def test_images_without_partners_are_found_before(ours, images, tmp_path):
     assert re.match('datasets.train: images do not pair', problem) and '0.png' in problem
 
 
-def test_scales_agree(ours):
+def test_scales_must_agree(ours):
     ours['network_g'] = {'type': 'VmambaIR', 'dim': 8, 'num_blocks': [1, 1, 1, 1], 'scale': 2}
     del ours['path']['pretrain_network_e']
     assert check_options(ours) == ['network_g.scale: 2, but scale is 1']
 
 
-def test_our_parts_are_made_in_a_dry_run_for_models_of_basicsr_too(ours):
+def test_the_dry_run_builds_our_parts_for_models_of_basicsr_too(ours):
     ours['model_type'] = 'SRModel'
     ours['network_g']['insertion'] = 'mix'
     ours['datasets']['train']['sampling'] = 'unifrm'
@@ -650,7 +650,7 @@ def test_our_parts_are_made_in_a_dry_run_for_models_of_basicsr_too(ours):
     assert network.startswith('network_g: insertion') and dataset.startswith('datasets.train: sampling')
 
 
-def test_progressive_is_for_any_model_also_basicsrs_own(ours):
+def test_progressive_works_with_any_model_including_basicsrs_own(ours):
     phases = {'gt_sizes': [8, 16], 'batch_sizes': [2, 1], 'iters': [5, 5]}
     ours['datasets']['train']['progressive'] = phases
     for model in ('RestorationModel', 'SRModel'):
@@ -658,13 +658,13 @@ def test_progressive_is_for_any_model_also_basicsrs_own(ours):
 
 
 def test_checking_does_not_open_the_log(ours, monkeypatch):
-    """BasicSR's log opened here would have no file."""
+    """If BasicSR's log were opened here, it would have no file."""
     monkeypatch.setattr('basicsr.utils.logger.initialized_logger', {})
     assert check_options(ours) == []
     assert sys.modules['basicsr.utils.logger'].initialized_logger == {}
 
 
-def test_a_checkpoint_in_the_folder_that_is_renamed(ours, tmp_path, checkpoints):
+def test_a_checkpoint_in_the_folder_that_is_renamed_is_refused(ours, tmp_path, checkpoints):
     (tmp_path / 'models').mkdir()
     file = shutil.copy(checkpoints / 'whole.pth', tmp_path / 'models')
     ours['path'] |= {'experiments_root': str(tmp_path), 'pretrain_network_g': str(file), 'pretrain_network_e': None}
@@ -682,7 +682,7 @@ def test_only_a_folder_of_a_run_may_be_renamed(tmp_path):
     (tmp_path / 'root' / 'mine.yml').write_text('x: 1')
     (problem,) = check_root(opt, opt['path'])
     assert problem.startswith('path.experiments_root: ') and 'files that do not belong to a run' in problem
-    assert check_root(opt, {}) == []  # BasicSR's own place
+    assert check_root(opt, {}) == []  # BasicSR's default location
     (tmp_path / 'root' / 'copy.yml').write_text('# GENERATE TIME: now\n')
     assert check_root(opt, opt['path']) == []
     (tmp_path / 'root' / 'copy.yml').unlink()

@@ -1,4 +1,4 @@
-"""Losses that neither paper uses, each against its definition, written out naively."""
+"""Losses that neither paper uses, each compared with a naive implementation of its definition."""
 
 import sys
 
@@ -40,19 +40,19 @@ def naive_focal_frequency(pred, target, alpha, parts):
 
 @pytest.mark.parametrize('alpha', [0.5, 1.0, 2.0])
 @pytest.mark.parametrize('parts', [1, 2, 3])
-def test_focal_frequency_is_its_definition(alpha, parts):
+def test_focal_frequency_matches_its_definition(alpha, parts):
     pred, target = images(0), images(1)
     value = focal_frequency(pred, target, alpha, parts)
     assert value.item() == pytest.approx(naive_focal_frequency(pred, target, alpha, parts), rel=1e-10)
 
 
-def test_without_focus_it_is_the_mean_square_error():
-    """Parseval: alpha 0 weighs all frequencies alike."""
+def test_focal_frequency_with_alpha_0_is_the_mean_squared_error():
+    """Parseval: alpha 0 weights all frequencies equally."""
     pred, target = images(0), images(1)
     torch.testing.assert_close(focal_frequency(pred, target, alpha=0.0), F.mse_loss(pred, target))
 
 
-def test_its_weights_have_no_gradient():
+def test_weights_of_focal_frequency_have_no_gradient():
     pred, target = images(0).requires_grad_(), images(1)
     (gradient,) = torch.autograd.grad(focal_frequency(pred, target), pred)
     spectrum = torch.fft.fft2(pred.detach() - target, norm='ortho')
@@ -68,7 +68,7 @@ def test_focal_frequency_is_smallest_at_equality_with_a_finite_gradient():
     assert value.item() == 0 and torch.equal(pred.grad, torch.zeros_like(pred))
 
 
-def test_focal_frequency_of_halves_is_computed_in_fp32_and_parts_must_fit():
+def test_focal_frequency_is_computed_in_fp32_and_patches_must_fit():
     half = images(dtype=torch.bfloat16)
     assert focal_frequency(half, images(1, dtype=torch.float32)).dtype == torch.float32
     with pytest.raises(ValueError, match=r'^patch_factor: 5 does not divide the sides of \(2, 3, 12, 18\)'):
@@ -104,7 +104,7 @@ def similar(shape):
 
 
 @pytest.mark.parametrize('scale_weights', [None, [0.5, 0.25, 0.25]])
-def test_ms_ssim_is_its_definition(scale_weights):
+def test_ms_ssim_matches_its_definition(scale_weights):
     pytest.importorskip('piq')
     size = (48, 64) if scale_weights else (176, 192)
     pred, target = similar(size)
@@ -115,7 +115,7 @@ def test_ms_ssim_is_its_definition(scale_weights):
     assert loss(pred, target).item() == pytest.approx(expected, rel=1e-3)
 
 
-def test_ms_ssim_takes_outputs_beyond_the_range_and_has_a_gradient_inside():
+def test_ms_ssim_accepts_outputs_beyond_the_range_and_has_a_gradient_inside():
     pytest.importorskip('piq')
     pred, target = similar((48, 64))
     loss = build_loss({'type': 'MSSSIMLoss', 'scale_weights': [1, 1, 1]})
@@ -128,7 +128,7 @@ def test_ms_ssim_takes_outputs_beyond_the_range_and_has_a_gradient_inside():
 
 
 @pytest.mark.parametrize(('options', 'least'), [({}, 161), ({'scale_weights': [1, 1, 1]}, 41)])
-def test_crops_that_ms_ssim_does_not_take_are_refused_before_the_training(options, least):
+def test_crops_too_small_for_ms_ssim_are_refused_before_training(options, least):
     pytest.importorskip('piq')
     loss = build_loss({'type': 'MSSSIMLoss', **options})
     assert loss.least_size(options) == least
@@ -193,7 +193,7 @@ def naive_dists(pred, target, files):
     return 1 - similarity.item()
 
 
-def test_dists_is_its_definition(dists_files):
+def test_dists_matches_its_definition(dists_files):
     pred, target = similar((40, 48))
     loss = build_loss({'type': 'DISTSLoss', 'loss_weight': 0.5, **dists_files})
     assert loss(pred, target).item() == pytest.approx(0.5 * naive_dists(pred, target, dists_files), rel=1e-3)
@@ -213,7 +213,7 @@ def test_dists_is_zero_for_equal_images_frozen_and_has_a_finite_gradient(dists_f
     assert pred.grad.abs().sum() > 0
 
 
-def test_nothing_is_downloaded_and_no_code_of_a_file_runs(tmp_path, monkeypatch, capsys):
+def test_nothing_is_downloaded_and_files_cannot_run_code(tmp_path, monkeypatch, capsys):
     pytest.importorskip('piq')
     monkeypatch.setenv('TORCH_HOME', str(tmp_path))
     message = r'no \S*vgg16-397923af\.pth and no \S*dists_weights\.pt: `dpmambair fetch vgg dists` downloads them'
@@ -234,7 +234,7 @@ class Malicious:
 
 
 @pytest.mark.parametrize('loss', ['MSSSIMLoss', 'DISTSLoss'])
-def test_without_piq_the_line_to_type_is_named(loss, monkeypatch):
+def test_without_piq_the_error_says_how_to_install_it(loss, monkeypatch):
     monkeypatch.setitem(sys.modules, 'piq', None)  # as if it were not installed
     (problem,) = check_call('train.x_opt', {'type': loss}, CALLS['LOSS'])
     assert problem.startswith(f'train.x_opt: {loss} needs piq')

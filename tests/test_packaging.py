@@ -1,4 +1,4 @@
-"""What pip installs, and the commands by their short name."""
+"""What pip installs, and the commands by their short names."""
 
 import ast
 import re
@@ -60,7 +60,7 @@ assert not {{'torch', 'basicsr'}} & set(sys.modules)
 
 @pytest.fixture(scope='module')
 def distributions(tmp_path_factory):
-    """The wheel and the source distribution, made from what git tracks."""
+    """The wheel and the source distribution, built from the files that git tracks."""
     folder = tmp_path_factory.mktemp('distributions')
     for name in ('dpmambair_basicsr', 'options'):
         shutil.copytree(PACKAGE_PARENT / name, folder / name, ignore=shutil.ignore_patterns('__pycache__'))
@@ -89,7 +89,7 @@ def test_the_wheel_holds_the_modules_the_option_files_and_the_command(distributi
     assert weights <= names, 'the attribution has to travel with the weights'
 
 
-def test_a_wheel_can_be_built_of_the_source_distribution(distributions, tmp_path):
+def test_a_wheel_can_be_built_from_the_source_distribution(distributions, tmp_path):
     wheel, source = distributions
     built = python('-m', 'pip', 'wheel', '--no-deps', '--no-build-isolation', '-w', '.', source, cwd=tmp_path)
     assert built.returncode == 0, built.stdout
@@ -123,8 +123,8 @@ def test_an_index_takes_both_and_its_page_has_no_dead_links(distributions):
 
 
 @pytest.mark.parametrize('page', ['README.md', 'docs/install.md'])
-def test_the_pages_install_in_the_lines_that_the_setup_script_runs(page):
-    """One for pictures, two for training; the script's have the extra `test`, which includes `train`."""
+def test_the_pages_give_the_install_commands_of_the_setup_script(page):
+    """One for restoring, two for training; the script's have the extra `test`, which includes `train`."""
     blocks = re.findall(r'```bash\n(pip install -e.*?)```', (PACKAGE_PARENT / page).read_text('utf-8'), re.S)
     assert blocks == ['pip install -e .\n', "pip install -e '.[train]'\ndpmambair install_basicsr\n"]
     script, extras = (
@@ -195,7 +195,7 @@ def test_the_versions_of_python_are_the_same_everywhere():
     assert re.findall(r'^\| (3\.\d+)\.\d+ \|', page, re.M) == tested
 
 
-def test_the_citation_is_of_this_version_and_the_changelog_knows_it():
+def test_citation_and_changelog_are_of_this_version():
     citation = yaml.safe_load((PACKAGE_PARENT / 'CITATION.cff').read_text('utf-8'))
     assert citation['version'] == dpmambair_basicsr.__version__
     assert f'\n## [{citation["version"]}] - ' in (PACKAGE_PARENT / 'CHANGELOG.md').read_text('utf-8')

@@ -1,7 +1,7 @@
-"""Which patches of BasicSR are needed: the regression of each passes with it and fails without it.
+"""Which patches of BasicSR are needed: each patch's regression test passes with it and fails without it.
 
-An original that passes is reported as a failure, XPASS(strict): this BasicSR does not need that patch. Each regression
-is the smallest thing that shows the defect; whole trainings are in the tests of what they are about.
+If the original passes, this is reported as a failure, XPASS(strict): this BasicSR does not need that patch. Each
+regression is a minimal example of the defect; whole trainings are in the tests of their topics.
 """
 
 import io
@@ -39,7 +39,7 @@ from dpmambair_basicsr.training import output, signals
 from dpmambair_basicsr.training import run as training_run
 
 apply.load_topics()
-GATE = 'models_of_ours'  # decides when patches are applied, and fixes nothing
+GATE = 'models_of_ours'  # decides when patches are applied; fixes nothing
 REGRESSIONS = {}
 
 
@@ -80,7 +80,7 @@ def cases():
 
 
 def model(tmp_path, kind=BaseModel, **attributes):
-    """A model of BasicSR's that has no network."""
+    """A BasicSR model without a network."""
     self = kind.__new__(kind)
     self.opt = {'dist': False, 'rank': 0, 'val': None, 'path': {'models': tmp_path, 'training_states': tmp_path}}
     self.device, self.optimizers, self.schedulers = torch.device('cpu'), [], []
@@ -100,7 +100,7 @@ def process_group(monkeypatch) -> dict[str, str]:
 
 
 class Draws(torch.utils.data.Dataset):
-    """Four items that show the generator which datasets use."""
+    """Four items that show the state of the random generator that datasets use."""
 
     def __len__(self):
         return 4
@@ -160,7 +160,7 @@ def one_test_at_a_time(make_exp_dirs, tmp_path, monkeypatch):
 
 
 @regression
-@pytest.mark.skipif(torch.cuda.is_available(), reason='for machines without a GPU')
+@pytest.mark.skipif(torch.cuda.is_available(), reason='needs a machine without a GPU')
 def init_dist_anywhere(init_dist_pytorch, tmp_path, monkeypatch):
     process_group(monkeypatch)
     init_dist_pytorch('nccl')
@@ -308,7 +308,7 @@ def known_epoch(set_epoch, tmp_path, monkeypatch):
 
 @regression
 def seeded_order(indices, tmp_path, monkeypatch):
-    """What an interrupted epoch has used is left out."""
+    """Items that an interrupted epoch has used are left out."""
     sampler = EnlargedSampler(Draws(), 1, 0)
     whole = list(indices(sampler))
     sampler.run = training_run.TrainingRun(seed=0, items_per_iteration=1)
@@ -318,7 +318,7 @@ def seeded_order(indices, tmp_path, monkeypatch):
 
 @regression
 def begin_iteration(update_learning_rate, tmp_path, monkeypatch):
-    """The random numbers of an iteration are its own, whatever was drawn before it."""
+    """An iteration has its own random numbers, whatever was drawn before it."""
     training_run.current = training_run.TrainingRun(seed=0, items_per_iteration=1)
     drawn = []
     for seed in (1, 2):
@@ -417,9 +417,9 @@ def test_every_patch_has_a_regression():
 
 
 @pytest.mark.parametrize('which', ['patched', pytest.param('original', marks=pytest.mark.xfail(strict=True))])
-@pytest.mark.skipif(torch.cuda.is_available(), reason='for machines without a GPU')
+@pytest.mark.skipif(torch.cuda.is_available(), reason='needs a machine without a GPU')
 def test_resuming_needs_no_gpu(which, tmp_path):
-    """`load_resume_state` and `whole_epochs` take their places in train.py when the options have been read."""
+    """`load_resume_state` and `whole_epochs` replace functions in train.py once the options have been read."""
     state = {'epoch': 0, 'iter': 2, 'optimizers': [], 'schedulers': []}
     torch.save(state, tmp_path / '2.state')
     opt = {'auto_resume': False, 'path': {'resume_state': str(tmp_path / '2.state'), 'models': str(tmp_path)}}

@@ -1,4 +1,4 @@
-"""Picture files of all kinds, as people have them: what is kept, what is refused, and what the command says."""
+"""Image files of all kinds, as users have them: what is kept, what is refused, and what the command reports."""
 
 import errno
 import io
@@ -70,7 +70,7 @@ def identity(tmp_path_factory):
 
 @dataclass
 class Done:
-    """What a command in a process of its own would be known by."""
+    """The outcome of a command, as of one in its own process."""
 
     returncode: int
     stdout: str
@@ -92,12 +92,12 @@ def restore(identity, *arguments, cwd):
 
 
 def again(path, target=None):
-    """The picture at path read, and written."""
+    """Reads the picture at path, and writes it."""
     picture = read_picture(path)
     return write_picture(target or path, picture)
 
 
-# What files say beside their pixels
+# Metadata
 
 
 @pytest.mark.parametrize('byteorder', ['<', '>'])
@@ -139,7 +139,7 @@ def test_tiff_keeps_profile_resolution_description_dates_and_alpha(byteorder, sh
         assert image.mode == {2: {'uint8': 'L', 'uint16': 'I;16'}, 3: {'uint8': 'RGB', 'uint16': 'RGB'}}[len(shape)][
             pixels.dtype.name
         ] + 'A' * (shape[-1] == 4)
-    again(path)  # what was written is read with the same values
+    again(path)  # reading the result gives the same values
     picture = read_picture(path)
     expected = np.repeat(pixels[..., None], 3, 2) if len(shape) == 2 else pixels[..., :3]
     np.testing.assert_array_equal(picture.image, expected)
@@ -164,7 +164,7 @@ def test_tiff_is_turned_upright(orientation, dtype, tmp_path):
     )
 
 
-def test_tiff_keeps_exif_and_place(tmp_path):
+def test_tiff_keeps_exif_and_gps_data(tmp_path):
     exif = Image.Exif()
     exif[0x010F] = 'Maker'
     exif.get_ifd(0x8769).update({0x9003: '2020:01:02 03:04:05', 0x829A: 0.25, 0x9286: b'ASCII\0\0\0text'})
@@ -232,7 +232,7 @@ def test_png_keeps_resolution_text_time_and_colours(tmp_path):
 
 
 def test_exif_data_that_is_text_in_a_png_is_exif_data_once(tmp_path):
-    """ImageMagick's way; the orientation in it would turn the result a second time."""
+    """As ImageMagick writes it; its orientation would rotate the result a second time."""
     exif = Image.Exif()
     exif[274], exif[0x010E] = 6, 'described'
     data = exif.tobytes()
@@ -246,7 +246,7 @@ def test_exif_data_that_is_text_in_a_png_is_exif_data_once(tmp_path):
         assert image.getexif()[0x010E] == 'described' and image.getexif()[274] == 1
 
 
-def test_jpeg_keeps_resolution_comment_and_captions_without_old_thumbnails(tmp_path):
+def test_jpeg_keeps_resolution_comment_and_captions_but_no_old_thumbnail(tmp_path):
     exif = Image.Exif()
     exif[0x010E] = 'described'
     thumbnail = encoded(Image.fromarray(noise(4, 4, 3)), 'jpeg')
@@ -286,7 +286,7 @@ def test_jpeg_keeps_resolution_comment_and_captions_without_old_thumbnails(tmp_p
     assert caption in after and thumbnail not in after
 
 
-def test_sizes_in_exif_data_are_those_of_the_result(tmp_path):
+def test_exif_data_has_the_size_of_the_result(tmp_path):
     exif = Image.Exif()
     exif[274] = 6
     exif.get_ifd(0x8769).update({0xA002: 32, 0xA003: 24})
@@ -300,7 +300,7 @@ def test_sizes_in_exif_data_are_those_of_the_result(tmp_path):
             assert image.size == (sizes[0xA002], sizes[0xA003]) == (48, 64), name
 
 
-def test_orientation_and_thumbnails_in_xmp_are_of_the_result(tmp_path):
+def test_xmp_has_the_orientation_and_thumbnail_of_the_result(tmp_path):
     xmp = (
         b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6" dc:title="t">'
         b'<xmp:Thumbnails><rdf:Alt>AAAA</rdf:Alt></xmp:Thumbnails></rdf:Description></x:xmpmeta>'
@@ -321,7 +321,7 @@ def test_every_format_for_photographs_keeps_the_profile(name, tmp_path):
         assert image.info['icc_profile'] == SRGB
 
 
-def test_what_a_format_cannot_hold_is_named(tmp_path):
+def test_data_that_a_format_cannot_store_is_named(tmp_path):
     path = tmp_path / 'a.png'
     path.write_bytes(encoded(Image.fromarray(smooth(64, 64)), 'png', icc_profile=SRGB, dpi=(300, 300)))
     assert again(path, tmp_path / 'a.ppm') == ['colour profile', 'resolution']
@@ -331,7 +331,7 @@ def test_what_a_format_cannot_hold_is_named(tmp_path):
 
 
 @pytest.mark.parametrize('name', ['a.png', 'a.tif', 'a.bmp', 'a.webp', 'a.avif', 'a.jp2', 'a.ppm', 'a.sr'])
-def test_formats_are_lossless_but_jpeg(name, tmp_path):
+def test_all_formats_but_jpeg_are_lossless(name, tmp_path):
     pixels = smooth(37, 45)
     cv2.imwrite(str(tmp_path / 'source.png'), pixels)
     again(tmp_path / 'source.png', tmp_path / name)
@@ -339,7 +339,7 @@ def test_formats_are_lossless_but_jpeg(name, tmp_path):
 
 
 @pytest.mark.parametrize('name', ['a.jpe', 'a.jfif', 'a.JPG'])
-def test_all_names_of_jpeg_have_its_quality(name, tmp_path):
+def test_all_extensions_of_jpeg_have_its_quality(name, tmp_path):
     cv2.imwrite(str(tmp_path / 'source.png'), smooth(37, 45))
     again(tmp_path / 'source.png', tmp_path / name)
     again(tmp_path / 'source.png', tmp_path / 'a.jpeg')
@@ -347,8 +347,8 @@ def test_all_names_of_jpeg_have_its_quality(name, tmp_path):
 
 
 @pytest.mark.parametrize(('name', 'parameters'), [('a.png', []), ('a.jpg', [1, 98, 7, 0x111111])])
-def test_files_that_say_nothing_are_to_the_byte_what_opencv_writes(name, parameters, tmp_path):
-    """So results are what they were before anything else was kept."""
+def test_files_without_metadata_are_byte_identical_to_opencvs(name, parameters, tmp_path):
+    """So results are the same as before metadata was kept."""
     path = tmp_path / name
     cv2.imwrite(str(path), smooth(37, 45))
     pixels = cv2.imread(str(path))
@@ -360,8 +360,8 @@ def test_files_that_say_nothing_are_to_the_byte_what_opencv_writes(name, paramet
 
 
 @pytest.mark.parametrize('name', ['a.png', 'a.webp', 'a.tif'])
-def test_hidden_colours_do_not_reach_the_edges_that_are_seen(name, tmp_path):
-    """A red disc with a soft edge over hidden green, by a network that looks around each pixel."""
+def test_hidden_colours_do_not_bleed_into_visible_edges(name, tmp_path):
+    """A red disc with a soft edge over hidden green, by a network with a receptive field around each pixel."""
     y, x = np.mgrid[:64, :64] - 31.5
     alpha = (255 * np.clip(24 - np.hypot(x, y), 0, 3) / 3).astype(np.uint8)
     colours = np.where(alpha[..., None] > 0, np.uint8([220, 30, 20]), np.uint8([0, 255, 0])).astype(np.uint8)
@@ -386,7 +386,7 @@ def test_hidden_colours_do_not_reach_the_edges_that_are_seen(name, tmp_path):
     np.testing.assert_array_equal(result.image[alpha == 0], colours[alpha == 0])
 
 
-def test_a_picture_of_which_nothing_is_seen_is_left_as_it_is(tmp_path):
+def test_a_fully_transparent_picture_is_left_unchanged(tmp_path):
     pixels = np.dstack([noise(6, 8, 3), np.zeros((6, 8), np.uint8)])
     Image.fromarray(pixels).save(tmp_path / 'a.png')
     np.testing.assert_array_equal(read_picture(tmp_path / 'a.png').visible_image(), pixels[..., :3])
@@ -431,7 +431,7 @@ def test_animations_keep_every_frame_and_their_timing(name, options, alpha, tmp_
         np.testing.assert_array_equal(np.asarray(frame)[..., 3], before[..., 3])
 
 
-def test_pages_keep_what_each_says(tmp_path):
+def test_pages_keep_their_own_metadata(tmp_path):
     pages = [noise(6, 8, 3, dtype=np.uint16), noise(5, 4), noise(7, 3, 4, seed=2)]
     with tifffile.TiffWriter(tmp_path / 'a.tif') as file:
         for number, page in enumerate(pages):
@@ -454,7 +454,7 @@ def test_pages_keep_what_each_says(tmp_path):
     np.testing.assert_array_equal(found[2].image, pages[2][..., :3])
 
 
-def test_a_smaller_version_in_a_tiff_file_is_no_page(tmp_path):
+def test_a_reduced_version_in_a_tiff_file_is_not_a_page(tmp_path):
     with tifffile.TiffWriter(tmp_path / 'a.tif') as file:
         file.write(noise(16, 16, 3), photometric='rgb')
         file.write(noise(4, 4, 3), photometric='rgb', subfiletype=1)
@@ -489,7 +489,7 @@ def test_the_command_restores_frames_or_refuses_with_one_line(identity, tmp_path
 
 
 def test_the_tile_depends_on_the_picture_alone(monkeypatch):
-    """Not on the memory that happens to be free, nor on the backend of the scans."""
+    """Neither on the free memory nor on the backend of the scans."""
     net = Restorer(small_network(), torch.device('cpu'))
     monkeypatch.setattr(restorer, 'BUDGET', net.bytes_per_pixel * 300**2)
     seen = set()
@@ -502,7 +502,7 @@ def test_the_tile_depends_on_the_picture_alone(monkeypatch):
         assert other.bytes_per_pixel == net.bytes_per_pixel
 
 
-def test_too_little_memory_is_said_with_a_tile_that_needs_less(monkeypatch):
+def test_too_little_memory_is_reported_with_a_smaller_tile(monkeypatch):
     net = Restorer(small_network(), torch.device('cpu'))
     monkeypatch.setattr(restorer, 'free_memory', lambda device: 10**7)
     with pytest.raises(OutOfMemory, match=r'^300 x 260 pixels: out of memory; tile=150 \(--tile 150\) needs less'):
@@ -510,10 +510,10 @@ def test_too_little_memory_is_said_with_a_tile_that_needs_less(monkeypatch):
     assert net.restore(smooth(260, 300), tile=152, overlap=0, one_pass=True).shape == (260, 300, 3)
 
 
-# The command: which files, where to, and what it says
+# The command: its inputs, outputs and messages
 
 
-def test_results_have_the_format_that_is_asked_for(identity, tmp_path):
+def test_results_have_the_requested_format(identity, tmp_path):
     Image.fromarray(noise(9, 8, 4)).save(tmp_path / 'alpha.tif')
     Image.fromarray(noise(9, 8, 4), 'CMYK').save(tmp_path / 'cmyk.tif')
     (tmp_path / 'png.jpg').write_bytes(encoded(Image.fromarray(noise(9, 8, 4)), 'png'))
@@ -534,7 +534,7 @@ def test_results_have_the_format_that_is_asked_for(identity, tmp_path):
         assert image.format == 'WEBP' and image.mode == 'RGBA'
 
 
-def test_folders_are_kept_below_one_and_others_files_counted(identity, tmp_path):
+def test_subfolders_are_kept_and_other_files_counted(identity, tmp_path):
     for name in ('in/x.png', 'in/a/x.png', 'in/a/b/x.png', 'in/.hidden/x.png'):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(noise(9, 8, 3)).save(tmp_path / name)
@@ -555,7 +555,7 @@ def test_folders_are_kept_below_one_and_others_files_counted(identity, tmp_path)
     }
 
 
-def test_every_format_that_is_read_is_taken_from_a_folder(identity, tmp_path):
+def test_every_readable_format_is_found_in_a_folder(identity, tmp_path):
     (tmp_path / 'in').mkdir()
     for name in ('a.avif', 'b.jp2', 'c.ppm', 'd.gif'):
         Image.fromarray(smooth(64, 64)).save(tmp_path / 'in' / name)
@@ -570,7 +570,7 @@ def test_every_format_that_is_read_is_taken_from_a_folder(identity, tmp_path):
     assert done.stdout.splitlines()[-1] == 'out: 6 restored, 1 failed', done.stdout
 
 
-def test_outputs_that_cannot_be_are_refused_in_one_line_before_the_work(identity, tmp_path):
+def test_outputs_that_are_impossible_are_refused_in_one_line_before_the_work(identity, tmp_path):
     for name in 'x.png', 'y.png':
         Image.fromarray(noise(9, 8, 3)).save(tmp_path / name)
     (tmp_path / 'file').write_text('')
@@ -605,8 +605,8 @@ def test_names_that_the_terminal_cannot_show_are_escaped(identity, tmp_path):
         assert (tmp_path / name[:-4] / name).is_file()
 
 
-def test_every_picture_has_its_line_at_once(identity, tmp_path):
-    """In a log file too; and Ctrl-C ends it with one more line, no half file, and status 130."""
+def test_every_picture_has_its_line_immediately(identity, tmp_path):
+    """In a log file too; and Ctrl-C ends it with one more line, no partial file, and status 130."""
     for number in range(40):
         Image.fromarray(smooth(64, 64, number)).save(tmp_path / f'{number:02}.png')
     arguments = [sys.executable, '-m', 'dpmambair_basicsr.restore', '-w', identity, '.', '-o', 'out']
@@ -629,7 +629,7 @@ def test_every_picture_has_its_line_at_once(identity, tmp_path):
     assert results[0] == '00.png' and len(results) < 40 and not any('part' in name for name in results)
 
 
-def test_a_full_disk_ends_it_at_once(identity, tmp_path, monkeypatch):
+def test_a_full_disk_ends_the_command_immediately(identity, tmp_path, monkeypatch):
     for number in range(4):
         Image.fromarray(noise(64, 64, 3, seed=number)).save(tmp_path / f'{number}.png')
 

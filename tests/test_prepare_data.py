@@ -1,6 +1,6 @@
-"""prepare_data on miniature trees with the published layouts: what it arranges, refuses, continues.
+"""prepare_data on miniature trees with the published layouts: what it arranges, refuses and resumes.
 
-Miniature trees have fewer images than was published, so the commands have --any-count, as users need it then.
+Miniature trees have fewer images than the published sets, so the commands have --any-count.
 """
 
 import hashlib
@@ -105,7 +105,7 @@ X4 = [name for name, public in SETS.items() if any(part.scale == 4 for part in p
 
 
 def level(number: int) -> int:
-    """Brightness of a GT image: which one it is."""
+    """Brightness of a GT image, which identifies it."""
     return 60 + 60 * number
 
 
@@ -115,7 +115,7 @@ def write(path: Path, height: int, width: int, value: int) -> None:
 
 
 def make_tree(root: Path, name: str, count: int = COUNT, trees: list | None = None) -> Path:
-    """The download of a set, in a folder of its own: images that say by their brightness which pair they are of."""
+    """The download of a set, in its own folder; the brightness of an image identifies its pair."""
     for lq, gt, *_ in trees or TREES[name]:
         for number in range(count):
             height, width = (50, 41) if name == 'set14' else (48, 40)
@@ -135,7 +135,7 @@ def stems(folder: Path) -> list[str]:
 
 
 def contents(folder: Path) -> dict[str, str]:
-    """{file: digest}, links as what they lead to."""
+    """{file: digest}, following links."""
     return {
         path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in folder.rglob('*')
@@ -155,7 +155,7 @@ def arrange(*arguments) -> None:
 
 @pytest.fixture(scope='module')
 def everything(tmp_path_factory):
-    """All sets in one `datasets`, with what was downloaded and what it looked like before."""
+    """All sets in one `datasets`; returns its parent and the previous contents of the downloads."""
     root = tmp_path_factory.mktemp('everything')
     before = {}
     for name in TREES:
@@ -164,7 +164,7 @@ def everything(tmp_path_factory):
     return root, before
 
 
-def test_every_set_is_tried_and_documented():
+def test_every_set_is_tested_and_documented():
     assert list(TREES) == list(SETS)
     table = (PACKAGE_PARENT / 'docs' / 'data.md').read_text(encoding='utf-8')
     for name, public in SETS.items():
@@ -200,7 +200,7 @@ def test_pairs_are_where_the_options_expect_them(name, everything):
                 assert brightness(partner) == pytest.approx(level(number) // (2 if lq else 1), abs=1)
 
 
-def test_nothing_else_is_left(everything):
+def test_no_other_files_are_left(everything):
     root, _ = everything
     hidden = {path.name for path in (root / 'datasets').rglob('.*')}
     assert hidden == {'.prepared'}
@@ -218,8 +218,8 @@ OPTION_FILES = [
 
 
 @pytest.mark.parametrize('file', OPTION_FILES, ids=lambda file: file.name)
-def test_datasets_of_our_option_files(file, everything, monkeypatch):
-    """Every public dataset of the option files is there; what is not cropped can be read."""
+def test_datasets_of_our_option_files_exist(file, everything, monkeypatch):
+    """Every public dataset of the option files exists; those without crops can be read."""
     monkeypatch.chdir(everything[0])
     opt = yaml.safe_load(file.read_text(encoding='utf-8'))
     assert opt['datasets']
@@ -243,7 +243,7 @@ def test_all_in_one_has_the_seven_degradations():
     assert all(train['network_g'][key] == value for key, value in opt['network_g'].items())
 
 
-# Other layouts in which a set is published: {name: (set, trees)}
+# Other published layouts of a set: {name: (set, trees)}
 OTHERS = {
     'Rain100H in one folder': ('rain100h', ('Rain100H/rainy/rain-00{n}.png', 'Rain100H/norain-00{n}.png', '', '00{n}')),
     'Rain100L in two': ('rain100l', ('Rain100L/rain/rain-00{n}.png', 'Rain100L/norain/norain-00{n}.png', '', '00{n}')),
@@ -264,7 +264,7 @@ OTHERS = {
 
 
 @pytest.mark.parametrize('case', OTHERS)
-def test_other_layouts(case, tmp_path):
+def test_other_published_layouts_are_recognised(case, tmp_path):
     name, tree = OTHERS[case]
     make_tree(tmp_path / 'raw', name, trees=[tree])
     split = 'train' if name == 'rain13k' else 'test'
@@ -289,7 +289,7 @@ def test_several_rainy_images_share_their_truth(tmp_path):
         assert [brightness(image) for image in images] == pytest.approx(expected, abs=1)
 
 
-def test_all_problems_in_one_report(tmp_path):
+def test_all_problems_are_in_one_report(tmp_path):
     raw = make_tree(tmp_path / 'raw', 'lol')
     (raw / 'LOLdataset/our485/low/0.png').unlink()
     (raw / 'LOLdataset/our485/high/1.png').write_bytes((raw / 'LOLdataset/our485/high/1.png').read_bytes()[:-40])
@@ -319,7 +319,7 @@ def test_all_problems_in_one_report(tmp_path):
     assert len(stems(tmp_path / 'out' / ALL / 'train' / 'lowlight' / 'GT')) == COUNT
 
 
-def test_bad_images_are_left_out_on_demand(tmp_path, capsys):
+def test_bad_images_are_skipped_on_request(tmp_path, capsys):
     raw = make_tree(tmp_path / 'raw', 'rain100h')
     (raw / 'test/Rain100H/input/0.png').unlink()
     (raw / 'test/Rain100H/target/1.png').write_bytes(b'no image')
@@ -331,14 +331,14 @@ def test_bad_images_are_left_out_on_demand(tmp_path, capsys):
     assert 'no images left' in refusal('rain100h', raw, '--output', tmp_path / 'b', '--skip-bad', '--any-count')
 
 
-def test_two_images_of_one_name(tmp_path):
+def test_two_images_of_the_same_name_are_refused(tmp_path):
     raw = make_tree(tmp_path / 'raw', 'rain100h')
     write(raw / 'test/Rain100H/target/1.bmp', 48, 40, 0)
     assert 'two images of the same name' in refusal('rain100h', raw, '--output', tmp_path, '--any-count')
 
 
 def archive(folder: Path, file: Path) -> Path:
-    """With what macOS and Windows add, and in an order in which pairs are far apart."""
+    """With the files that macOS and Windows add, and in an order in which pairs are far apart."""
     (folder / '__MACOSX').mkdir()
     (folder / '__MACOSX' / '._1.png').write_bytes(b'no image')
     (folder / 'Thumbs.db').write_bytes(b'no image')
@@ -365,7 +365,7 @@ def test_archives_give_what_folders_give(ending, tmp_path):
     assert file.read_bytes() == before
 
 
-def test_a_damaged_archive(tmp_path):
+def test_a_damaged_archive_is_refused(tmp_path):
     file = archive(make_tree(tmp_path / 'raw', 'rain100h'), tmp_path / 'data.zip')
     content = bytearray(file.read_bytes())
     with zipfile.ZipFile(file) as packed:
@@ -381,7 +381,7 @@ def test_a_damaged_archive(tmp_path):
     assert 'cannot be read' in refusal('rain100h', tar)
 
 
-def test_several_archives_and_archives_that_are_cut_up(tmp_path):
+def test_several_archives_and_split_archives_are_read(tmp_path):
     raw = make_tree(tmp_path / 'raw', 'df2k')
     (first := tmp_path / 'a').mkdir()
     shutil.move(raw / 'Flickr2K', first)
@@ -391,7 +391,7 @@ def test_several_archives_and_archives_that_are_cut_up(tmp_path):
     assert not list((tmp_path / 'DF2K').glob('.*'))
 
 
-def test_copies(tmp_path):
+def test_copies_do_not_depend_on_the_download(tmp_path):
     raw = make_tree(tmp_path / 'raw', 'reside6k')
     arrange('reside6k', raw, '--output', tmp_path / 'out', '--copy')
     results = [path for path in (tmp_path / 'out').rglob('*.jpg')]
@@ -400,7 +400,7 @@ def test_copies(tmp_path):
     assert all(cv2.imread(str(path)) is not None for path in results)
 
 
-def test_repeated_changed_and_moved(tmp_path, capsys):
+def test_repeated_calls_follow_changed_and_moved_downloads(tmp_path, capsys):
     raw = make_tree(tmp_path / 'raw', 'set14')
     command = ('set14', raw, '--output', tmp_path / 'out')
     arrange(*command)
@@ -412,7 +412,7 @@ def test_repeated_changed_and_moved(tmp_path, capsys):
     made.unlink()
     arrange(*command)
     assert made.is_file()
-    moved = raw.rename(tmp_path / 'moved')  # the links lead nowhere
+    moved = raw.rename(tmp_path / 'moved')  # the links are dangling
     arrange('set14', moved, '--output', tmp_path / 'out')
     assert os.readlink(tmp_path / 'out/Set14/GT/img_0.png') == str(moved / 'Set14/img_0.png')
     (moved / 'Set14/img_0.png').unlink()
@@ -429,8 +429,8 @@ def test_a_changed_image_is_not_taken_from_an_unfinished_run(tmp_path):
         assert brightness(tmp_path / 'out/Set14' / side / 'img_1.png') == 9
 
 
-def test_interrupted_and_continued(tmp_path):
-    """Killed in the middle; what is done is not done again, and only whole files are seen, under their final names."""
+def test_an_interrupted_command_is_continued(tmp_path):
+    """Killed midway; finished work is not repeated, and only complete files are visible under their final names."""
     rng = np.random.default_rng(0)
     raw = tmp_path / 'raw' / 'DIV2K_train_HR'
     raw.mkdir(parents=True)
@@ -469,12 +469,12 @@ def test_interrupted_and_continued(tmp_path):
     assert [path.name for path in (tmp_path / 'out/DF2K').iterdir() if path.name.startswith('.')] == []
 
 
-def test_interrupted_while_results_are_put_in_place(tmp_path):
-    """The renames at the end cannot be one step; a repeated command does the rest, another one starts clean."""
+def test_an_interruption_between_the_final_renames_is_continued(tmp_path):
+    """The final renames are not one atomic step; a repeated command completes them, another one starts clean."""
     raw = make_tree(tmp_path / 'raw', 'set14')
     for rest in ((), ('--copy',)):
         out = tmp_path / f'out{len(rest)}'
-        refusal('set14', raw, '--output', out)  # the count: everything is made, nothing in place
+        refusal('set14', raw, '--output', out)  # the count: everything is created, nothing in place
         (out / 'Set14/LQ_x4').mkdir()
         (out / 'Set14/.LQ_x4.set14.test/img_1.png').rename(out / 'Set14/LQ_x4/img_1.png')
         moved = (out / 'Set14/LQ_x4/img_1.png').stat().st_mtime_ns
@@ -493,7 +493,7 @@ def test_tiles_cover_the_image_and_fit(tmp_path):
     small = shrink(image)
     assert small.shape == (182, 240, 3)
     basicsr = imresize(image[:728, :960] / 255.0, 0.25) * 255
-    assert np.abs(small - basicsr)[2:-2, 2:-2].max() < 1.2  # which rounds neither in between nor at the end
+    assert np.abs(small - basicsr)[2:-2, 2:-2].max() < 1.2  # without rounding in between or at the end
     tops, lefts = (0, 240, 248), (0, 240, 480)
     for number, (top, left) in enumerate([(top, left) for top in tops for left in lefts], 1):
         gt, lq = (
@@ -507,7 +507,7 @@ def test_tiles_cover_the_image_and_fit(tmp_path):
     assert sorted(listed) == listed == [f'DF2K/{path}.png' for path in stems(tmp_path / 'DF2K/GT_sub')]
 
 
-def test_lmdb_holds_what_the_folders_hold(tmp_path, capsys):
+def test_lmdb_equals_the_folders(tmp_path, capsys):
     raw = make_tree(tmp_path / 'raw', 'lol')
     arrange('lol', raw, '--output', tmp_path, '--part', 'test', '--lmdb')
     folder = tmp_path / ALL / 'test' / 'lowlight'
@@ -525,7 +525,7 @@ def test_lmdb_holds_what_the_folders_hold(tmp_path, capsys):
     assert len((folder / 'GT.lmdb/meta_info.txt').read_text().splitlines()) == 2 * COUNT
 
 
-def test_what_is_in_the_way(tmp_path):
+def test_files_in_the_way_are_named_and_kept(tmp_path):
     raw = make_tree(tmp_path / 'raw', 'rain100h')
     write(tmp_path / 'out/Rain100H/GT/mine.png', 8, 8, 0)
     (tmp_path / f'out/{ALL}/test/rain').mkdir(parents=True)
@@ -535,7 +535,7 @@ def test_what_is_in_the_way(tmp_path):
     assert 'would be inside the download' in inside
 
 
-def test_a_subset_of_ones_own(tmp_path):
+def test_a_custom_subset_is_selected(tmp_path):
     raw = make_tree(tmp_path / 'raw', 'snow100k')
     names = tmp_path / 'names.txt'
     command = ('snow100k', raw, '--output', tmp_path, '--part', 'train', '--subset', names)
@@ -546,7 +546,7 @@ def test_a_subset_of_ones_own(tmp_path):
     assert stems(tmp_path / ALL / 'train/snow/LQ') == ['city_00', 'city_02']
 
 
-def test_spaced():
+def test_spaced_stems_are_evenly_spaced():
     for total, count in ((50000, 5000), (50000, 1000), (7, 3), (3, 3), (2, 3)):
         stems = [f'{n:05}' for n in range(total)]
         chosen = spaced(stems, count)
@@ -555,7 +555,7 @@ def test_spaced():
         assert max(gaps) - min(gaps) <= 1
 
 
-def test_patterns():
+def test_patterns_match_paths_and_pair_keys():
     assert compile_pattern('train/{key}').fullmatch('/x/Train/a.b (1).PNG')['key'] == 'a.b (1)'
     assert not compile_pattern('train/{key}').fullmatch('/x/my_train/a.png')
     assert not compile_pattern('train/{key}').fullmatch('/x/train/a.txt')
@@ -575,7 +575,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize('case', WRONG)
-def test_wrong_downloads(case, tmp_path):
+def test_wrong_downloads_are_explained(case, tmp_path):
     (tmp_path / 'raw').mkdir()
     (tmp_path / 'raw/x.rar').write_bytes(b'Rar!')
     arguments, said = WRONG[case]
@@ -597,13 +597,13 @@ MISUSE = {
 
 
 @pytest.mark.parametrize('case', MISUSE)
-def test_misuse(case, capsys):
+def test_misuse_is_explained(case, capsys):
     arguments, said = MISUSE[case]
     assert refusal(*arguments) == '2'
     assert said in capsys.readouterr().err
 
 
-def test_command(tmp_path):
+def test_the_command_prepares_data_for_our_datasets(tmp_path):
     """As users run it, in a folder with `datasets`."""
     file = archive(make_tree(tmp_path / 'raw', 'rain100h'), tmp_path / 'Rain100H.zip')
     done = python(SCRIPT, 'rain100h', file.name, '--any-count', cwd=tmp_path)
@@ -612,7 +612,7 @@ def test_command(tmp_path):
     assert len(stems(tmp_path / 'datasets' / ALL / 'test/rain/LQ')) == COUNT
 
 
-def test_help(capsys):
+def test_help_is_printed_for_every_set(capsys):
     for arguments in (['--help'], *([name, '--help'] for name in SETS)):
         assert refusal(*arguments) == '0'
         text = capsys.readouterr().out
@@ -630,7 +630,7 @@ REAL = {  # pairs of the published sets, renamed: {folder: (set, part, names in 
 
 
 @pytest.mark.parametrize('source', REAL)
-def test_real_pairs(source, tmp_path):
+def test_published_pairs_are_arranged(source, tmp_path):
     folder = SHARED / 'pairs' / source
     if not folder.is_dir():
         pytest.skip(f'no ../shared/data/pairs/{source}: published pairs')
@@ -645,7 +645,7 @@ def test_real_pairs(source, tmp_path):
 
 
 @pytest.mark.parametrize('name', ['Set5', 'Set14', 'Urban100'])
-def test_small_images_are_those_of_matlab(name):
+def test_small_images_match_matlab(name):
     folder = SHARED / 'pairs' / 'sr_x4' / name
     if not folder.is_dir():
         pytest.skip(f'no ../shared/data/pairs/sr_x4/{name}: LQ images made by MATLAB')

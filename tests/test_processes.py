@@ -1,6 +1,6 @@
-"""Training in several processes: the same as in one, with an error in bounded time if one of them ends.
+"""Training in several processes equals one process, and fails in bounded time if one of them ends.
 
-One that is stopped, or never comes, is named in half a minute and not waited for without end.
+A process that is stopped or missing is named within half a minute; the others do not wait forever.
 """
 
 import os
@@ -22,7 +22,7 @@ from test_exact_resume import GAN, real_world, train_in_two_processes
 
 TOTAL = 6  # iterations
 LONG = {'train.total_iter': 200_000, 'logger.save_checkpoint_freq': 5, 'logger.keep_last': 2}
-# What an adaptive optimizer does with gradients near zero depends on rounding.
+# With gradients near zero, the steps of adaptive optimizers depend on rounding.
 SGD = {'type': 'SGD', 'lr': 0.05}
 AUTOENCODER = {
     'type': 'DegradationAutoencoder', 'embed_dim': 4, 'extractor_channels': [4, 4], 'channels': 4,
@@ -38,9 +38,9 @@ KINDS = {
 
 
 def plain_photos(folder):
-    """Options of a training without randomness: wherever a photo of one colour is cropped and blurred, it is the same.
+    """Options of a training without randomness: every crop and blur of a uniformly coloured photo is the same.
 
-    Without resizing all sizes are multiples of JPEG's blocks, whose quality is the same each time, and noise is off.
+    Without resizing, all sizes are multiples of JPEG's blocks; JPEG's quality is constant, and noise is off.
     """
     opt = real_world(folder)
     rng = np.random.default_rng(0)
@@ -58,7 +58,7 @@ def images(tmp_path_factory):
     return forked.write_images(tmp_path_factory.mktemp('images') / 'images', count=8)
 
 
-# Trainings of two processes of which one is stopped or missing: all of them wait while the others are tested.
+# Trainings of two processes of which one is stopped or missing; all of them wait while other tests run.
 
 LIMIT = 30  # seconds
 NODE = os.uname().nodename
@@ -91,7 +91,7 @@ def waiting(images, waiting_in):
 
 @pytest.mark.usefixtures('waiting')
 @pytest.mark.parametrize('kind', KINDS)
-def test_two_processes_are_one_with_the_doubled_batch(kind, images, tmp_path):
+def test_two_processes_equal_one_with_the_doubled_batch(kind, images, tmp_path):
     is_real_world = kind.startswith('RealWorld')
     opt = plain_photos(tmp_path) if is_real_world else forked.options(images)
     common = {'network_g.dropout': 0.0, 'train.optim_g': SGD, 'train.total_iter': TOTAL}
@@ -100,7 +100,7 @@ def test_two_processes_are_one_with_the_doubled_batch(kind, images, tmp_path):
     folders = [tmp_path / name for name in ('two', 'one', 'half')]
     runs = train_in_two_processes, train, train
     for folder, run, size in zip(folders, runs, (2, 4, 2), strict=True):
-        # A pool of one batch delays the batches by an iteration and mixes none.
+        # A pool of one batch delays the batches by an iteration without mixing them.
         pool = {'queue_size': size} if is_real_world else {}
         run(changed(opt, {'datasets.train.batch_size_per_gpu': size} | pool), folder)
     two, one, half = (weights(folder) for folder in folders)
@@ -111,7 +111,7 @@ def test_two_processes_are_one_with_the_doubled_batch(kind, images, tmp_path):
 
 
 def weights(folder, name='latest'):
-    """All of a network's parameters as a vector, of the network, its average and the discriminator."""
+    """Vectors of all parameters: of the network, its EMA and the discriminator."""
     files = {part: folder / f'experiments/run/models/net_{part}_{name}.pth' for part in 'gd'}
     found = {part: torch.load(file, weights_only=True) for part, file in files.items() if file.exists()}
     return {
@@ -127,7 +127,7 @@ def distance(one, other):
 
 
 def in_folders_of_their_own(tmp_path, images):
-    """Working directories, two as of two nodes, and one to compare with; data and runs have the same names in each."""
+    """Working directories: two as on two nodes, one for comparison; data and runs have the same names in each."""
     folders = [tmp_path / name for name in ('first', 'second', 'alone')]
     for folder in folders:
         folder.mkdir()
@@ -138,8 +138,8 @@ def in_folders_of_their_own(tmp_path, images):
     return changed(opt, val), folders[:2], folders[2]
 
 
-def test_validation_of_a_network_with_buffers_and_without_average(images, tmp_path):
-    """It is the first process's alone, whatever the others see; BasicSR's would hang."""
+def test_validation_of_a_network_with_buffers_and_without_average_does_not_hang(images, tmp_path):
+    """Only the first process validates, whatever the others see; BasicSR's validation would hang."""
     opt, (first, second), alone = in_folders_of_their_own(tmp_path, images)
     for kind in ('gt', 'lq'):
         for index in range(5):
@@ -197,7 +197,7 @@ def test_a_killed_process_ends_the_other(rank, images, tmp_path):
 
 
 def test_torchrun_ends_all_if_one_is_killed(images, tmp_path):
-    """A stop of all: test_stopping.py."""
+    """Stopping all of them: test_stopping.py."""
     with training(TORCHRUN, changed(forked.options(images), LONG | {'val.val_freq': 1000}), tmp_path) as (run, log):
         os.kill(children(run.pid)[-1], signal.SIGKILL)
         assert run.wait(timeout=120) == 1, log.read_text()
@@ -222,7 +222,7 @@ def test_a_missing_process_is_named_and_the_other_ends(rank, name, missing, wait
     assert name.endswith('stopped') or not (waiting_in / name / 'experiments').exists()
 
 
-def test_a_process_that_continues_is_said_to_be_back(waiting, waiting_in):
+def test_a_process_that_continues_is_reported_as_back(waiting, waiting_in):
     first, second = waiting[0, 'paused'], waiting[1, 'paused']
     first.wait_for(SILENT + "(torch's default)")
     os.kill(second.process.pid, signal.SIGCONT)
@@ -234,6 +234,6 @@ def test_a_process_that_continues_is_said_to_be_back(waiting, waiting_in):
     assert SILENT not in second.log(), 'it does not take its own pause for one of the other'
 
 
-def test_the_limit_is_a_number(images, tmp_path):
+def test_the_limit_must_be_a_number(images, tmp_path):
     run = Training(changed(forked.options(images), {'dist_params': {'timeout': 'long'}}), tmp_path)
     assert run.status() == 1 and 'dist_params.timeout: ' in run.log()

@@ -19,7 +19,7 @@ from dpmambair_basicsr.data.progressive import Phases
 from dpmambair_basicsr.models import RestorationModel
 
 PHASES = {'gt_sizes': [8, 16, 24, 32], 'batch_sizes': [4, 3, 2, 1], 'iters': [3, 4, 3, 2]}
-SCHEDULE = [(8, 4)] * 3 + [(16, 3)] * 4 + [(24, 2)] * 3 + [(32, 1)] * 4  # the last phase stays: 14 iterations
+SCHEDULE = [(8, 4)] * 3 + [(16, 3)] * 4 + [(24, 2)] * 3 + [(32, 1)] * 4  # the last phase continues: 14 iterations
 OPTIONS = """
 name: progressive
 model_type: TracingModel
@@ -49,7 +49,7 @@ logger: {print_freq: 1, save_checkpoint_freq: 5, use_tb_logger: false}
 
 @MODEL_REGISTRY.register()
 class TracingModel(RestorationModel):
-    """Notes (iteration, crop size, batch size)."""
+    """Records (iteration, crop size, batch size)."""
 
     trace = []
 
@@ -120,7 +120,7 @@ def test_training_follows_the_schedule_also_after_a_resume(options, tmp_path, wo
         (12, None),
     ],
 )
-def test_disagreement_with_total_iter_is_said_at_the_start(options, tmp_path, total, message):
+def test_disagreement_with_total_iter_is_reported_at_the_start(options, tmp_path, total, message):
     options['train']['total_iter'] = total
     _, log = train(options, tmp_path)
     before, start, _ = log.partition('Start training from')
@@ -128,8 +128,8 @@ def test_disagreement_with_total_iter_is_said_at_the_start(options, tmp_path, to
     assert ('sum to' not in log) if message is None else re.search(message, before)
 
 
-def test_distributed(options, tmp_path):
-    """Two processes with a worker each, resumed amid an epoch: both follow the schedule, with images of their own."""
+def test_distributed_training_follows_the_schedule(options, tmp_path):
+    """Two processes with a worker each, resumed within an epoch: both follow the schedule, with different images."""
     train_set = options['datasets']['train']
     train_set |= pipelines.write_pairs(tmp_path / 'twelve', [(40, 36)] * 12) | {'batch_size_per_gpu': 3}
     train_set['progressive'] = {'gt_sizes': [8, 32], 'batch_sizes': [3, 1], 'iters': [5, 2]}
@@ -185,7 +185,7 @@ def epochs(dataset_options, count, done=0):
             yield batch
 
 
-def test_all_images_are_seen_although_most_of_a_batch_is_left_out(options):
+def test_all_images_are_used_although_batches_are_small(options):
     used = set()
     for batch in epochs(options['datasets']['train'], 20, done=11):
         assert batch['gt'].shape == (1, 3, 32, 32)
@@ -194,7 +194,7 @@ def test_all_images_are_seen_although_most_of_a_batch_is_left_out(options):
 
 
 def test_one_crop_size_per_batch_and_a_position_per_image(options, tmp_path):
-    """The pictures are all alike, so equal crops are at equal positions."""
+    """All images are equal, so equal crops are at equal positions."""
     random.seed(0)
     options['datasets']['train']['use_hflip'] = False
     folder = tmp_path / 'pairs' / 'GT'
@@ -252,13 +252,13 @@ def test_basicsrs_own_model_follows_the_schedule_also_after_a_resume(options, tm
         ({'sizes': [1]}, 'progressive: must have the keys gt_sizes, batch_sizes, iters'),
     ],
 )
-def test_bad_values_name_the_key(options, change, message):
+def test_errors_name_the_key(options, change, message):
     train_set = options['datasets']['train'] | {'phase': 'train', 'progressive': PHASES | change}
     with pytest.raises(ValueError, match=message):
         build_dataset(train_set)
 
 
-def test_crop_size_of_a_part_alone_names_the_key(options):
+def test_crop_size_of_a_sub_dataset_alone_names_the_key(options):
     train_set = options['datasets']['train'] | {'phase': 'train', 'type': 'MixedDegradationDataset'}
     part = {key: train_set.pop(key) for key in ('dataroot_gt', 'dataroot_lq', 'gt_size')}
     with pytest.raises(ValueError, match='^gt_size: missing beside progressive'):
@@ -272,7 +272,7 @@ def test_gt_sizes_fit_the_network_at_scale_4(options):
 
 
 def test_one_image_is_decoded_per_used_crop(options):
-    """Restormer's way: as many as the full batch has."""
+    """In Restormer: as many as the full batch has."""
     compare = runpy.run_path(str(pipelines.ROOT / 'benchmarks' / 'progressive.py'))['compare']
     rows = compare(options['datasets']['train'] | {'phase': 'train', 'scale': 1}, batches=2)
     assert [row[:2] for row in rows] == list(zip(PHASES['gt_sizes'], PHASES['batch_sizes'], strict=True))

@@ -62,13 +62,13 @@ def weights(project, name) -> dict:
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of project: how it is made, its command, a network of its own, and what `dropin` says of ours there."""
+    """A kind of project: how it is made, its command, one of its networks, and what `dropin` says about ours there."""
 
     make: Callable
     script: str
     own: str
     said: list[str]
-    path: str = ''  # what its command needs on Python's path
+    path: str = ''  # needed on Python's path by its command
 
 
 KINDS = [
@@ -119,7 +119,7 @@ def test_own_networks_train_as_before_and_ours_in_the_same_loop(kind, scripts, o
     assert tree(project) == before
 
 
-# The kinds of BasicSR's own option files, small: what is changed in STOCK.
+# The kinds of BasicSR's own option files, reduced: changes to STOCK.
 OF_BASICSR = {
     'EDSR': {
         'network_g': {'type': 'EDSR', 'num_in_ch': 3, 'num_out_ch': 3, 'num_feat': 4, 'num_block': 1, 'upscale': 4},
@@ -182,7 +182,7 @@ print('sizes', load(sys.argv[1]).restore(torch.zeros(7, 5, 3, dtype=torch.uint8)
 
 
 def old_fork_with_init(folder):
-    """As some forks of Restormer: still no registry."""
+    """Like some forks of Restormer: still without registry."""
     project = old_fork(folder)
     (project / 'basicsr/__init__.py').touch()
     return project
@@ -203,7 +203,7 @@ def commands(scripts, tmp_path):
 
 
 @pytest.mark.parametrize('make', [fork, old_fork, old_fork_with_init, package], ids=lambda make: make.__name__)
-def test_our_commands_work_in_the_folder_of_a_project_or_say_what_is_missing(make, commands, options, tmp_path):
+def test_our_commands_work_in_a_projects_folder_or_say_what_is_missing(make, commands, options, tmp_path):
     project = make(tmp_path)
     options |= {
         'name': 'ours',

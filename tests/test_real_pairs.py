@@ -1,6 +1,6 @@
 """options/test_all_in_one.yml on published pairs: downloads in miniature, prepare_data, the test, its table.
 
-Haze is SOTS outdoor in RESIDE-6K's layout, low light training pairs of LOL as its test pairs; there are none of LSRW.
+Haze is SOTS outdoor in RESIDE-6K's layout; low light, training pairs of LOL as its test pairs, without LSRW.
 """
 
 import csv
@@ -19,11 +19,11 @@ import dpmambair_basicsr  # noqa: F401  (first: it makes BasicSR importable, and
 from dpmambair_basicsr import prepare_data
 from dpmambair_basicsr.archs import DPMambaIR
 
-metrics = pytest.importorskip('skimage.metrics', reason='its metrics are compared with')
+metrics = pytest.importorskip('skimage.metrics', reason='its metrics are the reference')
 SHARED = Path(__file__).parents[2] / 'shared' / 'data'
 OPTIONS = PACKAGE_PARENT / 'options' / 'test_all_in_one.yml'
 DATASETS = yaml.safe_load(OPTIONS.read_text(encoding='utf-8'))['datasets'].values()
-# Command of prepare_data: (images in the shared data, places in the download, how many)
+# Command of prepare_data: (images in the shared data, paths in the download, number)
 DOWNLOADS = {
     'reside6k': ('pairs/haze/SOTS-outdoor', {'LQ': 'test/hazy', 'GT': 'test/GT'}, 2),
     'rain100h': ('pairs/rain/Rain100H', {'LQ': 'Rain100H/input', 'GT': 'Rain100H/target'}, 3),
@@ -41,7 +41,7 @@ NETWORK = {
 
 @pytest.fixture(scope='module')
 def tested(tmp_path_factory):
-    """A project folder in which the datasets were arranged and the test has run."""
+    """A project folder after prepare_data and the test."""
     if not SHARED.is_dir():
         pytest.skip(f'no published pairs: {SHARED} does not exist')
     folder = tmp_path_factory.mktemp('all_in_one')
@@ -75,7 +75,7 @@ def measure(image, truth) -> dict[str, float]:
 
 
 def mean_over(images, truths) -> dict[str, float]:
-    """Of the images whose names begin with that of their truth."""
+    """Mean over the images whose names begin with that of their GT image."""
     truths = {path.stem: path for path in Path(truths).iterdir()}
     values = [measure(path, truths[next(stem for stem in truths if path.stem.startswith(stem))]) for path in images]
     assert len(values) == len(truths)
@@ -83,8 +83,8 @@ def mean_over(images, truths) -> dict[str, float]:
 
 
 @pytest.mark.parametrize('dataset', DATASETS, ids=lambda dataset: dataset['name'])
-def test_figures_are_those_of_scikit_image(dataset, tested):
-    """Of the unrestored images as they are on disk (noise and JPEG as they were made), and of the restored ones."""
+def test_metrics_match_scikit_image(dataset, tested):
+    """Of the unrestored images as stored on disk (noise and JPEG as generated), and of the restored ones."""
     folder, _ = tested
     root, name = folder / 'results' / 'test_all_in_one', dataset['name']
     (part,) = (part for part in json.loads((root / 'results.json').read_text())['sets'] if part['name'] == name)
@@ -97,7 +97,7 @@ def test_figures_are_those_of_scikit_image(dataset, tested):
     assert abs(restored['psnr'] - part['unrestored']['psnr']) > 1e-2, 'the two could be mixed up'
 
 
-def test_the_files_have_all_rows_and_their_average(tested):
+def test_the_tables_have_all_rows_and_their_average(tested):
     folder, log = tested
     root = folder / 'results' / 'test_all_in_one'
     content = json.loads((root / 'results.json').read_text())

@@ -6,7 +6,7 @@ import pytest
 from support.commands import basicsr_source, python
 from support.projects import replace_in, with_own_losses, without_vgg
 
-# Imports torch and torchvision once, then runs each case in a forked copy of itself: separate interpreters, but quick.
+# Imports torch and torchvision once, then runs each case in a fork of itself: separate interpreters, but fast.
 DRIVER = """
 import json, os, sys, traceback, warnings
 import cv2, scipy.stats, torch, torchvision
@@ -183,11 +183,11 @@ def test_everything_is_registered_in_any_order_of_imports(outcomes, order):
 
 
 @pytest.mark.parametrize('fork', FORKS)
-def test_a_fork_that_we_do_not_fit_can_still_be_imported(outcomes, fork):
+def test_an_incompatible_fork_can_still_be_imported(outcomes, fork):
     assert outcomes[fork] == 'ok', outcomes[fork]
 
 
-def test_importing_the_package_imports_nothing_large(tmp_path):
+def test_importing_the_package_imports_no_large_library(tmp_path):
     code = """
 import sys, dpmambair_basicsr
 large = {'torch', 'torchvision', 'basicsr', 'numpy', 'cv2', 'yaml'} & set(sys.modules)

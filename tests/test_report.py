@@ -1,4 +1,4 @@
-"""The table of a test, several of them in one, the page, and what a training tells: averages, best network, draws."""
+"""The table of a test, several tests in one table, the page, and a training's log: averages, best network, draws."""
 
 import base64
 import csv
@@ -25,7 +25,7 @@ from dpmambair_basicsr.results import run as results
 from dpmambair_basicsr.results.comparison import key_of
 from dpmambair_basicsr.results.page import bars
 
-metrics = pytest.importorskip('skimage.metrics', reason='its metrics are compared with')
+metrics = pytest.importorskip('skimage.metrics', reason='its metrics are the reference')
 
 NETWORK = {'dim': 4, 'num_blocks': [1, 1, 1, 1], 'num_refinement_blocks': 1}
 METRICS = {
@@ -88,7 +88,7 @@ def measure(image, truth) -> dict[str, float]:
 
 
 def mean_over(paths, pairs) -> dict[str, float]:
-    """Of images whose names begin with that of their GT image."""
+    """Mean over the images whose names begin with that of their GT image."""
     gt = {name: cv2.imread(f'{pairs["dataroot_gt"]}/{name}.png') for name in ('00', '01')}
     values = [measure(cv2.imread(str(path)), gt[path.name[:2]]) for path in paths]
     assert values
@@ -188,7 +188,7 @@ def test_what_is_degraded_on_the_fly_is_shown_degraded(pairs, tmp_path):
     assert part.unrestored == pytest.approx(mean_over(map(Path, part.images.values()), pairs), abs=1e-3)
 
 
-def test_numbers_that_json_does_not_have_survive_it(tmp_path):
+def test_numbers_that_json_lacks_survive_a_round_trip(tmp_path):
     part = results.SetResult('set', restored={'psnr': math.inf, 'ssim': math.nan})
     results.write_run(a_run('run', part), tmp_path)
     json.loads((tmp_path / 'results.json').read_text(), parse_constant=lambda name: pytest.fail(name))
@@ -231,7 +231,7 @@ def table_of(text: str) -> dict[tuple[str, str], dict[str, str]]:
     return {(row[0], row[-1]): dict(zip(heading, row, strict=True)) for row in rows}
 
 
-def test_two_runs_stand_in_one_table_beside_the_papers(tested):
+def test_two_runs_are_in_one_table_with_the_papers(tested):
     folder, _ = tested
     process = command('results/one', 'results/two/results.json', cwd=folder)
     assert process.returncode == 0, process.stdout
@@ -254,7 +254,7 @@ def test_two_runs_stand_in_one_table_beside_the_papers(tested):
 
 
 def test_an_average_needs_every_set(tmp_path):
-    """And that of the published rows is, to rounding, the one that the paper prints."""
+    """That of the published rows equals, up to rounding, the average that the paper prints."""
     names = ('LOL + LSRW', 'snow100k', 'Rain100H', 'RESIDE-6K', 'BSD400_JPEG', 'BSD400 noise', 'GoPro')
     parts = [results.SetResult(name, restored={'psnr': 30.0, 'ssim': 0.9}) for name in names]
     whole, half = a_run('whole', *parts), a_run('half', *parts[:3])
@@ -266,7 +266,7 @@ def test_an_average_needs_every_set(tmp_path):
         assert float(averages[method].split(' / ')[0]) == pytest.approx(psnr, abs=0.011)
 
 
-def test_numbers_that_are_measured_otherwise_are_marked_and_compared_with_nothing(tmp_path):
+def test_numbers_measured_differently_are_marked_and_not_compared(tmp_path):
     part = results.SetResult('Rain100H', restored={'psnr': 30.0, 'ssim': 0.9}, unrestored={'psnr': 12.0, 'ssim': 0.4})
     (folder,) = write_runs(tmp_path, a_run('both', part))
     process = command(folder, '--html', 'page.html', cwd=tmp_path)
@@ -295,8 +295,8 @@ def test_every_ssim_of_dpmambair_is_marked_and_none_of_vmambair():
 @pytest.mark.parametrize(
     'file', sorted((commands.PACKAGE_PARENT / 'options').glob('test_*.yml')), ids=lambda file: file.stem
 )
-def test_the_option_files_measure_what_stands_beside_them(file):
-    """Each table whose sets a file has is shown with every metric of the file, but those that it does not print."""
+def test_the_option_files_have_the_metrics_of_the_published_tables(file):
+    """Each published table with sets of the file is shown with every metric of the file that the table has."""
     opt = yaml.safe_load(file.read_text(encoding='utf-8'))
     sets = [
         results.SetResult(data['name'], restored=dict.fromkeys(opt['val']['metrics'], 1.0))
@@ -337,7 +337,7 @@ def test_runs_that_cannot_be_compared_are_refused_or_noted(tmp_path):
 
 
 @pytest.mark.parametrize('content', [None, '', '[]', '{"name": "run"}', '{"average": {}, "sets": [{"name": 1}]}'])
-def test_what_is_no_result_is_named(tmp_path, content):
+def test_files_that_are_not_results_are_named(tmp_path, content):
     if content is not None:
         (tmp_path / 'results.json').write_text(content)
     with pytest.raises(ValueError, match=rf'^{re.escape(str(tmp_path / "results.json"))}: '):
@@ -472,7 +472,7 @@ def test_the_average_over_the_sets_is_logged(trained):
 
 
 def test_the_input_is_measured_once(trained, pairs):
-    """By scikit-image's PSNR; the second set has other images."""
+    """By scikit-image's PSNR; the second set has different images."""
     _, log = trained
     said = re.findall(r'Validation (.+): the unrestored input has psnr (\S+), ssim (\S+)\.', log)
     assert len(said) == len({name for name, *_ in said}) == 2
@@ -482,7 +482,7 @@ def test_the_input_is_measured_once(trained, pairs):
     assert any(float(value) == pytest.approx(psnr, abs=1e-3) for _, value, _ in said)
 
 
-def test_the_best_checkpoint_is_the_network_it_says(trained):
+def test_the_best_checkpoint_is_the_network_that_the_log_names(trained):
     folder, log = trained
     best = torch.load(folder / 'experiments/run/models/net_g_best.pth', weights_only=True)
     saved = [(int(iteration), float(value)) for iteration, value in best_lines(log)]
@@ -529,7 +529,7 @@ def test_a_resumed_training_replaces_the_best_only_by_a_better_one(trained, tmp_
     assert not list(file.parent.glob('.*'))
 
 
-def test_a_best_by_another_measure_is_not_compared_with(trained, tmp_path):
+def test_a_best_value_of_another_metric_is_not_compared(trained, tmp_path):
     folder, _ = trained
     shutil.copytree(folder / 'experiments', tmp_path / 'experiments')
     opt = yaml.safe_load((folder / 'run.yml').read_text())
@@ -541,7 +541,7 @@ def test_a_best_by_another_measure_is_not_compared_with(trained, tmp_path):
 
 
 def test_an_infinite_metric_is_never_best(pairs, tmp_path):
-    """A network that returns its input, and a set whose input is the truth: PSNR is infinite there."""
+    """A network that returns its input, and a set whose input is the GT: its PSNR is infinite."""
     net = VmambaIR(**NETWORK)
     torch.nn.init.zeros_(net.output.weight)
     torch.save({'params': net.state_dict()}, tmp_path / 'identity.pth')
@@ -555,7 +555,7 @@ def test_an_infinite_metric_is_never_best(pairs, tmp_path):
 
 
 def test_the_log_counts_what_was_drawn(trained):
-    """3 : 1 is exact after an epoch, 4 items twice over."""
+    """3 : 1 is exact after an epoch, which has 4 items twice."""
     _, log = trained
     drawn = re.findall(r'Drawn so far by this process: (.*)\.', log)
     assert len(drawn) == 2

@@ -113,7 +113,7 @@ def test_basicsrs_charbonnier_loss_trains():
     assert model.log_dict == pytest.approx({'l_pix': expected}, rel=1e-5)
 
 
-def test_a_loss_that_is_none_is_not_logged():
+def test_a_loss_of_None_is_not_logged():
     model = build(pixel_opt=None, perceptual_opt={'type': 'PairOfLosses', 'style': 0})
     model.optimize_parameters(1)
     assert list(model.log_dict) == ['l_percep']
@@ -177,14 +177,14 @@ def test_the_frozen_extractor_does_not_drift_in_the_average(stage_1):
 
 @pytest.mark.parametrize(('periods', 'works'), [([8], False), ([3, 6], True), ([10], True)])
 def test_a_schedule_may_end_with_the_last_iteration(periods, works):
-    """BasicSR's fails if it is asked for a rate after its periods; iteration i asks for position i - 1."""
+    """BasicSR's fails if a rate is requested after its periods; iteration i requests position i - 1."""
     schedule = {'type': 'CosineAnnealingRestartLR', 'periods': periods, 'restart_weights': [1] * len(periods)}
     if not works:
         with pytest.raises(ValueError, match=r'periods sum to 8, train\.total_iter is 10'):
             build(scheduler=schedule)
         return
     model = build(scheduler=schedule)
-    model.optimizer_g.step()  # PyTorch warns of schedulers that step before
+    model.optimizer_g.step()  # PyTorch warns about schedulers that step before
     for iteration in range(1, 11):
         model.update_learning_rate(iteration)
 
@@ -193,7 +193,7 @@ def test_a_schedule_may_end_with_the_last_iteration(periods, works):
 
 
 @pytest.mark.parametrize('model_type', ['RestorationModel', 'RestorationGANModel'])
-def test_what_freeze_names_is_not_trained_and_takes_no_optimizer_state(model_type, caplog, monkeypatch):
+def test_frozen_parameters_are_not_trained_and_have_no_optimizer_state(model_type, caplog, monkeypatch):
     monkeypatch.setattr(get_root_logger(), 'propagate', True)
     patterns = ['encoder_level1*', '*.norm*.weight', 'output.*']
     opt = options(VMAMBAIR, freeze=patterns, ema_decay=0.5, grad_clip_norm=1.0)
@@ -243,7 +243,7 @@ def test_a_state_of_other_trained_parameters_is_refused():
 
 @pytest.mark.parametrize('size', [(16, 16), (13, 9)])
 def test_the_output_is_cropped_at_the_networks_own_scale(size):
-    """Without a top-level `scale`, which is for the datasets."""
+    """Without the top-level `scale`, which is for the datasets."""
     model = build({**VMAMBAIR, 'scale': 4})
     model.lq = torch.rand(1, 3, *size)
     model.test()
@@ -272,7 +272,7 @@ def test_the_label_reaches_the_network():
         model.test()
 
 
-# Where the degradation extractor is from
+# Sources of the degradation extractor
 
 
 def save(path, checkpoint):
@@ -282,7 +282,7 @@ def save(path, checkpoint):
 
 @pytest.fixture(scope='module')
 def stage_1(tmp_path_factory):
-    """A checkpoint of stage 1, and the extractor that it should give."""
+    """A checkpoint of stage 1, and the extractor that it contains."""
     torch.manual_seed(7)
     net = DegradationAutoencoder(**EXTRACTOR, channels=4, num_fusion_blocks=1, num_refine_blocks=1)
     file = tmp_path_factory.mktemp('stage1') / 'stage1.pth'
@@ -315,7 +315,7 @@ def extractor_of(file):
     return {name.removeprefix('extractor.'): value for name, value in state.items() if name.startswith('extractor.')}
 
 
-def test_from_stage_1(stage_1, stage_2, tmp_path):
+def test_extractor_is_loaded_from_stage_1(stage_1, stage_2, tmp_path):
     file, expected = stage_1
     assert_extractor(model_with(pretrain_network_e=file), expected)
     part = {'pretrain_network_g': stage_2['part'], 'strict_load_g': False}
@@ -327,7 +327,7 @@ def test_from_stage_1(stage_1, stage_2, tmp_path):
     assert_extractor(model_with(pretrain_network_e=bare), expected)
 
 
-def test_from_a_checkpoint_of_the_whole_network(stage_1, stage_2):
+def test_extractor_is_loaded_from_a_checkpoint_of_the_whole_network(stage_1, stage_2):
     expected = extractor_of(stage_2['whole'])
     assert_extractor(model_with(pretrain_network_g=stage_2['whole']), expected)
     with pytest.raises(ValueError, match=r'^path\.pretrain_network_e: \S*whole\.pth includes its own extractor'):
@@ -355,13 +355,13 @@ def test_a_random_extractor_is_refused(make, stage_1, stage_2, tmp_path):
     part = {'pretrain_network_g': stage_2['part'], 'strict_load_g': False}
     with pytest.raises(ValueError, match=r'^path\.pretrain_network_e: missing, and \S*part\.pth has no matching one'):
         make(part)
-    wider = DPMambaIR(**NETWORK | {'embed_dim': 16}).state_dict()  # strict_load_g: false skips what does not fit
+    wider = DPMambaIR(**NETWORK | {'embed_dim': 16}).state_dict()  # strict_load_g: false skips mismatched parameters
     file = save(tmp_path / 'wider.pth', {'params': wider})
     with pytest.raises(ValueError, match=r'missing, and \S*wider\.pth has no matching one'):
         make({'pretrain_network_g': file, 'strict_load_g': False})
 
 
-def test_gan_model_takes_the_extractor(stage_1, stage_2):
+def test_gan_model_loads_the_extractor(stage_1, stage_2):
     model = gan_model({'pretrain_network_e': stage_1[0]})
     model.feed_data({'lq': torch.rand(2, 3, 16, 16), 'gt': torch.rand(2, 3, 16, 16)})
     model.optimize_parameters(1)
@@ -377,7 +377,7 @@ def test_gan_model_takes_the_extractor(stage_1, stage_2):
         ('DegradationExtractorModel', {'type': 'DegradationAutoencoder', **EXTRACTOR}),
     ],
 )
-def test_a_network_that_takes_no_extractor_is_given_none(model_type, network, stage_1):
+def test_a_network_without_an_extractor_is_given_none(model_type, network, stage_1):
     opt = options(dict(network), {'pretrain_network_e': stage_1[0]}) | {'model_type': model_type}
     message = rf'^path\.pretrain_network_e: this {network["type"]} does not use an extractor; write ~'
     with pytest.raises(ValueError, match=message):
@@ -440,7 +440,7 @@ def test_a_wrong_checkpoint_is_named(content, message, tmp_path):
 
 @pytest.mark.parametrize('key', [None, 'weights'])
 def test_files_of_other_programs_start_network_and_average(key, tmp_path):
-    """A bare state dict, or one under a key of its own, with the names that DataParallel gives."""
+    """A bare state dict, or one under another key, with DataParallel's names."""
     state = DPMambaIR(**NETWORK | {'insertion': 'none'}).state_dict()
     renamed = {f'module.{name}': value for name, value in state.items()}
     file = save(tmp_path / 'other.pth', renamed if key is None else {key: renamed})
@@ -454,5 +454,5 @@ def test_files_of_other_programs_start_network_and_average(key, tmp_path):
 
 @pytest.mark.parametrize(('model', 'most'), [('RestorationModel', 5), ('RealWorldSRGANModel', 9)])
 def test_few_classes_stand_between_a_model_and_basicsr(model, most):
-    """What a model does beside BasicSR is in parts that it owns, not in its ancestors."""
+    """A model's additions to BasicSR are in objects that it owns, not in base classes."""
     assert len(MODEL_REGISTRY.get(model).__mro__) <= most

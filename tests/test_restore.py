@@ -98,7 +98,7 @@ def test_our_models_load_files_with_and_without_options(tmp_path):
 # load
 
 
-def test_importing_the_package_and_load_imports_neither_torch_nor_basicsr(tmp_path):
+def test_importing_load_imports_neither_torch_nor_basicsr(tmp_path):
     code = (
         'import sys; from dpmambair_basicsr import load; print({"torch", "basicsr", "numpy", "cv2"} & {*sys.modules})'
     )
@@ -124,7 +124,7 @@ def test_restore_gives_what_validation_gives(network, tmp_path):
     torch.testing.assert_close(net.restore(tensor), model.output[0].clamp(0, 1))
 
 
-def test_kinds_of_images():
+def test_images_batches_and_dtypes_are_restored():
     net = restorer_of(VMAMBAIR)
     image = photo(17, 9)
     tensor = torch.from_numpy(image).permute(2, 0, 1) / 255
@@ -151,7 +151,7 @@ def test_kinds_of_images():
         torch.zeros(3, 4, 4, dtype=torch.uint8),
     ],
 )
-def test_other_images_are_refused(image):
+def test_invalid_images_are_refused(image):
     with pytest.raises(ValueError, match=r'^image: '):
         restorer_of(VMAMBAIR).restore(image)
 
@@ -214,7 +214,7 @@ WRAPPED = {
 )
 @pytest.mark.parametrize('wrapping', WRAPPED)
 def test_other_programs_checkpoints_are_recognised_everywhere(network, wrapping, tmp_path, caplog, monkeypatch):
-    """By load, hence restore and export, by convert and by spandrel."""
+    """By load (hence restore and export), convert and spandrel."""
     net, image = restorer_of(network), photo(11, 13)
     with torch.no_grad():
         net.net.state_dict()['patch_embed.proj.weight'].mul_(3)
@@ -257,7 +257,7 @@ def test_half_precision_is_close():
         assert 0 < np.abs(net.restore(image) - exact).mean() < 0.05 * np.abs(exact - image).mean()
 
 
-def test_self_ensemble_turns_with_the_image():
+def test_self_ensemble_is_equivariant_to_rotation():
     net = restorer_of(VMAMBAIR, scale=2)
     image = photo(16, 24)
     result = net.restore(image, self_ensemble=True)
@@ -302,7 +302,7 @@ def test_impossible_tiles_are_refused():
 
 
 class Local(nn.Module):
-    """Each output pixel depends on 8 pixels around it, and on the mean of the image if that is given to it."""
+    """Each output pixel depends on the 8 pixels around it, and on the mean of the image if this is provided."""
 
     stride = 8
 
@@ -320,8 +320,8 @@ class Local(nn.Module):
 
 @pytest.mark.parametrize(('scale', 'with_mean'), [(1, False), (2, False), (1, True)])
 @pytest.mark.parametrize(('height', 'width', 'tile'), [(150, 201, 64), (40, 300, 96), (64, 64, 64)])
-def test_tiles_change_nothing_where_they_see_all_that_matters(scale, with_mean, height, width, tile):
-    """To 1e-6: the outer quarter of the overlap, 8 of 32 pixels, is only seen."""
+def test_tiles_change_nothing_if_they_cover_the_receptive_field(scale, with_mean, height, width, tile):
+    """Up to 1e-6: the outer quarter of the overlap, 8 of 32 pixels, is only context."""
     net = Restorer(Local(scale, with_mean), CPU)
     image = torch.rand(3, height, width)
     whole, in_tiles = net.restore(image, tile=0), net.restore(image, tile=tile, overlap=32)
@@ -331,7 +331,7 @@ def test_tiles_change_nothing_where_they_see_all_that_matters(scale, with_mean, 
 
 
 class Pooling(nn.Module):
-    """Pixels depend on each other by the mean over the image alone, and not alike in all orientations of it."""
+    """Pixels only depend on each other through the mean over the image, and not equally in all its orientations."""
 
     stride = 8
 
@@ -355,7 +355,7 @@ def test_tiles_share_the_means_of_the_image(self_ensemble):
     whole = net.restore(image, tile=0, self_ensemble=self_ensemble)
     torch.testing.assert_close(in_tiles, whole, atol=1e-6, rtol=0)
     assert (net.restore(image, **options, one_pass=True) - whole).abs().max() > 0.01
-    torch.testing.assert_close(net.restore(image, tile=0), Pooling()(image[None])[0])  # no mean stays behind
+    torch.testing.assert_close(net.restore(image, tile=0), Pooling()(image[None])[0])  # no mean is left behind
 
 
 def test_one_tile_is_the_network_itself():
@@ -365,7 +365,7 @@ def test_one_tile_is_the_network_itself():
 
 
 def forgetful(network, seed=0):
-    """A network whose scans forget within some two pixels, as a trained one may and Mamba's initialisation does not."""
+    """A network whose scans forget within about two pixels, as a trained one may, unlike Mamba's initialisation."""
     net = restorer_of(network, seed)
     for name, parameter in net.net.named_parameters():
         if name.endswith('dt_projs_bias'):
@@ -395,15 +395,15 @@ def test_tiles_agree_to_a_thousandth_if_scans_forget():
 
 
 @pytest.mark.parametrize(('network', 'seed'), [(VMAMBAIR, 1), (DPMAMBAIR, 6)])
-def test_no_seams_with_scans_that_remember(network, seed):
-    """Tiles then differ from the whole image, but not by steps: columns and rows follow on one another as smoothly."""
+def test_long_range_scans_leave_no_seams(network, seed):
+    """Tiles then differ from the whole image, but without steps: columns and rows are equally smooth."""
     net = restorer_of(network, seed=seed)
     net.net.output.weight.normal_(0, 0.1)
     x = torch.linspace(0, 1, 192)
     image = (0.5 + 0.2 * torch.sin(3 * x)[:, None] * torch.cos(4 * x)).expand(3, -1, -1).contiguous()
 
     def steps(result):
-        """Mean difference of each column and row to the next, without the border of the image."""
+        """Mean difference between adjacent columns and rows, without the border of the image."""
         return [result.diff(dim=axis).abs().mean(dim=(0, 3 - axis))[8:-8] for axis in (1, 2)]
 
     whole = net.restore(image, tile=0)
@@ -456,8 +456,8 @@ class Hungry(Local):
         return super().forward(x, embedding)
 
 
-def test_out_of_memory_is_said_with_a_tile_that_needs_less():
-    """No smaller tile is taken without asking: it would change the result."""
+def test_out_of_memory_is_reported_with_a_smaller_tile():
+    """No smaller tile is used automatically: it would change the result."""
     net = Restorer(Hungry(1, False), CPU)
     image = torch.rand(3, 100, 300)
     for options, message in {
@@ -475,7 +475,7 @@ def test_out_of_memory_is_said_with_a_tile_that_needs_less():
     ('options', 'changes'), [({}, {}), ({'self_ensemble': True}, {'channel_fusion': 'modulate', 'scale': 2})]
 )
 def test_threads_may_share_a_network_and_its_means(options, changes):
-    """Images of other means, in tiles: each result is to the bit that of a single thread."""
+    """Images with different means, in tiles: each result is bit-exact with that of a single thread."""
     net = restorer_of(VMAMBAIR, **changes)
     net.net.get_submodule('tail.1' if changes else 'output').weight.normal_(0, 0.1)
     images = [torch.from_numpy(photo(32, 48, seed) // (seed + 1)).permute(2, 0, 1) / 255 for seed in range(2)]

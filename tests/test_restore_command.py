@@ -1,4 +1,4 @@
-"""Picture files, read and written again, and the command that restores them."""
+"""Image files, read and written back, and the command that restores them."""
 
 import io
 
@@ -26,7 +26,7 @@ def encode(image, kind, **options):
 
 
 def again(path):
-    """The file at path read, and written at the same place."""
+    """Reads the file at path, and writes it back."""
     picture = read_picture(path)
     write_picture(path, picture)
     return picture
@@ -42,7 +42,7 @@ def again(path):
         ('jpeg', ['RGB', 'L']),
     ],
 )
-def test_pixels_and_alpha_come_back(kind, modes, tmp_path):
+def test_pixels_and_alpha_survive_a_round_trip(kind, modes, tmp_path):
     colours = Image.fromarray(np.random.default_rng(0).integers(0, 256, (7, 5, 4), dtype=np.uint8))
     for mode in modes:
         image = colours if mode == 'RGBA' else colours.convert('RGB').convert(mode)
@@ -58,7 +58,7 @@ def test_pixels_and_alpha_come_back(kind, modes, tmp_path):
 
 
 @pytest.mark.parametrize(('kind', 'channels'), [('png', 1), ('png', 3), ('png', 4), ('tiff', 1), ('tiff', 3)])
-def test_16_bit_come_back(kind, channels, tmp_path):
+def test_16_bit_images_survive_a_round_trip(kind, channels, tmp_path):
     pixels = np.random.default_rng(0).integers(0, 65536, (7, 5, channels), dtype=np.uint16)
     path = tmp_path / f'a.{kind}'
     assert cv2.imwrite(str(path), pixels)
@@ -68,7 +68,7 @@ def test_16_bit_come_back(kind, channels, tmp_path):
 
 @pytest.mark.parametrize('kind', ['png', 'jpeg', 'webp'])
 @pytest.mark.parametrize('orientation', range(1, 9))
-def test_orientation_is_carried_out_and_profile_and_exif_kept(kind, orientation, tmp_path):
+def test_orientation_is_applied_and_profile_and_exif_are_kept(kind, orientation, tmp_path):
     exif = Image.Exif()
     exif[0x0112], exif[0x010E], exif[0x9286] = orientation, 'a description', b'comment'
     exif.get_ifd(0x8825)[1] = 'N'
@@ -115,13 +115,13 @@ def test_cmyk_becomes_rgb_without_its_profile(tmp_path):
         ('float.tif', encode(Image.fromarray(np.zeros((4, 4), np.float32)), 'tiff'), 'has float32 values'),
     ],
 )
-def test_what_is_not_a_picture_is_refused(name, content, message, tmp_path):
+def test_files_that_are_not_pictures_are_refused(name, content, message, tmp_path):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=message):
         read_picture(tmp_path / name)
 
 
-def test_nothing_is_dropped_silently_and_no_part_is_left(tmp_path):
+def test_nothing_is_dropped_silently_and_no_partial_file_is_left(tmp_path):
     (tmp_path / 'a.png').write_bytes(encode(Image.fromarray(photo(4, 4)).convert('RGBA'), 'png'))
     assert cv2.imwrite(str(tmp_path / 'b.png'), np.zeros((4, 4, 3), np.uint16))
     wide = restored_picture(read_picture(tmp_path / 'b.png'), np.zeros((1, 70000, 3), np.uint8))
@@ -199,7 +199,7 @@ def write_pictures(folder):
 
 
 def identity(folder, name, network):
-    """A checkpoint of a network that returns its input, enlarged by repetition; its file in folder."""
+    """A checkpoint, in folder, of a network that returns its input, upscaled by repetition."""
     net = restorer_of(network).net
     (net.output if net.scale == 1 else net.tail[-1]).weight.zero_()
     if net.scale > 1:
@@ -229,7 +229,7 @@ def test_the_command_restores_what_can_be_and_reports_the_rest(restored):
     assert 'Traceback' not in output
 
 
-def test_an_identity_changes_no_pixel(restored):
+def test_an_identity_network_changes_no_pixel(restored):
     folder, names, _ = restored
     for name in (name for name, restorable in names.items() if restorable):
         before, after = (cv2.imread(str(folder / kind / name), cv2.IMREAD_UNCHANGED) for kind in ('in', 'out'))
@@ -252,7 +252,7 @@ def test_profile_orientation_and_mode_are_kept(restored):
             assert image.mode == mode
 
 
-def test_resume_does_only_what_is_missing_and_tiles_change_nothing_here(restored):
+def test_resume_restores_only_missing_files_and_tiles_change_nothing_here(restored):
     folder, names, _ = restored
     out = folder / 'out'
     before = (out / 'wide.png').read_bytes()
@@ -274,12 +274,12 @@ def run_main(monkeypatch, *arguments):
     return restore.main()
 
 
-def test_super_resolution_with_compare_suffix_and_an_old_checkpoint(monkeypatch, tmp_path):
+def test_super_resolution_supports_compare_suffix_and_an_old_checkpoint(monkeypatch, tmp_path):
     network = {**VMAMBAIR, 'scale': 4}
     weights = identity(tmp_path, 'sr.pth', network)
     torch.save({'params': torch.load(weights)['params']}, weights)
     (tmp_path / 'old.yml').write_text(yaml.safe_dump({'name': 'old', 'network_g': network}))
-    pixels = np.random.default_rng(0).integers(1, 256, (9, 13, 4), dtype=np.uint8)  # no alpha is 0, which hides colours
+    pixels = np.random.default_rng(0).integers(1, 256, (9, 13, 4), dtype=np.uint8)  # no alpha is 0: it hides colours
     assert cv2.imwrite(str(tmp_path / 'a.png'), pixels)
     arguments = ('-w', weights, tmp_path / 'a.png', '-o', tmp_path / 'out', '--opt', tmp_path / 'old.yml')
     assert run_main(monkeypatch, *arguments, '--suffix', '_x4', '--compare', '--self-ensemble', '--half') == 0

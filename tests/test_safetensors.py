@@ -1,4 +1,4 @@
-"""Networks as safetensors files: written by the command, read wherever a checkpoint is read."""
+"""Networks as safetensors files: written by the command, accepted wherever a checkpoint is."""
 
 import json
 import re
@@ -52,7 +52,7 @@ def test_any_program_reads_it(converted):
         assert all(torch.equal(weights[key], value) for key, value in expected.items())
 
 
-def test_it_restores_like_the_checkpoint_it_was_made_from(converted):
+def test_it_restores_like_its_source_checkpoint(converted):
     image = np.random.default_rng(0).integers(0, 256, (17, 20, 3), dtype=np.uint8)
     restored = [load(converted / f'net.{kind}').restore(image) for kind in ('pth', 'safetensors')]
     assert np.array_equal(*restored)
@@ -67,8 +67,8 @@ def test_spandrel_recognises_it(converted):
     assert all(torch.equal(model.model.state_dict()[name], value) for name, value in network(1).items())
 
 
-def test_what_a_training_writes_is_read_like_its_checkpoint(converted, tmp_path):
-    """logger.save_format: network and average in one file, with the options and what the best is best in."""
+def test_files_of_a_training_are_read_like_its_checkpoint(converted, tmp_path):
+    """logger.save_format: network and EMA in one file, with the options and the metric of the best network."""
     content = torch.load(converted / 'net.pth') | {
         'best': {'metric': 'psnr', 'value': 0.1 + 0.2, 'iter': 8, 'sets': ['a']}
     }
@@ -87,7 +87,7 @@ def test_what_a_training_writes_is_read_like_its_checkpoint(converted, tmp_path)
     assert load_file(tmp_path / 'average.safetensors').keys() == content['params_ema'].keys()
 
 
-def test_spandrel_takes_the_average_of_what_a_training_writes(converted, tmp_path):
+def test_spandrel_loads_the_average_from_files_of_a_training(converted, tmp_path):
     spandrel = pytest.importorskip('spandrel')
     registry = spandrel.ArchRegistry()
     pytest.importorskip('dpmambair_basicsr.integrations.spandrel').install(registry)
@@ -97,7 +97,7 @@ def test_spandrel_takes_the_average_of_what_a_training_writes(converted, tmp_pat
     assert all(torch.equal(model.model.state_dict()[name], value) for name, value in network(1).items())
 
 
-def test_what_is_not_a_tensor_is_refused():
+def test_values_that_are_not_tensors_are_refused():
     content = {'params': {'weight': torch.zeros(1), '_extra_state': {'a': 1}}}
     with pytest.raises(ValueError, match=r'net\.safetensors: params, _extra_state is not a tensor'):
         encode_safetensors('net.safetensors', content)
@@ -123,12 +123,12 @@ def test_training_starts_from_it(converted, tmp_path):
     assert re.search(r'path\.pretrain_network_g: \S*net\.safetensors: .*does not fit VmambaIR', run.log())
 
 
-def test_the_folder_of_the_output_is_made(converted, tmp_path):
+def test_the_output_folder_is_created(converted, tmp_path):
     write(converted / 'net.pth', tmp_path / 'new' / 'folder' / 'net.safetensors')
     assert read_checkpoint(str(tmp_path / 'new/folder/net.safetensors'))['network_g'] == NETWORK
 
 
-def test_what_cannot_be_converted_is_named(converted, tmp_path, capsys):
+def test_files_that_cannot_be_converted_are_named(converted, tmp_path, capsys):
     with pytest.raises(SystemExit, match="net.pth: has no key 'mean'; keys of the file: params, params_ema"):
         write(converted / 'net.pth', tmp_path / 'net.safetensors', '--key', 'mean')
     with pytest.raises(SystemExit, match='absent.pth'):
@@ -139,7 +139,7 @@ def test_what_cannot_be_converted_is_named(converted, tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
-def test_what_is_none_is_named(tmp_path):
+def test_invalid_safetensors_files_are_named(tmp_path):
     file = tmp_path / 'wrong.safetensors'
     save_file({'x': torch.zeros(1)}, file, {'network_g': '{"type":'})
     texts = {'truncated': file.read_bytes()[:30], 'json': file.read_bytes(), 'pickle': b'\x80\x02', 'empty': b''}
@@ -149,7 +149,7 @@ def test_what_is_none_is_named(tmp_path):
             read_checkpoint(str(file))
     with pytest.raises(FileNotFoundError, match='absent'):
         read_checkpoint(str(tmp_path / 'absent.safetensors'))
-    save_file({'x': torch.zeros(1)}, file)  # of another program, which knows no options
+    save_file({'x': torch.zeros(1)}, file)  # of another program, without options
     with pytest.raises(ValueError, match=f"^{file}: has no key 'network_g', .* not recognised"):
         load(file)
 

@@ -25,7 +25,7 @@ VARIABLE = 'DPMAMBAIR_SCAN_BACKEND'
 
 @pytest.fixture
 def options(tmp_path):
-    """Of a training of one iteration, by BasicSR's own model, and of a test."""
+    """Options of a training of one iteration, by BasicSR's own model, and of a test."""
     pairs = write_pairs(tmp_path / 'pairs', [(16, 16)] * 2)
     dataset = {'name': 'x', 'type': 'PairedDegradationDataset', **pairs}
     loader = {'gt_size': 16, 'batch_size_per_gpu': 1, 'num_worker_per_gpu': 0}
@@ -62,20 +62,20 @@ def backends_in(log):
     return {line.partition('_scan: ')[2] for line in log.splitlines() if '_scan: ' in line}
 
 
-def test_the_option_sets_it_in_training_and_testing_and_precedes_the_variable(options, tmp_path):
+def test_the_option_applies_to_training_and_testing_and_overrides_the_variable(options, tmp_path):
     for name, opt in options.items():
         done = command(name, opt | {'scan_backend': 'reference'}, tmp_path, **{VARIABLE: 'torch'})
         assert done.returncode == 0, done.stdout
         assert backends_in(done.stdout) == {"backend 'reference' on cpu"}
 
 
-def test_the_variable_sets_it_where_the_option_does_not(options, tmp_path):
+def test_the_variable_applies_without_the_option(options, tmp_path):
     done = command('test', options['test'] | {'scan_backend': None}, tmp_path, **{VARIABLE: 'torch'})
     assert done.returncode == 0, done.stdout
     assert backends_in(done.stdout) == {"backend 'torch' on cpu"}
 
 
-def test_one_that_cannot_run_ends_a_command_before_anything_is_created(options, tmp_path):
+def test_an_unavailable_backend_ends_a_command_before_anything_is_created(options, tmp_path):
     done = command('train', options['train'], tmp_path, '--force_yml', 'scan_backend=mamba_ssm')
     assert done.returncode == 1 and 'x.yml: 1 problem in the options' in done.stdout
     assert "scan_backend: backend 'mamba_ssm' is not available: it computes float32 on CUDA GPUs" in done.stdout
@@ -83,7 +83,7 @@ def test_one_that_cannot_run_ends_a_command_before_anything_is_created(options, 
 
 
 @pytest.mark.parametrize('model', ['SRModel', 'RestorationModel'])
-def test_wrong_names_are_problems_of_the_options(model, options, monkeypatch):
+def test_unknown_names_are_option_errors(model, options, monkeypatch):
     opt = options['test'] | {'model_type': model, 'is_train': False, 'auto_resume': False, 'dist': False}
     opt['datasets']['test_1'] |= {'phase': 'test', 'scale': 1}
     assert check_options(opt | {'scan_backend': 'torch'}) == check_options(opt) == []
@@ -98,7 +98,7 @@ def test_wrong_names_are_problems_of_the_options(model, options, monkeypatch):
     assert check_options(opt | {'scan_backend': 'torch'}) == []
 
 
-def test_a_model_that_a_program_builds_obeys_the_option(options):
+def test_a_model_built_by_a_program_obeys_the_option(options):
     opt = options['test'] | {'is_train': False, 'dist': False, 'rank': 0}
     image = {'lq': torch.rand(1, 3, 16, 16), 'lq_path': ['x']}
     for name, scans in (('torch', {'dpmambair_basicsr::chunked_scan'}), ('reference', set())):
@@ -139,7 +139,7 @@ def test_a_loaded_network_keeps_its_backend(weights, monkeypatch):
         dpmambair_basicsr.load(weights, device='cpu')
 
 
-def test_restore_takes_it_as_an_argument(weights, tmp_path, monkeypatch):
+def test_restore_accepts_it_as_an_argument(weights, tmp_path, monkeypatch):
     write_pairs(tmp_path / 'pairs', [(16, 16)])
     arguments = ['-w', weights, '-i', tmp_path / 'pairs/LQ', '-o', tmp_path / 'out', '--device', 'cpu']
 

@@ -1,4 +1,4 @@
-"""The weights that come with the package, and `restore` and `load` without a file."""
+"""The weights shipped with the package, and `restore` and `load` without a file."""
 
 from pathlib import Path
 
@@ -39,17 +39,17 @@ def test_the_file_is_small_in_half_precision_and_knows_its_network():
     assert checkpoint['network_g']['type'] == 'DPMambaIR'
 
 
-def test_they_are_the_trial_and_give_its_pictures_to_the_bit(net, photograph):
+def test_shipped_weights_match_the_trial_bit_for_bit(net, photograph):
     if not TRIAL.is_file():
-        pytest.skip(f'{TRIAL} is not there')
+        pytest.skip(f'{TRIAL} does not exist')
     own = net.embedding_of(photograph)
     assert np.array_equal(net.restore(photograph, embedding=own), load(TRIAL).restore(photograph))
 
 
-def test_noise_of_real_cameras_is_not_taken_for_darkness(net):
+def test_noise_of_real_cameras_is_not_mistaken_for_darkness(net):
     """Steered by their own embeddings, two of these five lose 34 and 28 dB, a third 4."""
     if not POLYU.is_dir():
-        pytest.skip(f'{POLYU} is not there')
+        pytest.skip(f'{POLYU} does not exist')
     gains = []
     for noisy in sorted((POLYU / 'LQ').iterdir())[:5]:
         image, clean = (cv2.imread(str(file))[128:256, 128:256, ::-1] for file in (noisy, POLYU / 'GT' / noisy.name))
@@ -59,7 +59,7 @@ def test_noise_of_real_cameras_is_not_taken_for_darkness(net):
 
 
 @pytest.mark.parametrize('kind', ['haze', 'lowlight', 'rain', 'noise'])
-def test_the_class_that_is_found_steers_where_the_file_says_so(kind, net, photograph):
+def test_the_detected_class_steers_if_the_file_says_so(kind, net, photograph):
     image = to_uint8(degrade(to_float(photograph), kind, np.random.default_rng(0)))
     assert net.find(image).kind == kind
     steered = kind in net.classifier.steered
@@ -71,14 +71,14 @@ def test_the_class_that_is_found_steers_where_the_file_says_so(kind, net, photog
 
 
 @pytest.mark.parametrize('kind, gain', [('rain', 5), ('noise', 5), ('lowlight', 7)])
-def test_what_it_was_trained_on_gets_much_better(kind, gain, net, photograph):
-    """Any change of what the network computes, say of the place of a prompt, would lose this."""
+def test_restoring_a_trained_degradation_gains_several_dB(kind, gain, net, photograph):
+    """Any change to what the network computes, such as the position of a prompt, would lose this."""
     degraded = to_uint8(degrade(to_float(photograph), kind, np.random.default_rng(0)))
     before, after = (calculate_psnr(image, photograph, crop_border=0) for image in (degraded, net.restore(degraded)))
     assert after > before + gain
 
 
-def test_the_command_needs_no_weights_and_says_once_which_it_takes(net, photograph, tmp_path):
+def test_the_command_needs_no_weights_and_says_once_which_it_uses(net, photograph, tmp_path):
     pictures = tmp_path / 'pictures'
     pictures.mkdir()
     degraded = to_uint8(degrade(to_float(photograph), 'rain', np.random.default_rng(0)))

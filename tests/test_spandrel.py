@@ -18,7 +18,7 @@ needs_golden = pytest.mark.skipif(not GOLDEN.is_dir(), reason='no ../shared/gold
 SMALL = {'num_blocks': [1, 2, 1, 3], 'num_refinement_blocks': 2, 'd_state': 3}
 VMAMBAIR = {'dim': 4, **SMALL}
 DPMAMBAIR = {'dim': 8, **SMALL, 'd_inner': [6, 8, 10, 12], 'embed_dim': 8, 'extractor_channels': [4, 6, 4]}
-# The released networks, and the other values of each argument that can be seen in a state dict.
+# The released networks, and other values of each argument that can be inferred from a state dict.
 VMAMBAIR_CASES = [
     {},
     {'scale': 4, 'channel_fusion': 'modulate'},
@@ -48,10 +48,10 @@ def installed():
 
 
 @pytest.mark.parametrize(('network', 'options'), CASES, ids=str)
-def test_a_checkpoint_becomes_the_network_that_it_is_of(network, options, tmp_path):
+def test_checkpoints_are_recognised_as_their_networks(network, options, tmp_path):
     torch.manual_seed(0)
     net = network(**options).eval()
-    # As our models save it: the average is what is used.
+    # As our models save it: the average is used.
     other = {name: torch.zeros_like(value) for name, value in net.state_dict().items()}
     checkpoint = {'params': other, 'params_ema': net.state_dict(), 'network_g': {'type': network.__name__, **options}}
     torch.save(checkpoint, tmp_path / 'net_g.pth')
@@ -70,20 +70,20 @@ def test_a_checkpoint_becomes_the_network_that_it_is_of(network, options, tmp_pa
 
 
 @pytest.mark.parametrize(('network', 'options'), CASES, ids=str)
-def test_no_other_architecture_takes_it(network, options):
+def test_no_other_architecture_matches_a_checkpoint(network, options):
     with torch.device('meta'):
         state_dict = network(**options).state_dict()
     found = [arch.architecture.id for arch in spandrel.MAIN_REGISTRY if arch.detect(state_dict)]
     assert found == [network.__name__]
 
 
-def test_what_needs_a_label_is_not_taken():
+def test_networks_that_need_a_label_are_not_recognised():
     with torch.device('meta'):
         state_dict = DPMambaIR(**DPMAMBAIR, degradation='class').state_dict()
     assert not any(arch.detect(state_dict) for arch in spandrel.MAIN_REGISTRY)
 
 
-def test_factors_that_give_the_same_widths_give_them_again():
+def test_ambiguous_factors_reproduce_the_widths():
     for factor in (1.0, 2.0, 2.1, 2.66, 2.999):
         for dim in (6, 48):
             with torch.device('meta'):

@@ -1,4 +1,4 @@
-"""Mixed precision and compilation in training: close to fp32, fp32 where it matters, nothing of it in what is saved."""
+"""Mixed precision and compilation in training: close to fp32, fp32 where it matters, without effect on saved files."""
 
 import copy
 
@@ -22,7 +22,7 @@ SCHEDULE = {'type': 'CosineAnnealingRestartLR', 'periods': [100], 'restart_weigh
 
 @ARCH_REGISTRY.register()
 class TwoBlocks(nn.Module):
-    """A U-Net's stage alone."""
+    """A single stage of a U-Net."""
 
     stride = 1
 
@@ -59,7 +59,7 @@ def options(network, model_type='RestorationModel', num_gpu=0, **train):
 
 
 def losses(network, iterations, **train):
-    """Of a training that learns to brighten an image, and the model."""
+    """The losses of a training that learns to brighten an image, and the model."""
     torch.manual_seed(0)
     model = build_model(options(network, **train))
     values = []
@@ -151,14 +151,14 @@ GAN = {'model_type': 'RestorationGANModel', 'optim_d': {'type': 'Adam', 'lr': 1e
     ],
     ids=str,
 )
-def test_what_does_not_work_is_named(train, message, monkeypatch):
+def test_unsupported_settings_are_named(train, message, monkeypatch):
     monkeypatch.setenv('CXX', 'no-such-compiler')
     opt = options({'type': 'VmambaIR', **TINY}, **train)
     with pytest.raises(ValueError, match=message):
         MODEL_REGISTRY.get(opt['model_type']).check_training(opt)
 
 
-def test_gan_training_in_bf16():
+def test_a_gan_trains_in_bf16():
     opt = options({'type': 'VmambaIR', **TINY}, **GAN, amp='bf16')
     opt['network_d'] = {'type': 'UNetDiscriminatorSN', 'num_in_ch': 3, 'num_feat': 4}
     opt['train']['gan_opt']['gan_type'] = 'vanilla'
@@ -169,7 +169,7 @@ def test_gan_training_in_bf16():
     assert all(torch.tensor(value).isfinite() for value in model.log_dict.values())
 
 
-def test_a_training_in_bf16_from_its_option_file(tmp_path):
+def test_an_option_file_trains_in_bf16(tmp_path):
     """The keys pass the check of the options; the log says what runs; names in the checkpoint are plain."""
     pairs = pipelines.write_pairs(tmp_path / 'pairs', [(24, 24)] * 2)
     opt = options({'type': 'VmambaIR', **TINY}, amp='bf16')
@@ -196,7 +196,7 @@ def test_compiled_training_equals_eager():
     torch.testing.assert_close(values, expected, rtol=1e-4, atol=1e-5)
     assert model.net_g.state_dict().keys() == eager.net_g.state_dict().keys()
     assert torch._dynamo.utils.counters['stats']['unique_graphs'] == 1, 'one for both blocks'
-    model.test()  # another size or another mode compiles nothing more
+    model.test()  # another size or mode does not recompile
     assert torch._dynamo.utils.counters['stats']['unique_graphs'] == 1
 
 

@@ -104,7 +104,7 @@ def test_the_whole_contract_equals_the_definition_with_every_gradient(rng, dtype
     assert_close(found, expected, tolerance)
 
 
-def test_the_last_state_is_the_one_the_recurrence_ends_in(rng):
+def test_the_last_state_is_the_final_state_of_the_recurrence(rng):
     tensors = inputs(rng, groups=1)
     y, state = selective_scan_fn(**tensors, delta_softplus=True, return_last_state=True)
     step = F.softplus(tensors['delta'] + tensors['delta_bias'][:, None]).unsqueeze(2)
@@ -230,7 +230,7 @@ def test_a_mamba_block_takes_a_checkpoint_of_the_published_names_and_trains():
     assert all(parameter.grad.abs().max() > 0 for parameter in [x, *block.parameters()])
 
 
-def test_what_the_mamba_block_does_not_cover_it_names():
+def test_unsupported_options_of_the_mamba_block_are_named():
     with pytest.raises(NotImplementedError, match='bimamba_type'):
         Mamba(8, bimamba_type='v2')
     with pytest.raises(NotImplementedError, match='inference_params'):
@@ -238,7 +238,7 @@ def test_what_the_mamba_block_does_not_cover_it_names():
 
 
 @pytest.mark.parametrize('width', [1, 2, 4])
-def test_the_causal_convolution_goes_on_where_it_stopped(rng, width):
+def test_the_causal_convolution_continues_from_its_state(rng, width):
     x, weight = torch.randn(2, 3, 11, generator=rng), torch.randn(3, width, generator=rng)
     bias = torch.randn(3, generator=rng)
     whole = causal_conv1d_fn(x, weight, bias, activation='silu')
@@ -254,7 +254,7 @@ def test_the_causal_convolution_goes_on_where_it_stopped(rng, width):
         causal_conv1d_fn(x, weight, seq_idx=torch.zeros(2, 11))
 
 
-def test_extensions_return_what_the_kernels_do(rng):
+def test_extensions_return_what_the_kernels_return(rng):
     tensors = inputs(rng)
     given = tensors | {'delta_softplus': True}
     y, x, gated = extensions.forward(**given)
@@ -273,7 +273,7 @@ def test_extensions_return_what_the_kernels_do(rng):
         torch.testing.assert_close(gradient, wanted[name], rtol=1e-4, atol=1e-4)
 
 
-def test_a_script_finds_them_by_the_usual_names(tmp_path):
+def test_a_script_imports_them_by_the_usual_names(tmp_path):
     (tmp_path / 'script.py').write_text(SCRIPT)
     result = python('-m', 'dpmambair_basicsr.run', 'script.py', '--its', '-m', 'own', cwd=tmp_path)
     assert result.returncode == 0, result.stdout
@@ -285,7 +285,7 @@ def test_a_script_finds_them_by_the_usual_names(tmp_path):
     assert result.returncode == 0 and "['x'] torch.Size([1, 5, 8])" in result.stdout, result.stdout
 
 
-def test_what_they_do_not_cover_is_an_import_error_that_names_it(nothing_installed):
+def test_unsupported_names_are_named_import_errors(nothing_installed):
     standins.install()
     with pytest.raises(ImportError, match=r'not for mamba_ssm\.ops\.triton; covered: .*selective_scan_interface'):
         importlib.import_module('mamba_ssm.ops.triton.layer_norm')
@@ -355,7 +355,7 @@ PEERS = {
 
 
 @pytest.mark.parametrize('variable', PEERS)
-def test_the_tests_of_others_pass(variable, tmp_path):
+def test_published_tests_pass(variable, tmp_path):
     if variable not in os.environ:
         pytest.skip(f'{variable} names no checkout')
     name, chosen = PEERS[variable]

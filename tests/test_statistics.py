@@ -26,7 +26,7 @@ def test_the_interval_is_that_of_the_paired_t_test(confidence):
     assert spread(values) == pytest.approx(np.std(values, ddof=1))
 
 
-def test_what_seeds_share_cancels_in_pairs():
+def test_common_effects_of_a_seed_cancel_in_pairs():
     seeds = np.array([0.0, 5.0, -3.0, 11.0])
     found = paired_difference(seeds + [1.0, 1.1, 0.9, 1.0], seeds)
     assert found.sign == 1 and found.high - found.low < 0.3 < spread(seeds)

@@ -1,4 +1,4 @@
-"""Every usual way to stop a training saves it: pipes whose reader is gone, closed terminals, signals that come twice.
+"""Every usual way to stop a training saves it: pipes whose reader is gone, closed terminals, repeated signals.
 
 STOPS=20 stops each of them twenty times.
 """
@@ -35,11 +35,11 @@ def log_file(folder: Path) -> str:
 
 
 def check_saved(folder: Path, number: signal.Signals) -> int:
-    """The iteration of the one checkpoint, which is the last that was done, as the log of the run says."""
+    """The iteration of the only checkpoint, which is the last completed one according to the log of the run."""
     log = log_file(folder)
     (last,) = states(folder)
     assert f'{number.name}: training stops; iteration {last} is saved in {folder / RUN}.' in log
-    closed = 'It is closed; output continues in this log.'  # as soon as something is written to a pipe without a reader
+    closed = 'It is closed; output continues in this log.'  # on the first write to a pipe without a reader
     *_, end = (line for line in log.splitlines() if closed not in line)
     assert f'{number.name}: training ends after iteration {last}, which is saved' in end
     assert f'iter:{last:8,d},' in log and f'iter:{last + 1:8,d},' not in log
@@ -47,19 +47,19 @@ def check_saved(folder: Path, number: signal.Signals) -> int:
 
 
 def processes(run: Training) -> list[int]:
-    """The training and what it has started."""
+    """The training and its descendants."""
     return [run.process.pid, *children(run.process.pid)]
 
 
 def to_all(run: Training, *numbers: int) -> None:
-    """As Slurm and systemd: to each process."""
+    """Like Slurm and systemd: to each process."""
     for number in numbers:
         for pid in processes(run):
             os.kill(pid, number)
 
 
 def as_timeout(run: Training) -> None:
-    """What `timeout` does with Ctrl-C: to its child, then to its group, and both are woken up."""
+    """What `timeout` does on Ctrl-C: to its child, then to its group, and both are continued."""
     os.kill(run.process.pid, signal.SIGINT)
     os.killpg(run.process.pid, signal.SIGINT)
     os.kill(run.process.pid, signal.SIGCONT)
@@ -126,8 +126,8 @@ def stop_and_repeat_after_the_answer() -> None:
     sys.exit(128 + signals.received)
 
 
-def test_a_request_that_is_repeated_while_a_saved_training_ends_is_the_same():
-    """As torchrun does it when the first of its processes has ended, after an iteration of many seconds."""
+def test_a_request_repeated_while_the_training_ends_counts_once():
+    """As torchrun does when the first of its processes has ended, after an iteration of many seconds."""
     process = multiprocessing.get_context('forkserver').Process(target=stop_and_repeat_after_the_answer)
     process.start()
     process.join()
@@ -167,7 +167,7 @@ PROGRAMS = {
 @pytest.mark.parametrize('_', TIMES)
 @pytest.mark.parametrize('way', PROGRAMS)
 def test_a_stop_of_a_program_under_tee_is_saved(way, _, opt, tmp_path):
-    """Real programs: `timeout` and torchrun pass on what their processes have got already, and tee ends first."""
+    """Real programs: `timeout` and torchrun forward signals that their processes already have, and tee ends first."""
     program, number, stop, status = PROGRAMS[way]
     with training(program, opt, tmp_path) as (run, log):
         stop(run.pid, number)

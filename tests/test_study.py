@@ -1,4 +1,4 @@
-"""Studies: their files, their tables, one that is killed and continues; and the verification of its results."""
+"""Studies: their files and tables, one that is killed and continued, and the verification of its results."""
 
 import copy
 import json
@@ -81,7 +81,7 @@ STUDY = {
 
 
 def write(folder: Path, study: dict) -> Path:
-    """The study file, and the option files and images that it needs."""
+    """Writes the study file, and the option files and images that it needs."""
     train, test = yaml.safe_load(OPTIONS), yaml.safe_load(TEST)
     pairs = {name: folder / 'datasets' / name for name in ('train', 'first', 'second')}
     if not pairs['train'].exists():
@@ -127,14 +127,14 @@ def test_a_wrong_study_file_is_one_line_with_file_and_key(path, value, message, 
         read_study(file)
 
 
-def test_values_take_the_place_of_names_in_braces(tmp_path):
+def test_names_in_braces_are_replaced_by_values(tmp_path):
     study = read_study(PACKAGE_PARENT / 'options/studies/dpmambair_table3.yml')
     entries = filled(['a={seed}', 'b=[{iterations}]', 'c={extractor}', 'd=!!map {}'], study, tmp_path, 7, 20)
     checkpoint = tmp_path / 'before/extractor/seed_7/train/models/net_g_latest.pth'
     assert entries == ['a=7', 'b=[20]', f'c={checkpoint}', 'd=!!map {}']
 
 
-def test_another_budget_leaves_the_trainings_before_alone():
+def test_another_budget_leaves_earlier_trainings_unchanged():
     study = read_study(PACKAGE_PARENT / 'options/studies/pretraining.yml')
     shorter = with_iterations(study, 30)
     assert shorter.train.iterations == 30 != study.train.iterations and shorter.before == study.before
@@ -142,7 +142,7 @@ def test_another_budget_leaves_the_trainings_before_alone():
 
 @pytest.mark.parametrize('file', SHIPPED, ids=lambda file: file.stem)
 def test_a_shipped_study_trains_and_tests_networks_that_differ(file, tmp_path):
-    """Its entries fit its option files, and a variant's test makes the network that its training made."""
+    """Its entries match its option files, and a variant's test builds the same network as its training."""
     study = read_study(file)
     assert study.name == file.stem
     described = {}
@@ -194,7 +194,7 @@ def test_a_study_with_one_seed_has_no_interval_and_valid_json():
     assert difference == {'mean': 1.0, 'low': None, 'high': None}
 
 
-def test_trials_on_other_images_do_not_go_into_one_table():
+def test_trials_on_different_images_are_not_in_one_table():
     with pytest.raises(InputError, match='a/0 and b/0 have different test images'):
         tabulate('study', 'a', ['a', 'b'], 2, [trial('a', 0, 20.0), trial('b', 0, 21.0, {'a': '1'})])
 
@@ -204,7 +204,7 @@ def test_trials_on_other_images_do_not_go_into_one_table():
 
 @contextmanager
 def one_thread():
-    """As the processes of a study have it."""
+    """As in the processes of a study."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -237,7 +237,7 @@ def study(tmp_path_factory):
     return folder
 
 
-def test_a_killed_study_continues_and_has_the_numbers_of_an_uninterrupted_training(study):
+def test_a_killed_study_continues_to_the_numbers_of_an_uninterrupted_training(study):
     place = study / 'studies/tiny'
     log = (study / 'log.txt').read_text()
     assert 'tiny: 0 of 4' in log and re.search('tiny: [123] of 4 trials finished', log) and '[4/4]' in log
@@ -248,7 +248,7 @@ def test_a_killed_study_continues_and_has_the_numbers_of_an_uninterrupted_traini
         record = json.loads((own / f'{module}.json').read_text())
         entries = [entry.replace('seed_4/t', 'seed_4/again/t') for entry in record['force_yml']]
         options = (f'{module}.yml', '--force_yml', *entries)
-        if module == 'train':  # in a process of its own: the random numbers of a second one in a process are others
+        if module == 'train':  # in its own process: a second training in a process would have other random numbers
             assert command('train', '-opt', *options, cwd=study).returncode == 0
         else:
             with one_thread():
@@ -260,7 +260,7 @@ def test_a_killed_study_continues_and_has_the_numbers_of_an_uninterrupted_traini
         assert row['values']['4'] == part['restored']['psnr']
 
 
-def test_a_study_leaves_its_table_with_intervals(study):
+def test_a_study_writes_its_table_with_intervals(study):
     place = study / 'studies/tiny'
     table = json.loads((place / 'study.json').read_text())
     large = next(row for row in table['rows'] if (row['variant'], row['set']) == ('large', 'average'))
@@ -273,7 +273,7 @@ def test_a_study_leaves_its_table_with_intervals(study):
     assert not re.search(r'(src|href)="(?!data:)', page)
 
 
-def test_a_study_refuses_trials_that_were_begun_with_other_options(study):
+def test_a_study_refuses_trials_started_with_other_options(study):
     changed = copy.deepcopy(STUDY)
     changed['variants']['large']['force_yml'] = ['network_g:num_feat=8']
     (study / 'changed.yml').write_text(yaml.safe_dump(changed))
@@ -282,15 +282,15 @@ def test_a_study_refuses_trials_that_were_begun_with_other_options(study):
     assert 'large/seed_3: was started with options that differ from the study file' in result.stdout.splitlines()[-1]
 
 
-def test_a_command_that_fails_is_one_line_with_the_last_thing_it_wrote(tmp_path):
+def test_a_failed_command_is_one_line_with_its_last_output(tmp_path):
     output = tmp_path / 'output.txt'
     output.write_text('much\nValueError: this\n\n')
     message = failure(Command('train', [], output, tmp_path / 'result', {}), 1)
     assert message == f'train ended with status 1: ValueError: this (full output: {output})'
 
 
-def test_jobs_that_are_all_done_end_at_once(tmp_path):
-    """As the trainings before the trials are when a study continues."""
+def test_completed_jobs_end_at_once(tmp_path):
+    """Like the trainings before the trials when a study continues."""
     (tmp_path / 'result').touch()
     jobs = [[Command('train', [], tmp_path / f'{i}.txt', tmp_path / 'result', {})] for i in range(3)]
     done = []
@@ -322,7 +322,7 @@ def results(study, monkeypatch):
     file.write_text(content)
 
 
-def test_a_result_repeats_bit_for_bit(results, monkeypatch, capsys):
+def test_results_are_reproduced_bit_for_bit(results, monkeypatch, capsys):
     before = {file: file.stat().st_mtime_ns for file in results[0].rglob('*')}
     status, output = verified(results[0], monkeypatch, capsys)
     lines = [line for line in output.splitlines() if 'psnr' in line]
@@ -333,7 +333,7 @@ def test_a_result_repeats_bit_for_bit(results, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(('change', 'status'), [(1e-9, 1), (0.0, 0)])
-def test_a_number_that_differs_in_its_last_digits_is_told(change, status, results, monkeypatch, capsys):
+def test_a_number_that_differs_in_its_last_digits_is_reported(change, status, results, monkeypatch, capsys):
     folder, content = results
     content['sets'][0]['samples']['00']['values']['psnr'] += change
     (folder / 'results.json').write_text(json.dumps(content))
@@ -342,7 +342,7 @@ def test_a_number_that_differs_in_its_last_digits_is_told(change, status, result
 
 
 @pytest.mark.parametrize(('change', 'status', 'text'), [(1e-9, 0, 'agree to 0.001'), (1.0, 1, 'DO NOT repeat')])
-def test_with_other_versions_numbers_have_to_agree_to_a_thousandth(change, status, text, results, monkeypatch, capsys):
+def test_with_other_versions_numbers_must_agree_to_a_thousandth(change, status, text, results, monkeypatch, capsys):
     folder, content = results
     content['versions']['torch'] = '1.0'
     content['sets'][0]['samples']['00']['values']['psnr'] += change
@@ -378,7 +378,7 @@ def forget_hashes(folder, content):
         (forget_hashes, 'its results.json has no hashes, since an earlier version wrote it; run the test again'),
     ],
 )
-def test_what_is_not_that_of_the_test_is_one_line(change, message, results, monkeypatch, capsys):
+def test_anything_that_differs_from_the_test_is_one_line(change, message, results, monkeypatch, capsys):
     folder, content = results
     change(folder, content)
     (folder / 'results.json').write_text(json.dumps(content))

@@ -23,7 +23,7 @@ DEVICE = torch.device('cuda' if ON_GPU else 'cpu')
 
 
 def networks(name, half=False):
-    """With graphs and without, of the same weights; and the recorders of the first."""
+    """Networks with and without graphs, with the same weights; and the recorders of the first."""
     torch.manual_seed(0)
     net = NETWORKS[name]().eval().requires_grad_(False)
     for parameter in net.parameters():
@@ -42,7 +42,7 @@ def restored(network, image, **options):
 
 @pytest.mark.parametrize('name', NETWORKS)
 @pytest.mark.parametrize('options', [{}, {'one_pass': True}, {'self_ensemble': True}], ids=['two', 'one', 'eight'])
-def test_replays_give_the_bits_of_calls(name, options):
+def test_replays_are_bit_exact_with_calls(name, options):
     taped, plain, recorders = networks(name)
     for seed in range(2):
         image = torch.rand(1, 3, 24, 40, generator=torch.Generator().manual_seed(seed))
@@ -59,7 +59,7 @@ def test_half_precision_is_recorded_too():
     assert ON_GPU or len(recorders[0].recordings) == 2
 
 
-def test_another_shape_or_backend_starts_anew_and_an_image_alone_is_not_recorded():
+def test_other_shapes_and_backends_are_recorded_anew_but_not_a_single_image():
     taped, plain, recorders = networks('VmambaIR')
     for size in (16, 24, 32):
         image = torch.rand(1, 3, size, 16)
@@ -95,7 +95,7 @@ def test_a_network_that_cannot_be_recorded_is_called_and_the_log_says_so(fault, 
 
 
 @pytest.mark.parametrize(('device', 'value'), [('cpu', None), ('cuda', '0')])
-def test_there_are_none_on_a_cpu_or_where_the_environment_says_so(device, value, monkeypatch):
+def test_no_graphs_on_a_cpu_or_if_disabled_by_the_environment(device, value, monkeypatch):
     if value is not None:
         monkeypatch.setenv('DPMAMBAIR_CUDA_GRAPHS', value)
     assert TileGraphs.on(torch.device(device), torch.neg) is None

@@ -1,4 +1,4 @@
-"""`val.tile`: validations and tests in the tiles that `restore` takes, to the bit; what happens out of memory."""
+"""`val.tile`: validation and tests use the tiles of `restore`, bit-exactly; what happens out of memory."""
 
 from collections import OrderedDict
 from pathlib import Path
@@ -52,7 +52,7 @@ def output_of(model, lq, **data):
     ],
     ids=str,
 )
-def test_tiles_are_those_of_restore(model_type, network, val):
+def test_tiles_equal_those_of_restore(model_type, network, val):
     model = model_of(network, val, model_type)
     lq = torch.rand(1, 3, 37, 59)
     output = output_of(model, lq)
@@ -76,7 +76,7 @@ def test_the_label_reaches_the_tiles():
     assert first.shape == lq.shape and not torch.equal(first, second)
 
 
-def test_stage_1_reconstructs_in_tiles_what_it_does_as_a_whole():
+def test_stage_1_gives_the_same_output_in_tiles():
     """Its convolutions reach 26 pixels; the embedding is that of the whole image."""
     lq, gt = torch.rand(1, 3, 150, 40) * torch.linspace(0, 1, 150)[:, None], torch.rand(1, 3, 150, 40)
     outputs = []
@@ -147,7 +147,7 @@ def test_training_and_testing_save_the_images_that_restore_gives(tmp_path):
 
 # Out of memory
 
-# A network that allocates 40 kB for each pixel, and an address space of 2 GiB beside what the program has.
+# A network that allocates 40 kB per pixel, and an address space of 2 GiB in addition to the program's.
 LIMITED = """
 import re, resource, sys, runpy, torch
 from pathlib import Path
@@ -177,7 +177,7 @@ def limited(command, *arguments, cwd):
 
 @pytest.fixture
 def hungry(tmp_path):
-    """(option file, its options) of a training whose one validation image is too large."""
+    """(option file, its options) of a training whose only validation image is too large."""
     opt = options(tmp_path)
     opt['network_g'] = {'type': 'Hungry'}
     opt['train']['total_iter'] = 5
@@ -187,7 +187,7 @@ def hungry(tmp_path):
 
 
 @on_linux
-def test_an_image_too_large_for_the_memory_costs_nothing_and_says_what_needs_less(hungry, tmp_path):
+def test_an_image_too_large_for_memory_loses_nothing_and_a_smaller_tile_is_suggested(hungry, tmp_path):
     file, opt = hungry
     name = f'{opt["datasets"]["val"]["dataroot_lq"]}/00.png'
     advice = 'val.tile: 200 (--force_yml val:tile=200) needs less'
@@ -212,7 +212,7 @@ def test_an_image_too_large_for_the_memory_costs_nothing_and_says_what_needs_les
 
 
 @on_linux
-def test_a_test_and_restore_say_it_too(hungry, tmp_path):
+def test_a_test_and_restore_suggest_it_too(hungry, tmp_path):
     _, opt = hungry
     weights, lq = tmp_path / 'net_g.pth', opt['datasets']['val']['dataroot_lq']
     torch.save({'params': torch.nn.Sequential(OrderedDict(body=torch.nn.Conv2d(3, 3, 1))).state_dict()}, weights)
@@ -225,7 +225,7 @@ def test_a_test_and_restore_say_it_too(hungry, tmp_path):
     assert done.returncode == 1 and line in done.stdout.splitlines()[-1], done.stdout
 
     arguments = ('-w', weights, '--opt', file, lq, '-o', 'restored')
-    # The tile is chosen by the size of the picture; no smaller one is taken without asking: it would change the result.
+    # The tile depends on the size of the image; no smaller one is used automatically: it would change the result.
     cases = {(): ' in tiles of 320: out of memory; tile=160 (--tile 160)'}
     cases['--tile', '0'] = ': out of memory; tile=200 (--tile 200)'
     for tile, advice in cases.items():
@@ -238,7 +238,7 @@ def test_a_test_and_restore_say_it_too(hungry, tmp_path):
 
 @ARCH_REGISTRY.register()
 class Hungry(torch.nn.Module):
-    """LIMITED's, where there is memory enough."""
+    """Like that of LIMITED, with enough memory."""
 
     def __init__(self):
         super().__init__()
@@ -253,7 +253,7 @@ def calculate_hungry(img, img2, **kwargs):
     return np.empty(2**52)  # no machine has 32 PiB
 
 
-def test_a_metric_out_of_memory_is_told_apart(tmp_path):
+def test_a_metric_out_of_memory_is_distinguished(tmp_path):
     opt = options(tmp_path)
     opt['val'] |= {'suffix': None, 'metrics': {'hungry': {'type': 'calculate_hungry'}}}
     opt['datasets'] = {'test': opt['datasets']['val']}
@@ -261,7 +261,7 @@ def test_a_metric_out_of_memory_is_told_apart(tmp_path):
         pipelines.test(write(opt, tmp_path / 'test.yml'), cwd=tmp_path)
 
 
-def test_what_is_best_in_other_tiles_is_another_measure(tmp_path):
+def test_the_best_with_other_tiles_is_not_comparable(tmp_path):
     opt = options(tmp_path)
     opt['logger']['save_checkpoint_freq'] = 3
     pipelines.train(write(opt, tmp_path / 'train.yml'), cwd=tmp_path)

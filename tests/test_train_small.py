@@ -52,7 +52,7 @@ def tiny_checkout(tmp_path):
     return folder
 
 
-def test_photographs_become_weights_that_restore_and_know_what_is_wrong(photos, tiny_checkout):
+def test_photographs_become_weights_that_restore_and_classify(photos, tiny_checkout):
     done = train_small(photos, 'photos', '--', '--force_yml', *TINY, checkout=tiny_checkout)
     assert done.returncode == 0, done.stdout
     assert sorted(path.name for path in (photos / 'datasets/small/train').iterdir()) == [
@@ -70,8 +70,8 @@ def test_photographs_become_weights_that_restore_and_know_what_is_wrong(photos, 
     assert again.returncode == 0 and [stage.stat().st_mtime_ns for stage in stages] == before, 'what is done stays'
 
 
-def test_a_slice_ends_in_time_and_the_next_goes_on_where_it_was(photos, tiny_checkout):
-    """Slices grow until one has trained something, on however busy a machine; the next one then goes on."""
+def test_a_slice_ends_in_time_and_the_next_one_continues(photos, tiny_checkout):
+    """Slices grow until one has trained something, however busy the machine; the next one then continues."""
     endless = [value.replace('=3', '=100000').replace('[3]', '[100000]') for value in TINY]
     seen = [0]
     minutes = 0.2

@@ -1,4 +1,4 @@
-"""Videos: as many frames out as in, at their times, with their sound; a shot is restored with one set of statistics."""
+"""Videos: the same number of frames, times and sound as the input; a shot is restored with one set of statistics."""
 
 import sys
 from fractions import Fraction
@@ -19,7 +19,7 @@ from dpmambair_basicsr.inference.video import SAMPLES, find_in, find_shots, meas
 av = pytest.importorskip('av', reason="needs PyAV: extra 'video'")
 CPU = torch.device('cpu')
 NETWORK = {'type': 'VmambaIR', 'dim': 4, 'num_blocks': [1, 1, 1, 1], 'num_refinement_blocks': 1, 'd_state': 2}
-TIMES = [0, 1, 2, 4, 5, 8, 9, 10, 13, 14, 15, 16]  # in 1/25 s: of a variable rate
+TIMES = [0, 1, 2, 4, 5, 8, 9, 10, 13, 14, 15, 16]  # in 1/25 s: variable frame rate
 
 
 def scene(seed: int, low: int, high: int) -> np.ndarray:
@@ -55,7 +55,7 @@ def write_video(path, images, *, form='yuv420p', codec='libx264', sound=True, ch
 
 
 def streams_of(path):
-    """Times of the frames in seconds; (time, bytes) of all packets of sound; what is said of the video stream."""
+    """Frame times in seconds; (time, bytes) of all audio packets; properties of the video stream."""
     with av.open(str(path)) as file:
         video = file.streams.video[0]
         context = video.codec_context
@@ -82,7 +82,7 @@ SCENES = [scene(0, 100, 200)] * 6 + [scene(1, 30, 130)] * 6
 
 
 @pytest.mark.parametrize('extension', VIDEOS)
-def test_the_result_differs_in_its_pixels_alone(extension, tmp_path):
+def test_only_the_pixels_of_the_result_differ(extension, tmp_path):
     codec = VIDEOS[extension].encoder
     source = write_video(tmp_path / f'a{extension}', SCENES, codec=codec, sample_aspect_ratio=Fraction(4, 3))
     assert rewrite(source, tmp_path / f'b{extension}', lambda frame: 255 - frame.image) == []
@@ -96,7 +96,7 @@ def test_the_result_differs_in_its_pixels_alone(extension, tmp_path):
 @pytest.mark.parametrize(
     ('form', 'context'),
     [
-        ('yuv420p', {'colorspace': 1, 'color_primaries': 1, 'color_trc': 1, 'color_range': 1}),  # BT.709, limited
+        ('yuv420p', {'colorspace': 1, 'color_primaries': 1, 'color_trc': 1, 'color_range': 1}),  # BT.709, limited range
         ('yuvj420p', {'color_range': 2}),
         ('yuv444p', {}),
         ('yuv422p10le', {}),
@@ -126,7 +126,7 @@ def test_frames_are_upright(angle, tmp_path):
 
 
 class ToMean(nn.Module):
-    """Gives each pixel the mean of the image, as far as `ImageMean` knows it."""
+    """Sets each pixel to the mean of the image, as provided by `ImageMean`."""
 
     def __init__(self):
         super().__init__()
@@ -183,7 +183,7 @@ def test_frames_of_a_shot_are_restored_as_pictures_with_its_statistics(tmp_path)
 # Foreign files
 
 
-def test_what_cannot_be_restored_is_refused_in_one_line(tmp_path):
+def test_unsupported_videos_are_refused_in_one_line(tmp_path):
     good = write_video(tmp_path / 'good.mkv', SCENES).read_bytes()
     write_video(tmp_path / 'hdr.mkv', SCENES, color_trc=16)
     (tmp_path / 'text.mp4').write_text('no video')
@@ -207,7 +207,7 @@ def test_what_cannot_be_restored_is_refused_in_one_line(tmp_path):
     assert not [*tmp_path.glob('*result*')], 'nor a part of one'
 
 
-def test_an_error_in_the_middle_leaves_no_file(tmp_path):
+def test_an_error_midway_leaves_no_file(tmp_path):
     source, seen = write_video(tmp_path / 'a.mkv', SCENES), []
 
     def fail(frame):
@@ -239,7 +239,7 @@ def command(monkeypatch, capsys, *arguments) -> tuple[int, str]:
     return status, captured.out + captured.err
 
 
-def test_a_folder_of_videos_and_pictures(weights, tmp_path, monkeypatch, capsys):
+def test_a_folder_may_contain_videos_and_pictures(weights, tmp_path, monkeypatch, capsys):
     from PIL import Image
 
     (tmp_path / 'in').mkdir()
@@ -271,7 +271,7 @@ def test_a_clean_video_is_copied(tmp_path, monkeypatch, capsys):
     assert (tmp_path / 'b.mp4').read_bytes() == source.read_bytes()
 
 
-def test_a_result_of_another_kind_is_refused_before_anything(weights, tmp_path, monkeypatch, capsys):
+def test_an_output_of_another_kind_is_refused_up_front(weights, tmp_path, monkeypatch, capsys):
     source = write_video(tmp_path / 'a.mp4', SCENES)
     with pytest.raises(SystemExit, match='a.png: .*a.mp4 is a video; expected such a file'):
         command(monkeypatch, capsys, source, '-o', tmp_path / 'a.png', '-w', weights)

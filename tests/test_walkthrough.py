@@ -63,7 +63,7 @@ fft_opt: {type: FFTLoss, loss_weight: 0.001}
 
 @pytest.fixture(scope='module')
 def project(tmp_path_factory):
-    """A folder with images and option files in which stage 1 and stage 2 have been trained."""
+    """A folder with images and option files, after training of stage 1 and stage 2."""
     folder = tmp_path_factory.mktemp('project')
     rng = np.random.default_rng(0)
     for number in range(3):
@@ -150,7 +150,7 @@ def test_every_loss_is_logged_by_name(project):
 
 def test_the_shares_of_the_mixture_are_in_the_log_file_once(project):
     folder, _ = project
-    file = min((folder / 'experiments/stage2').glob('train_stage2_*.log'))  # resuming adds more
+    file = min((folder / 'experiments/stage2').glob('train_stage2_*.log'))  # resuming appends
     shares = 'mixture: 6 items per epoch: noise 3 images, 50.0% of draws, clean 3 images, 50.0% of draws.'
     assert file.read_text().count(shares) == 1
 
@@ -170,7 +170,7 @@ def test_the_extractor_of_stage_1_is_in_the_checkpoint_unchanged(project):
 
 
 def test_the_checkpoint_gives_the_tested_images(project):
-    """test.py and three lines of somebody's own program give the same image, at a size that is not a multiple of 8."""
+    """test.py and three lines of a user's program give the same image, at a size that is not a multiple of 8."""
     from dpmambair_basicsr.archs import DPMambaIR
 
     folder, _ = project

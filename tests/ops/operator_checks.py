@@ -1,4 +1,4 @@
-"""Which operators a scan runs, and what torch.compile and torch.export make of a module that has one in it."""
+"""Which operators a scan runs, and how torch.compile and torch.export handle a module that contains one."""
 
 from collections.abc import Callable, Iterable
 
@@ -9,7 +9,7 @@ from torch.profiler import ProfilerActivity, profile
 
 
 def add_parameters(module: nn.Module, tensors: Iterable[Tensor]) -> None:
-    """One by one: Dynamo of PyTorch 2.11 cannot unpack an nn.ParameterList."""
+    """One by one: PyTorch 2.11's Dynamo cannot unpack an nn.ParameterList."""
     module.parts = []
     for i, tensor in enumerate(tensors):
         module.parts.append(f'part_{i}')
@@ -26,7 +26,7 @@ def skip_where_forks_have_no_gradients() -> None:
 
 
 def scans_run_by(function: Callable[[], object]) -> list[str]:
-    """The names of our operators that a call runs, those of the backward pass included."""
+    """The names of our operators that a call runs, including the backward pass."""
     with profile(activities=[ProfilerActivity.CPU]) as record:
         function()
     names = [event.name.partition('dpmambair_basicsr::')[2] for event in record.events()]
@@ -34,7 +34,7 @@ def scans_run_by(function: Callable[[], object]) -> list[str]:
 
 
 def assert_compiles_without_a_graph_break(module: nn.Module, x: Tensor) -> None:
-    """module(x) is a scalar; gradients of the parameters are compared too."""
+    """module(x) must be a scalar; parameter gradients are compared too."""
     loss = module(x)
     expected = torch.autograd.grad(loss, list(module.parameters()))
     compiled = torch.compile(module, backend='aot_eager', fullgraph=True)(x)

@@ -1,6 +1,6 @@
-"""The CPU's kernels for depthwise convolutions and layer norm with what follows them, against PyTorch's functions.
+"""The CPU kernels for depthwise convolutions and layer norm, fused with the operations that follow, against PyTorch.
 
-All tests run in PyTorch's deterministic mode, where fresh memory, that for scratch included, is full of NaN.
+All tests run in PyTorch's deterministic mode, which fills new memory, including scratch memory, with NaN.
 """
 
 import pytest
@@ -85,7 +85,7 @@ def gelu(x):
 
 
 @pytest.mark.parametrize(('function', 'exact'), [(silu, F.silu), (gelu, F.gelu)])
-def test_activations_everywhere(function, exact):
+def test_activations_are_accurate_over_the_whole_range(function, exact):
     x = torch.cat([torch.linspace(-12, 12, 4001), torch.logspace(-30, 4, 500), -torch.logspace(-30, 1.9, 500)])
     result, truth = function(x), exact(x.double())
     assert ((result - truth).abs() <= 1.5e-6 * truth.abs() + 1e-9).all()
@@ -95,7 +95,7 @@ def test_activations_everywhere(function, exact):
 
 
 @pytest.mark.parametrize('threads', [1, 2, 5])
-def test_any_number_of_threads_gives_the_same_bits(threads):
+def test_results_are_bit_exact_for_any_number_of_threads(threads):
     x, value, (weight, bias) = image(2, 48, 33, 90), image(2, 48, 33, 90, seed=1), taps(48, 2)
     expected = [f(x, value, weight, bias) for f in FUNCTIONS]
     before = torch.get_num_threads()
@@ -114,7 +114,7 @@ FUNCTIONS = [
 
 
 @pytest.mark.parametrize('function', FUNCTIONS)
-def test_any_layout_and_slices_of_other_images_give_the_same_bits(function):
+def test_results_are_bit_exact_for_any_layout_and_for_slices(function):
     x, value, (weight, bias) = image(2, 48, 6, 7), image(2, 48, 6, 7, seed=1), taps(48, 2)
     expected = function(x, value, weight, bias)
     for other in (x.contiguous(), torch.cat([x[:, :1], x, x[:, :5]], dim=1)[:, 1:49], x.mT.contiguous().mT):
@@ -133,7 +133,7 @@ OPTIONS = {'dim': 16, 'num_blocks': [1, 1, 1, 1], 'num_refinement_blocks': 1}
 
 
 @pytest.mark.parametrize('network', [DPMambaIR, VmambaIR])
-def test_networks_without_gradients_use_them_and_give_the_same(network):
+def test_networks_without_gradients_use_the_kernels_with_equal_results(network):
     torch.manual_seed(0)
     net, x = network(**OPTIONS).eval(), torch.rand(1, 3, 21, 34)
     with torch.no_grad():
@@ -145,7 +145,7 @@ def test_networks_without_gradients_use_them_and_give_the_same(network):
     torch.testing.assert_close(result, net(x).detach(), rtol=0, atol=1e-5)
 
 
-def test_who_computes_what():
+def test_kernels_run_only_on_supported_inputs_without_gradients():
     x, bias = image(1, 32, 3, 3), torch.ones(32, requires_grad=True)
     weight = taps(32, 1)[0]
     assert cpu_kernels_run(x, weight)
@@ -162,7 +162,7 @@ def test_who_computes_what():
 
 
 @torch.no_grad()
-def test_what_they_cannot_compute_is_left_to_pytorch():
+def test_unsupported_shapes_fall_back_to_pytorch():
     few, (weight, bias) = image(1, 15, 4, 5), taps(15, 1)
     assert torch.equal(depthwise_silu(few, weight, bias), F.silu(F.conv2d(few, weight, bias, padding=1, groups=15)))
     exact = F.gelu(convolved(few, weight, None)) * convolved(few, weight, bias)
@@ -178,7 +178,7 @@ class Block(nn.Sequential):
 
 
 @torch.no_grad()
-def test_traced_exported_and_compiled_code_has_pytorchs_operators():
+def test_traced_exported_and_compiled_code_uses_pytorchs_operators():
     block, x = Block().eval(), image(1, 16, 4, 5)
     assert names_of(lambda: block(x)) == ['depthwise_gelu_gate_numba', 'layer_norm_numba']
     program = torch.export.export(block, (x,))
@@ -191,7 +191,7 @@ def test_traced_exported_and_compiled_code_has_pytorchs_operators():
         torch.testing.assert_close(other(x), block(x))
 
 
-def test_their_fakes_have_the_layout_of_the_results():
+def test_fake_kernels_return_the_layout_of_real_results():
     x, (weight, bias) = image(2, 16, 3, 5), taps(16, 1)
     for function, arguments in (
         (kernels.layer_norm, (x, bias, bias, 1e-5, x)),

@@ -10,7 +10,7 @@ def images(b=2, c=3, h=5, w=7):
 
 
 @pytest.mark.parametrize(('direction', 'order'), [(0, 'abcdef'), (1, 'adbecf'), (2, 'fedcba'), (3, 'fcebda')])
-def test_order_of_each_direction(direction, order):
+def test_each_direction_has_its_order(direction, order):
     """On the image  a b c
     d e f."""
     image = torch.tensor([[[[0, 1, 2], [3, 4, 5]]]])
@@ -41,19 +41,19 @@ def test_merge_is_the_adjoint_of_scan(directions):
     torch.testing.assert_close(dy, scanned)
 
 
-def test_one_row_wise_direction_copies_nothing():
+def test_one_row_wise_direction_is_a_view():
     x = images()
     sequences = cross_scan(x, directions=(0,))
     assert sequences.data_ptr() == x.data_ptr()
     assert cross_merge(sequences, (5, 7), directions=(0,)).data_ptr() == x.data_ptr()
 
 
-def test_strided_images():
+def test_strided_images_give_equal_sequences():
     x = images().to(memory_format=torch.channels_last)
     assert torch.equal(cross_scan(x), cross_scan(images()))
 
 
-def test_what_does_not_fit_is_refused():
+def test_invalid_directions_and_shapes_are_refused():
     with pytest.raises(ValueError, match=r'directions must be one or more of \(0, 1, 2, 3\), got \(0, 4\)'):
         cross_scan(images(), directions=(0, 4))
     with pytest.raises(ValueError, match='directions'):

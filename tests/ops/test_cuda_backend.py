@@ -1,6 +1,6 @@
-"""The CUDA kernels: on a GPU if there is one, else built by g++ for the CPU, where threads of a block are fibers.
+"""The CUDA kernels: on a GPU if there is one, else built by g++ for the CPU, with fibers as the threads of a block.
 
-There sizes are tiny, and fresh memory, that for scratch included, is full of NaN. On a GPU test_selective_scan.py tests
+On the CPU, sizes are tiny, and new memory (scratch included) is full of NaN. On a GPU test_selective_scan.py tests
 this backend as well, at usual sizes.
 """
 
@@ -37,7 +37,7 @@ needs_gpu = pytest.mark.skipif(not ON_GPU, reason='needs an NVIDIA GPU')
 def backend(monkeypatch):
     if not ON_GPU:
         cuda_on_host.install(monkeypatch)
-    torch.use_deterministic_algorithms(True, warn_only=True)  # fills fresh memory; a GPU's matrix products may vary
+    torch.use_deterministic_algorithms(True, warn_only=True)  # fills new memory; a GPU's matrix products may vary
     yield
     torch.use_deterministic_algorithms(False)
     forget_plans()
@@ -57,7 +57,7 @@ def image_inputs(**options):
 
 
 def projected_inputs(dtype=torch.float32, **options):
-    """What `omni.omni_scan` takes: the kernels alone, without the matrix product, which minds the layout."""
+    """Arguments of `omni.omni_scan`, the kernels without the matrix product, which depends on the layout."""
     inputs = image_inputs(**options)
     size, inputs = inputs['x'].shape[2:], {k: x.to(dtype) if torch.is_tensor(x) else x for k, x in inputs.items()}
     x, weight = inputs.pop('x').flatten(2).mT, inputs.pop('x_proj_weight').flatten(-3, -2)
@@ -98,20 +98,20 @@ def assert_sequences_agree(inputs, delta_softplus=True, tolerance=TOLERANCE[torc
     ],
     ids=str,
 )
-def test_agrees_with_the_parts(b, d, size, n, rank, directions):
+def test_agrees_with_the_unfused_scan(b, d, size, n, rank, directions):
     assert_images_agree(image_inputs(b=b, d=d, size=size, n=n, rank=rank, directions=directions))
 
 
 @pytest.mark.parametrize('order', ['first to last', 'last to first'])
-def test_agrees_with_the_parts_by_the_chunks_of_large_images(order, monkeypatch):
-    """128 steps, of which each of two directions writes half first; without a GPU threads run in both orders."""
+def test_agrees_with_the_unfused_scan_in_chunks_of_large_images(order, monkeypatch):
+    """128 steps; each of two directions writes one half first. Without a GPU, threads run in both orders."""
     monkeypatch.setattr(plan, '_WARPS_EACH', 0)
     if order == 'last to first':
         monkeypatch.setenv('SHIM_BACKWARDS', '1')
     assert_images_agree(image_inputs(size=(13, 16), n=16, directions=(2, 0)))
 
 
-def test_agrees_with_the_parts_with_the_shared_memory_of_a_smaller_gpu(monkeypatch):
+def test_agrees_with_the_unfused_scan_in_the_shared_memory_of_a_smaller_gpu(monkeypatch):
     monkeypatch.setattr(plan, '_WARPS_EACH', 0)
     if not ON_GPU:
         cuda_on_host.install(monkeypatch, shared_limit=99 << 10)
@@ -122,13 +122,13 @@ def test_agrees_with_the_parts_with_the_shared_memory_of_a_smaller_gpu(monkeypat
 
 @pytest.mark.parametrize(('d', 'directions'), [(20, ALL), (3, (3,))])
 def test_each_sample_may_have_its_own_projection_and_A(d, directions):
-    """What a factor of delta of each sample becomes, DPMambaIR's Eq. 8, see `directional_scan`."""
+    """This is how a per-sample factor of delta (DPMambaIR, Eq. 8) is computed, see `directional_scan`."""
     inputs = image_inputs(b=3, d=d, per_sample=('x_proj_weight', 'A'), directions=directions)
     assert_images_agree(inputs)
     assert scans_run_by(lambda: omni_scan(**inputs, backend='cuda')) == ['omni_scan_cuda']
 
 
-def test_an_A_of_each_sample_changes_no_bit_where_all_are_the_same():
+def test_identical_A_per_sample_are_bit_exact_with_a_shared_A():
     inputs = projected_inputs(b=3)
     results = run_with_grads(inputs | {'A': inputs['A'].repeat(3, 1, 1)}, function=omni.omni_scan)
     others = run_with_grads(inputs, function=omni.omni_scan)
@@ -137,7 +137,7 @@ def test_an_A_of_each_sample_changes_no_bit_where_all_are_the_same():
 
 
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
-def test_half_images_cost_the_rounding_of_what_is_stored_only(dtype):
+def test_half_precision_images_only_add_storage_rounding(dtype):
     inputs = projected_inputs(dtype)
 
     def run(inputs):
@@ -166,7 +166,7 @@ def test_more_than_eight_directions_are_refused():
         omni_scan(**inputs, backend='cuda')
 
 
-def test_is_reproducible_and_reads_only_what_it_wrote():
+def test_is_deterministic_and_reads_no_uninitialized_memory():
     inputs = projected_inputs(b=2, directions=(2, 1, 3))
     first, second = (run_with_grads(inputs, function=omni.omni_scan) for _ in range(2))
     assert_same(second, first)
@@ -175,8 +175,8 @@ def test_is_reproducible_and_reads_only_what_it_wrote():
         assert torch.equal(omni.omni_scan(**inputs), first['y'])
 
 
-def test_nan_spreads_to_what_follows_and_nowhere_else():
-    """By columns reversed, up from (1, 1) in that column, then all columns to its left."""
+def test_nan_propagates_to_later_positions_only():
+    """In reversed column order: from (1, 1) up its column, then all columns to its left."""
     inputs = projected_inputs(d=2, directions=(3,), size=(5, 3))
     inputs['projected'][0, 1 * 3 + 1, 3] = math.nan  # in B
     y = omni.omni_scan(**inputs).unflatten(1, (5, 3))
@@ -185,7 +185,7 @@ def test_nan_spreads_to_what_follows_and_nowhere_else():
     assert torch.equal(y.isnan(), expected)
 
 
-def test_the_layout_and_an_expanded_gradient_change_no_bit():
+def test_results_are_bit_exact_for_any_layout_and_expanded_gradients():
     inputs = projected_inputs(b=2)
     leaves = {k: x.clone().requires_grad_() if torch.is_tensor(x) else x for k, x in inputs.items()}
     tensors = [x for x in leaves.values() if torch.is_tensor(x)]
@@ -214,7 +214,7 @@ def test_sequences_agree_with_the_definition(b, d, g, n, length):
 @pytest.mark.parametrize('without', [('D',), ('delta_bias',), ('D', 'delta_bias')])
 def test_sequences_agree_with_the_definition_without_options(without, delta_softplus):
     inputs = sequence_inputs()
-    if not delta_softplus:  # then delta + delta_bias, or delta alone, has to be positive itself
+    if not delta_softplus:  # then delta + delta_bias, or delta alone, must be positive itself
         bias = 0 if 'delta_bias' in without else inputs['delta_bias'][:, None]
         inputs['delta'] = inputs['delta'].abs() * 0.1 - bias
     assert_sequences_agree({name: x for name, x in inputs.items() if name not in without}, delta_softplus)
@@ -222,14 +222,14 @@ def test_sequences_agree_with_the_definition_without_options(without, delta_soft
 
 @pytest.mark.parametrize('step', [20.0, 1e-4])
 def test_sequences_agree_with_the_definition_at_extreme_steps(step):
-    """20: decays underflow to 0. 1e-4: hardly any decay, so all positions add up."""
+    """20: decays underflow to 0. 1e-4: almost no decay, so all positions contribute."""
     inputs = sequence_inputs()
     inputs['delta'] = inputs['delta'].abs() * step
     del inputs['delta_bias']
     assert_sequences_agree(inputs, delta_softplus=False)
 
 
-def test_sequences_of_different_types_are_read_as_they_are():
+def test_sequences_may_have_mixed_dtypes():
     inputs = sequence_inputs(torch.bfloat16)
     inputs |= {'delta': inputs['delta'].half(), 'A': inputs['A'].float(), 'D': inputs['D'].half()}
     assert_sequences_agree(inputs, tolerance=torch.finfo(torch.bfloat16).eps)
@@ -255,14 +255,14 @@ def test_many_states_of_sequences_are_scanned_in_parts(monkeypatch):
     assert_sequences_agree(sequence_inputs(n=5))
 
 
-def test_last_states_and_gates_are_the_definitions():
+def test_last_state_and_gate_agree_with_the_definition():
     inputs = sequence_inputs() | {'z': sequence_inputs(seed=1)['u']}
     results = selective_scan(**inputs, delta_softplus=True, return_last_state=True, backend='cuda')
     exact = selective_scan(**inputs, delta_softplus=True, return_last_state=True, backend='reference')
     torch.testing.assert_close(results, exact)
 
 
-def test_softplus_and_sigmoid_keep_their_digits():
+def test_softplus_and_sigmoid_keep_full_precision():
     """A scan of one position is softplus(delta)."""
     x = torch.linspace(-80, 80, 65, device=DEVICE)[None, :, None].requires_grad_()
     one = torch.ones_like(x)
@@ -275,11 +275,11 @@ def test_softplus_and_sigmoid_keep_their_digits():
         assert ((result.double() - exact).abs() <= allowed).all()
 
 
-# --- PyTorch's view of it
+# --- as PyTorch operators
 
 
-def test_are_well_formed_operators():
-    """PyTorch's own checks: nothing mutated or aliased, right shapes without data, traced rightly by torch.compile."""
+def test_image_operators_pass_opcheck():
+    """PyTorch's own checks: no mutation or aliasing, correct fake tensors, correct tracing by torch.compile."""
     tensors = [x for x in projected_inputs(d=2, size=(3, 2)).values() if torch.is_tensor(x)]
     for A in (tensors[4], tensors[4].repeat(1, 1, 1)):
         tensors[4] = A
@@ -290,7 +290,7 @@ def test_are_well_formed_operators():
 
 
 @pytest.mark.parametrize(('without', 'dtype'), [((), torch.float16), (('D', 'delta_bias'), torch.float32)])
-def test_of_sequences_are_well_formed_operators(without, dtype):
+def test_sequence_operators_pass_opcheck(without, dtype):
     inputs = sequence_inputs(d=2, n=1, length=17, g=2, dtype=dtype)
     inputs = [None if name in without else x.requires_grad_() for name, x in inputs.items()]
     inputs[0] = inputs[0].detach().mT.contiguous().mT.requires_grad_()
@@ -316,8 +316,8 @@ def test_compiles_without_a_graph_break():
     assert_compiles_without_a_graph_break(module, module.x)
 
 
-def test_compiled_for_any_size_it_gives_the_same():
-    """The number of states kept for the backward pass is a function of sizes that are unknown then."""
+def test_compiles_with_dynamic_shapes():
+    """The number of states saved for the backward pass depends on sizes that are symbolic at compile time."""
     module = Omni()
     compiled = torch.compile(module, backend='aot_eager', fullgraph=True, dynamic=True)
     for size in ((3, 2), (5, 6)):
@@ -330,7 +330,7 @@ def test_exports_as_one_node():
     assert_exports_as_one_node(module, module.x, 'omni_scan_cuda')
 
 
-def test_says_that_a_call_recorded_without_gradients_has_none():
+def test_backward_of_a_call_recorded_without_gradients_is_an_error():
     tensors = [x for x in projected_inputs(d=2, size=(3, 2)).values() if torch.is_tensor(x)]
     tensors[1].requires_grad_()
     y, _ = omni._forward(*tensors, list(ALL), 3, 2, False)
@@ -342,7 +342,7 @@ def test_says_that_a_call_recorded_without_gradients_has_none():
 
 
 @needs_gpu
-def test_a_cuda_graph_gives_the_same_bits():
+def test_a_cuda_graph_is_bit_exact():
     inputs = projected_inputs(d=96, size=(16, 16), n=16)
     expected = run_with_grads(inputs, function=omni.omni_scan)
     graph, recorded = torch.cuda.CUDAGraph(), {}
@@ -385,7 +385,7 @@ def test_runs_on_the_gpu_of_its_tensors():
 
 
 @pytest.mark.parametrize('asks', ['argument', 'context', 'variable', 'option'])
-def test_triton_of_earlier_versions_is_cuda_and_the_log_says_so_once(asks, monkeypatch, caplog):
+def test_the_former_name_triton_selects_cuda_and_is_logged_once(asks, monkeypatch, caplog):
     names._log_renamed.cache_clear()
     logger = logging.getLogger('basicsr.selective_scan')
     monkeypatch.setattr(logger, 'handlers', [caplog.handler])

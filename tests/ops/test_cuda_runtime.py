@@ -1,4 +1,4 @@
-"""How the CUDA kernels are planned, compiled and kept; nothing here needs a GPU, the compiler is a library."""
+"""How the CUDA kernels are planned, compiled and cached. No GPU is needed: the compiler is a library."""
 
 import io
 import logging
@@ -20,14 +20,14 @@ KERNELS = {
 
 
 def macros(b=1, d=96, length=65536, n=16, rank=6, directions=ALL, dtype=torch.float32, limit=227 << 10):
-    """Of every specialization that a scan of this shape launches, and what `runtime.load` gets them with."""
+    """The macros that `runtime.load` gets for each specialization that a scan of this shape launches."""
     made = plan.make_plan(b, d, length, n, rank, directions, limit)
     kind = launch._TYPES[dtype]
     constants = made.constants | {'SOFTPLUS': 1, 'TX': kind, 'TD': kind, 'TP': kind}
     return [plan.specialize(constants, together) for together in {max(1, len(pair)) for pair in made.pairs}]
 
 
-# --- the division of the work
+# --- partition of the work
 
 SHAPES = [
     (b, d, length, n, rank, directions, limit)
@@ -61,7 +61,7 @@ def test_long_sequences_have_long_chunks_and_short_ones_enough_warps():
 
 
 @pytest.mark.parametrize(('rank', 'limit'), [(512, 48 << 10), (5000, 227 << 10)])
-def test_what_a_gpu_has_no_room_for_is_refused(rank, limit):
+def test_scans_that_exceed_shared_memory_are_refused(rank, limit):
     with pytest.raises(
         ValueError, match=f'^selective_scan: backend cuda has too little shared .* n = 32 .* rank {rank}$'
     ):
@@ -70,7 +70,7 @@ def test_what_a_gpu_has_no_room_for_is_refused(rank, limit):
 
 # --- machine code
 
-# Bytes that a thread of a kernel may spill, by what is measured with NVRTC 13.0: 76 in scan_gradients (compute
+# Bytes that a thread of a kernel may spill, from measurements with NVRTC 13.0: 76 in scan_gradients (compute
 # capability 8.0), 236 in the plain scan's, 280 with 32 states.
 CASES = [pytest.param(architecture, {}, 96, id=f'sm_{architecture}') for architecture in (80, 86, 89, 90, 100, 120)]
 CASES += [
@@ -83,7 +83,7 @@ CASES += [
 
 @needs_nvrtc
 @pytest.mark.parametrize(('architecture', 'shape', 'spilled'), CASES)
-def test_compiles_and_hardly_spills(architecture, shape, spilled):
+def test_kernels_compile_with_few_register_spills(architecture, shape, spilled):
     limit = 99 << 10 if architecture in (86, 89, 120) else 163 << 10
     for constants in macros(**shape, limit=limit):
         for name, kernels in KERNELS.items():
@@ -95,25 +95,25 @@ def test_compiles_and_hardly_spills(architecture, shape, spilled):
 
 
 @needs_nvrtc
-def test_the_compiler_writes_into_nothing_that_others_share():
-    """Python has one object for each single byte; a log of one byte must not be written into that of a blank."""
+def test_the_compiler_does_not_write_into_shared_bytes_objects():
+    """Python shares one object per single byte; a log of one byte must not overwrite that of a blank."""
     code, said = runtime.compile_source('extern "C" __global__ void f(float* x) { x[0] = 1; }', 'x.cu', '90')
     assert said == '' and code.startswith(b'\x7fELF') and isinstance(code, bytes)
     assert [io.BytesIO(bytes([0, value])[1:]).read(1)[0] for value in range(256)] == [*range(256)]
 
 
 @needs_nvrtc
-def test_an_error_of_the_compiler_is_one_error_with_what_it_says():
+def test_a_compiler_error_includes_the_compiler_log():
     with pytest.raises(runtime.CudaError, match=r'NVRTC cannot compile x\.cu for sm_90: .*nonsense'):
         runtime.compile_source('nonsense here;', 'x.cu', '90')
 
 
-# --- what is kept
+# --- the cache
 
 
 @pytest.fixture
 def small(monkeypatch, tmp_path, caplog):
-    """Quickly compiled macros, an empty folder for what is kept, and the log, without what was said before."""
+    """Macros that compile quickly, an empty cache folder, and a cleared log."""
     monkeypatch.setenv('LOCALAPPDATA' if sys.platform == 'win32' else 'XDG_CACHE_HOME', str(tmp_path / 'cache'))
     runtime._say_once.cache_clear()
     logger = logging.getLogger('basicsr')
@@ -125,9 +125,9 @@ def small(monkeypatch, tmp_path, caplog):
 
 
 @needs_nvrtc
-def test_compiles_once_says_so_once_and_keeps_it(small, caplog, monkeypatch):
+def test_compiles_and_logs_once_and_then_reads_the_cache(small, caplog, monkeypatch):
     code = runtime.machine_code('forward', small, '90')
-    (file,) = runtime.cache_folder().iterdir()  # and no part of one
+    (file,) = runtime.cache_folder().iterdir()  # and no partial file
     assert len(caplog.records) == 1 and 'compiling CUDA kernels' in caplog.text
     compiled = []
     real = runtime.compile_source
@@ -142,7 +142,7 @@ def test_compiles_once_says_so_once_and_keeps_it(small, caplog, monkeypatch):
 
 @needs_nvrtc
 @pytest.mark.parametrize('damage', [b'', b'x' * 32, b'x' * 5000])
-def test_what_is_damaged_is_compiled_again(small, damage):
+def test_corrupted_cache_files_are_recompiled(small, damage):
     code = runtime.machine_code('forward', small, '90')
     (file,) = runtime.cache_folder().iterdir()
     file.write_bytes(damage)
@@ -151,16 +151,16 @@ def test_what_is_damaged_is_compiled_again(small, damage):
 
 
 @needs_nvrtc
-def test_where_nothing_can_be_kept_it_compiles_and_says_so(small, tmp_path, caplog):
+def test_without_a_writable_cache_it_compiles_and_says_so(small, tmp_path, caplog):
     (tmp_path / 'cache').write_text('a file where the folder would be')
     assert runtime.machine_code('forward', small, '90')[:4] == b'\x7fELF'
     assert 'cannot be cached' in caplog.text and len(caplog.records) == 2
 
 
-# --- where it runs
+# --- availability
 
 
-def test_says_where_it_runs():
+def test_unsupported_devices_and_dtypes_are_explained():
     backend = get_backend('cuda')
     assert 'NVIDIA GPU' in backend.why_unavailable(torch.device('cpu'), torch.float32)
     assert 'float32, not float64' in backend.why_unavailable(torch.device('cuda'), torch.float64)

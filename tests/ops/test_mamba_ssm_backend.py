@@ -1,4 +1,4 @@
-"""What test_selective_scan.py, which runs for this backend too where it is installed, does not know of."""
+"""What test_selective_scan.py, which covers this backend too if it is installed, does not test."""
 
 import pytest
 import torch
@@ -23,14 +23,14 @@ def test_is_used_on_request_only():
     assert 'mamba_ssm' not in available_backends('cuda', torch.float64)
 
 
-def test_takes_256_states_at_most():
+def test_supports_at_most_256_states():
     inputs = scan_inputs(b=1, d=1, n=257, length=1)
     with pytest.raises(ValueError, match='mamba_ssm supports up to n = 256 states, got 257'):
         mamba_ssm_backend.scan(*inputs.values(), True)
 
 
 @pytest.mark.skipif(not installed, reason='needs a GPU and mamba_ssm')
-def test_gradients_have_the_types_of_the_inputs():
+def test_gradients_have_the_dtypes_of_the_inputs():
     """Half u; parameters in fp32, half and half."""
     inputs = scan_inputs(d=8, n=16, length=300, g=2, dtype=torch.float32, device='cuda')
     halves = {name: x if name in ('A', 'B', 'D') else x.bfloat16() for name, x in inputs.items()}

@@ -1,6 +1,6 @@
-"""What test_selective_scan.py, which runs for the numba backend too, does not know of: its units, threads, compiler.
+"""What test_selective_scan.py, which covers the numba backend too, does not test: its work units, threads, compiler.
 
-All tests run in PyTorch's deterministic mode, where fresh memory, that for scratch included, is full of NaN.
+All tests run in PyTorch's deterministic mode, which fills new memory, including scratch memory, with NaN.
 """
 
 import hashlib
@@ -60,15 +60,15 @@ def test_agrees_with_the_definition_at_any_width(n, d, g):
 
 @pytest.mark.parametrize('units', [1, 4, 100])
 @pytest.mark.parametrize('positions', [64, 128, 8192])
-def test_agrees_with_the_definition_however_the_backward_pass_is_divided(monkeypatch, units, positions):
-    """A group's blocks in one part, two, or each by itself; dB and dC added up after 1, 2 or all 5 chunks."""
+def test_agrees_with_the_definition_for_any_partition_of_the_backward_pass(monkeypatch, units, positions):
+    """The blocks of a group in one part, two, or each by itself; dB and dC summed after 1, 2 or all 5 chunks."""
     monkeypatch.setattr(numba_backend, '_BACKWARD_UNITS', units)
     monkeypatch.setattr(numba_backend, '_BACKWARD_POSITIONS', positions)
     assert_agrees('numba', small_inputs(b=1, d=104, length=300, g=2))
 
 
 @pytest.mark.parametrize('layout', ['channels last', 'every other'])
-def test_strides_do_not_change_a_bit(layout):
+def test_results_are_bit_exact_for_any_strides(layout):
     inputs = small_inputs(d=40, n=16, length=150, g=1)
     if layout == 'channels last':
         strided = {name: x.mT.contiguous().mT if x.dim() > 1 else x for name, x in inputs.items()}
@@ -91,10 +91,10 @@ def test_the_incoming_gradient_may_be_expanded(dims):
     assert all(torch.equal(a, b) for a, b in zip(expanded, dense, strict=True))
 
 
-def test_softplus_sigmoid_and_decay_keep_their_digits():
-    """A scan of one position is softplus(delta), and of an impulse and a pause the decay over the second step.
+def test_softplus_sigmoid_and_decay_keep_full_precision():
+    """A scan of one position is softplus(delta); of an impulse and a zero, the decay over the second step.
 
-    Besides the results, the exponent log2(e) * x is rounded, twice: up to |x| / 2^23 of the result.
+    Besides the results, the exponent log2(e) * x is rounded twice: a relative error of up to |x| / 2^23.
     """
 
     def assert_exact(result, exact):
@@ -116,7 +116,7 @@ def test_softplus_sigmoid_and_decay_keep_their_digits():
 
 
 @pytest.mark.parametrize('name', ['u', 'delta'])
-def test_nan_spreads_to_what_follows_and_nowhere_else(name):
+def test_nan_propagates_to_later_positions_only(name):
     inputs = small_inputs(b=2, d=20, length=100)
     inputs[name][1, 3, 70] = math.nan
     y = selective_scan(**inputs, delta_softplus=True, backend='numba')
@@ -129,7 +129,7 @@ def test_nan_spreads_to_what_follows_and_nowhere_else(name):
 
 
 @pytest.mark.parametrize('shape', [{'b': 2, 'd': 96}, {'b': 1, 'd': 40, 'g': 2}, {'b': 1, 'd': 8}])
-def test_the_number_of_threads_does_not_change_a_bit(threads, shape):
+def test_results_are_bit_exact_for_any_number_of_threads(threads, shape):
     inputs = small_inputs(n=16, length=300, **shape)
     threads(1)
     alone = scan_with_grads(inputs)
@@ -138,13 +138,13 @@ def test_the_number_of_threads_does_not_change_a_bit(threads, shape):
         assert_same(scan_with_grads(inputs), alone)
 
 
-def test_python_threads_may_scan_at_the_same_time(threads):
+def test_python_threads_may_scan_concurrently(threads):
     threads(1)
     inputs = [small_inputs(d=48, length=200, seed=seed) for seed in range(4)]
     alone = [scan_with_grads(x) for x in inputs]
 
     def scan_repeatedly(x):
-        torch.set_num_threads(2)  # OpenMP's setting is one per thread
+        torch.set_num_threads(2)  # OpenMP's setting is per thread
         return [scan_with_grads(x) for _ in range(10)]
 
     with ThreadPoolExecutor(4) as pool:
@@ -159,13 +159,13 @@ class Scans(Dataset):
 
     def __getitem__(self, index):
         inputs = small_inputs(d=48, length=200, seed=index)
-        torch.set_num_threads(2)  # a worker starts with one, as OpenMP, which torch.exp uses, hangs in a fork with more
+        torch.set_num_threads(2)  # a worker starts with one: OpenMP, which torch.exp uses, hangs in a fork with more
         results = scan_with_grads(inputs)
         torch.set_num_threads(1)
         return results
 
 
-@pytest.mark.skipif(sys.platform == 'win32', reason='has no fork')
+@pytest.mark.skipif(sys.platform == 'win32', reason='Windows has no fork')
 def test_forked_data_loader_workers_may_scan(threads):
     skip_where_forks_have_no_gradients()
     threads(2)
@@ -175,12 +175,12 @@ def test_forked_data_loader_workers_may_scan(threads):
         assert_same(result, x)
 
 
-# --- PyTorch's view of it
+# --- as a PyTorch operator
 
 
 @pytest.mark.parametrize('without', [(), ('D', 'delta_bias')])
-def test_is_a_well_formed_operator(without):
-    """PyTorch's own checks: nothing mutated or aliased, right shapes without data, traced rightly by torch.compile."""
+def test_operator_passes_opcheck(without):
+    """PyTorch's own checks: no mutation or aliasing, correct fake tensors, correct tracing by torch.compile."""
     inputs = small_inputs(d=20, n=3, length=70, g=2)
     inputs = [None if name in without else x.requires_grad_() for name, x in inputs.items()]
     inputs[0] = inputs[0].detach().mT.contiguous().mT.requires_grad_()
@@ -214,7 +214,7 @@ def test_exports_as_one_node():
     assert_exports_as_one_node(module, module.u, 'selective_scan_numba')
 
 
-def test_says_that_a_call_recorded_without_gradients_has_none():
+def test_backward_of_a_call_recorded_without_gradients_is_an_error():
     inputs = [x.requires_grad_() for x in small_inputs().values()]
     y, _ = numba_backend._forward(*inputs, True, False)
     with pytest.raises(RuntimeError, match='recorded with gradients switched off'):
@@ -233,7 +233,7 @@ def run_python(code, **environment):
     return result.stdout.split(), result.stderr
 
 
-def test_compiles_once_says_so_and_then_loads(tmp_path):
+def test_compiles_once_says_so_and_then_loads_from_the_cache(tmp_path):
     code = (
         'from dpmambair_basicsr.ops import selective_scan\n'
         'x = torch.ones(1, 2, 3)\n'
@@ -244,10 +244,10 @@ def test_compiles_once_says_so_and_then_loads(tmp_path):
     assert log.count('compiling the CPU kernels') == len(log.splitlines()) == 1
     printed, log = run_python(code, NUMBA_CACHE_DIR=str(tmp_path))
     assert printed == ['6']
-    assert log == ''  # numba says when it compiles, and did not
+    assert log == ''  # numba logs when it compiles, and did not
 
 
-def test_compiles_where_nothing_can_be_cached(monkeypatch):
+def test_compiles_without_a_writable_cache(monkeypatch):
     from numba import types
     from numba.core.caching import CacheImpl
 
@@ -259,7 +259,7 @@ def test_compiles_where_nothing_can_be_cached(monkeypatch):
     assert kernel.stats.cache_path is None
 
 
-def test_a_change_of_any_of_the_kernels_files_makes_the_cache_stale(monkeypatch, tmp_path):
+def test_changing_any_kernel_file_invalidates_the_cache(monkeypatch, tmp_path):
     import numba
 
     from dpmambair_basicsr.ops.selective_scan.numba import simd as numba_simd
@@ -292,6 +292,6 @@ def test_without_numba_the_torch_backend_runs_and_one_line_says_what_would_be_fa
 
 
 @pytest.mark.parametrize('dtype', [torch.float64, torch.float16])
-def test_computes_float32_only(dtype):
+def test_supports_float32_only(dtype):
     assert 'float32 on a CPU' in numba_runtime.why_unavailable(torch.device('cpu'), dtype)
     assert 'on cuda' in numba_runtime.why_unavailable(torch.device('cuda'), torch.float32)

@@ -1,7 +1,7 @@
-"""The omni scan fused against the omni scan by its parts.
+"""The fused omni scan against the unfused one.
 
 Shapes: b batch, d channels, h, w height and width, k directions, r rank, n states. All tests run in PyTorch's
-deterministic mode, where fresh memory, that for scratch included, is full of NaN.
+deterministic mode, which fills new memory, including scratch memory, with NaN.
 """
 
 import sys
@@ -31,12 +31,12 @@ pytestmark = pytest.mark.usefixtures('nan_in_new_memory')
 FP32 = torch.float32
 needs_numba = pytest.mark.skipif('numba' not in available_backends(), reason='the extra [cpu] is not installed')
 
-# Largest error allowed in fp32, as a part of the largest entry, or of 0.1 where a sum over the pixels all but vanishes.
+# Largest error allowed in fp32, relative to the largest entry, or to 0.1 where a sum over the pixels nearly vanishes.
 TOLERANCE = 5e-6  # measured up to 2e-6
 
 
 def omni_inputs(b=2, d=20, size=(5, 7), n=4, directions=(0, 1, 2, 3), rank=3, per_sample=(), dtype=FP32, seed=0):
-    """What `omni_scan` takes, with Mamba's statistics; `per_sample` names what each sample has its own of."""
+    """Arguments of `omni_scan`, with Mamba's statistics; `per_sample` names those that differ between samples."""
     rng, k = torch.Generator().manual_seed(seed), len(directions)
 
     def randn(*shape):
@@ -88,7 +88,7 @@ def assert_agrees(inputs):
 
 
 def scan_alone(inputs, size):
-    """Only what our kernels do, without the matrix product, which PyTorch may compute otherwise with other threads."""
+    """Our kernels without the matrix product, whose result may depend on PyTorch's number of threads."""
     inputs = dict(inputs)
     x, weight = inputs.pop('x').flatten(2).mT, inputs.pop('x_proj_weight').flatten(-3, -2)
     inputs = {'x': x, 'projected': x @ weight.mT} | {k.replace('proj_', ''): v for k, v in inputs.items()}
@@ -103,21 +103,21 @@ def scan_alone(inputs, size):
 @pytest.mark.parametrize('d', [1, 4, 20])
 @pytest.mark.parametrize('size', [(1, 1), (1, 7), (5, 3)], ids=str)
 @needs_numba
-def test_agrees_with_the_parts(size, d, n, directions):
+def test_agrees_with_the_unfused_scan(size, d, n, directions):
     assert_agrees(omni_inputs(d=d, size=size, n=n, directions=directions))
 
 
 @pytest.mark.parametrize('directions', [(0,), (0, 1, 2, 3)], ids=str)
 @pytest.mark.parametrize(('b', 'd', 'n', 'rank'), [(1, 20, 16, 2), (3, 32, 4, 24)])
 @needs_numba
-def test_agrees_with_the_parts_beyond_a_chunk(b, d, n, rank, directions):
+def test_agrees_with_the_unfused_scan_beyond_one_chunk(b, d, n, rank, directions):
     assert_agrees(omni_inputs(b=b, d=d, size=(64, 65), n=n, rank=rank, directions=directions))
 
 
 @pytest.mark.parametrize('units', [1, 4, 100])
 @needs_numba
-def test_agrees_with_the_parts_however_the_work_is_divided(monkeypatch, units):
-    """Directions summed by 1, 2 or 4 teams, gradients of projections by 1, 2 or all 3 blocks."""
+def test_agrees_with_the_unfused_scan_for_any_partition_of_the_work(monkeypatch, units):
+    """Directions summed by 1, 2 or 4 teams, projection gradients by 1, 2 or all 3 blocks."""
     monkeypatch.setattr(numba_omni, '_UNITS', units)
     assert_agrees(omni_inputs(d=40, size=(9, 15), n=16))
 
@@ -145,7 +145,7 @@ def test_each_sample_may_have_its_own_projection():
 )
 @needs_numba
 def test_each_sample_may_have_its_own_A(b, d, size, n, directions, units, monkeypatch):
-    """As each sample alone, which shares its A with nobody, by the definition; gradients too."""
+    """Equal to the definition on each sample alone, with its A; gradients too."""
     monkeypatch.setattr(numba_omni, '_UNITS', units)
     inputs = omni_inputs(b=b, d=d, size=size, n=n, directions=directions, per_sample=('x_proj_weight', 'A'))
     own = ('x', 'x_proj_weight', 'A')
@@ -161,7 +161,7 @@ def test_each_sample_may_have_its_own_A(b, d, size, n, directions, units, monkey
 
 
 @needs_numba
-def test_an_A_of_each_sample_changes_no_bit_where_all_are_the_same():
+def test_identical_A_per_sample_are_bit_exact_with_a_shared_A():
     inputs = omni_inputs(b=3, d=20, size=(9, 15), n=16)
     own = inputs | {'A': inputs['A'].repeat(3, 1, 1)}
     results, others = run_with_grads(own), run_with_grads(inputs)
@@ -175,7 +175,7 @@ def test_an_A_of_each_sample_changes_no_bit_where_all_are_the_same():
 )
 @pytest.mark.parametrize('directions', [(0,), (0, 1, 2, 3)], ids=str)
 def test_delta_scale_multiplies_delta_after_softplus(backend, directions):
-    """DPMambaIR, Eq. 8, written down: softplus of the projected step sizes, times the factor, scanned. 0 is allowed."""
+    """DPMambaIR's Eq. 8: a scan with the softplus of the projected step sizes times the factor. 0 is allowed."""
     inputs = omni_inputs(b=3, d=5, size=(3, 4), n=3, rank=2, directions=directions)
     rng = torch.Generator().manual_seed(2)
     prompt = 1 + 0.3 * torch.randn(3, 2 + 2 * 3, generator=rng)
@@ -197,7 +197,7 @@ def test_delta_scale_multiplies_delta_after_softplus(backend, directions):
 
 
 def network_form(inputs):
-    """The parameters as the networks' function takes them and checkpoints hold them."""
+    """The parameters as the networks' function takes them and checkpoints store them."""
     names = {'x_proj_weight': 'x_proj_weight', 'dt_proj_weight': 'dt_projs_weight', 'dt_proj_bias': 'dt_projs_bias'}
     parameters = {new: inputs[old] for old, new in names.items()}
     parameters |= {'A_logs': (-inputs['A']).log(), 'Ds': inputs['D']}
@@ -206,7 +206,7 @@ def network_form(inputs):
 
 @needs_numba
 def test_prompts_and_logs_have_their_gradients():
-    """Through the networks' function: the parameters as checkpoints hold them, and DPMambaIR's prompt."""
+    """Through the networks' function: the parameters as checkpoints store them, and DPMambaIR's prompt."""
     inputs = omni_inputs(n=3)
     prompt = 1 + 0.3 * torch.randn(2, 9, generator=torch.Generator().manual_seed(2))
     parameters = network_form(inputs) | {'prompt': prompt}
@@ -216,7 +216,7 @@ def test_prompts_and_logs_have_their_gradients():
 
 @pytest.mark.parametrize('layout', ['channels_last', 'every other', 'expanded'])
 @needs_numba
-def test_the_layout_does_not_change_a_bit(layout):
+def test_results_are_bit_exact_for_any_layout(layout):
     inputs = omni_inputs(d=16)
     x = inputs['x']
     if layout == 'expanded':
@@ -245,7 +245,7 @@ def test_the_incoming_gradient_may_be_expanded():
 
 
 @needs_numba
-def test_gives_the_gradients_that_are_asked_for():
+def test_any_single_gradient_can_be_requested():
     inputs = omni_inputs()
     together = run_with_grads(inputs)
     for name in [name for name in inputs if name != 'directions']:
@@ -256,7 +256,7 @@ def test_gives_the_gradients_that_are_asked_for():
 
 
 @needs_numba
-def test_gradients_do_not_change_the_output_nor_the_inputs():
+def test_computing_gradients_changes_neither_output_nor_inputs():
     inputs = omni_inputs(d=40)
     copies = {k: x.clone() for k, x in inputs.items() if torch.is_tensor(x)}
     with torch.no_grad():
@@ -265,11 +265,11 @@ def test_gradients_do_not_change_the_output_nor_the_inputs():
     assert all(torch.equal(inputs[k], x) for k, x in copies.items())
 
 
-# --- which way it goes
+# --- fused or unfused
 
 
-def test_by_parts_in_double_and_by_name():
-    """fp64, other devices and backends that are not fused go by sequences."""
+def test_fp64_and_other_backends_run_unfused():
+    """fp64, other devices and backends that are not fused scan sequences."""
     inputs = omni_inputs(d=4)
     exact = run_with_grads(in_double(inputs))
     assert exact['y'].dtype == torch.float64
@@ -280,7 +280,7 @@ def test_by_parts_in_double_and_by_name():
 
 
 @needs_numba
-def test_autocast_rounds_the_projections_only():
+def test_autocast_only_rounds_the_projections():
     inputs = omni_inputs(b=1)
     with torch.autocast('cpu', torch.bfloat16):
         y = omni_scan(**inputs)
@@ -289,7 +289,7 @@ def test_autocast_rounds_the_projections_only():
     assert (y - exact).abs().max() <= 0.02 * exact.abs().max()
 
 
-def test_without_a_fused_backend_it_goes_by_parts():
+def test_without_a_fused_backend_the_unfused_scan_runs():
     inputs = omni_inputs(d=4)
     exact = run_with_grads(in_double(inputs))
     with use_backend('torch'):
@@ -297,8 +297,8 @@ def test_without_a_fused_backend_it_goes_by_parts():
 
 
 @needs_numba
-def test_numba_is_fused_also_by_name():
-    """On a CPU with numba nothing goes by sequences, but what another backend is asked for or fp32 is not all."""
+def test_numba_is_fused_by_default_and_by_name():
+    """On a CPU with numba, only another requested backend or a dtype other than fp32 scans sequences."""
     inputs, fused = omni_inputs(), ['omni_scan_numba', 'omni_scan_numba_backward']
     assert scans_run_by(lambda: run_with_grads(inputs)) == fused
     assert scans_run_by(lambda: run_with_grads(inputs, backend='numba')) == fused
@@ -309,8 +309,8 @@ def test_numba_is_fused_also_by_name():
 
 
 @pytest.mark.filterwarnings('ignore::torch.jit.TracerWarning')
-def test_a_trace_has_all_the_products():
-    """FLOP counters trace or dispatch; both see x_proj and dt_proj by tracing, and the results are the same."""
+def test_a_trace_contains_all_matrix_products():
+    """FLOP counters trace or dispatch; a trace contains x_proj and dt_proj, and its results are the same."""
     inputs = omni_inputs(d=4)
     directions = inputs.pop('directions')
 
@@ -346,7 +346,7 @@ def test_projects_once():
         ('D', torch.ones(4, 20), 'D must be'),
     ],
 )
-def test_an_argument_that_does_not_fit_is_named(name, value, message):
+def test_errors_name_the_invalid_argument(name, value, message):
     with pytest.raises(ValueError, match=f'^omni_scan: {message}'):
         omni_scan(**(omni_inputs() | {name: value}))
 
@@ -358,7 +358,7 @@ def test_an_argument_that_does_not_fit_is_named(name, value, message):
     'shape', [{'b': 1, 'd': 40}, {'b': 3, 'd': 96}, {'b': 2, 'd': 8, 'directions': (0, 2)}], ids=str
 )
 @needs_numba
-def test_the_number_of_threads_does_not_change_a_bit(threads, shape):
+def test_results_are_bit_exact_for_any_number_of_threads(threads, shape):
     inputs = omni_inputs(n=16, size=(9, 31), **shape)
     threads(1)
     alone = scan_alone(inputs, (9, 31))
@@ -368,13 +368,13 @@ def test_the_number_of_threads_does_not_change_a_bit(threads, shape):
 
 
 @needs_numba
-def test_python_threads_may_scan_at_the_same_time(threads):
+def test_python_threads_may_scan_concurrently(threads):
     threads(1)
     inputs = [omni_inputs(d=48, size=(9, 15), seed=seed) for seed in range(4)]
     alone = [scan_alone(x, (9, 15)) for x in inputs]
 
     def scan_repeatedly(x):
-        torch.set_num_threads(2)  # OpenMP's setting is one per thread
+        torch.set_num_threads(2)  # OpenMP's setting is per thread
         return [scan_alone(x, (9, 15)) for _ in range(10)]
 
     with ThreadPoolExecutor(4) as pool:
@@ -389,11 +389,11 @@ class Scans(Dataset):
 
     def __getitem__(self, index):
         inputs = omni_inputs(d=48, size=(9, 15), seed=index)
-        # A worker starts with one thread, as OpenMP, which the matrix product uses, hangs in a fork with more.
+        # A worker starts with one thread: OpenMP, which the matrix product uses, hangs in a fork with more.
         return run_with_grads(inputs)
 
 
-@pytest.mark.skipif(sys.platform == 'win32', reason='has no fork')
+@pytest.mark.skipif(sys.platform == 'win32', reason='Windows has no fork')
 @needs_numba
 def test_forked_data_loader_workers_may_scan(threads):
     skip_where_forks_have_no_gradients()
@@ -406,12 +406,12 @@ def test_forked_data_loader_workers_may_scan(threads):
         assert_same(result, x)
 
 
-# --- PyTorch's view of it
+# --- as a PyTorch operator
 
 
 @needs_numba
-def test_is_a_well_formed_operator():
-    """PyTorch's own checks: nothing mutated or aliased, right shapes without data, traced rightly by torch.compile."""
+def test_operator_passes_opcheck():
+    """PyTorch's own checks: no mutation or aliasing, correct fake tensors, correct tracing by torch.compile."""
     inputs = omni_inputs(size=(5, 14))
     x = inputs['x'].flatten(2).mT
     projected = x @ inputs['x_proj_weight'].flatten(0, 1).mT
@@ -448,7 +448,7 @@ def test_exports_as_one_node():
 
 
 @needs_numba
-def test_says_that_a_call_recorded_without_gradients_has_none():
+def test_backward_of_a_call_recorded_without_gradients_is_an_error():
     inputs = omni_inputs()
     x = inputs['x'].flatten(2).mT
     projected = (x @ inputs['x_proj_weight'].flatten(0, 1).mT).requires_grad_()

@@ -1,6 +1,6 @@
 """The kernels for layer norm and depthwise convolutions: on a GPU if there is one, else built by g++ for the CPU.
 
-There fresh memory is full of NaN, and sizes are tiny.
+On the CPU, new memory is full of NaN, and sizes are tiny.
 """
 
 import pytest
@@ -29,7 +29,7 @@ KERNELS = {
 def kernels(monkeypatch):
     if not ON_GPU:
         cuda_on_host.install(monkeypatch)
-    torch.use_deterministic_algorithms(True, warn_only=True)  # fills fresh memory
+    torch.use_deterministic_algorithms(True, warn_only=True)  # fills new memory
     yield
     torch.use_deterministic_algorithms(False)
     pixels._kernel.cache_clear()
@@ -51,7 +51,7 @@ def image(*shape, dtype=torch.float32, offset=0.0, seed=0):
 
 
 def gradients(function, *tensors, dtype):
-    """The result, and the gradient of every tensor for a fixed one of the result, which this type can hold."""
+    """The result, and the gradients of every tensor for a fixed output gradient that this dtype represents exactly."""
     leaves = [tensor.detach().requires_grad_() for tensor in tensors]
     y = function(*leaves)
     dy = torch.sin(torch.arange(y.numel(), device=DEVICE)).view(y.shape).to(dtype).to(y.dtype)
@@ -107,7 +107,7 @@ def test_depthwise_convolution_agrees_with_the_definition(size, channels, with_b
 
 @with_kernels
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
-def test_half_images_cost_the_rounding_of_what_is_stored(dtype):
+def test_half_precision_images_only_add_storage_rounding(dtype):
     eps = torch.finfo(dtype).eps
     x, weight, bias = image(2, 20, 6, 7, dtype=dtype), image(20, 1, 3, 3, seed=1), image(1, 20, 1, 1, seed=2).flatten()
     assert_agree(lambda x, w, b: depthwise_conv(x, w, b), torch_conv, x, weight, bias, tolerance=eps)
@@ -115,19 +115,19 @@ def test_half_images_cost_the_rounding_of_what_is_stored(dtype):
 
 
 @with_kernels
-def test_any_layout_and_slices_of_other_images_give_the_same_bits():
+def test_results_are_bit_exact_for_any_layout_and_for_slices():
     x, weight, bias = image(2, 24, 6, 7), image(24, 1, 3, 3, seed=1), torch.ones(24, device=DEVICE)
     for other in (x.contiguous(), torch.cat([x[:, :1], x, x[:, :5]], dim=1)[:, 1:25]):
         assert other.stride() != x.stride()
         assert torch.equal(depthwise_conv(other, weight, bias), depthwise_conv(x, weight, bias))
         assert torch.equal(norm_of(other, bias, bias), norm_of(x, bias, bias))
-    part = x.flatten()[1 : 1 + 24 * 5].view(1, 1, 5, 24).permute(0, 3, 1, 2)  # not from a multiple of 16 bytes on
+    part = x.flatten()[1 : 1 + 24 * 5].view(1, 1, 5, 24).permute(0, 3, 1, 2)  # not aligned to 16 bytes
     torch.testing.assert_close(norm_of(part, bias, bias), torch_norm(part, bias, bias))
     torch.testing.assert_close(depthwise_conv(part, weight, bias), torch_conv(part, weight, bias))
 
 
 @with_kernels
-def test_nan_stays_where_a_window_or_a_pixel_has_it():
+def test_nan_stays_within_its_window_or_pixel():
     x = image(1, 3, 5, 5)
     x[0, 1, 2, 2] = torch.nan
     expected = torch.zeros(1, 3, 5, 5, dtype=torch.bool, device=DEVICE)
@@ -139,7 +139,7 @@ def test_nan_stays_where_a_window_or_a_pixel_has_it():
 
 
 @with_kernels
-def test_they_are_well_formed_operators():
+def test_operators_pass_opcheck():
     x = image(1, 3, 2, 2).permute(0, 2, 3, 1).requires_grad_()
     weight, bias = torch.ones(3, 1, 3, 3, device=DEVICE).requires_grad_(), torch.ones(3, device=DEVICE).requires_grad_()
     torch.library.opcheck(pixels.layer_norm, (x, bias, bias.detach().clone().requires_grad_(), 1e-5))
@@ -164,7 +164,7 @@ def assert_same_with_kernels(module, x):
 
 
 @with_kernels
-def test_a_block_uses_them_and_gives_the_same():
+def test_a_block_uses_the_kernels_with_equal_results():
     torch.manual_seed(0)
     block = nn.Sequential(LayerNorm(20), EFFN(20, 1.6, bias=True)).to(DEVICE)
     assert_same_with_kernels(block, image(2, 20, 5, 6))
@@ -183,14 +183,14 @@ def test_a_block_has_no_graph_break():
 
 @pytest.mark.skipif(not ON_GPU, reason='needs an NVIDIA GPU')
 @pytest.mark.parametrize('network', [DPMambaIR, VmambaIR])
-def test_networks_use_them_and_give_the_same(network):
+def test_networks_use_the_kernels_with_equal_results(network):
     options = {'dim': 8, 'num_blocks': [1, 1, 1, 1], 'num_refinement_blocks': 1}
     torch.manual_seed(0)
     assert_same_with_kernels(network(**options).to(DEVICE), torch.rand(1, 3, 32, 32, device=DEVICE))
 
 
 @with_kernels
-def test_another_backend_or_type_or_too_many_channels_leaves_it_to_pytorch():
+def test_other_backends_and_dtypes_and_too_many_channels_fall_back_to_pytorch():
     x = image(1, 4, 3, 3)
     assert kernels_run(x) and not kernels_run(x.double()) and not kernels_run(x[:0])
     with use_backend('torch'):
@@ -202,7 +202,7 @@ def test_another_backend_or_type_or_too_many_channels_leaves_it_to_pytorch():
 
 
 @pytest.mark.skipif(ON_GPU, reason='there is a GPU')
-def test_on_a_cpu_they_are_pytorchs():
+def test_on_a_cpu_pytorchs_operators_run():
     x, norm, weight = image(1, 4, 3, 3), nn.LayerNorm(4), image(4, 1, 3, 3)
     with use_backend('cuda'):
         assert not kernels_run(x)
@@ -216,7 +216,7 @@ CASES += [(90, channels, torch.bfloat16) for channels in (1, 48, 513, 1024)] + [
 
 @needs_nvrtc
 @pytest.mark.parametrize(('architecture', 'channels', 'dtype'), CASES, ids=str)
-def test_they_compile_and_hardly_spill(architecture, channels, dtype):
+def test_kernels_compile_with_few_register_spills(architecture, channels, dtype):
     constants = {
         'layer_norm': pixels.layer_norm_constants(channels, dtype),
         'depthwise': pixels.depthwise_constants(dtype),

@@ -28,7 +28,7 @@ def runs(dtype):
 every_backend = pytest.mark.parametrize(('backend', 'device'), runs(torch.float32))
 every_double_backend = pytest.mark.parametrize(('backend', 'device'), runs(torch.float64))
 
-# Largest error allowed in y and in each gradient against the definition in fp64, as a part of the largest entry.
+# Largest error allowed in y and in each gradient against the definition in fp64, relative to the largest entry.
 TOLERANCE = {
     torch.float64: 1e-12,  # measured up to 2e-15
     torch.float32: 5e-6,  # measured up to 1.4e-6, in A's gradient, a sum over b * l terms; the definition: 1.1e-6
@@ -56,7 +56,7 @@ def scan_inputs(b=2, d=6, n=5, length=65, g=1, dtype=torch.float64, device='cpu'
 
 
 def weights(y):
-    """Random, the same for every type of y: bfloat16 fits them all."""
+    """Random, the same for every dtype of y: exact in bfloat16."""
     return torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).bfloat16().to(y)
 
 
@@ -150,7 +150,7 @@ def test_agrees_with_the_definition_with_any_number_of_states(backend, device, n
 @every_backend
 def test_agrees_with_the_definition_without_options(backend, device, without, delta_softplus):
     inputs = scan_inputs(dtype=torch.float32, device=device)
-    if not delta_softplus:  # then delta + delta_bias, or delta alone, has to be positive itself
+    if not delta_softplus:  # then delta + delta_bias, or delta alone, must be positive itself
         inputs['delta'] = inputs['delta'].abs() * 0.1 - (
             0 if 'delta_bias' in without else inputs['delta_bias'][:, None]
         )
@@ -160,7 +160,7 @@ def test_agrees_with_the_definition_without_options(backend, device, without, de
 @pytest.mark.parametrize(('b', 'd', 'g'), [(1, 1, 1), (2, 6, 1), (3, 20, 2), (3, 17, 17)])
 @every_backend
 def test_each_sample_may_have_its_own_A(backend, device, b, d, g):
-    """As each sample alone, which shares its A with nobody: y, last state, every gradient; gated, on strided inputs."""
+    """Equal to each sample alone, with its A: y, last state, every gradient; gated, on strided inputs."""
     inputs = scan_inputs(b=b, d=d, g=g, dtype=torch.float32, device=device)
     inputs |= {'A': inputs['A'] * torch.linspace(0.3, 2, b, device=device)[:, None, None], 'z': inputs['u'].flip(1)}
     inputs['u'] = inputs['u'].mT.contiguous().mT
@@ -208,7 +208,7 @@ def test_agrees_with_the_definition_on_strided_inputs(backend, device):
 @pytest.mark.parametrize('step', [20.0, 1e-4])
 @every_backend
 def test_agrees_with_the_definition_at_extreme_steps(backend, device, step):
-    """20: decays underflow to 0, and softplus becomes the identity. 1e-4: hardly any decay, so all positions add up."""
+    """20: decays underflow to 0, and softplus becomes the identity. 1e-4: hardly any decay: all positions count."""
     inputs = scan_inputs(n=16, length=300, dtype=torch.float32, device=device)
     inputs['delta'] = inputs['delta'].abs() * step
     del inputs['delta_bias']
@@ -218,11 +218,11 @@ def test_agrees_with_the_definition_at_extreme_steps(backend, device, step):
 
 
 @every_backend
-def test_half_inputs_change_nothing_but_the_rounding_of_the_result(backend, device):
+def test_half_precision_inputs_only_round_the_result(backend, device):
     inputs = scan_inputs(length=200, dtype=torch.bfloat16, device=device)
     y = selective_scan(**inputs, delta_softplus=True, backend=backend)
     exact = selective_scan(**{k: x.float() for k, x in inputs.items()}, delta_softplus=True, backend=backend)
-    if get_backend(backend).reads_half:  # a kernel of its own, which may add up in another order and round otherwise
+    if get_backend(backend).reads_half:  # a kernel of its own, which may sum in another order and round differently
         torch.testing.assert_close(y, exact.bfloat16(), rtol=2**-7, atol=0)
         assert (y != exact.bfloat16()).float().mean() < 0.01
     else:
@@ -231,14 +231,14 @@ def test_half_inputs_change_nothing_but_the_rounding_of_the_result(backend, devi
 
 @pytest.fixture
 def nan_in_new_memory():
-    """PyTorch's deterministic mode: fresh memory is filled with NaN, and operations that are not reproducible raise."""
+    """PyTorch's deterministic mode: new memory is filled with NaN, and nondeterministic operations raise."""
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
 
 
 @every_backend
-def test_is_deterministic_and_reads_only_what_it_wrote(backend, device, nan_in_new_memory):
+def test_is_deterministic_and_reads_no_uninitialized_memory(backend, device, nan_in_new_memory):
     if backend == 'mamba_ssm':
         pytest.skip('its kernels add up dB and dC with atomics')
     inputs = scan_inputs(d=20, length=301, dtype=torch.float32, device=device)
@@ -250,7 +250,7 @@ def test_is_deterministic_and_reads_only_what_it_wrote(backend, device, nan_in_n
 
 
 @every_backend
-def test_gives_the_gradients_that_are_asked_for(backend, device):
+def test_any_single_gradient_can_be_requested(backend, device):
     inputs = scan_inputs(dtype=torch.float32, device=device)
     together = run_with_grads(inputs, backend=backend, delta_softplus=True)
     for name in inputs:
@@ -277,16 +277,16 @@ def test_can_be_traced(backend, device):
         return selective_scan(*x, delta_softplus=True, backend=backend)
 
     traced = torch.jit.trace(scan, tuple(inputs.values()))
-    assert 'repeat_interleave' not in str(traced.graph)  # by a number that is a tensor then, on the CPU
+    assert 'repeat_interleave' not in str(traced.graph)  # by a number that is then a tensor on the CPU
     torch.testing.assert_close(traced(*inputs.values()), scan(*inputs.values()))
 
 
-# --- 'torch' only: how it divides the work must not matter
+# --- 'torch' only: results must not depend on the partition of the work
 
 
 @pytest.mark.parametrize('elements', [1, 300, 5000, 40000])
 @pytest.mark.parametrize('positions', [2, 32])
-def test_torch_agrees_with_the_definition_however_the_work_is_divided(monkeypatch, elements, positions):
+def test_torch_agrees_with_the_definition_for_any_partition_of_the_work(monkeypatch, elements, positions):
     """Elements per step from 1 (one channel and one chunk at a time) to 40000 (all in one block)."""
     monkeypatch.setattr(torch_chunked, '_STEP_ELEMENTS_CPU', elements)
     monkeypatch.setattr(torch_chunked, '_POSITIONS_MAX', positions)
@@ -294,8 +294,8 @@ def test_torch_agrees_with_the_definition_however_the_work_is_divided(monkeypatc
     assert_agrees('torch', scan_inputs(d=10, length=203, g=2))
 
 
-def test_torch_is_a_well_formed_operator():
-    """PyTorch's own checks: nothing mutated or aliased, right shapes without data, traced rightly by torch.compile."""
+def test_torch_operator_passes_opcheck():
+    """PyTorch's own checks: no mutation or aliasing, correct fake tensors, correct tracing by torch.compile."""
     inputs = [x.requires_grad_() for x in scan_inputs(d=4, length=9, g=2).values()]
     torch.library.opcheck(torch_chunked._scan, (*inputs, True, True))
 
@@ -325,7 +325,7 @@ def test_torch_is_one_node_in_a_flop_count():
 # --- the dispatcher
 
 
-def test_every_name_of_the_contract_is_known():
+def test_every_documented_backend_is_registered():
     assert set(BACKENDS) == {'reference', 'torch', 'numba', 'cuda', 'mamba_ssm'}
     assert {'reference', 'torch'} <= set(available_backends())
 
@@ -336,7 +336,7 @@ def test_unknown_backend_lists_the_choices():
 
 
 @pytest.mark.parametrize('backend', sorted(set(BACKENDS) - set(available_backends())))
-def test_missing_backend_is_refused(backend):
+def test_unavailable_backend_is_refused(backend):
     with pytest.raises(RuntimeError, match=f"'{backend}' is not available: .*torch, reference"):
         selective_scan(**scan_inputs(dtype=torch.float32), backend=backend)
 
@@ -357,7 +357,7 @@ def test_missing_backend_is_refused(backend):
         ('delta', torch.ones(2, 6, 65, dtype=torch.complex64)),
     ],
 )
-def test_an_argument_that_does_not_fit_is_named(name, value):
+def test_errors_name_the_invalid_argument(name, value):
     with pytest.raises(ValueError, match=f'^selective_scan: {name} must be [^\n]*$'):
         selective_scan(**(scan_inputs(dtype=torch.float32) | {name: value}))
 
@@ -367,7 +367,7 @@ def test_groups_must_divide_the_channels():
         selective_scan(**scan_inputs(d=6, g=4))
 
 
-def test_importing_ops_brings_in_torch_only():
+def test_importing_ops_imports_torch_only():
     code = (
         'import sys, torch; before = set(sys.modules); import dpmambair_basicsr.ops; '  # torch may import cuda.bindings
         "print([m for m in ('basicsr', 'cv2', 'cuda', 'numba') if m in set(sys.modules) - before])"

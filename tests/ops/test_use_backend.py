@@ -18,12 +18,12 @@ from dpmambair_basicsr.ops.selective_scan import BACKENDS, BackendError, availab
 from dpmambair_basicsr.ops.selective_scan.backend import VARIABLE, get_backend
 
 INPUTS = scan_inputs(dtype=torch.float32, length=9) | {'delta_softplus': True}
-# Both run everywhere. What the definition runs are PyTorch's own operators.
+# Both run everywhere. The definition runs PyTorch's own operators.
 RUNS = {'torch': ['chunked_scan'], 'reference': []}
 
 
 class Counting:
-    """The definition, as a backend of one's own that counts its calls."""
+    """The definition as a custom backend that counts its calls."""
 
     name, reads_half, omni_scan = 'counting', False, None
 
@@ -57,7 +57,7 @@ def test_a_context_sets_the_backend_of_all_scans_inside(name):
         assert scans_run_by(lambda: omni_scan(**omni_inputs(d=4))) == RUNS[name]
 
 
-def test_contexts_nest_and_end_with_an_error():
+def test_contexts_nest_and_exit_on_an_exception():
     before = plain_scan()
     with use_backend('reference'):
         with pytest.raises(ZeroDivisionError), use_backend('torch'):
@@ -68,7 +68,7 @@ def test_contexts_nest_and_end_with_an_error():
     assert plain_scan() == before
 
 
-def test_the_argument_precedes_the_context_and_this_the_variable(monkeypatch):
+def test_the_argument_overrides_the_context_and_the_context_the_variable(monkeypatch):
     monkeypatch.setenv(VARIABLE, 'reference')
     assert plain_scan() == RUNS['reference']
     with use_backend('torch'):
@@ -78,7 +78,7 @@ def test_the_argument_precedes_the_context_and_this_the_variable(monkeypatch):
     assert plain_scan() == plain_scan(available_backends()[0])
 
 
-def test_unknown_names_are_refused_and_say_where_they_stand(monkeypatch):
+def test_errors_about_unknown_names_say_where_they_were_given(monkeypatch):
     choices = "no backend 'cuad'; choose from cuda, numba, torch, reference, mamba_ssm"
     with pytest.raises(BackendError, match=f'^selective_scan: {choices}$'):
         selective_scan(**INPUTS, backend='cuad')
@@ -92,8 +92,8 @@ def test_unknown_names_are_refused_and_say_where_they_stand(monkeypatch):
             scan()
 
 
-def test_one_that_cannot_run_is_refused_and_not_replaced(monkeypatch):
-    """Each kind of scan; the message says who asks for it, what it needs, and which there are."""
+def test_an_unavailable_backend_is_refused_and_not_replaced(monkeypatch):
+    """For each kind of scan; the message says where it was requested, what it needs, and which backends there are."""
     for scan in (lambda: selective_scan(**INPUTS), lambda: omni_scan(**omni_inputs())):
         with (
             use_backend('mamba_ssm'),
@@ -108,7 +108,7 @@ def test_one_that_cannot_run_is_refused_and_not_replaced(monkeypatch):
         monkeypatch.delenv(VARIABLE)
 
 
-def test_other_threads_and_tasks_keep_their_own():
+def test_contexts_are_local_to_threads_and_tasks():
     def in_thread(results):
         results.append(plain_scan())
 
@@ -131,7 +131,7 @@ def test_other_threads_and_tasks_keep_their_own():
     assert asyncio.run(tasks()) == [RUNS['torch'], RUNS['reference']]
 
 
-def test_a_backend_of_ones_own_runs():
+def test_a_custom_backend_runs():
     backend = Counting()
     with use_backend(backend):
         y = selective_scan(**INPUTS)
@@ -140,7 +140,7 @@ def test_a_backend_of_ones_own_runs():
     torch.testing.assert_close(y, selective_scan(**INPUTS, backend='reference'))
 
 
-def test_a_fused_backend_of_ones_own_gets_the_image_and_its_projections():
+def test_a_custom_fused_backend_gets_the_image_and_its_projections():
     seen = []
 
     def fused(pixels, projected, *others):
@@ -154,8 +154,8 @@ def test_a_fused_backend_of_ones_own_gets_the_image_and_its_projections():
     assert seen == [(2, 35, 6), (2, 35, 4 * (3 + 2 * 4))]
 
 
-def test_a_block_that_is_computed_again_is_scanned_by_the_same_backend():
-    """Activation checkpointing: the backward pass is outside of the context, as on a GPU, whose threads have none."""
+def test_a_recomputed_block_uses_the_backend_of_its_forward_pass():
+    """Activation checkpointing: the backward pass runs outside the context, as in the autograd threads of a GPU."""
     torch.manual_seed(0)
     options = {'dim': 4, 'num_blocks': [1, 0, 0, 0], 'num_refinement_blocks': 0, 'd_state': 2}
     net, image = VmambaIR(**options, checkpoint_levels=[0, 1]), torch.rand(1, 3, 8, 8)
@@ -172,7 +172,7 @@ def test_a_block_that_is_computed_again_is_scanned_by_the_same_backend():
     assert all(torch.equal(a, b.grad) for a, b in zip(gradients, net.parameters(), strict=True))
 
 
-def test_compiled_and_exported_code_has_the_backend_of_the_context():
+def test_compiled_and_exported_code_uses_the_backend_of_its_context():
     class Scan(torch.nn.Module):
         def forward(self, *inputs):
             return selective_scan(*inputs, delta_softplus=True)
@@ -189,7 +189,7 @@ def test_compiled_and_exported_code_has_the_backend_of_the_context():
     ]
 
 
-def test_what_runs_is_logged_once():
+def test_the_backend_that_runs_is_logged_once():
     code = (
         'import logging, sys, torch\n'
         'logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(message)s")\n'

@@ -1,4 +1,4 @@
-"""A real browser without packages of its own: headless Chromium, spoken to over a pipe (DevTools protocol)."""
+"""A real browser without extra packages: headless Chromium, controlled over a pipe (DevTools protocol)."""
 
 import fcntl
 import json
@@ -14,7 +14,7 @@ PROGRAMS = ('chromium', 'chromium-browser', 'google-chrome')
 
 
 class Browser:
-    """One page. `events` are the protocol's messages that nobody asked for: requests, exceptions, log entries."""
+    """One page. `events` are the protocol's unsolicited messages: requests, exceptions, log entries."""
 
     def __init__(self, reading, writing):
         self.reading, self.writing = reading, writing
@@ -56,7 +56,7 @@ class Browser:
         return answer['result'].get('value')
 
     def set_files(self, selector: str, *files) -> None:
-        """What a person chooses in a file dialogue."""
+        """As if chosen in a file dialog."""
         root = self.call('DOM.getDocument')['root']['nodeId']
         node = self.call('DOM.querySelector', nodeId=root, selector=selector)['nodeId']
         self.call('DOM.setFileInputFiles', nodeId=node, files=[str(file) for file in files])
@@ -75,11 +75,11 @@ def above_nine(descriptor: int) -> int:
 
 @contextmanager
 def browser(folder, seconds: float = 60):
-    """A browser that keeps its files in `folder`, for so long; skips the test where there is none."""
+    """A browser with its files in `folder`, for `seconds` at most; skips the test if none is installed."""
     program = next(filter(None, map(shutil.which, PROGRAMS)), None)
     if program is None:
         pytest.skip(f'no browser: none of {", ".join(PROGRAMS)} is installed')
-    # Above 9, so that none is in the way of descriptors 3 and 4, which Chromium reads and writes.
+    # Above 9, so that none collides with descriptors 3 and 4, which Chromium reads and writes.
     to_browser, from_browser = (tuple(map(above_nine, os.pipe())) for _ in range(2))
     arguments = ('--headless', '--no-sandbox', '--disable-gpu', '--no-first-run', f'--user-data-dir={folder}')
     script = f'exec "$@" 3<&{to_browser[0]} 4>&{from_browser[1]}'
@@ -89,7 +89,7 @@ def browser(folder, seconds: float = 60):
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    watchdog = threading.Timer(seconds, process.kill)  # reading from a browser that says nothing would take forever
+    watchdog = threading.Timer(seconds, process.kill)  # reading from a silent browser would block forever
     watchdog.start()
     os.close(to_browser[0])
     os.close(from_browser[1])

@@ -22,7 +22,7 @@ PACKAGE_PARENT = Path(dpmambair_basicsr.__file__).parents[1]
 
 
 def run(*command, cwd, **environment) -> subprocess.CompletedProcess:
-    """Runs a command that finds this checkout's dpmambair_basicsr; stderr comes with stdout."""
+    """Runs a command that finds this checkout's dpmambair_basicsr; stderr goes to stdout."""
     environment = {'PYTHONPATH': PACKAGE_PARENT, 'OMP_NUM_THREADS': 1, 'PYTHONDONTWRITEBYTECODE': 1} | environment
     environment = os.environ | {name: str(value) for name, value in environment.items()}
     return subprocess.run(
@@ -43,7 +43,7 @@ def python(*arguments, cwd, **environment) -> subprocess.CompletedProcess:
 def command(name: str, *arguments, cwd: Path, **environment) -> subprocess.CompletedProcess:
     """`python -m dpmambair_basicsr.<name> <arguments>`, forked from a process that has imported PyTorch and BasicSR.
 
-    Saves the seconds in which Python starts; tests of how a command starts, and what it imports, use `python`.
+    Saves the seconds that Python takes to start; tests of a command's start and imports use `python`.
     """
     context = multiprocessing.get_context('forkserver')
     context.set_forkserver_preload(['dpmambair_basicsr.evidence.preload'])
@@ -91,7 +91,7 @@ def write_images(folder: Path) -> dict[str, str]:
     return {'dataroot_gt': str(folder / 'gt'), 'dataroot_lq': str(folder / 'lq')}
 
 
-# Two iterations of a tiny MSRResNet on the CPU, by BasicSR's own model; AdamW is unknown to an unmended BasicSR 1.4.2.
+# Two iterations of a tiny MSRResNet on the CPU, by BasicSR's own model; AdamW is unknown to an unpatched BasicSR 1.4.2.
 STOCK = yaml.safe_load("""
 name: tiny
 model_type: SRModel
@@ -141,7 +141,7 @@ def write_options(opt: dict, file: Path) -> Path:
 
 
 def basicsr_source(folder: Path) -> Path:
-    """Unpacks BasicSR 1.4.2's source distribution there; kept in the virtual environment once downloaded."""
+    """Unpacks BasicSR 1.4.2's source distribution there; downloaded once and cached in the virtual environment."""
     cache = Path(sys.prefix) / 'cache'
     archive = cache / 'basicsr-1.4.2.tar.gz'
     if not archive.is_file():

@@ -40,7 +40,7 @@ def build_dir():
 
 @functools.cache
 def load(name, constants, device):
-    """In the place of the runtime's."""
+    """Replaces `runtime.load`."""
     text = runtime.source(name, constants)
     kernels = re.findall(r'void __launch_bounds__\(.*\) (\w+)\(const __grid_constant__ (\w+) ', text)
     lines = ['#include "host_shim.h"', text, *(f'HOST_KERNEL({kernel}, {kind})' for kernel, kind in kernels)]
@@ -63,7 +63,7 @@ def load(name, constants, device):
 
 
 def resources(text: str, name: str, architecture: int) -> dict[str, tuple[int, int]]:
-    """By kernel, what NVRTC says of a source for a GPU: bytes that a thread spills, and its registers."""
+    """By kernel, from NVRTC's report for an architecture: bytes that a thread spills, and its registers."""
     code, said = runtime.compile_source(text, name, str(architecture), '--ptxas-options=-v')
     assert code[:4] == b'\x7fELF'
     pattern = r"entry function '(\w+)'.*?(\d+) bytes spill stores.*?Used (\d+) registers"
@@ -76,7 +76,7 @@ def launching_on(device):
 
 
 def install(monkeypatch, shared_limit=227 << 10):
-    """The backend 'cuda' computes on the CPU, with as much shared memory as a GPU has."""
+    """Makes the backend 'cuda' compute on the CPU, with the shared memory of a GPU."""
     launch._launches.cache_clear()
     pixels._kernel.cache_clear()
     for module in (launch, pixels):

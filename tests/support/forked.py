@@ -1,4 +1,4 @@
-"""The training command in processes that start at once: forked from one that has imported everything and done nothing.
+"""The training command in processes that start at once: forked from one that has only imported everything.
 
 Real processes: they can be killed, signalled and limited, and have an exit status.
 """
@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-import dpmambair_basicsr.train  # before BasicSR, which cannot be imported without: then nothing would be preloaded
+import dpmambair_basicsr.train  # before BasicSR, which cannot be imported otherwise: then nothing would be preloaded
 
 # isort: split
 import cv2
@@ -34,19 +34,19 @@ from support.commands import write_options
 dpmambair_basicsr.register()
 
 
-# What the command imports where it needs it, too.
+# Including what the command imports lazily.
 CHECKS = ('dry_run', 'host', 'migration', 'sections', 'structure')
 PRELOADED = ['support.forked', *(f'dpmambair_basicsr.option_checks.{name}' for name in CHECKS)]
 
 
 @ARCH_REGISTRY.register()
 class TinyNet(nn.Module):
-    """Has what makes two trainings differ: dropout, and a buffer that counts training iterations.
+    """Contains what makes two trainings differ: dropout, and a buffer that counts training iterations.
 
     Args:
         dropout: probability.
-        seconds: how long one takes at least.
-        nan_in: those that give NaN.
+        seconds: minimum duration of an iteration.
+        nan_in: iterations whose output is NaN.
     """
 
     stride = 1
@@ -71,7 +71,7 @@ class TinyNet(nn.Module):
 
 @LOSS_REGISTRY.register()
 class InfiniteInOneProcess(nn.L1Loss):
-    """Infinite in the second process of a training; its gradient is not."""
+    """Infinite in the second process of a training, with a finite gradient."""
 
     def forward(self, pred, target):
         return super().forward(pred, target) + (math.inf if os.environ.get('RANK') == '1' else 0)
@@ -142,10 +142,10 @@ def changed(opt: dict, changes: dict) -> dict:
 
 
 def redirect_output(output: str, log: Path) -> None:
-    """stdout and stderr of this process, which leads a group, to the log: a file, or through another process.
+    """Redirects stdout and stderr of this process, a group leader, to the log: a file, or through another process.
 
     'tee' is in the group, as in a shell's pipeline. 'terminal' is a program that shows a pseudo terminal, the
-    controlling one of this process; whoever kills it closes the terminal. Its process id is in the file <log>.pid.
+    controlling one of this process; killing it closes the terminal. Its process id is in the file <log>.pid.
     'nohup' is a file, and SIGHUP is ignored.
     """
     if output == 'nohup':
@@ -185,8 +185,8 @@ class Training:
     """A training in `folder` of the options `opt`; its files are in folder/experiments/run.
 
     Args:
-        limit: of the size of a file, in bytes.
-        environment: further variables.
+        limit: maximum size of a file, in bytes.
+        environment: additional variables.
         output: 'file', 'tee', 'terminal' or 'nohup', see `redirect_output`.
     """
 
@@ -226,7 +226,7 @@ class Training:
         return self.log_file.read_text(errors='replace')
 
     def wait_for(self, text: str, timeout: float = 60) -> None:
-        """Until the text is in the log."""
+        """Waits until the text is in the log."""
         end = time.monotonic() + timeout
         while text not in (self.log() if self.log_file.exists() else ''):
             if time.monotonic() > end or self.process.exitcode is not None:
@@ -235,14 +235,14 @@ class Training:
 
 
 def train(opt: dict, folder: Path, *arguments: str) -> str:
-    """Trains to the end; the log."""
+    """Trains to the end; returns the log."""
     run = Training(opt, folder, *arguments)
     assert run.status() == 0, run.log()
     return run.log()
 
 
 def free_port() -> int:
-    """Below those that systems give to outgoing connections, one of which might take it before the training does."""
+    """Below the ephemeral ports, so that no outgoing connection takes it before the training does."""
     while True:
         port = random.SystemRandom().randrange(20_000, 32_000)
         with socket.socket() as free, suppress(OSError):

@@ -1,8 +1,8 @@
-// Runs CUDA C++ kernels on the CPU, for tests: blocks one after the other, each thread of a block a fiber of its own,
-// shared memory static. Barriers and shuffles switch to the next fiber until all have arrived.
+// Runs CUDA C++ kernels on the CPU, for tests: blocks run one after the other, each thread of a block is a fiber,
+// shared memory is static. Barriers and shuffles switch to the next fiber until all have arrived.
 #pragma once
 #define HOST_SHIM
-// C headers alone: the C++ ones take g++ longer than the kernels.
+// C headers only: g++ takes longer for the C++ ones than for the kernels.
 #include <math.h>
 #include <setjmp.h>
 #include <stdlib.h>
@@ -31,7 +31,7 @@ constexpr size_t STACK = 256 << 10;
 struct Meeting { unsigned arrived = 0, generation = 0; };
 struct Fiber { ucontext_t start; jmp_buf rest; bool begun, done; };
 static Fiber fibers[1024];
-static char *stacks = (char *)malloc(1024 * STACK);  // the system gives memory to what is touched
+static char *stacks = (char *)malloc(1024 * STACK);  // the system only allocates touched pages
 static jmp_buf scheduler;
 static unsigned current;
 static Meeting block_meeting, warp_meeting[32];
@@ -39,7 +39,7 @@ static unsigned slots[1024];
 static void (*body)(const void *);
 static const void *arguments;
 
-// By setjmp: swapcontext would call the system each time.
+// By setjmp: swapcontext would make a system call each time.
 static void yield() {
     const unsigned self = current;
     if (!_setjmp(fibers[self].rest)) _longjmp(scheduler, 1);
@@ -53,7 +53,7 @@ static void resume(Fiber &fiber) {
     setcontext(&fiber.start);
 }
 
-// Threads that have returned count as arrived nowhere: kernels must not return before a barrier.
+// Threads that have returned never count as arrived: kernels must not return before a barrier.
 static void meet(Meeting &m, unsigned size) {
     const unsigned generation = m.generation;
     if (++m.arrived == size) m.arrived = 0, m.generation++;
@@ -84,7 +84,7 @@ static void launch(void (*kernel)(const void *), const void *args, unsigned grid
         for (bool running = true; running;) {
             running = false;
             for (unsigned i = 0; i < block; i++) {
-                const unsigned t = backwards ? block - 1 - i : i;  // a missing barrier shows in one of the orders
+                const unsigned t = backwards ? block - 1 - i : i;  // one of the orders reveals a missing barrier
                 if (fibers[t].done) continue;
                 running = true, current = threadIdx.x = t;
                 resume(fibers[t]);

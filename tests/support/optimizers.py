@@ -1,4 +1,4 @@
-"""Optimizers of another package than PyTorch, which option files name as support.optimizers.<class>."""
+"""Optimizers of a package other than PyTorch; option files name them support.optimizers.<class>."""
 
 from fractions import Fraction
 
@@ -6,7 +6,7 @@ import torch
 
 
 class NeedsClosure(torch.optim.SGD):
-    """Calls back for the loss, as LBFGS does; BasicSR gives nothing to call."""
+    """Needs a closure that computes the loss, as LBFGS does; BasicSR passes none."""
 
     def __init__(self, params, lr: float = 1e-3):
         super().__init__(params, lr)
@@ -16,7 +16,7 @@ class NeedsClosure(torch.optim.SGD):
 
 
 class ForeignState(torch.optim.SGD):
-    """Keeps what only an unpickler that runs code can read again."""
+    """Its state can only be read by an unpickler that runs code."""
 
     def __init__(self, params, lr: float = 1e-3):
         super().__init__(params, lr)

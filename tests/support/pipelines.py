@@ -1,4 +1,4 @@
-"""For tests that run BasicSR's own pipelines in this process: the commands without their start-up."""
+"""For tests that run BasicSR's own pipelines in this process: the commands without their startup."""
 
 import logging
 import os
@@ -30,7 +30,7 @@ def logged():
     handler.emit = lambda record: records.append(record.getMessage())
     logger = logging.getLogger('basicsr')
     logger.addHandler(handler)
-    logger.setLevel(logging.INFO)  # BasicSR leaves it alone once a logger was asked for without a file
+    logger.setLevel(logging.INFO)  # BasicSR does not set it once a logger was requested without a file
     try:
         yield records
     finally:
@@ -38,7 +38,7 @@ def logged():
 
 
 def run_pipeline(pipeline, option_file, *arguments, cwd) -> str:
-    """Runs it in directory cwd with BasicSR's arguments; returns the log."""
+    """Runs a pipeline in directory cwd with BasicSR's arguments; returns the log."""
     saved = sys.argv, Path.cwd()
     sys.argv = ['pipeline', '-opt', str(option_file), *map(str, arguments)]
     os.chdir(cwd)
@@ -46,7 +46,7 @@ def run_pipeline(pipeline, option_file, *arguments, cwd) -> str:
         with logged() as records:
             pipeline(str(cwd))
     finally:
-        lock.release()  # as the end of a process does
+        lock.release()  # as at the end of a process
         sys.argv = saved[0]
         os.chdir(saved[1])
     return '\n'.join(records)
@@ -64,7 +64,7 @@ test.__test__ = False  # not a test, for pytest
 
 
 def write_pairs(folder: Path, sizes: list[tuple[int, int]], scale: int = 1) -> dict[str, str]:
-    """Parts of a photograph, of the given (height, width), as GT, noisy or shrunk as LQ; the options that name them."""
+    """Crops of a photograph of the given (height, width) as GT, noisy or downscaled as LQ; returns their options."""
     photo, rng = skimage.data.astronaut()[..., ::-1], np.random.default_rng(0)
     for kind in ('GT', 'LQ'):
         (folder / kind).mkdir(parents=True)
@@ -81,7 +81,7 @@ def write_pairs(folder: Path, sizes: list[tuple[int, int]], scale: int = 1) -> d
 
 
 def write_photos(folder: Path) -> dict[str, str]:
-    """Photographs with BasicSR's list of them; the options that name both."""
+    """Photographs and their meta_info file; returns the options that name both."""
     folder.mkdir()
     for name in ('astronaut', 'coffee'):
         assert cv2.imwrite(str(folder / f'{name}.png'), getattr(skimage.data, name)()[..., ::-1])

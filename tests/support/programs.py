@@ -1,4 +1,4 @@
-"""The training command as a shell starts it, by torchrun and the like, with `2>&1 | tee log`; TinyNet is not known."""
+"""The training command as a shell starts it, by torchrun and the like, with `2>&1 | tee log`; without TinyNet."""
 
 import os
 import shlex
@@ -17,12 +17,12 @@ NETWORK = {'type': 'SRVGGNetCompact', 'num_feat': 4, 'num_conv': 1, 'upscale': 1
 TIMEOUT = ('timeout', '900', sys.executable)
 TORCHRUN = (sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2')
 TORCHRUN += ('--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1',)  # it is ended by others
-TORCHRUN += ('--shutdown-timeout=200',)  # on a busy machine an iteration and its checkpoint may take that long
+TORCHRUN += ('--shutdown-timeout=200',)  # on a busy machine, an iteration and its checkpoint may take that long
 
 
 @contextmanager
 def training(program: tuple[str, ...], opt: dict, folder: Path) -> Iterator[tuple[subprocess.Popen, Path]]:
-    """The program that starts a training, of six iterations so far, and the log. It leads a group, with tee in it."""
+    """A program that runs a training, after six iterations, and its log. It leads a process group that includes tee."""
     file, log = write_options(changed(opt, {'network_g': NETWORK}), folder / 'options.yml'), folder / 'log'
     command = [*program, '-m', 'dpmambair_basicsr.train', '-opt', str(file)]
     if program is TORCHRUN:
@@ -40,7 +40,7 @@ def training(program: tuple[str, ...], opt: dict, folder: Path) -> Iterator[tupl
         started = children(run.pid)
         yield run, log
     finally:
-        for pid in started or children(run.pid):  # those that nobody waits for
+        for pid in started or children(run.pid):  # nothing else waits for them
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         run.kill()
@@ -48,7 +48,7 @@ def training(program: tuple[str, ...], opt: dict, folder: Path) -> Iterator[tupl
 
 
 def children(pid: int) -> list[int]:
-    """The processes that a process has started, and those that these have started."""
+    """All descendants of a process."""
     try:
         own = [int(child) for child in Path(f'/proc/{pid}/task/{pid}/children').read_text().split()]
     except (FileNotFoundError, ProcessLookupError):  # it has ended

@@ -1,4 +1,4 @@
-"""Projects of other people, made of BasicSR's own source: each is different from it in the way that its kind is."""
+"""Projects of others, derived from BasicSR's source: each differs from it in the ways that are typical of its kind."""
 
 import json
 import os
@@ -11,7 +11,7 @@ from support.commands import PACKAGE_PARENT
 
 
 def replace_in(file: Path, *changes: tuple[str, str]) -> None:
-    """Each old text, a regular expression that must be there, by the new one."""
+    """Replaces each old text, a regular expression that must match, by the new one."""
     text = file.read_text()
     for old, new in changes:
         text, count = re.subn(old, new, text, flags=re.DOTALL)
@@ -20,7 +20,7 @@ def replace_in(file: Path, *changes: tuple[str, str]) -> None:
 
 
 def without_vgg(source: Path) -> Path:
-    """Without VGG and the loss that needs it, as MambaIR's."""
+    """Without VGG and the loss that needs it, like MambaIR's fork."""
     for name in ('vgg_arch.py', 'dfdnet_arch.py'):
         (source / 'basicsr/archs' / name).unlink()
     replace_in(
@@ -32,7 +32,7 @@ def without_vgg(source: Path) -> Path:
 
 
 def with_own_losses(source: Path) -> Path:
-    """With losses named as ours, as CodeFormer's and others."""
+    """With losses of the same names as ours, like the forks of CodeFormer and others."""
     with open(source / 'basicsr/losses/basic_loss.py', 'a') as file:
         for name in ('PSNRLoss', 'LPIPSLoss'):
             file.write(f'\n\n@LOSS_REGISTRY.register()\nclass {name}(L1Loss):\n    """The project\'s own."""\n')
@@ -40,7 +40,7 @@ def with_own_losses(source: Path) -> Path:
 
 
 def without_registry(source: Path) -> Path:
-    """Of Restormer's generation: classes are looked up in the modules of a folder, and basicsr has no __init__.py."""
+    """Like Restormer's fork: classes are looked up in the modules of a folder, and basicsr has no __init__.py."""
     package = source / 'basicsr'
     (package / 'archs').rename(package / 'models/archs')
     for file in package.rglob('*.py'):
@@ -59,7 +59,7 @@ def without_registry(source: Path) -> Path:
 
 
 def with_a_package_of_its_own(folder: Path) -> Path:
-    """As HAT and Real-ESRGAN: networks and a command of its own, for an installed BasicSR."""
+    """Like HAT and Real-ESRGAN: its own networks and command, for an installed BasicSR."""
     archs = folder / 'own/archs'
     archs.mkdir(parents=True)
     (folder / 'own/__init__.py').touch()
@@ -93,7 +93,7 @@ if __name__ == '__main__':
     return folder
 
 
-# Where a project starts by itself: an older torchvision, and no other basicsr than its own before it.
+# The environment that a project expects: an older torchvision, and no basicsr before its own on the path.
 WHERE_IT_STARTS = """
 import sys, types
 from importlib.machinery import PathFinder
@@ -140,7 +140,7 @@ for line in sys.stdin:
 
 
 class Scripts:
-    """Runs `python SCRIPT ...` in copies of a process that has imported PyTorch, and nothing of BasicSR or of ours."""
+    """Runs `python SCRIPT ...` in forks of a process that has imported PyTorch, but neither BasicSR nor our package."""
 
     def __init__(self):
         environment = os.environ | {'PYTHONPATH': str(PACKAGE_PARENT), 'OMP_NUM_THREADS': '1'}
@@ -149,7 +149,7 @@ class Scripts:
         self.server = subprocess.Popen([sys.executable, '-c', SERVER], env=environment, **pipes)
 
     def run(self, *argv, cwd: Path, first: str = '', expected: int = 0) -> str:
-        """What it writes; `first` is Python that is run before, `expected` what its exit status must be."""
+        """Its output; `first` is Python code to run before it, `expected` its exit status."""
         log = cwd.parent / f'{cwd.name}.log'
         call = {'argv': list(map(str, argv)), 'cwd': str(cwd), 'log': str(log), 'first': first}
         self.server.stdin.write(json.dumps(call) + '\n')

@@ -1,4 +1,4 @@
-"""Small networks of both kinds, ready to restore, and a picture for them."""
+"""Small networks of both kinds, ready to restore, and an image for them."""
 
 import cv2
 import numpy as np

@@ -1,7 +1,7 @@
-"""CUDA graphs on a CPU, for tests: what a function does to memory is recorded, and done again to the same memory.
+"""CUDA graphs on a CPU, for tests: the memory operations of a function are recorded and replayed on the same memory.
 
-As in CUDA graphs, the function's Python is not run again: numbers are those of the recording, inputs are read where
-they were. Waiting for the device, `.item()`, is an error. And as in CUDA graphs, a recording changes nothing.
+As in CUDA graphs, the function's Python code is not run again: numbers are those of the recording, inputs are read at
+their addresses. Waiting for the device, `.item()`, is an error. And as in CUDA graphs, a recording changes nothing.
 """
 
 from contextlib import nullcontext
@@ -15,10 +15,10 @@ WAITS = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.defa
 
 
 class Tape:
-    """In the place of `CudaGraphs`.
+    """Replaces `CudaGraphs`.
 
     Attributes:
-        recordings: one for each function.
+        recordings: one per function.
     """
 
     def __init__(self):
@@ -46,7 +46,7 @@ class Recording(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.operations = []
-        self.before = {}  # of tensors that are written to
+        self.before = {}  # of tensors that are written
         self.made = set()  # memory that did not exist before
         self.replays = 0
 
