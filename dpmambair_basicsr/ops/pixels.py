@@ -25,7 +25,7 @@ def layer_norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
         from dpmambair_basicsr.ops.selective_scan.cuda import pixels as kernels
 
         return kernels.layer_norm(pixels, norm.weight, norm.bias, norm.eps).permute(0, 3, 1, 2)
-    if cpu_kernels_run(x, norm.weight) and x.shape[1] % CPU_CHANNELS == 0:
+    if cpu_kernels_run(x, norm.weight, norm.bias) and x.shape[1] % CPU_CHANNELS == 0:
         from dpmambair_basicsr.ops.selective_scan.numba import pixels as cpu_kernels
 
         return cpu_kernels.layer_norm(x, norm.weight, norm.bias, norm.eps, None)
@@ -34,7 +34,7 @@ def layer_norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
 
 def layer_norm_silu_gate(norm: nn.LayerNorm, x: Tensor, gate: Tensor) -> Tensor:
     """`layer_norm(norm, x) * silu(gate)`, (b, c, h, w) each."""
-    if cpu_kernels_run(x, gate, norm.weight) and x.shape[1] % CPU_CHANNELS == 0:
+    if cpu_kernels_run(x, gate, norm.weight, norm.bias) and x.shape[1] % CPU_CHANNELS == 0:
         from dpmambair_basicsr.ops.selective_scan.numba import pixels as cpu_kernels
 
         return cpu_kernels.layer_norm(x, norm.weight, norm.bias, norm.eps, gate)
@@ -55,7 +55,7 @@ def depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def depthwise_silu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`silu(depthwise_conv(x, weight, bias))`."""
-    if cpu_kernels_run(x, weight) and x.shape[1] >= CPU_CHANNELS:
+    if cpu_kernels_run(x, weight, bias) and x.shape[1] >= CPU_CHANNELS:
         from dpmambair_basicsr.ops.selective_scan.numba import pixels as cpu_kernels
 
         return cpu_kernels.depthwise_silu(x, weight, bias)
@@ -71,10 +71,11 @@ def depthwise_gelu_gate(
     value_bias: Tensor | None,
 ) -> Tensor:
     """`gelu(depthwise_conv(*of gate)) * depthwise_conv(*of value)`; gelu is the exact one."""
-    if cpu_kernels_run(gate, value, gate_weight, value_weight) and gate.shape[1] >= CPU_CHANNELS:
+    tensors = gate, gate_weight, gate_bias, value, value_weight, value_bias
+    if cpu_kernels_run(*tensors) and gate.shape[1] >= CPU_CHANNELS:
         from dpmambair_basicsr.ops.selective_scan.numba import pixels as cpu_kernels
 
-        return cpu_kernels.depthwise_gelu_gate(gate, gate_weight, gate_bias, value, value_weight, value_bias)
+        return cpu_kernels.depthwise_gelu_gate(*tensors)
     return F.gelu(depthwise_conv(gate, gate_weight, gate_bias)) * depthwise_conv(value, value_weight, value_bias)
 
 
@@ -83,16 +84,17 @@ def kernels_run(x: Tensor) -> bool:
     return not _is_traced() and x.numel() > 0 and _kernels_run(x.device, x.dtype)
 
 
-def cpu_kernels_run(*tensors: Tensor) -> bool:
+def cpu_kernels_run(*tensors: Tensor | None) -> bool:
     """Whether our CPU kernels compute these fp32 images and weights: without gradients, autocast, trace or compiler."""
+    given = [tensor for tensor in tensors if tensor is not None]
     if _is_traced() or torch.compiler.is_compiling() or torch.is_autocast_enabled('cpu'):
         return False
-    if any(x.device.type != 'cpu' or x.dtype != torch.float32 or x.numel() == 0 for x in tensors):
+    if any(x.device.type != 'cpu' or x.dtype != torch.float32 or x.numel() == 0 for x in given):
         return False
-    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+    if torch.is_grad_enabled() and any(x.requires_grad for x in given):
         return False
     backend = backend_in_force() or get_backend('numba')
-    return backend.name == 'numba' and backend.why_unavailable(tensors[0].device, torch.float32) is None
+    return backend.name == 'numba' and backend.why_unavailable(given[0].device, torch.float32) is None
 
 
 def _is_traced():

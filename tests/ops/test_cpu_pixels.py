@@ -172,6 +172,16 @@ def test_unsupported_shapes_fall_back_to_pytorch():
     assert torch.equal(layer_norm_silu_gate(norm, odd, odd), layer_norm_of(norm, odd) * F.silu(odd))
 
 
+@pytest.mark.parametrize('frozen', ['weight', 'bias'])
+def test_a_gradient_of_the_weights_or_of_the_biases_alone_is_not_lost(frozen):
+    torch.manual_seed(0)
+    net, x = DPMambaIR(**OPTIONS), torch.rand(1, 3, 8, 8)
+    for name, parameter in net.named_parameters():
+        parameter.requires_grad_(parameter.requires_grad and not name.endswith(frozen))
+    net(x).square().sum().backward()
+    assert all(parameter.grad is not None for parameter in net.parameters() if parameter.requires_grad)
+
+
 class Block(nn.Sequential):
     def __init__(self):
         super().__init__(LayerNorm(16), EFFN(16, 2, bias=True))
