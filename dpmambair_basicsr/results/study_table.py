@@ -298,6 +298,7 @@ def draw(table: StudyTable) -> bytes:
                 error = None if math.isnan(low) else [[mean - low], [high - mean]]
                 differences.errorbar(mean, position, xerr=error, fmt='o', color='C1', capsize=3)
         values.set_yticks(range(len(variants)), variants)
+        values.set_ylim(-0.6, len(variants) - 0.4)
         values.set_xlabel(f'{metric}, {first}; one dot per seed')
         differences.set_xlabel(f'{metric} - {table.baseline}, 95% interval')
         differences.axvline(0, color='0.5', linewidth=1)
