@@ -195,14 +195,16 @@ class DPSSModule(PlanarScan):
 
     def forward(self, x: Tensor, embedding: Tensor | None = None) -> Tensor:
         """(B, C, H, W), (B, E) -> (B, C, H, W)."""
-        features, gate = convolve_halves(self.in_conv, x)  # F1, F2 of Fig. 4: (B, D, H, W) each
-        features = silu_depthwise(self.conv2d, features)
-        if self.insertion is not None:
-            features = self.insertion(features, embedding)
+        features, gate = self.scanned_and_gate(x, embedding)
         prompts = () if self.modulation is None else self.modulation(embedding)
-        y = self.scan(features, *prompts)
-        y = self.out_norm.and_gate(y, gate)
+        y = self.out_norm.and_gate(self.scan(features, *prompts), gate)
         return self.out_conv(self.high_frequency(y))
+
+    def scanned_and_gate(self, x: Tensor, embedding: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The features that are scanned, and their gate: (B, C, H, W), (B, E) -> (B, D, H, W) each."""
+        features, gate = convolve_halves(self.in_conv, x)  # F1, F2 of Fig. 4
+        features = silu_depthwise(self.conv2d, features)
+        return features if self.insertion is None else self.insertion(features, embedding), gate
 
 
 class DPSSBlock(nn.Module):

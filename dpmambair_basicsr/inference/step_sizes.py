@@ -38,7 +38,7 @@ def recorded_step_sizes(net: nn.Module) -> Iterator[dict[str, list[Tensor]]]:
     for name, module in net.named_modules():
         if isinstance(module, DPSSModule):
             found[name] = []
-            hooks += record(module, found[name])
+            hooks.append(record(module, found[name]))
     try:
         yield found
     finally:
@@ -46,22 +46,12 @@ def recorded_step_sizes(net: nn.Module) -> Iterator[dict[str, list[Tensor]]]:
             hook.remove()
 
 
-def record(module: DPSSModule, sizes: list[Tensor]) -> list:
-    """Hooks that append to `sizes`; they capture the scan's input inside the module and the embedding from its call."""
-    seen = {}
+def record(module: DPSSModule, sizes: list[Tensor]):
+    """A hook that appends to `sizes`; what was scanned is computed again, because it exists inside the module only."""
 
-    def before(_, arguments) -> None:
-        seen['embedding'] = arguments[1] if len(arguments) > 1 else None
+    def after(_, arguments, __) -> None:
+        x, *rest = arguments
+        embedding = rest[0] if rest else None
+        sizes.append(step_size(module, module.scanned_and_gate(x, embedding)[0], embedding))
 
-    def after_convolution(_, __, output: Tensor) -> None:
-        seen['features'] = F.silu(output)
-
-    def after_insertion(_, __, output: Tensor) -> None:
-        seen['features'] = output
-
-    def after(*_) -> None:
-        sizes.append(step_size(module, seen.pop('features'), seen.pop('embedding')))
-
-    hooks = [module.register_forward_pre_hook(before), module.conv2d.register_forward_hook(after_convolution)]
-    hooks += [] if module.insertion is None else [module.insertion.register_forward_hook(after_insertion)]
-    return [*hooks, module.register_forward_hook(after)]
+    return module.register_forward_hook(after)
