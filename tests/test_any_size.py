@@ -82,7 +82,7 @@ def test_any_size_is_accepted_by_a_compiled_network():
     compiled = torch.compile(net, backend='eager', dynamic=True)
     for size in (16, 24), (13, 21), (7, 3):
         image = torch.rand(1, 3, *size)
-        assert torch.equal(compiled(image), net(image))
+        torch.testing.assert_close(compiled(image), net(image), rtol=0, atol=1e-5)  # eager code has other kernels
 
 
 def model_of(model_type, net, options):

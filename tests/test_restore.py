@@ -21,6 +21,7 @@ from dpmambair_basicsr.files.checkpoints import read_weights
 from dpmambair_basicsr.inference.memory import OutOfMemory, PeakMemory
 from dpmambair_basicsr.inference.restorer import Restorer
 from dpmambair_basicsr.inference.tiles import blend_weights, tile_spans, tiled
+from dpmambair_basicsr.ops import use_backend
 
 
 def save_model(folder, network, training=True, **changes):
@@ -443,7 +444,9 @@ def test_memory_is_bounded_by_the_tile():
             net.restore(image, tile=tile)
         return memory.peak
 
-    assert peak(0) == pytest.approx(net.bytes_per_pixel * 256**2, rel=0.2)
+    with use_backend('torch'):  # the estimate's; others need less
+        assert peak(0) == pytest.approx(net.bytes_per_pixel * 256**2, rel=0.2)
+    assert peak(0) < 1.2 * net.bytes_per_pixel * 256**2
     assert peak(64) < net.bytes_per_pixel * 64**2 + 5 * 4 * image.numel()
 
 
