@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from support.commands import PACKAGE_PARENT, python
+from support.commands import PACKAGE_PARENT, warm_python
 from test_demo import demo_commands
 from test_docs import code_blocks
 
@@ -40,7 +40,8 @@ def copy(tmp_path_factory):
     """The package with all additions of the page, and the demo's images and stage 1 created with it."""
     folder = tmp_path_factory.mktemp('adding')
     for part in ('dpmambair_basicsr', 'options', 'scripts'):
-        shutil.copytree(PACKAGE_PARENT / part, folder / part, ignore=shutil.ignore_patterns('__pycache__'))
+        # With numba's cache, or the kernels would be compiled again.
+        shutil.copytree(PACKAGE_PARENT / part, folder / part, ignore=shutil.ignore_patterns('*.pyc'))
     for block in code_blocks(PAGE, 'python'):
         add(block, folder)
         ast.parse((folder / HEAD.match(block)[1]).read_text(encoding='utf-8'))
@@ -50,7 +51,7 @@ def copy(tmp_path_factory):
 
 
 def run(folder: Path, *command) -> str:
-    done = python(*command, cwd=folder, PYTHONPATH=folder)
+    done = warm_python(*command, cwd=folder, PYTHONPATH=folder)
     assert done.returncode == 0, done.stdout
     return done.stdout
 
@@ -115,7 +116,7 @@ def test_a_mistake_in_the_new_keys_is_named(copy):
     opt['train'] |= {'input_noise': 2, 'edge_opt': {'type': 'EdgeLos'}}
     opt['datasets']['train']['degradations'] = {'sepia': {'strength': 3}}
     (copy / 'wrong.yml').write_text(yaml.safe_dump(opt))
-    done = python('-m', 'dpmambair_basicsr.train', '-opt', 'wrong.yml', cwd=copy, PYTHONPATH=copy)
+    done = warm_python('-m', 'dpmambair_basicsr.train', '-opt', 'wrong.yml', cwd=copy, PYTHONPATH=copy)
     assert done.returncode == 1
     for problem in (
         r'train.input_noise: .* in \[0, 1\]',

@@ -9,7 +9,8 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from support.commands import PACKAGE_PARENT, python
+from support import warm
+from support.commands import PACKAGE_PARENT, python, warm_python
 
 from dpmambair_basicsr.archs import VmambaIR
 from dpmambair_basicsr.prepare import install_basicsr
@@ -26,9 +27,14 @@ class Finder(importlib.machinery.PathFinder):
     def find_spec(cls, name, path=None, target=None):
         return None if name.partition('.')[0] in MISSING else super().find_spec(name, path, target)
 sys.meta_path[sys.meta_path.index(importlib.machinery.PathFinder)] = Finder
+assert not MISSING & sys.modules.keys()
 sys.argv = sys.argv[1:]
 runpy.run_module(f'dpmambair_basicsr.{sys.argv[0]}', run_name='__main__', alter_sys=True)
 """
+
+
+def without_training(*arguments, cwd):
+    return warm_python('-c', WITHOUT_TRAINING, *arguments, cwd=cwd, libraries=warm.CORE)
 
 
 @pytest.fixture(scope='module')
@@ -46,8 +52,8 @@ def folder(tmp_path_factory):
 def test_restoring_without_basicsr_gives_the_same_bytes(folder):
     arguments = ('-w', 'net.pth', 'a.png', '-o')
     for done in (
-        python('-c', WITHOUT_TRAINING, 'restore', *arguments, 'without', cwd=folder),
-        python('-m', 'dpmambair_basicsr.restore', *arguments, 'with', cwd=folder),
+        without_training('restore', *arguments, 'without', cwd=folder),
+        warm_python('-m', 'dpmambair_basicsr.restore', *arguments, 'with', cwd=folder),
     ):
         assert done.returncode == 0, done.stdout
     assert (folder / 'without/a.png').read_bytes() == (folder / 'with/a.png').read_bytes()
@@ -69,7 +75,7 @@ print(sorted({'basicsr', 'torchvision', 'lpips', 'skimage', 'tensorboard'} & set
     [('convert', 'net.pth', 'net.safetensors'), ('export', '--help'), ('degradation', '--help'), ('report', '--help')],
 )
 def test_other_commands_run_without_basicsr(arguments, folder):
-    done = python('-c', WITHOUT_TRAINING, *arguments, cwd=folder)
+    done = without_training(*arguments, cwd=folder)
     assert done.returncode == 0, done.stdout
 
 
@@ -77,7 +83,7 @@ def test_other_commands_run_without_basicsr(arguments, folder):
     'arguments', [('train', '-opt', 'x.yml'), ('test', '-opt', 'x.yml'), ('prepare_data', 'gopro', '.')]
 )
 def test_commands_that_need_basicsr_say_how_to_install_it(arguments, folder):
-    done = python('-c', WITHOUT_TRAINING, *arguments, cwd=folder)
+    done = without_training(*arguments, cwd=folder)
     assert done.returncode == 1
     (line,) = done.stdout.splitlines()
     assert line.startswith(f'dpmambair_basicsr.{arguments[0]}: needs BasicSR')
@@ -92,34 +98,34 @@ def test_a_network_of_basicsr_is_looked_up_there_or_reported_as_missing(folder):
     arguments = {key: value for key, value in network.items() if key != 'type'}
     torch.save({'params': EDSR(**arguments).state_dict()}, folder / 'edsr.pth')
     command = ('restore', '-w', 'edsr.pth', '--opt', 'edsr.yml', 'a.png', '-o', 'edsr')
-    done = python('-m', 'dpmambair_basicsr', *command, cwd=folder)
+    done = warm_python('-m', 'dpmambair_basicsr', *command, cwd=folder)
     assert done.returncode == 0, done.stdout
     assert cv2.imread(str(folder / 'edsr/a.png')).shape == (80, 100, 3)
-    done = python('-c', WITHOUT_TRAINING, *command, cwd=folder)
+    done = without_training(*command, cwd=folder)
     assert done.returncode == 1
     assert 'unknown type EDSR' in done.stdout and 'BasicSR, which may have it, is not installed' in done.stdout
 
 
 def test_option_files_are_copied_once_and_never_replaced(tmp_path):
     for _ in range(2):
-        done = python('-m', 'dpmambair_basicsr', 'init', 'project', cwd=tmp_path)
+        done = warm_python('-m', 'dpmambair_basicsr', 'init', 'project', cwd=tmp_path)
         assert done.returncode == 0, done.stdout
     options = {file.name: file.read_bytes() for file in (PACKAGE_PARENT / 'options').iterdir() if file.is_file()}
     assert {file.name: file.read_bytes() for file in (tmp_path / 'project/options').iterdir()} == options
     edited = tmp_path / 'project/options/train_your_own.yml'
     edited.write_text('name: mine')
-    done = python('-m', 'dpmambair_basicsr', 'init', 'project', cwd=tmp_path)
+    done = warm_python('-m', 'dpmambair_basicsr', 'init', 'project', cwd=tmp_path)
     assert done.returncode == 1 and 'not replaced, because they were changed: train_your_own.yml' in done.stdout
     assert edited.read_text() == 'name: mine'
 
 
 def test_the_packaged_option_file_is_used_if_there_is_no_local_one(tmp_path):
-    done = python('-m', 'dpmambair_basicsr', 'train', '-opt', 'train_your_own.yml', cwd=tmp_path)
+    done = warm_python('-m', 'dpmambair_basicsr', 'train', '-opt', 'train_your_own.yml', cwd=tmp_path)
     assert done.returncode == 1
     assert done.stdout.startswith(f'-opt train_your_own.yml: no such file here; using {PACKAGE_PARENT / "options"}')
     assert 'datasets/your_own/train/GT' in done.stdout  # the missing data
     (tmp_path / 'train_your_own.yml').write_text('name: 1')
-    done = python('-m', 'dpmambair_basicsr', 'train', '-opt', 'train_your_own.yml', cwd=tmp_path)
+    done = warm_python('-m', 'dpmambair_basicsr', 'train', '-opt', 'train_your_own.yml', cwd=tmp_path)
     assert done.returncode == 1 and 'no such file here' not in done.stdout
 
 

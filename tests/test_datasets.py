@@ -3,7 +3,6 @@ import json
 import logging
 import random
 import runpy
-import subprocess
 import sys
 import zlib
 from collections import Counter
@@ -17,6 +16,7 @@ from basicsr.data import build_dataloader, build_dataset
 from basicsr.data.data_sampler import EnlargedSampler
 from basicsr.utils.lmdb_util import make_lmdb_from_imgs
 from basicsr.utils.registry import DATASET_REGISTRY
+from support.commands import warm_python
 
 import dpmambair_basicsr  # noqa: F401  (first: it makes BasicSR importable, and registers the datasets)
 from dpmambair_basicsr.data.degradations import DEGRADATIONS, demo_strengths
@@ -368,9 +368,8 @@ def test_validation_is_the_same_in_every_run_and_process(tmp_path):
         'dataset = build_dataset(json.loads(sys.argv[1]));'
         'print([zlib.crc32(dataset[index]["lq"].numpy().tobytes()) for index in range(len(dataset))])'
     )
-    other = subprocess.run(
-        [sys.executable, '-c', code, json.dumps(options)], capture_output=True, text=True, check=True
-    )
+    other = warm_python('-c', code, json.dumps(options), cwd=tmp_path)
+    assert other.returncode == 0, other.stdout
     assert json.loads(other.stdout.splitlines()[-1]) == [zlib.crc32(lq.numpy().tobytes()) for lq in direct]
 
 
@@ -618,9 +617,8 @@ def test_demo_data_is_reproducible_and_kept(tmp_path, monkeypatch, capsys):
     pytest.importorskip('skimage')
     pytest.importorskip('sklearn')
     script = ROOT / 'scripts' / 'make_demo_data.py'
-    command = [sys.executable, str(script), '--size', '64', '--output', str(tmp_path / 'a' / 'demo')]
-    first = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    assert first.returncode == 0, first.stderr
+    first = warm_python(script, '--size', '64', '--output', tmp_path / 'a/demo', cwd=ROOT)
+    assert first.returncode == 0, first.stdout
 
     def make(folder):
         monkeypatch.setattr(sys, 'argv', [str(script), '--size', '64', '--output', str(folder)])

@@ -7,7 +7,7 @@ import shutil
 import cv2
 import pytest
 import yaml
-from support.commands import PACKAGE_PARENT, command, python
+from support.commands import PACKAGE_PARENT, command, warm_python
 
 from dpmambair_basicsr.data.degradations import demo_strengths
 
@@ -54,7 +54,7 @@ def test_the_demo_runs_and_reports(tmp_path):
     written = re.findall(r'^(?:-m dpmambair_basicsr\.)?(\S+)', steps, re.M)
     assert written == [name for name, *_ in commands]
     for first, *arguments in commands:
-        run = command if first in ('train', 'test') else python
+        run = command if first in ('train', 'test') else warm_python
         done = run(first, *arguments, cwd=tmp_path)
         assert done.returncode == 0, done.stdout
     results = tmp_path / 'results' / 'demo'

@@ -1,6 +1,7 @@
 """`dropin` makes the literal `python basicsr/train.py` work in BasicSR's own source; removal leaves no trace."""
 
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -8,7 +9,15 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from support.commands import PACKAGE_PARENT, basicsr_source, python, stock_options, write_images, write_options
+from support.commands import (
+    PACKAGE_PARENT,
+    basicsr_source,
+    python,
+    stock_options,
+    warm_python,
+    write_images,
+    write_options,
+)
 
 from dpmambair_basicsr.data.degradations import demo_strengths
 
@@ -53,7 +62,7 @@ def tree(folder: Path) -> dict[str, bytes | None]:
     return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in paths}
 
 
-def dropin(checkout, *arguments, **environment):
+def dropin(checkout, *arguments, python=warm_python, **environment):
     return python('-m', 'dpmambair_basicsr.dropin', checkout, *arguments, cwd=checkout.parent, **environment)
 
 
@@ -136,7 +145,10 @@ def test_our_files_are_updated(small):
 def test_a_safe_path_is_named_as_the_reason(small):
     """Python then omits the script's folder from sys.path and finds neither the project's BasicSR nor the launcher."""
     before = tree(small)
-    result = dropin(small, PYTHONSAFEPATH=1)
+    (small.parent / 'installed/basicsr').mkdir(parents=True)
+    (small.parent / 'installed/basicsr/__init__.py').touch()  # starts in less time than the real one
+    path = f'{small.parent / "installed"}{os.pathsep}{PACKAGE_PARENT}'
+    result = dropin(small, python=python, PYTHONSAFEPATH=1, PYTHONPATH=path)
     assert result.returncode != 0 and 'PYTHONSAFEPATH is set: unset it' in result.stdout
     assert tree(small) == before
 
@@ -192,7 +204,7 @@ def test_the_literal_commands_run(checkout, tmp_path):
     elsewhere = tmp_path / 'elsewhere'
     elsewhere.mkdir()
     resume = ('-opt', checkout / 'options/x.yml', '--auto_resume', '--force_yml', 'train:total_iter=8')
-    result = python(checkout / 'basicsr/train.py', *resume, cwd=elsewhere)
+    result = warm_python(checkout / 'basicsr/train.py', *resume, cwd=elsewhere)
     assert result.returncode == 0, result.stdout
     assert 'Start training from epoch: 1, iter: 2' in result.stdout
     assert 'iter:       3,' in result.stdout and 'iter:       2,' not in result.stdout
@@ -204,7 +216,7 @@ def test_the_literal_commands_run(checkout, tmp_path):
     wrong = 'model_type: unknown type RestorationMdel, did you mean RestorationModel?'
     python_path = {'PYTHONPATH': f'.:{PACKAGE_PARENT}'}
     for command, environment in ((['basicsr/test.py'], python_path), (['-m', 'basicsr.train'], {})):
-        result = python(*command, '-opt', 'options/wrong.yml', cwd=checkout, **environment)
+        result = warm_python(*command, '-opt', 'options/wrong.yml', cwd=checkout, **environment)
         assert result.returncode != 0 and wrong in result.stdout, result.stdout
 
     (checkout / 'options/x.yml').unlink()
@@ -228,7 +240,7 @@ for name, more in {{'VmambaIR': {{}}, 'DPMambaIR': {{'d_inner': [8] * 4}}}}.item
     for alias in (name, f'dpmambair_{{name}}'):
         print(type(build_network({{'type': alias, **{small}, **more}})).__module__)
 """
-    result = python('-c', script, cwd=checkout)
+    result = warm_python('-c', script, cwd=checkout)
     assert result.returncode == 0, result.stdout
     built = [line for line in result.stdout.splitlines() if line.endswith('_arch')]
     names = ('vmambair_arch', 'dpmambair_arch')
@@ -262,7 +274,7 @@ def test_dpmambair_trains_and_tests_in_a_checkout(checkout):
         ('test', 'test_gopro', [f'network_g:{x}' for x in network]),
     ):
         command = (f'basicsr/{script}.py', '-opt', f'options/{options}.yml', '--force_yml', *reduced)
-        result = python(*command, cwd=checkout)
+        result = warm_python(*command, cwd=checkout)
         assert result.returncode == 0, result.stdout
         assert 'Validation GoPro' in result.stdout
     for name in ('train_degradation_extractor', 'train_dpmambair'):  # the check of the options has not opened the log

@@ -19,7 +19,7 @@ import pytest
 import torch
 import yaml
 from support import forked
-from support.commands import PACKAGE_PARENT, python
+from support.commands import PACKAGE_PARENT, warm_python
 from support.forked import changed, train
 from test_exact_resume import GAN, assert_equal, resumed_at
 from torch.utils._pytree import tree_flatten
@@ -115,7 +115,7 @@ def test_a_run_continues_bit_exactly(kind, earlier_version, tmp_path):
     )
     straight = tmp_path / 'straight'
     straight.mkdir()
-    result = python('-c', script, cwd=straight, PYTHONPATH=f'{earlier_version}:{earlier_version / "tests"}')
+    result = warm_python('-c', script, cwd=straight, PYTHONPATH=f'{earlier_version}:{earlier_version / "tests"}')
     assert result.returncode == 0, result.stdout
     assert str(earlier_version) in result.stdout, 'that version has run'
     target = resumed_at(3, straight, tmp_path / 'resumed')

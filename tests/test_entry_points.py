@@ -6,7 +6,7 @@ import shutil
 import sys
 
 import pytest
-from support.commands import PACKAGE_PARENT, python, run, stock_options, write_images, write_options
+from support.commands import PACKAGE_PARENT, python, run, stock_options, warm_python, write_images, write_options
 
 import dpmambair_basicsr
 
@@ -32,10 +32,10 @@ def trained(folder):
 
 def test_training_resumes_from_another_directory_in_two_processes(folder, trained):
     (folder / 'second').mkdir()
-    command = (sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2', '-m', 'dpmambair_basicsr.train')
+    command = ('-m', 'torch.distributed.run', '--nproc_per_node=2', '-m', 'dpmambair_basicsr.train')
     options = ('-opt', folder / 'train.yml', '--launcher', 'pytorch', '--auto_resume')
     forced = ('--force_yml', 'train:total_iter=4', 'datasets:train:num_worker_per_gpu=0')
-    result = run(*command, *options, *forced, cwd=folder / 'second')
+    result = warm_python(*command, *options, *forced, cwd=folder / 'second')
     assert result.returncode == 0, result.stdout
     assert 'Start training from epoch: 0, iter: 2' in result.stdout
     assert 'iter:       3,' in result.stdout and 'iter:       2,' not in result.stdout
@@ -46,10 +46,10 @@ def test_training_resumes_from_another_directory_in_two_processes(folder, traine
 
 def test_the_short_name_of_a_command_trains_in_two_processes_too(folder, trained):
     (folder / 'short').mkdir()
-    command = (sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2', '-m', 'dpmambair_basicsr', 'train')
+    command = ('-m', 'torch.distributed.run', '--nproc_per_node=2', '-m', 'dpmambair_basicsr', 'train')
     own_run = f'path:experiments_root={folder / "short" / "run"}'
     options = ('-opt', folder / 'train.yml', '--launcher', 'pytorch', '--force_yml', own_run)
-    result = run(*command, *options, 'datasets:train:num_worker_per_gpu=0', cwd=folder / 'short')
+    result = warm_python(*command, *options, 'datasets:train:num_worker_per_gpu=0', cwd=folder / 'short')
     assert result.returncode == 0, result.stdout
     assert (folder / 'short/run/models/net_g_2.pth').is_file()
 
@@ -63,7 +63,7 @@ def test_testing_writes_to_the_current_directory(folder, trained):
     opt['val'] |= {'save_img': True, 'suffix': None}
     write_options(opt, folder / 'test.yml')
     (folder / 'third').mkdir()
-    result = python('-m', 'dpmambair_basicsr', 'test', '-opt', '../test.yml', cwd=folder / 'third')
+    result = warm_python('-m', 'dpmambair_basicsr', 'test', '-opt', '../test.yml', cwd=folder / 'third')
     assert result.returncode == 0, result.stdout
     assert '# psnr:' in result.stdout
     images = folder / 'third/results/tiny/visualization/val set'
@@ -74,7 +74,7 @@ def test_a_wrong_option_is_refused_before_anything_is_written(tmp_path):
     opt = stock_options(write_images(tmp_path / 'images')) | {'model_type': 'SRMdel'}
     write_options(opt, tmp_path / 'wrong.yml')
     before = sorted(tmp_path.rglob('*'))
-    result = python('-m', 'dpmambair_basicsr.train', '-opt', 'wrong.yml', cwd=tmp_path)
+    result = warm_python('-m', 'dpmambair_basicsr.train', '-opt', 'wrong.yml', cwd=tmp_path)
     assert result.returncode == 1
     assert result.stdout.endswith(
         'wrong.yml: 1 problem in the options:\n  model_type: unknown type SRMdel, did you mean SRModel? (line 2)\n'

@@ -199,7 +199,7 @@ def test_alpha_figure_is_drawn_by_the_command(folder):
         '-o',
         'made/figure.png',
     )
-    done = commands.python(*command, cwd=folder)
+    done = commands.warm_python(*command, cwd=folder)
     assert done.returncode == 0 and 'made/figure.png, made/figure.csv' in done.stdout
     rows = table(folder)
     expected = [

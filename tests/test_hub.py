@@ -10,7 +10,7 @@ import threading
 import numpy as np
 import pytest
 import torch
-from support.commands import python
+from support.commands import warm_python
 
 from dpmambair_basicsr import load
 from dpmambair_basicsr.archs import VmambaIR
@@ -107,7 +107,7 @@ def write_checkpoint(folder):
 
 
 def command(*arguments, cwd):
-    return python('-m', 'dpmambair_basicsr', *arguments, cwd=cwd)
+    return warm_python('-m', 'dpmambair_basicsr', *arguments, cwd=cwd)
 
 
 LOAD = """
@@ -131,14 +131,14 @@ def test_pushed_files_are_what_others_load(hub, tmp_path):
     assert pushed['network_g'] == NETWORK and pushed['params'].keys() == average.keys()
     assert all(torch.equal(pushed['params'][name], value) for name, value in average.items())
 
-    result = python('-c', LOAD, cwd=tmp_path)
+    result = warm_python('-c', LOAD, cwd=tmp_path)
     assert result.returncode == 0, result.stdout
     image = np.random.default_rng(0).integers(0, 256, (17, 20, 3), dtype=np.uint8)
     expected = load(tmp_path / 'net_g_8.pth').restore(image)
     assert np.array_equal(np.load(tmp_path / 'restored.npy'), expected)
 
     hub.asked.clear()
-    result = python('-c', LOAD, cwd=tmp_path, HF_HUB_OFFLINE=1)
+    result = warm_python('-c', LOAD, cwd=tmp_path, HF_HUB_OFFLINE=1)
     assert result.returncode == 0 and not hub.asked, 'the file is kept'
 
 
@@ -170,5 +170,5 @@ def test_missing_repositories_and_files_are_named(hub, tmp_path):
 def test_nothing_is_asked_of_the_hub_for_a_file(hub, tmp_path):
     write_checkpoint(tmp_path)
     code = LOAD.replace('hf:someone/net', 'net_g_8.pth') + "import sys; assert 'huggingface_hub' not in sys.modules"
-    result = python('-c', code, cwd=tmp_path)
+    result = warm_python('-c', code, cwd=tmp_path)
     assert result.returncode == 0 and not hub.asked, result.stdout

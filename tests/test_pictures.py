@@ -16,7 +16,7 @@ import pytest
 import tifffile
 import torch
 from PIL import Image, ImageCms, ImageOps, ImageSequence, PngImagePlugin
-from support.commands import PACKAGE_PARENT, python, run
+from support.commands import PACKAGE_PARENT, run, warm_python
 
 import dpmambair_basicsr
 from dpmambair_basicsr import restore as command
@@ -600,7 +600,7 @@ def test_names_that_the_terminal_cannot_show_are_escaped(identity, tmp_path):
     (tmp_path / 'x.png').rename(tmp_path / name)
     for environment in ({'PYTHONIOENCODING': 'ascii'}, {'PYTHONIOENCODING': 'utf-8'}):
         arguments = ('-w', identity, name, '-o', name[:-4])
-        done = python('-m', 'dpmambair_basicsr.restore', *arguments, cwd=tmp_path, **environment)
+        done = warm_python('-m', 'dpmambair_basicsr.restore', *arguments, cwd=tmp_path, **environment)
         assert done.returncode == 0 and '1 restored, 0 failed' in done.stdout, done.stdout
         assert (tmp_path / name[:-4] / name).is_file()
 

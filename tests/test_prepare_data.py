@@ -21,7 +21,7 @@ import pytest
 import yaml
 from basicsr.data import build_dataset
 from basicsr.utils.matlab_functions import imresize
-from support.commands import PACKAGE_PARENT, python
+from support.commands import PACKAGE_PARENT, warm_python
 
 import dpmambair_basicsr  # noqa: F401  (first: it makes BasicSR importable, and registers the datasets)
 from dpmambair_basicsr import prepare_data
@@ -606,7 +606,7 @@ def test_misuse_is_explained(case, capsys):
 def test_the_command_prepares_data_for_our_datasets(tmp_path):
     """As users run it, in a folder with `datasets`."""
     file = archive(make_tree(tmp_path / 'raw', 'rain100h'), tmp_path / 'Rain100H.zip')
-    done = python(SCRIPT, 'rain100h', file.name, '--any-count', cwd=tmp_path)
+    done = warm_python(SCRIPT, 'rain100h', file.name, '--any-count', cwd=tmp_path)
     assert done.returncode == 0 and 'rain100h.test: check: 100%' in done.stdout, done.stdout
     assert 'arranged, 3 pairs in datasets/Rain100H/GT and datasets/Rain100H/LQ' in done.stdout
     assert len(stems(tmp_path / 'datasets' / ALL / 'test/rain/LQ')) == COUNT

@@ -3,7 +3,6 @@
 import random
 import re
 import runpy
-import sys
 
 import pytest
 import torch
@@ -13,7 +12,7 @@ from basicsr.data.data_sampler import EnlargedSampler
 from basicsr.models.sr_model import SRModel
 from basicsr.utils.registry import MODEL_REGISTRY
 from support import pipelines
-from support.commands import run
+from support.commands import warm_python
 
 from dpmambair_basicsr.data.progressive import Phases
 from dpmambair_basicsr.models import RestorationModel
@@ -158,8 +157,8 @@ if __name__ == '__main__':
     train_pipeline('.')
 """
     (tmp_path / 'program.py').write_text(program)
-    command = (sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', 'program.py')
-    result = run(*command, '-opt', 'progressive.yml', '--launcher', 'pytorch', '--auto_resume', cwd=tmp_path)
+    command = ('-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', 'program.py')
+    result = warm_python(*command, '-opt', 'progressive.yml', '--launcher', 'pytorch', '--auto_resume', cwd=tmp_path)
     assert result.returncode == 0, result.stdout
     traces = [], []
     for rank, size, images in re.findall(r'TRACE (\d) (\d+) (\S+)', result.stdout):

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from support.commands import PACKAGE_PARENT, basicsr_source, python, stock_options, write_images, write_options
+from support.commands import PACKAGE_PARENT, basicsr_source, stock_options, warm_python, write_images, write_options
 from support.projects import (
     WHERE_IT_STARTS,
-    Scripts,
+    output,
+    output_of_script,
     with_a_package_of_its_own,
     with_own_losses,
     without_registry,
@@ -34,13 +35,6 @@ def old_fork(folder):
 
 def package(folder):
     return with_a_package_of_its_own(folder / 'package')
-
-
-@pytest.fixture(scope='module')
-def scripts():
-    scripts = Scripts()
-    yield scripts
-    scripts.close()
 
 
 @pytest.fixture
@@ -79,27 +73,27 @@ KINDS = [
 
 
 @pytest.mark.parametrize('kind', KINDS, ids=lambda kind: kind.make.__name__)
-def test_own_networks_train_as_before_and_ours_in_the_same_loop(kind, scripts, options, tmp_path):
+def test_own_networks_train_as_before_and_ours_in_the_same_loop(kind, options, tmp_path):
     project = kind.make(tmp_path)
     path = f'import sys; sys.path.insert(1, {kind.path!r})' if kind.path else ''
     options['network_g']['type'] = kind.own
     own_file = write_options(options | {'name': 'own'}, tmp_path / 'own.yml')
-    assert '-opt' in scripts.run(kind.script, '--help', cwd=project, first=WHERE_IT_STARTS)
-    first = scripts.run(kind.script, '-opt', own_file, cwd=project, first=WHERE_IT_STARTS)
+    assert '-opt' in output_of_script(kind.script, '--help', cwd=project, first=WHERE_IT_STARTS)
+    first = output_of_script(kind.script, '-opt', own_file, cwd=project, first=WHERE_IT_STARTS)
     assert len(losses(first)) == 4
     weights_before = weights(project, 'own')
     shutil.rmtree(project / 'experiments')
 
     before = tree(project)
-    outcome = python(
+    outcome = warm_python(
         '-m', 'dpmambair_basicsr.dropin', '.', cwd=project, PYTHONPATH=f'{PACKAGE_PARENT}{os.pathsep}{kind.path}'
     )
     assert outcome.returncode == 0, outcome.stdout
     assert all(text in outcome.stdout for text in kind.said), outcome.stdout
     assert 'VmambaIR' in outcome.stdout.partition('archs: ')[2].splitlines()[0]
 
-    assert '-opt' in scripts.run(kind.script, '--help', cwd=project, first=path)
-    second = scripts.run(kind.script, '-opt', own_file, cwd=project, first=path)
+    assert '-opt' in output_of_script(kind.script, '--help', cwd=project, first=path)
+    second = output_of_script(kind.script, '-opt', own_file, cwd=project, first=path)
     assert losses(second) == losses(first)
     assert weights(project, 'own').keys() == weights_before.keys()
     assert all(torch.equal(value, weights_before[name]) for name, value in weights(project, 'own').items())
@@ -109,11 +103,11 @@ def test_own_networks_train_as_before_and_ours_in_the_same_loop(kind, scripts, o
     if kind.make is fork:
         options['train']['pixel_opt'] = {'type': 'dpmambair_PSNRLoss'}
     file = write_options(options | {'name': 'ours'}, tmp_path / 'ours.yml')
-    ours = scripts.run(kind.script, '-opt', file, cwd=project, first=path)
+    ours = output_of_script(kind.script, '-opt', file, cwd=project, first=path)
     assert len(losses(ours)) == 4 and '# psnr:' in ours and 'End of training' in ours, ours
     VmambaIR(scale=4, **SMALL).load_state_dict(weights(project, 'ours'))
 
-    removed = python('-m', 'dpmambair_basicsr.dropin', '.', '--remove', cwd=project)
+    removed = warm_python('-m', 'dpmambair_basicsr.dropin', '.', '--remove', cwd=project)
     assert removed.returncode == 0, removed.stdout
     shutil.rmtree(project / 'experiments')
     assert tree(project) == before
@@ -149,7 +143,7 @@ OF_BASICSR = {
 
 
 @pytest.mark.parametrize('name', OF_BASICSR)
-def test_trainings_of_basicsr_are_the_same_with_our_import(name, scripts, options, tmp_path):
+def test_trainings_of_basicsr_are_the_same_with_our_import(name, options, tmp_path):
     checkout = basicsr_source(tmp_path)
     changes = OF_BASICSR[name]
     options |= changes | {'name': 'own', 'train': options['train'] | changes.get('train', {})}
@@ -157,7 +151,7 @@ def test_trainings_of_basicsr_are_the_same_with_our_import(name, scripts, option
     file = write_options(options, tmp_path / 'own.yml')
     logs, saved = [], []
     for first in (WHERE_IT_STARTS, 'import dpmambair_basicsr'):
-        logs.append(losses(scripts.run('basicsr/train.py', '-opt', file, cwd=checkout, first=first)))
+        logs.append(losses(output_of_script('basicsr/train.py', '-opt', file, cwd=checkout, first=first)))
         saved.append(torch.load(checkout / 'experiments/own/models/net_g_4.pth', weights_only=True))
         shutil.rmtree(checkout / 'experiments')
     assert len(logs[0]) == 4 and logs[0] == logs[1]
@@ -165,16 +159,8 @@ def test_trainings_of_basicsr_are_the_same_with_our_import(name, scripts, option
         assert all(torch.equal(value, saved[1][key][part]) for part, value in state.items())
 
 
-# As python -m dpmambair_basicsr.NAME ARGUMENTS.
-COMMAND = """
-import os, runpy, sys
-sys.path[0] = os.getcwd()
-sys.argv.pop(0)
-runpy.run_module(f'dpmambair_basicsr.{sys.argv[0]}', run_name='__main__', alter_sys=True)
-"""
 LOAD = """
-import os, sys
-sys.path[0] = os.getcwd()
+import sys
 import torch
 from dpmambair_basicsr import load
 print('sizes', load(sys.argv[1]).restore(torch.zeros(7, 5, 3, dtype=torch.uint8).numpy()).shape)
@@ -188,22 +174,12 @@ def old_fork_with_init(folder):
     return project
 
 
-@pytest.fixture
-def commands(scripts, tmp_path):
-    """Runs our commands, in a folder."""
-    (tmp_path / 'command.py').write_text(COMMAND)
-    (tmp_path / 'load.py').write_text(LOAD)
-
-    def run(name, *arguments, **options):
-        if name == 'load':
-            return scripts.run(tmp_path / 'load.py', *arguments, **options)
-        return scripts.run(tmp_path / 'command.py', name, *arguments, **options)
-
-    return run
+def command(name, *arguments, **options):
+    return output('-m', f'dpmambair_basicsr.{name}', *arguments, **options)
 
 
 @pytest.mark.parametrize('make', [fork, old_fork, old_fork_with_init, package], ids=lambda make: make.__name__)
-def test_our_commands_work_in_a_projects_folder_or_say_what_is_missing(make, commands, options, tmp_path):
+def test_our_commands_work_in_a_projects_folder_or_say_what_is_missing(make, options, tmp_path):
     project = make(tmp_path)
     options |= {
         'name': 'ours',
@@ -219,16 +195,16 @@ def test_our_commands_work_in_a_projects_folder_or_say_what_is_missing(make, com
     test_file = write_options(test, tmp_path / 'test.yml')
     if make is old_fork_with_init:
         for name, arguments in (('train', file), ('test', test_file)):
-            said = commands(name, '-opt', arguments, cwd=project, expected=1).splitlines()
+            said = command(name, '-opt', arguments, cwd=project, expected=1).splitlines()
             assert said[-1].startswith(f'dpmambair_basicsr.{name}: needs BasicSR 1.3 or newer, and {project}'), said
             assert 'Traceback' not in ''.join(said)
         weights.parent.mkdir(parents=True)
         net = VmambaIR(scale=4, **SMALL)
         torch.save({'params': net.state_dict(), 'network_g': options['network_g']}, weights)
     else:
-        log = commands('train', '-opt', file, cwd=project)
+        log = command('train', '-opt', file, cwd=project)
         assert len(losses(log)) == 4 and '# psnr:' in log, log
-        assert '# psnr:' in commands('test', '-opt', test_file, cwd=project)
+        assert '# psnr:' in command('test', '-opt', test_file, cwd=project)
     lq = options['datasets']['val']['dataroot_lq']
-    assert '4 restored, 0 failed' in commands('restore', '-w', weights, lq, '-o', 'restored', cwd=project)
-    assert 'sizes (28, 20, 3)' in commands('load', weights, cwd=project)
+    assert '4 restored, 0 failed' in command('restore', '-w', weights, lq, '-o', 'restored', cwd=project)
+    assert 'sizes (28, 20, 3)' in output('-c', LOAD, weights, cwd=project)

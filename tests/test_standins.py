@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from support.commands import python
+from support.commands import python, warm_python
 
 from dpmambair_basicsr import standins
 from dpmambair_basicsr.ops import selective_scan
@@ -275,13 +275,13 @@ def test_extensions_return_what_the_kernels_return(rng):
 
 def test_a_script_imports_them_by_the_usual_names(tmp_path):
     (tmp_path / 'script.py').write_text(SCRIPT)
-    result = python('-m', 'dpmambair_basicsr.run', 'script.py', '--its', '-m', 'own', cwd=tmp_path)
+    result = warm_python('-m', 'dpmambair_basicsr.run', 'script.py', '--its', '-m', 'own', cwd=tmp_path)
     assert result.returncode == 0, result.stdout
     assert "['--its', '-m', 'own'] torch.Size([1, 5, 8])" in result.stdout
     assert result.stdout.count('selective_scan: backend ') == 1, 'it is said once what runs'
     (tmp_path / 'package').mkdir()
     (tmp_path / 'package' / 'train.py').write_text(SCRIPT)
-    result = python('-m', 'dpmambair_basicsr.run', '-m', 'package.train', 'x', cwd=tmp_path)
+    result = warm_python('-m', 'dpmambair_basicsr.run', '-m', 'package.train', 'x', cwd=tmp_path)
     assert result.returncode == 0 and "['x'] torch.Size([1, 5, 8])" in result.stdout, result.stdout
 
 
@@ -321,7 +321,7 @@ except ModuleNotFoundError as error:
 else:
     raise AssertionError('mixed with the real one')
 """
-    result = python('-c', code, cwd=tmp_path)
+    result = warm_python('-c', code, cwd=tmp_path)
     assert result.returncode == 0, result.stdout
 
 
@@ -329,7 +329,7 @@ def test_a_real_installation_is_replaced_when_asked(tmp_path):
     real_package(tmp_path)
     script = 'import mamba_ssm\nassert not hasattr(mamba_ssm, "__real__") and mamba_ssm.Mamba\nprint("replaced")\n'
     (tmp_path / 'script.py').write_text(script)
-    result = python('-m', 'dpmambair_basicsr.run', '--replace', 'script.py', cwd=tmp_path)
+    result = warm_python('-m', 'dpmambair_basicsr.run', '--replace', 'script.py', cwd=tmp_path)
     assert result.returncode == 0 and 'replaced' in result.stdout, result.stdout
     code = """
 import sys
@@ -338,7 +338,7 @@ import mamba_ssm
 from dpmambair_basicsr import standins
 standins.install(replace=True)
 """
-    result = python('-c', code, cwd=tmp_path)
+    result = warm_python('-c', code, cwd=tmp_path)
     assert 'ImportError: mamba_ssm: imported already' in result.stdout
 
 

@@ -17,7 +17,7 @@ import pytest
 import torch
 import yaml
 from support import pipelines
-from support.commands import PACKAGE_PARENT, command, python
+from support.commands import PACKAGE_PARENT, command, warm_python
 
 from dpmambair_basicsr import archs
 from dpmambair_basicsr.evidence import verify
@@ -277,7 +277,7 @@ def test_a_study_refuses_trials_started_with_other_options(study):
     changed = copy.deepcopy(STUDY)
     changed['variants']['large']['force_yml'] = ['network_g:num_feat=8']
     (study / 'changed.yml').write_text(yaml.safe_dump(changed))
-    result = python('-m', 'dpmambair_basicsr', 'study', 'changed.yml', cwd=study)
+    result = warm_python('-m', 'dpmambair_basicsr', 'study', 'changed.yml', cwd=study)
     assert result.returncode == 1
     assert 'large/seed_3: was started with options that differ from the study file' in result.stdout.splitlines()[-1]
 

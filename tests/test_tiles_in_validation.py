@@ -11,7 +11,7 @@ import yaml
 from basicsr.models import build_model
 from basicsr.utils.registry import ARCH_REGISTRY, METRIC_REGISTRY
 from support import pipelines
-from support.commands import python
+from support.commands import warm_python
 from support.pipelines import write_pairs
 
 from dpmambair_basicsr import load
@@ -172,7 +172,7 @@ on_linux = pytest.mark.skipif(not Path('/proc/self/status').is_file(), reason='n
 
 
 def limited(command, *arguments, cwd):
-    return python('-c', LIMITED, command, *arguments, cwd=cwd)
+    return warm_python('-c', LIMITED, command, *arguments, cwd=cwd)
 
 
 @pytest.fixture

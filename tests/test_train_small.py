@@ -1,14 +1,13 @@
 """scripts/train_small.py: from a folder of photographs to weights that `restore` uses, in slices."""
 
 import shutil
-import sys
 
 import cv2
 import numpy as np
 import pytest
 import yaml
 from skimage import data
-from support.commands import PACKAGE_PARENT, run
+from support.commands import PACKAGE_PARENT, warm_python
 
 from dpmambair_basicsr import load
 from dpmambair_basicsr.files.checkpoints import read_checkpoint
@@ -35,7 +34,7 @@ def photos(tmp_path):
 
 
 def train_small(folder, *arguments, checkout=PACKAGE_PARENT):
-    return run(sys.executable, checkout / 'scripts/train_small.py', *arguments, cwd=folder)
+    return warm_python(checkout / 'scripts/train_small.py', *arguments, cwd=folder)
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ import pytest
 import yaml
 
 import dpmambair_basicsr
+from support import warm
 
 PACKAGE_PARENT = Path(dpmambair_basicsr.__file__).parents[1]
 
@@ -38,6 +39,11 @@ def run(*command, cwd, **environment) -> subprocess.CompletedProcess:
 
 def python(*arguments, cwd, **environment) -> subprocess.CompletedProcess:
     return run(sys.executable, *arguments, cwd=cwd, **environment)
+
+
+def warm_python(*arguments, cwd, libraries=warm.TRAINING, **environment) -> subprocess.CompletedProcess:
+    """Like `python`, without the seconds that importing PyTorch and other libraries takes; see `warm`."""
+    return run(warm.executable(libraries), *arguments, cwd=cwd, **environment)
 
 
 def command(name: str, *arguments, cwd: Path, **environment) -> subprocess.CompletedProcess:

@@ -1,13 +1,9 @@
 """Projects of others, derived from BasicSR's source: each differs from it in the ways that are typical of its kind."""
 
-import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
-from support.commands import PACKAGE_PARENT
+from support.commands import warm_python
 
 
 def replace_in(file: Path, *changes: tuple[str, str]) -> None:
@@ -108,56 +104,22 @@ if spec is not None and spec.loader is None:
     sys.modules['basicsr'] = module_from_spec(spec)
 """
 
-SERVER = """
-import json, os, runpy, sys, traceback
-import cv2, scipy.stats, torch, torchvision, yaml
-for line in sys.stdin:
-    call = json.loads(line)
-    process = os.fork()
-    if process == 0:
-        with open(call['log'], 'wb') as file:
-            os.dup2(file.fileno(), 1), os.dup2(file.fileno(), 2)
-        os.chdir(call['cwd'])
-        script = call['argv'][0]
-        sys.path[0] = os.path.dirname(os.path.abspath(script))
-        sys.argv = call['argv']
-        status = 1
-        try:
-            exec(call['first'], {})
-            runpy.run_path(script, run_name='__main__')
-            status = 0
-        except SystemExit as end:
-            status = end.code or 0
-            if not isinstance(status, int):
-                print(status)
-                status = 1
-        except BaseException:
-            traceback.print_exc()
-        sys.stdout.flush(), sys.stderr.flush()
-        os._exit(status)
-    print(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]), flush=True)
+FIRST = """
+import os, runpy, sys
+first, *sys.argv = sys.argv[1:]
+sys.path[0] = os.path.dirname(os.path.abspath(sys.argv[0]))
+exec(first, {})
+runpy.run_path(sys.argv[0], run_name='__main__')
 """
 
 
-class Scripts:
-    """Runs `python SCRIPT ...` in forks of a process that has imported PyTorch, but neither BasicSR nor our package."""
+def output(*arguments, cwd: Path, expected: int = 0) -> str:
+    """Of `python ARGUMENTS`; `expected` is its exit status."""
+    done = warm_python(*arguments, cwd=cwd)
+    assert done.returncode == expected, f'{arguments}: {done.returncode}\n{done.stdout}'
+    return done.stdout
 
-    def __init__(self):
-        environment = os.environ | {'PYTHONPATH': str(PACKAGE_PARENT), 'OMP_NUM_THREADS': '1'}
-        environment['PYTHONDONTWRITEBYTECODE'] = '1'
-        pipes = {'stdin': subprocess.PIPE, 'stdout': subprocess.PIPE, 'text': True}
-        self.server = subprocess.Popen([sys.executable, '-c', SERVER], env=environment, **pipes)
 
-    def run(self, *argv, cwd: Path, first: str = '', expected: int = 0) -> str:
-        """Its output; `first` is Python code to run before it, `expected` its exit status."""
-        log = cwd.parent / f'{cwd.name}.log'
-        call = {'argv': list(map(str, argv)), 'cwd': str(cwd), 'log': str(log), 'first': first}
-        self.server.stdin.write(json.dumps(call) + '\n')
-        self.server.stdin.flush()
-        status, text = self.server.stdout.readline().strip(), log.read_text(errors='replace')
-        assert status == str(expected), f'{argv}: {status}\n{text}'
-        return text
-
-    def close(self) -> None:
-        self.server.stdin.close()
-        self.server.wait()
+def output_of_script(*arguments, cwd: Path, first: str = '') -> str:
+    """Of `python SCRIPT ...`; `first` is Python code to run before it."""
+    return output('-c', FIRST, first, *arguments, cwd=cwd)
