@@ -11,6 +11,7 @@ from torch import Tensor
 from dpmambair_basicsr.ops.cross_scan import DIRECTIONS, cross_merge, cross_scan
 from dpmambair_basicsr.ops.selective_scan import selective_scan
 from dpmambair_basicsr.ops.selective_scan.backend import choose_fused, chosen
+from dpmambair_basicsr.ops.selective_scan.operators import is_traced
 
 
 def omni_scan(
@@ -52,7 +53,7 @@ def omni_scan(
     # FLOPs are counted on a trace, and those inside our operator would be missing.
     one_device = all(parameter.device == x.device for parameter in parameters)
     name = None
-    if one_device and not torch.jit.is_tracing():
+    if one_device and not is_traced():
         name = choose_fused(backend, x.device, *(tensor.dtype for tensor in (x, *parameters)))
     if name is None:
         return scan_by_sequences(x, *parameters, directions, backend)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dpmambair_basicsr.ops.selective_scan.backend import backend_in_force, get_backend
+from dpmambair_basicsr.ops.selective_scan.operators import is_traced
 
 MAX_CHANNELS = 1024  # of a layer norm by a GPU kernel, which keeps a pixel in registers
 CPU_CHANNELS = 16  # a vector: the fewest of the CPU kernels; for layer norm c is a multiple
@@ -81,13 +82,13 @@ def depthwise_gelu_gate(
 
 def kernels_run(x: Tensor) -> bool:
     """Whether our GPU kernels compute this image. Not in a trace, in which FLOPs are counted."""
-    return not _is_traced() and x.numel() > 0 and _kernels_run(x.device, x.dtype)
+    return not is_traced() and x.numel() > 0 and _kernels_run(x.device, x.dtype)
 
 
 def cpu_kernels_run(*tensors: Tensor | None) -> bool:
     """Whether our CPU kernels compute these fp32 images and weights: without gradients, autocast, trace or compiler."""
     given = [tensor for tensor in tensors if tensor is not None]
-    if _is_traced() or torch.compiler.is_compiling() or torch.is_autocast_enabled('cpu'):
+    if is_traced() or torch.compiler.is_compiling() or torch.is_autocast_enabled('cpu'):
         return False
     if any(x.device.type != 'cpu' or x.dtype != torch.float32 or x.numel() == 0 for x in given):
         return False
@@ -95,10 +96,6 @@ def cpu_kernels_run(*tensors: Tensor | None) -> bool:
         return False
     backend = backend_in_force() or get_backend('numba')
     return backend.name == 'numba' and backend.why_unavailable(given[0].device, torch.float32) is None
-
-
-def _is_traced():
-    return torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
 
 
 def _kernels_run(device, dtype):

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
+from dpmambair_basicsr.ops.selective_scan.operators import Operator
+
 
 def add_parameters(module: nn.Module, tensors: Iterable[Tensor]) -> None:
     """One by one: PyTorch 2.11's Dynamo cannot unpack an nn.ParameterList."""
@@ -31,6 +33,13 @@ def scans_run_by(function: Callable[[], object]) -> list[str]:
         function()
     names = [event.name.partition('dpmambair_basicsr::')[2] for event in record.events()]
     return [name for name in names if name]
+
+
+def assert_passes_opcheck(operator: Operator, inputs: tuple, **tolerances: float) -> None:
+    """PyTorch's own checks: no mutation or aliasing, correct fake tensors, correct tracing by torch.compile."""
+    torch.library.opcheck(operator.recorded, inputs, **tolerances)
+    with torch.no_grad():
+        torch.library.opcheck(operator.eager, inputs, test_utils=('test_schema', 'test_faketensor'))
 
 
 def assert_compiles_without_a_graph_break(module: nn.Module, x: Tensor) -> None:

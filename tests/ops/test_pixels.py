@@ -5,7 +5,7 @@ On the CPU, new memory is full of NaN, and sizes are tiny.
 
 import pytest
 import torch
-from operator_checks import assert_compiles_without_a_graph_break, scans_run_by
+from operator_checks import assert_compiles_without_a_graph_break, assert_passes_opcheck, scans_run_by
 from support import cuda_on_host
 from support.cuda_on_host import needs_nvrtc, resources
 from torch import nn
@@ -142,11 +142,11 @@ def test_nan_stays_within_its_window_or_pixel():
 def test_operators_pass_opcheck():
     x = image(1, 3, 2, 2).permute(0, 2, 3, 1).requires_grad_()
     weight, bias = torch.ones(3, 1, 3, 3, device=DEVICE).requires_grad_(), torch.ones(3, device=DEVICE).requires_grad_()
-    torch.library.opcheck(pixels.layer_norm, (x, bias, bias.detach().clone().requires_grad_(), 1e-5))
-    torch.library.opcheck(pixels.depthwise, (x, weight, bias))
-    torch.library.opcheck(pixels.depthwise, (x, weight, None))
-    torch.library.opcheck(pixels._layer_norm_backward, (x.detach(), bias.detach(), x.detach(), 1e-5))
-    torch.library.opcheck(pixels._depthwise_weight_gradients, (x.detach(), x.detach()))
+    assert_passes_opcheck(pixels.layer_norm, (x, bias, bias.detach().clone().requires_grad_(), 1e-5))
+    assert_passes_opcheck(pixels.depthwise, (x, weight, bias))
+    assert_passes_opcheck(pixels.depthwise, (x, weight, None))
+    assert_passes_opcheck(pixels._layer_norm_backward, (x.detach(), bias.detach(), x.detach(), 1e-5))
+    assert_passes_opcheck(pixels._depthwise_weight_gradients, (x.detach(), x.detach()))
 
 
 def assert_same_with_kernels(module, x):

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dpmambair_basicsr.ops.selective_scan.cuda.launch import Inputs, backward, forward, shape_of_states
 from dpmambair_basicsr.ops.selective_scan.cuda.plan import MAX_ORDERS, MAX_STATES
-from dpmambair_basicsr.ops.selective_scan.operators import differentiate, keeps_states
+from dpmambair_basicsr.ops.selective_scan.operators import differentiate, keeps_states, operator
 
 
 def omni_scan(
@@ -68,7 +68,7 @@ def _inputs(x, projected, dt_weight, dt_bias, A, D, directions, size):
     return Inputs(x, None, projected, dt_weight, dt_bias, A, D, tuple(directions), size)
 
 
-@torch.library.custom_op('dpmambair_basicsr::omni_scan_cuda', mutates_args=())
+@operator('omni_scan_cuda')
 def _forward(
     x: Tensor,
     projected: Tensor,
@@ -92,7 +92,7 @@ def _(x, projected, dt_weight, dt_bias, A, D, directions, height, width, keep):
     return x.new_empty(x.shape), x.new_empty(states, dtype=torch.float32)
 
 
-@torch.library.custom_op('dpmambair_basicsr::omni_scan_cuda_backward', mutates_args=())
+@operator('omni_scan_cuda_backward')
 def _backward(
     x: Tensor,
     projected: Tensor,

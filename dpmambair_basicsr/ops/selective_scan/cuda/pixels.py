@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dpmambair_basicsr.ops.selective_scan.cuda.runtime import Kernel, launching_on, load
+from dpmambair_basicsr.ops.selective_scan.operators import operator
 
 TYPES = {torch.float32: 'float', torch.bfloat16: 'bf16', torch.float16: 'fp16'}
 WARPS, STRIP = 8, 16
@@ -59,7 +60,7 @@ def _warps(rows):
 # --- layer norm
 
 
-@torch.library.custom_op('dpmambair_basicsr::layer_norm_cuda', mutates_args=())
+@operator('layer_norm_cuda')
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """Over the last dimension, up to `ops.pixels.MAX_CHANNELS`; in x's type, also under autocast."""
     x, weight, bias = x.contiguous(), weight.float().contiguous(), bias.float().contiguous()
@@ -75,7 +76,7 @@ def _(x, weight, bias, eps):
     return x.new_empty(x.shape)
 
 
-@torch.library.custom_op('dpmambair_basicsr::layer_norm_cuda_backward', mutates_args=())
+@operator('layer_norm_cuda_backward')
 def _layer_norm_backward(x: Tensor, weight: Tensor, dy: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of x, weight and bias; of the latter two in fp32."""
     x, weight, dy = x.contiguous(), weight.float().contiguous(), dy.contiguous()
@@ -112,7 +113,7 @@ layer_norm.register_autograd(_differentiate_layer_norm, setup_context=_save_laye
 # --- depthwise convolution
 
 
-@torch.library.custom_op('dpmambair_basicsr::depthwise_cuda', mutates_args=())
+@operator('depthwise_cuda')
 def depthwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """(b, h, w, c) with (c, 1, 3, 3) and (c,), zeros around the image -> (b, h, w, c), in x's type."""
     x, (b, h, w, c), out = x.contiguous(), x.shape, torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -129,7 +130,7 @@ def _(x, weight, bias):
     return x.new_empty(x.shape)
 
 
-@torch.library.custom_op('dpmambair_basicsr::depthwise_cuda_weight_gradients', mutates_args=())
+@operator('depthwise_cuda_weight_gradients')
 def _depthwise_weight_gradients(x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
     """(c, 1, 3, 3) and (c,), fp32."""
     (b, h, w, c), x, dy = x.shape, x.contiguous(), dy.contiguous()

@@ -10,7 +10,7 @@ from torch import Tensor
 from dpmambair_basicsr.ops.selective_scan.cuda.launch import Inputs, backward, forward
 from dpmambair_basicsr.ops.selective_scan.cuda.omni import own
 from dpmambair_basicsr.ops.selective_scan.cuda.plan import MAX_STATES, states_shape
-from dpmambair_basicsr.ops.selective_scan.operators import differentiate, keeps_states
+from dpmambair_basicsr.ops.selective_scan.operators import differentiate, keeps_states, operator
 
 
 def scan(u, delta, A, B, C, D, delta_bias, delta_softplus):
@@ -51,7 +51,7 @@ def _as_laid_out(pixels, x):
     return pixels.mT if target.stride() == pixels.mT.stride() else target.copy_(pixels.mT)
 
 
-@torch.library.custom_op('dpmambair_basicsr::selective_scan_cuda', mutates_args=())
+@operator('selective_scan_cuda')
 def _forward(
     u: Tensor,
     delta: Tensor,
@@ -76,7 +76,7 @@ def _(u, delta, A, B, C, D, delta_bias, delta_softplus, keep):
     return _empty_like(u), u.new_empty(states, dtype=torch.float32)
 
 
-@torch.library.custom_op('dpmambair_basicsr::selective_scan_cuda_backward', mutates_args=())
+@operator('selective_scan_cuda_backward')
 def _backward(
     u: Tensor,
     delta: Tensor,

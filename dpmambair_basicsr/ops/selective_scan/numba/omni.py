@@ -21,7 +21,7 @@ from dpmambair_basicsr.ops.selective_scan.numba.runtime import (
     unpack,
     view,
 )
-from dpmambair_basicsr.ops.selective_scan.operators import differentiate, keeps_states
+from dpmambair_basicsr.ops.selective_scan.operators import differentiate, keeps_states, operator
 
 _KERNELS = 'omni_kernels'
 # Minimum number of units, and thus of busy threads, if there are enough blocks and directions. If there are too few
@@ -80,7 +80,7 @@ def _bytes_per_sample(parameters):
     return 0 if len(parameters) == 1 else 4 * parameters.stride(0)
 
 
-@torch.library.custom_op('dpmambair_basicsr::omni_scan_numba', mutates_args=(), device_types='cpu')
+@operator('omni_scan_numba', 'cpu')
 def _forward(
     x: Tensor,
     projected: Tensor,
@@ -117,7 +117,7 @@ def _(x, projected, dt_weight, dt_bias, A, D, directions, height, width, keep):
     return _results(x, dt_weight, A, keep)
 
 
-@torch.library.custom_op('dpmambair_basicsr::omni_scan_numba_backward', mutates_args=(), device_types='cpu')
+@operator('omni_scan_numba_backward', 'cpu')
 def _backward(
     x: Tensor,
     projected: Tensor,

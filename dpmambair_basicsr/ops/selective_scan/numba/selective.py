@@ -21,7 +21,7 @@ from dpmambair_basicsr.ops.selective_scan.numba.runtime import (
     unpack,
     view,
 )
-from dpmambair_basicsr.ops.selective_scan.operators import differentiate, keeps_states
+from dpmambair_basicsr.ops.selective_scan.operators import differentiate, keeps_states, operator
 
 # The backward pass has at least this many units (as many threads can be busy), if there are as many blocks.
 _BACKWARD_UNITS = 16
@@ -52,7 +52,7 @@ def _results(u, B, keep):
     return torch.empty_like(u), u.new_empty(states)
 
 
-@torch.library.custom_op('dpmambair_basicsr::selective_scan_numba', mutates_args=(), device_types='cpu')
+@operator('selective_scan_numba', 'cpu')
 def _forward(
     u: Tensor,
     delta: Tensor,
@@ -81,7 +81,7 @@ def _(u, delta, A, B, C, D, delta_bias, delta_softplus, keep):
     return _results(u, B, keep)
 
 
-@torch.library.custom_op('dpmambair_basicsr::selective_scan_numba_backward', mutates_args=(), device_types='cpu')
+@operator('selective_scan_numba_backward', 'cpu')
 def _backward(
     u: Tensor,
     delta: Tensor,
