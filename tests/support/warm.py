@@ -45,6 +45,6 @@ def executable(libraries: tuple[str, ...] = TRAINING) -> Path:
 
 
 def end(server: subprocess.Popen, folder: tempfile.TemporaryDirectory) -> None:
-    server.stdin.close()
+    server.kill()  # workers that this process forked may keep its input open
     server.wait()
     folder.cleanup()
