@@ -35,7 +35,7 @@ def executable(libraries: tuple[str, ...] = TRAINING) -> Path:
         environment = {name: value for name, value in os.environ.items() if name != 'PYTHONPATH'}
         server = subprocess.Popen(
             [*command, str(program), *libraries],
-            stdin=subprocess.PIPE,
+            stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             pass_fds=[listening.fileno()],
             env=environment | {'OMP_NUM_THREADS': '1'},
@@ -45,6 +45,6 @@ def executable(libraries: tuple[str, ...] = TRAINING) -> Path:
 
 
 def end(server: subprocess.Popen, folder: tempfile.TemporaryDirectory) -> None:
-    server.kill()  # workers that this process forked may keep its input open
+    server.kill()
     server.wait()
     folder.cleanup()

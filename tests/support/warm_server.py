@@ -1,4 +1,4 @@
-"""Imports libraries, then runs commands in forks; ends at the end of its input. See `warm`."""
+"""Imports libraries, then runs commands in forks; ends with its parent. See `warm`."""
 
 import atexit
 import gc
@@ -15,10 +15,12 @@ import sys
 import types
 
 
-def connections(listening: socket.socket) -> socket.socket:
+def connections(listening: socket.socket, parent: int) -> socket.socket:
     """Returns in a fork for each connection; nothing needs to wait for the forks."""
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
-    while 0 not in select.select([listening, 0], [], [])[0]:
+    while os.getppid() == parent:
+        if not select.select([listening], [], [], 1)[0]:
+            continue
         connection, _ = listening.accept()
         if os.fork() == 0:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -78,10 +80,11 @@ def start(first: str, *rest: str) -> None:
 
 if __name__ == '__main__':
     del sys.path[0]
+    parent = os.getppid()
     descriptor, executable, *libraries = sys.argv[1:]
     for library in libraries:
         importlib.import_module(library)
     gc.freeze()
     sys.executable = executable  # what multiprocessing spawns is still the real one
-    answer(connections(socket.socket(fileno=int(descriptor))))
+    answer(connections(socket.socket(fileno=int(descriptor)), parent))
     os._exit(0)
