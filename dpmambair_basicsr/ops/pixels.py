@@ -1,7 +1,7 @@
 """Layer norm over channels and depthwise 3x3 convolutions of images in channels_last: which code computes them.
 
-On a GPU on which scans are computed by the backend 'cuda', by kernels from the same place, `selective_scan/cuda`. On a
-CPU on which they are computed by 'numba', and without gradients, by kernels of `selective_scan/numba` that read and
+On a GPU on which scans are computed by the backend 'cuda', by kernels from the same place, `selective_scan/cuda`; on a
+CPU on which they are computed by 'numba', and without gradients, by kernels of `selective_scan/numba`. Both read and
 write the image once for all steps of a function. Where another backend is asked for, or anywhere else, by PyTorch.
 """
 
@@ -25,7 +25,7 @@ def layer_norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
     if kernels_run(x) and x.shape[1] <= MAX_CHANNELS:
         from dpmambair_basicsr.ops.selective_scan.cuda import pixels as kernels
 
-        return kernels.layer_norm(pixels, norm.weight, norm.bias, norm.eps).permute(0, 3, 1, 2)
+        return kernels.layer_norm(pixels, norm.weight, norm.bias, norm.eps, None).permute(0, 3, 1, 2)
     if cpu_kernels_run(x, norm.weight, norm.bias) and x.shape[1] % CPU_CHANNELS == 0:
         from dpmambair_basicsr.ops.selective_scan.numba import pixels as cpu_kernels
 
@@ -34,7 +34,13 @@ def layer_norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
 
 
 def layer_norm_silu_gate(norm: nn.LayerNorm, x: Tensor, gate: Tensor) -> Tensor:
-    """`layer_norm(norm, x) * silu(gate)`, (b, c, h, w) each."""
+    """`layer_norm(norm, x) * silu(gate)`, (b, c, h, w) each, in the wider of their types."""
+    if kernels_run(x, gate) and x.shape[1] <= MAX_CHANNELS:
+        from dpmambair_basicsr.ops.selective_scan.cuda import pixels as kernels
+
+        x = x.to(torch.promote_types(x.dtype, gate.dtype))
+        pixels, gates = x.permute(0, 2, 3, 1), gate.permute(0, 2, 3, 1)
+        return kernels.layer_norm(pixels, norm.weight, norm.bias, norm.eps, gates).permute(0, 3, 1, 2)
     if cpu_kernels_run(x, gate, norm.weight, norm.bias) and x.shape[1] % CPU_CHANNELS == 0:
         from dpmambair_basicsr.ops.selective_scan.numba import pixels as cpu_kernels
 
@@ -48,14 +54,15 @@ def depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.conv2d(x, weight, bias, padding=1, groups=x.shape[1])
     from dpmambair_basicsr.ops.selective_scan.cuda import pixels as kernels
 
-    kind = x.device.type
-    if torch.is_autocast_enabled(kind):
-        x = x.to(torch.get_autocast_dtype(kind))
-    return kernels.depthwise(x.permute(0, 2, 3, 1), weight, bias).permute(0, 3, 1, 2)
+    return kernels.depthwise(_pixels(x), weight, bias).permute(0, 3, 1, 2)
 
 
 def depthwise_silu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`silu(depthwise_conv(x, weight, bias))`."""
+    if kernels_run(x):
+        from dpmambair_basicsr.ops.selective_scan.cuda import pixels as kernels
+
+        return kernels.depthwise_silu(_pixels(x), weight, bias).permute(0, 3, 1, 2)
     if cpu_kernels_run(x, weight, bias) and x.shape[1] >= CPU_CHANNELS:
         from dpmambair_basicsr.ops.selective_scan.numba import pixels as cpu_kernels
 
@@ -72,6 +79,13 @@ def depthwise_gelu_gate(
     value_bias: Tensor | None,
 ) -> Tensor:
     """`gelu(depthwise_conv(*of gate)) * depthwise_conv(*of value)`; gelu is the exact one."""
+    if kernels_run(gate, value):
+        from dpmambair_basicsr.ops.selective_scan.cuda import pixels as kernels
+
+        gates, values = _pixels(gate), _pixels(value)
+        gates, values = (x.to(torch.promote_types(gates.dtype, values.dtype)) for x in (gates, values))
+        result = kernels.depthwise_gelu_gate(gates, gate_weight, gate_bias, values, value_weight, value_bias)
+        return result.permute(0, 3, 1, 2)
     tensors = gate, gate_weight, gate_bias, value, value_weight, value_bias
     if cpu_kernels_run(*tensors) and gate.shape[1] >= CPU_CHANNELS:
         from dpmambair_basicsr.ops.selective_scan.numba import pixels as cpu_kernels
@@ -80,9 +94,11 @@ def depthwise_gelu_gate(
     return F.gelu(depthwise_conv(gate, gate_weight, gate_bias)) * depthwise_conv(value, value_weight, value_bias)
 
 
-def kernels_run(x: Tensor) -> bool:
-    """Whether our GPU kernels compute this image. Not in a trace, in which FLOPs are counted."""
-    return not is_traced() and x.numel() > 0 and _kernels_run(x.device, x.dtype)
+def kernels_run(x: Tensor, *others: Tensor) -> bool:
+    """Whether our GPU kernels compute these images of one size. Not in a trace, in which FLOPs are counted."""
+    if is_traced() or x.numel() == 0 or any(other.shape != x.shape for other in others):
+        return False
+    return all(_kernels_run(image.device, image.dtype) for image in (x, *others))
 
 
 def cpu_kernels_run(*tensors: Tensor | None) -> bool:
@@ -96,6 +112,14 @@ def cpu_kernels_run(*tensors: Tensor | None) -> bool:
         return False
     backend = backend_in_force() or get_backend('numba')
     return backend.name == 'numba' and backend.why_unavailable(given[0].device, torch.float32) is None
+
+
+def _pixels(x):
+    """(b, c, h, w) -> (b, h, w, c), in autocast's type if that is enabled."""
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind):
+        x = x.to(torch.get_autocast_dtype(kind))
+    return x.permute(0, 2, 3, 1)
 
 
 def _kernels_run(device, dtype):

@@ -105,6 +105,7 @@ inline float __shfl_xor_sync(unsigned, float value, int mask) {
 template <class V> V __ldg(const V *p) { return *p; }
 
 inline float exp2_fast(float x) { return exp2f(x); }
+inline float reciprocal_fast(float x) { return 1 / x; }
 inline float half_to_float(unsigned short bits, bool bfloat) {
     unsigned wide = (unsigned)bits << 16;
     float value;

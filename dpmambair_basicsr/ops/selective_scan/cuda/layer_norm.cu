@@ -1,10 +1,13 @@
-// Layer norm over the channels of each pixel, which are side by side, and its gradients. A warp has a pixel at a time, its
-// channels in registers: they are read once. Macros: C channels, WARPS of a block, TX type of images.
+// Layer norm over the channels of each pixel, which are side by side, with or without a factor silu(gate), and its
+// gradients. A warp has a pixel at a time, its channels in registers: they are read once. Macros: C channels, WARPS of a
+// block, TX type of images, GATE 0 or 1, TG type of the gate.
 #define VALUES ((C + 31) / 32)
 
 struct Pixels {
     const TX *x, *dy;     // (pixels, C)
     TX *out;              // y, or the gradient of x
+    const TG *gate;       // (pixels, C), if GATE
+    TG *dgate;            // likewise
     const float *weight;  // (C)
     const float *bias;    // (C)
     float *parts;         // (blocks, 2, C): sums of the gradients of weight and bias
@@ -50,12 +53,14 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) layer_norm_outputs(cons
 #pragma unroll
         for (int i = 0; i < VALUES; i++) {
             const int j = lane + 32 * i;
-            if (j < C) from_float(o.out + p * C + j, fmaf(v[i], __ldg(o.weight + j), __ldg(o.bias + j)));
+            if (j >= C) continue;
+            const float y = fmaf(v[i], __ldg(o.weight + j), __ldg(o.bias + j));
+            from_float(o.out + p * C + j, GATE ? y * silu(to_float(load(o.gate + p * C + j))) : y);
         }
     }
 }
 
-extern "C" __global__ void __launch_bounds__(32 * WARPS) layer_norm_gradients(const __grid_constant__ Pixels o) {
+extern "C" __global__ void __launch_bounds__(32 * WARPS, C <= 544 ? 2 : 0) layer_norm_gradients(const __grid_constant__ Pixels o) {
     __shared__ float sums[2][C];
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     float dweight[VALUES] = {}, dbias[VALUES] = {};
@@ -65,7 +70,12 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) layer_norm_gradients(co
 #pragma unroll
         for (int i = 0; i < VALUES; i++) {
             const int j = lane + 32 * i, k = min(j, C - 1);
-            const float dy = j < C ? to_float(load(o.dy + p * C + k)) : 0;
+            float dy = j < C ? to_float(load(o.dy + p * C + k)) : 0;
+            if (GATE && j < C) {
+                const float gate = to_float(load(o.gate + p * C + j)), y = fmaf(v[i], __ldg(o.weight + j), __ldg(o.bias + j));
+                from_float(o.dgate + p * C + j, dy * y * silu_slope(gate));
+                dy *= silu(gate);
+            }
             dweight[i] = fmaf(dy, v[i], dweight[i]);
             dbias[i] += dy;
             g[i] = dy * __ldg(o.weight + k);

@@ -26,8 +26,8 @@ OPTIONS = ('--std=c++17', '-default-device')
 FILES = {
     'forward': ('types.cuh', 'scan_common.cuh', 'scan_forward.cu'),
     'backward': ('types.cuh', 'scan_common.cuh', 'scan_backward.cu'),
-    'layer_norm': ('types.cuh', 'layer_norm.cu'),
-    'depthwise': ('types.cuh', 'depthwise.cu'),
+    'layer_norm': ('types.cuh', 'gates.cuh', 'layer_norm.cu'),
+    'depthwise': ('types.cuh', 'gates.cuh', 'depthwise.cu'),
 }
 # (arguments, grid, stream) -> None
 Kernel = Callable[[ctypes.Structure, int, int], None]

@@ -13,6 +13,7 @@ inline long long multiply_wide(int x, int y) { return (long long)x * y; }
 #define CHECK_ALIGNED(p)
 #define DYNAMIC_SHARED(name) extern __shared__ __align__(16) char name[]
 __device__ inline float exp2_fast(float x) { float y; asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
+__device__ inline float reciprocal_fast(float x) { float y; asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
 // By hand: NVRTC would forget that these are 32 bits wide.
 __device__ inline long long multiply_wide(int x, int y) {
     long long product;
