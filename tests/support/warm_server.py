@@ -47,7 +47,7 @@ def run(output: list[int], arguments: list[str], cwd: str, environment: dict[str
     for target, descriptor in enumerate(output, start=1):
         os.dup2(descriptor, target)
     encoding = environment.get('PYTHONIOENCODING')
-    sys.stdout = open(1, 'w', encoding=encoding, closefd=False)  # noqa: SIM115
+    sys.stdout = open(1, 'w', 1, encoding, closefd=False)  # noqa: SIM115
     sys.stderr = open(2, 'w', 1, encoding, 'backslashreplace', closefd=False)  # noqa: SIM115
     os.chdir(cwd)
     os.environ.clear()
