@@ -27,7 +27,7 @@ struct Window {
     }
     __device__ inline float value(const Image &o, int i, int column) const {
         const bool inside = rows[i] && column >= 0 && column < o.width;
-        return inside ? to_float(load(rows[i] + (long long)column * o.channels)) : 0;
+        return inside ? to_float(load(at_pixel(rows[i], column, o.channels))) : 0;
     }
     // The columns before and at `column`, where the next `move` goes.
     __device__ inline void start(const Image &o, int column) {
@@ -90,7 +90,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, CONVOLUTIONS == 2 ? 3 :
     const long long start = (image * o.height + row) * o.width * o.channels + channel;
 #pragma unroll 4
     for (int column = first; column < min(first + STRIP, o.width); column++)
-        AFTER(o, start + (long long)column * o.channels, x.next(o, column), value.next(o, column));
+        AFTER(o, start + multiply_wide(column, o.channels), x.next(o, column), value.next(o, column));
 }
 
 extern "C" __global__ void __launch_bounds__(32 * WARPS) depthwise_weight_gradients(const __grid_constant__ Image o) {
@@ -106,7 +106,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) depthwise_weight_gradie
 #pragma unroll 4
         for (int column = 0; column < o.width; column++) {
             window.move(o, column);
-            const float g = exists ? to_float(load(dy + (long long)column * o.channels)) : 0;
+            const float g = exists ? to_float(load(at_pixel(dy, column, o.channels))) : 0;
 #pragma unroll
             for (int i = 0; i < 9; i++) own[i] = fmaf(g, window.v[i / 3][i % 3], own[i]);
             own[9] += g;

@@ -130,11 +130,6 @@ template <int M> __device__ inline void read(float (&v)[M], const float *p) {
     for (int i = M / 4 * 4; i < M; i++) v[i] = p[i];
 }
 
-// x + p * stride elements, by one instruction. A pixel has less than 2^31 bytes.
-template <class V> __device__ inline V *at_pixel(V *x, int p, int stride) {
-    return (V *)((char *)x + multiply_wide(p, stride * (int)sizeof(V)));
-}
-
 // 0 where there is no pixel. Branch-free: it always reads something.
 template <class V> __device__ inline float load_or_0(const V *x, int p, int stride) {
     const float value = to_float(load(at_pixel(x, max(p, 0), stride)));

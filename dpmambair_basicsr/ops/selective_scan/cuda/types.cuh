@@ -30,3 +30,7 @@ __device__ inline float load(const float *p) { return __ldg(p); }
 #endif
 __device__ inline float to_float(float x) { return x; }
 __device__ inline void from_float(float *p, float x) { *p = x; }
+// x + p * stride elements, by one instruction. A pixel has less than 2^31 bytes.
+template <class V> __device__ inline V *at_pixel(V *x, int p, int stride) {
+    return (V *)((char *)x + multiply_wide(p, stride * (int)sizeof(V)));
+}
