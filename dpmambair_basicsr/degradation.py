@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dpmambair_basicsr.files.errors import InputError, exit_on_error, print_any_name
-from dpmambair_basicsr.files.picture_jobs import list_pictures
+from dpmambair_basicsr.files.picture_jobs import list_pictures, nothing_found
 from dpmambair_basicsr.inference.degradation_classes import Classes, most_likely
 from dpmambair_basicsr.inference.embedder import Embedder, load_extractor, sub_folders
 from dpmambair_basicsr.inference.embedding_map import check_map, draw_map
@@ -99,7 +99,7 @@ def find_pictures(inputs: list[str]) -> dict[Path, str]:
         if Path(argument).is_dir():
             found |= {path: name for name, paths in sub_folders(Path(argument)).items() for path in paths}
         if not found:
-            raise InputError(f'{argument}: no pictures found')
+            raise InputError(nothing_found(argument))
         kinds |= found
     return kinds
 

@@ -192,7 +192,7 @@ def test_mistakes_end_with_one_line(folder, monkeypatch, capsys, tmp_path):
         with pytest.raises(SystemExit, match=message) as caught:
             run(monkeypatch, capsys, folder, 'pictures', *arguments)
         assert '\n' not in str(caught.value)
-    with pytest.raises(SystemExit, match='nowhere: no pictures found'):
+    with pytest.raises(SystemExit, match='nowhere: no such file or folder'):
         run(monkeypatch, capsys, folder, 'nowhere', '-w', 'w.pth', '--reference', 'reference')
 
 

@@ -540,6 +540,10 @@ def test_subfolders_are_kept_and_other_files_counted(identity, tmp_path):
         Image.fromarray(noise(9, 8, 3)).save(tmp_path / name)
     for name in ('a.heic', 'b.heic', 'notes.txt', 'a/c.heic'):
         (tmp_path / 'in' / name).write_bytes(b'')
+    done = restore(identity, 'in', '-o', 'flat', cwd=tmp_path)
+    assert done.returncode == 0 and [file.name for file in (tmp_path / 'flat').iterdir()] == ['x.png'], done.stdout
+    said = 'skipped, unsupported format: 2 .heic, 1 .txt; 1 sub-folder not searched, which -r does'
+    assert said in done.stdout.splitlines()
     done = restore(identity, 'in', '-r', '-o', 'in/out', cwd=tmp_path)
     assert done.returncode == 0, done.stdout
     assert 'skipped, unsupported format: 3 .heic, 1 .txt' in done.stdout.splitlines()

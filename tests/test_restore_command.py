@@ -303,6 +303,7 @@ def test_wrong_arguments_end_with_one_line(monkeypatch, tmp_path):
     wrong = {
         ('nowhere/*.png', '-o', 'out'): r'^nowhere/\*\.png: no pictures found$',
         ('none', '-o', 'out'): '^none: no pictures found$',
+        ('missing', '-o', 'out'): '^missing: no such file or folder$',
         ('a', 'b', '-o', 'out'): '^out/x.png: would be the result of both a/x.png and b/x.png; use -r to keep',
         ('a', '-o', 'a'): '^a/x.png: would overwrite an input',
         ('a', '-o', 'a', '--suffix', '_2'): '^a/x_2.png: would overwrite an input',

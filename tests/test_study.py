@@ -282,6 +282,23 @@ def test_a_study_refuses_trials_started_with_other_options(study):
     assert 'large/seed_3: was started with options that differ from the study file' in result.stdout.splitlines()[-1]
 
 
+def test_wrong_options_of_all_variants_are_reported_before_anything_starts(study):
+    wrong = copy.deepcopy(STUDY) | {'name': 'wrong'}
+    wrong['variants']['large']['force_yml'] = ['network_g:num_fea=8']
+    wrong['train']['force_yml'] = [*wrong['train'].get('force_yml', []), 'train:total_itr=3']
+    (study / 'wrong.yml').write_text(yaml.safe_dump(wrong))
+    result = warm_python('-m', 'dpmambair_basicsr', 'study', 'wrong.yml', cwd=study)
+    assert result.returncode == 1
+    lines = result.stdout.splitlines()
+    start = lines.index('dpmambair study: wrong: problems in the options:')
+    told = [line.strip() for line in lines[start + 1 :]]
+    assert told == [
+        'variants.large, train: train.total_itr: unknown key, did you mean total_iter?',  # of both, told once
+        'variants.large, train: network_g.num_fea: unknown key, did you mean num_feat?',
+    ]
+    assert not list((study / 'studies/wrong').rglob('output.txt'))
+
+
 def test_a_failed_command_is_one_line_with_its_last_output(tmp_path):
     output = tmp_path / 'output.txt'
     output.write_text('much\nValueError: this\n\n')
@@ -293,11 +310,11 @@ def test_completed_jobs_end_at_once(tmp_path):
     """Like the trainings before the trials when a study continues."""
     (tmp_path / 'result').touch()
     jobs = [[Command('train', [], tmp_path / f'{i}.txt', tmp_path / 'result', {})] for i in range(3)]
-    done = []
-    thread = threading.Thread(target=run_jobs, args=(jobs, [''], done.append), daemon=True)
+    done, started = [], []
+    thread = threading.Thread(target=run_jobs, args=(jobs, [''], done.append, started.append), daemon=True)
     thread.start()
     thread.join(60)
-    assert not thread.is_alive() and done == jobs
+    assert not thread.is_alive() and done == jobs and not started
 
 
 # Verification

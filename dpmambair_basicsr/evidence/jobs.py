@@ -14,10 +14,12 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import wait
 from pathlib import Path
+from typing import Any
 
 from dpmambair_basicsr.files.atomic import replacing
 from dpmambair_basicsr.files.errors import InputError
@@ -67,11 +69,21 @@ class Command:
 Job = list[Command]  # each command needs the previous one
 
 
-def run_jobs(jobs: list[Job], slots: list[str], done: Callable[[Job], None]) -> None:
-    """Run the unfinished jobs, as many at a time as there are slots; call `done` after each.
+def call(function: Callable[..., Any], *arguments: Any, slots: list[str]) -> Any:
+    """The result of a function in a process like those of the commands."""
+    with environment(), ProcessPoolExecutor(1, process_context(slots)) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def run_jobs(
+    jobs: list[Job], slots: list[str], done: Callable[[Job], None], started: Callable[[Command], None]
+) -> None:
+    """Run the unfinished jobs, as many at a time as there are slots.
 
     Args:
         slots: value of CUDA_VISIBLE_DEVICES for each slot; '': unchanged.
+        done: called after each job.
+        started: called with each command that starts.
 
     Raises:
         InputError: a command failed; the others are told to save and exit, as after any other exception.
@@ -82,13 +94,13 @@ def run_jobs(jobs: list[Job], slots: list[str], done: Callable[[Job], None]) -> 
         try:
             while waiting or running:
                 while waiting and free:
-                    start(context, waiting.popleft(), free.pop(0), free, running, done)
+                    start(context, waiting.popleft(), free.pop(0), free, running, done, started)
                 for sentinel in wait([*running]) if running else ():  # none if all were done
                     process, command, job, slot = running.pop(sentinel)
                     process.join()
                     if process.exitcode or not command.is_done:
                         raise InputError(failure(command, process.exitcode))
-                    start(context, job, slot, free, running, done)
+                    start(context, job, slot, free, running, done, started)
         finally:
             for process, *_ in running.values():
                 process.terminate()
@@ -96,7 +108,7 @@ def run_jobs(jobs: list[Job], slots: list[str], done: Callable[[Job], None]) -> 
                 process.join()
 
 
-def start(context, job: Job, slot: str, free: list[str], running: dict, done: Callable[[Job], None]) -> None:
+def start(context, job: Job, slot: str, free: list[str], running: dict, done, started) -> None:
     """Start the job's next command; if there is none, free its slot."""
     command = next((command for command in job if not command.is_done), None)
     if command is None:
@@ -106,6 +118,7 @@ def start(context, job: Job, slot: str, free: list[str], running: dict, done: Ca
     command.write_record()
     process = context.Process(target=run_command, args=(command, slot))
     process.start()
+    started(command)
     running[process.sentinel] = process, command, job, slot
 
 

@@ -12,7 +12,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from dpmambair_basicsr.evidence.jobs import Command, Job, device_slots, run_jobs
+from dpmambair_basicsr.evidence.check import problems_of
+from dpmambair_basicsr.evidence.jobs import Command, Job, call, device_slots, run_jobs
 from dpmambair_basicsr.files import lock
 from dpmambair_basicsr.files.atomic import sha256
 from dpmambair_basicsr.files.errors import OptionError, exit_on_error
@@ -93,6 +94,7 @@ def main() -> None:
             print((folder / 'study.md').read_text(encoding='utf-8'))
             print(f'{len(table.trials)} trials; {folder / "study.html"}')
     except KeyboardInterrupt:
+        print('interrupted; to continue, repeat the command', file=sys.stderr)
         sys.exit(130)
     finally:
         lock.release()
@@ -191,6 +193,7 @@ def run_study(study: Study, folder: Path, jobs: int | None) -> StudyTable:
 
     Raises:
         InputError: a command failed, or one in the folder was started with other options.
+        OptionError: some options are wrong; nothing was started.
     """
     places = [(variant, seed) for seed in study.seeds for variant in study.variants]  # so that pairs are complete early
     trainings_before = [[[before(study, folder, name, seed)] for seed in study.seeds] for name in study.before]
@@ -213,11 +216,28 @@ def run_study(study: Study, folder: Path, jobs: int | None) -> StudyTable:
         print(f'[{len(trials)}/{len(places)}] {describe(trials[place])}', flush=True)
         tabulated()
 
+    def started(command: Command) -> None:
+        print(f'{command.module} started, output in {command.output}', flush=True)
+
     slots = device_slots(jobs)
+    check_options(study, folder, slots)
     for trainings in trainings_before:
-        run_jobs(trainings, slots, lambda job: print(f'{job[0].output.parent}: done', flush=True))
-    run_jobs([work[place] for place in places if place not in trials], slots, done)
+        run_jobs(trainings, slots, lambda job: print(f'{job[0].output.parent}: done', flush=True), started)
+    run_jobs([work[place] for place in places if place not in trials], slots, done, started)
     return tabulated()
+
+
+def check_options(study: Study, folder: Path, slots: list[str]) -> None:
+    """Raise OptionError with all problems in the options of the commands left, before the first one starts."""
+    seed = study.seeds[0]
+    jobs = {f'before.{name}': [before(study, folder, name, seed)] for name in study.before}
+    jobs |= {f'variants.{name}': trial(study, folder, name, seed) for name in study.variants}
+    left = {
+        f'{name}, {command.module}': command for name, job in jobs.items() for command in job if not command.is_done
+    }
+    problems = call(problems_of, left, slots=slots) if left else []
+    if problems:
+        raise OptionError('\n  '.join([f'{study.name}: problems in the options:', *problems]))
 
 
 def before(study: Study, folder: Path, name: str, seed: int) -> Command:

@@ -11,6 +11,7 @@ from dpmambair_basicsr.files.pictures import EXTENSIONS, FORMATS
 from dpmambair_basicsr.files.videos import VIDEOS
 
 RESTORED = (*EXTENSIONS, *VIDEOS)
+SUB_FOLDERS = 'sub-folders'
 
 
 @dataclass
@@ -19,7 +20,8 @@ class Plan:
     Attributes:
         jobs: (picture, result), each picture once.
         folder: contains all results, possibly in sub-folders.
-        skipped: number of files in the searched folders, by extension, that are not in `RESTORED`.
+        skipped: number of files in the searched folders, by extension, that are not in `RESTORED`, and of sub-folders
+            that were not searched, `SUB_FOLDERS`.
     """
 
     jobs: list[tuple[Path, Path]]
@@ -27,8 +29,12 @@ class Plan:
     skipped: Counter = field(default_factory=Counter)
 
     def skipped_summary(self) -> str:
-        counts = ', '.join(f'{count} {kind}' for kind, count in sorted(self.skipped.items()))
-        return f'skipped, unsupported format: {counts}'
+        files = {kind: count for kind, count in self.skipped.items() if kind != SUB_FOLDERS}
+        counts = ', '.join(f'{count} {kind}' for kind, count in sorted(files.items()))
+        parts = [f'skipped, unsupported format: {counts}'] if files else []
+        if folders := self.skipped[SUB_FOLDERS]:
+            parts.append(f'{folders} sub-folder{"s" if folders > 1 else ""} not searched, which -r does')
+        return '; '.join(parts)
 
 
 def plan(
@@ -53,7 +59,7 @@ def plan(
         found = find(argument, recursive, result.skipped, output, RESTORED)
         if not found:
             skipped = f'; {result.skipped_summary()}' if result.skipped else ''
-            raise InputError(f'{argument}: no pictures found{skipped}')
+            raise InputError(f'{nothing_found(argument)}{skipped}')
         for source, below in found:
             is_video = source.suffix.lower() in VIDEOS
             if is_file and is_video != (output.suffix.lower() in VIDEOS):
@@ -73,6 +79,12 @@ def plan(
     check_folder(result.folder)
     result.jobs = [(source, target) for target, source in sources.items()]
     return result
+
+
+def nothing_found(argument: str) -> str:
+    """The message for an argument without pictures."""
+    is_there = Path(argument).exists() or glob.has_magic(argument)
+    return f'{argument}: {"no pictures found" if is_there else "no such file or folder"}'
 
 
 def find(
@@ -101,8 +113,11 @@ def in_folder(
     for name, folders, files in os.walk(folder, followlinks=True):
         here = Path(name)
         seen.add(here.resolve())
-        parts = sorted(here / part for part in folders if part[0] != '.') if recursive else []
-        folders[:] = [part.name for part in parts if part.resolve() not in seen | {output.resolve()}]
+        visible = (here / part for part in sorted(folders) if part[0] != '.')
+        parts = [part for part in visible if part.resolve() not in seen | {output.resolve()}]
+        if parts and not recursive:
+            skipped[SUB_FOLDERS] += len(parts)
+        folders[:] = [part.name for part in parts] if recursive else []
         for file in sorted(here / part for part in files if part[0] != '.'):
             if file.suffix.lower() in extensions:  # including broken links, which will be reported
                 found.append((file, here.relative_to(folder)))

@@ -14,7 +14,7 @@ from dpmambair_basicsr.archs import DegradationExtractor
 from dpmambair_basicsr.data.degradations import degrade, synthetic
 from dpmambair_basicsr.files.checkpoints import WRAPPINGS, differences, read_checkpoint, select_weights
 from dpmambair_basicsr.files.images import to_float, to_tensor
-from dpmambair_basicsr.files.picture_jobs import list_pictures
+from dpmambair_basicsr.files.picture_jobs import list_pictures, nothing_found
 from dpmambair_basicsr.files.pictures import read_picture
 from dpmambair_basicsr.inference.degradation_classes import Classes
 
@@ -73,7 +73,7 @@ class Embedder:
         """Classes from the folder's pictures, each degraded in every way. Raises ValueError for fewer than two."""
         paths = list_pictures(str(folder))
         if not paths:
-            raise ValueError(f'{folder}: no pictures found')
+            raise ValueError(nothing_found(str(folder)))
         found = self.embed(paths, 'clean', degraded_versions)
         return Classes.of({kind: [part[i : i + 1] for part in found.values()] for i, kind in enumerate(single_kinds())})
 

@@ -225,9 +225,9 @@ def converted(value, kind, place: str) -> Any:
         kinds = get_type_hints(kind)
         required = [part.name for part in fields(kind) if part.default is part.default_factory is MISSING]
         missing = [name for name in required if name not in value]
-        wrong = [f'{name} is missing' for name in missing] + [f'unknown {name!r}' for name in value.keys() - kinds]
+        wrong = [f'unknown {name!r}' for name in value.keys() - kinds] + [f'{name} is missing' for name in missing]
         if wrong:
-            raise ValueError(f'{place}: {wrong[0]}')
+            raise ValueError(f'{place}: {"; ".join(wrong)}')
         inside = '' if place == 'the file' else f'{place}.'
         return kind(**{name: converted(part, kinds[name], inside + name) for name, part in value.items()})
     if origin is list:
