@@ -57,10 +57,12 @@ OPERATIONS = 9
 def main():
     tables = {'backends': backends, 'omni': omni, 'growth': growth, 'memory': memory, 'start': start}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--tables', nargs='+', default=['backends', 'omni'], choices=tables)
-    parser.add_argument('--sizes', nargs='+', metavar='BxDxNxL', help='batch, channels, states, length')
+    parser.add_argument(
+        '--tables', nargs='+', default=['backends', 'omni'], choices=tables, help='default: backends omni'
+    )
+    parser.add_argument('--sizes', nargs='+', metavar='BxDxNxL', help='of backends: batch, channels, states, length')
     parser.add_argument('--backends', nargs='+', help='only these in the table of backends; mambapy is one')
-    parser.add_argument('--images', nargs='+', default=IMAGES, metavar='BxDxHxW')
+    parser.add_argument('--images', nargs='+', default=IMAGES, metavar='BxDxHxW', help='of omni')
     parser.add_argument('--repeats', type=int, default=3, help='timed runs per contender (default: 3)')
     parser.add_argument('--forward', action='store_true', help='no backward passes')
     parser.add_argument('--threads', type=int, default=torch.get_num_threads(), help='CPU threads')

@@ -100,18 +100,22 @@ def describe(path: str, error: Exception) -> str:
     return f'{path}: {text}' if isinstance(error, ValueError | OSError) else f'{path}: {type(error).__name__}: {text}'
 
 
+class TooManyPartsError(ValueError):
+    """A network is larger than allowed."""
+
+
 def make_without_storage(target: type, arguments: dict, most: int = MAX_PARTS) -> torch.nn.Module:
     """A network on the meta device, without memory for its parameters, and with at most `most` parts.
 
     Raises:
-        ValueError: it would have more than `most` parameters and modules.
+        TooManyPartsError: it would have more than `most` parameters and modules.
         Exception: what the constructor raises.
     """
     made, thread = itertools.count(1), threading.get_ident()
 
     def count(*_) -> None:
         if threading.get_ident() == thread and next(made) > most:
-            raise ValueError(f'the network would have more than {most} parameters and modules')
+            raise TooManyPartsError(f'the network would have more than {most} parameters and modules')
 
     hooks = [register_module_module_registration_hook(count), register_module_parameter_registration_hook(count)]
     try:

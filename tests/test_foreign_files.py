@@ -164,6 +164,12 @@ def test_auto_resume_does_not_block_on_a_fifo(tmp_path):
     assert '9.state: not a regular file. Trying the previous one.' in log and 'iter: 4.' in log
 
 
+def test_options_of_a_much_larger_network_than_the_weights_are_refused(tmp_path):
+    torch.save({'params': VmambaIR(**NETWORK).state_dict()}, tmp_path / 'small.pth')
+    with pytest.raises(ValueError, match=r'small.pth: network_g: .* too many for its \d+ tensors$'):
+        dpmambair_basicsr.load(str(tmp_path / 'small.pth'), network={'type': 'DPMambaIR'})
+
+
 def test_a_network_of_an_option_file_is_bounded_too(tmp_path, monkeypatch):
     opt = forked.options(forked.write_images(tmp_path / 'images'))
     opt['network_g'] = {'type': 'DegradationAutoencoder', 'num_refine_blocks': 10**9}

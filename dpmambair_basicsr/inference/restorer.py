@@ -23,6 +23,7 @@ from dpmambair_basicsr.inference.tiled_network import OVERLAP, TiledNetwork
 from dpmambair_basicsr.ops import pad_to_multiple, use_backend
 from dpmambair_basicsr.ops.selective_scan.backend import check_backend
 from dpmambair_basicsr.registry import (
+    TooManyPartsError,
     arguments_of,
     describe,
     is_ours,
@@ -158,6 +159,8 @@ def build(target: type, arguments: dict, state_dict: dict[str, Tensor], weights:
             if ours
             else target(**arguments)
         )
+    except TooManyPartsError as error:
+        raise ValueError(f'{weights}: network_g: {error}, too many for its {len(state_dict)} tensors') from error
     except Exception as error:  # any: constructors fail in many ways on foreign options
         raise ValueError(describe(f'{weights}: network_g', error)) from error
     if report := differences(net, state_dict):
