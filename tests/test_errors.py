@@ -50,6 +50,13 @@ def test_an_error_of_ours_becomes_one_line_and_status_1(error):
     assert isinstance(end.value.code, str), 'which Python prints, with exit status 1'
 
 
+def test_an_error_of_the_system_names_the_file_first(tmp_path):
+    for path, reason in ((tmp_path, 'Is a directory'), (tmp_path / 'none', 'No such file or directory')):
+        with pytest.raises(SystemExit) as ended, errors.exit_on_error('command', OSError):
+            path.read_bytes()
+        assert ended.value.code == f'command: {path}: {reason}'
+
+
 def test_other_errors_keep_their_traceback():
     with pytest.raises(ZeroDivisionError), errors.exit_on_error('command', OSError):
         raise ZeroDivisionError

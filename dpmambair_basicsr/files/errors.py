@@ -38,7 +38,15 @@ def exit_on_error(command: str = '', *others: type[Exception]) -> Iterator[None]
     try:
         yield
     except (UserError, *others) as error:
-        raise SystemExit(f'{command}: {error}' if command else str(error)) from None
+        message = message_of(error)
+        raise SystemExit(f'{command}: {message}' if command else message) from None
+
+
+def message_of(error: Exception) -> str:
+    """Its text; of the system's errors without the number, and the file first, as in our own."""
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f'{error.filename}: {error.strerror}'
+    return str(error)
 
 
 def print_any_name() -> None:
