@@ -22,11 +22,11 @@ def layer_norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
     Under autocast a GPU kernel gives x's type, PyTorch fp32.
     """
     pixels = x.permute(0, 2, 3, 1)  # a view, not a copy
-    if kernels_run(x) and x.shape[1] <= MAX_CHANNELS:
+    if kernels_run(x) and x.shape[1] <= MAX_CHANNELS and _is_affine(norm, x):
         from dpmambair_basicsr.ops.selective_scan.cuda import pixels as kernels
 
         return kernels.layer_norm(pixels, norm.weight, norm.bias, norm.eps, None).permute(0, 3, 1, 2)
-    if cpu_kernels_run(x, norm.weight, norm.bias) and x.shape[1] % CPU_CHANNELS == 0:
+    if _is_affine(norm, x) and cpu_kernels_run(x, norm.weight, norm.bias) and x.shape[1] % CPU_CHANNELS == 0:
         from dpmambair_basicsr.ops.selective_scan.numba import pixels as cpu_kernels
 
         return cpu_kernels.layer_norm(x, norm.weight, norm.bias, norm.eps, None)
@@ -35,13 +35,14 @@ def layer_norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
 
 def layer_norm_silu_gate(norm: nn.LayerNorm, x: Tensor, gate: Tensor) -> Tensor:
     """`layer_norm(norm, x) * silu(gate)`, (b, c, h, w) each, in the wider of their types."""
-    if kernels_run(x, gate) and x.shape[1] <= MAX_CHANNELS:
+    if kernels_run(x, gate) and x.shape[1] <= MAX_CHANNELS and _is_affine(norm, x):
         from dpmambair_basicsr.ops.selective_scan.cuda import pixels as kernels
 
         x = x.to(torch.promote_types(x.dtype, gate.dtype))
         pixels, gates = x.permute(0, 2, 3, 1), gate.permute(0, 2, 3, 1)
         return kernels.layer_norm(pixels, norm.weight, norm.bias, norm.eps, gates).permute(0, 3, 1, 2)
-    if cpu_kernels_run(x, gate, norm.weight, norm.bias) and x.shape[1] % CPU_CHANNELS == 0:
+    fits = _is_affine(norm, x) and x.shape == gate.shape and x.shape[1] % CPU_CHANNELS == 0
+    if fits and cpu_kernels_run(x, gate, norm.weight, norm.bias):
         from dpmambair_basicsr.ops.selective_scan.numba import pixels as cpu_kernels
 
         return cpu_kernels.layer_norm(x, norm.weight, norm.bias, norm.eps, gate)
@@ -50,7 +51,7 @@ def layer_norm_silu_gate(norm: nn.LayerNorm, x: Tensor, gate: Tensor) -> Tensor:
 
 def depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """(b, c, h, w) by (c, 1, 3, 3) and (c,), with zeros around the image -> (b, c, h, w); autocast applies."""
-    if not kernels_run(x):
+    if not (kernels_run(x) and _fit(x, weight, bias)):
         return F.conv2d(x, weight, bias, padding=1, groups=x.shape[1])
     from dpmambair_basicsr.ops.selective_scan.cuda import pixels as kernels
 
@@ -59,11 +60,11 @@ def depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def depthwise_silu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`silu(depthwise_conv(x, weight, bias))`."""
-    if kernels_run(x):
+    if kernels_run(x) and _fit(x, weight, bias):
         from dpmambair_basicsr.ops.selective_scan.cuda import pixels as kernels
 
         return kernels.depthwise_silu(_pixels(x), weight, bias).permute(0, 3, 1, 2)
-    if cpu_kernels_run(x, weight, bias) and x.shape[1] >= CPU_CHANNELS:
+    if cpu_kernels_run(x, weight, bias) and x.shape[1] >= CPU_CHANNELS and _fit(x, weight, bias):
         from dpmambair_basicsr.ops.selective_scan.numba import pixels as cpu_kernels
 
         return cpu_kernels.depthwise_silu(x, weight, bias)
@@ -79,7 +80,8 @@ def depthwise_gelu_gate(
     value_bias: Tensor | None,
 ) -> Tensor:
     """`gelu(depthwise_conv(*of gate)) * depthwise_conv(*of value)`; gelu is the exact one."""
-    if kernels_run(gate, value):
+    fits = gate.shape == value.shape and _fit(gate, gate_weight, gate_bias) and _fit(value, value_weight, value_bias)
+    if fits and kernels_run(gate, value):
         from dpmambair_basicsr.ops.selective_scan.cuda import pixels as kernels
 
         gates, values = _pixels(gate), _pixels(value)
@@ -87,7 +89,7 @@ def depthwise_gelu_gate(
         result = kernels.depthwise_gelu_gate(gates, gate_weight, gate_bias, values, value_weight, value_bias)
         return result.permute(0, 3, 1, 2)
     tensors = gate, gate_weight, gate_bias, value, value_weight, value_bias
-    if cpu_kernels_run(*tensors) and gate.shape[1] >= CPU_CHANNELS:
+    if fits and cpu_kernels_run(*tensors) and gate.shape[1] >= CPU_CHANNELS:
         from dpmambair_basicsr.ops.selective_scan.numba import pixels as cpu_kernels
 
         return cpu_kernels.depthwise_gelu_gate(*tensors)
@@ -112,6 +114,17 @@ def cpu_kernels_run(*tensors: Tensor | None) -> bool:
         return False
     backend = backend_in_force() or get_backend('numba')
     return backend.name == 'numba' and backend.why_unavailable(given[0].device, torch.float32) is None
+
+
+def _is_affine(norm, x):
+    """Whether the norm has the weight and bias that kernels read, one of each a channel; PyTorch judges others."""
+    return norm.weight is not None and norm.bias is not None and norm.weight.shape == norm.bias.shape == x.shape[1:2]
+
+
+def _fit(x, weight, bias):
+    """Whether kernels, which check nothing, can convolve the image; otherwise PyTorch does, or raises."""
+    channels = x.shape[1]
+    return weight.shape == (channels, 1, 3, 3) and (bias is None or bias.shape == (channels,))
 
 
 def _pixels(x):

@@ -34,12 +34,21 @@ def gate_depthwise(conv: nn.Conv2d, gate: Tensor, value: Tensor) -> Tensor:
 
 def silu_depthwise(conv: nn.Conv2d, x: Tensor) -> Tensor:
     """`F.silu(conv(x))` of a depthwise 3x3 convolution that keeps the size."""
-    return depthwise_silu(x, conv.weight, conv.bias)
+    return depthwise_silu(x, conv.weight, conv.bias) if is_plain(conv) else F.silu(conv(x))
 
 
 def convolve_depthwise(conv: nn.Conv2d, x: Tensor) -> Tensor:
     """`conv(x)` of a depthwise 3x3 convolution that keeps the size."""
-    return depthwise_conv(x, conv.weight, conv.bias) if kernels_run(x) else conv(x)
+    return depthwise_conv(x, conv.weight, conv.bias) if kernels_run(x) and is_plain(conv) else conv(x)
+
+
+def is_plain(conv: nn.Module) -> bool:
+    """Whether weight and bias are all of the module: pruning, LoRA and the like replace it or hook into its call."""
+    return (
+        type(conv) is nn.Conv2d
+        and conv.padding_mode == 'zeros'
+        and not (conv._forward_hooks or conv._forward_pre_hooks)
+    )
 
 
 def parameter_halves(conv: nn.Conv2d, width: int) -> list[tuple[Tensor, Tensor | None]]:
