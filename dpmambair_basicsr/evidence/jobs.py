@@ -118,8 +118,8 @@ def start(context, job: Job, slot: str, free: list[str], running: dict, done, st
     command.write_record()
     process = context.Process(target=run_command, args=(command, slot))
     process.start()
-    started(command)
     running[process.sentinel] = process, command, job, slot
+    started(command)
 
 
 @contextmanager

@@ -225,8 +225,8 @@ def converted(value, kind, place: str) -> Any:
         kinds = get_type_hints(kind)
         required = [part.name for part in fields(kind) if part.default is part.default_factory is MISSING]
         missing = [name for name in required if name not in value]
-        wrong = [f'unknown {name!r}' for name in value.keys() - kinds] + [f'{name} is missing' for name in missing]
-        if wrong:
+        unknown = [name for name in value if name not in kinds]
+        if wrong := [f'unknown {name!r}' for name in unknown] + [f'{name} is missing' for name in missing]:
             raise ValueError(f'{place}: {"; ".join(wrong)}')
         inside = '' if place == 'the file' else f'{place}.'
         return kind(**{name: converted(part, kinds[name], inside + name) for name, part in value.items()})

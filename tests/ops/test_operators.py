@@ -70,6 +70,6 @@ def test_fake_tensors_pass_through(with_gradients):
     assert y.shape == tensors[0].shape and y.requires_grad == with_gradients
 
 
-def test_a_function_with_an_argument_that_it_changes_is_no_operator():
+def test_a_function_without_annotations_is_refused():
     with pytest.raises(ValueError, match='infer_schema'):
         Operator('untyped', lambda x: x, None)
