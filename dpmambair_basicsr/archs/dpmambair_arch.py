@@ -19,6 +19,7 @@ from dpmambair_basicsr.archs.blocks import (
     PlanarScan,
     UNet,
     convolve_halves,
+    norm_and_gate,
     one_of,
     silu_depthwise,
 )
@@ -197,7 +198,7 @@ class DPSSModule(PlanarScan):
         """(B, C, H, W), (B, E) -> (B, C, H, W)."""
         features, gate = self.scanned_and_gate(x, embedding)
         prompts = () if self.modulation is None else self.modulation(embedding)
-        y = self.out_norm.and_gate(self.scan(features, *prompts), gate)
+        y = norm_and_gate(self.out_norm, self.scan(features, *prompts), gate)
         return self.out_conv(self.high_frequency(y))
 
     def scanned_and_gate(self, x: Tensor, embedding: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -21,6 +21,7 @@ from dpmambair_basicsr.archs.blocks import (
     convolve_halves,
     directional_scan,
     log_uniform_delta_bias,
+    norm_and_gate,
     one_of,
     silu_depthwise,
 )
@@ -95,12 +96,9 @@ class OSSModule(PlanarScan):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> same."""
-        if isinstance(self.in_conv, PixelLinear):
-            features, gate = self.in_conv(x).chunk(2, dim=1)  # (B, C, H, W) each
-        else:
-            features, gate = convolve_halves(self.in_conv, x)
+        features, gate = convolve_halves(self.in_conv, x)  # (B, C, H, W) each
         features = silu_depthwise(self.conv2d, features)
-        y = self.out_norm.and_gate(self.scan(features), gate)
+        y = norm_and_gate(self.out_norm, self.scan(features), gate)
         if self.channel_scan != 'none':
             c = self.scan_channels(y)  # (B, C, 1, 1)
             y = y + c if self.channel_fusion == 'add' else y * c + y

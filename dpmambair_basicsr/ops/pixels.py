@@ -116,9 +116,23 @@ def cpu_kernels_run(*tensors: Tensor | None) -> bool:
     return backend.name == 'numba' and backend.why_unavailable(given[0].device, torch.float32) is None
 
 
+def is_plain(kind: type[nn.Module], *modules: nn.Module) -> bool:
+    """Whether calling the modules does what `kind` does with weight and bias, which kernels may then read instead.
+
+    Pruning, LoRA, offloading, counters and the like replace a module, hook into its call, or give it another `forward`.
+    """
+    for module in modules:
+        hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
+        if type(module) is not kind or hooks or module._backward_pre_hooks or 'forward' in module.__dict__:
+            return False
+    return True
+
+
 def _is_affine(norm, x):
     """Whether the norm has the weight and bias that kernels read, one of each a channel; PyTorch judges others."""
-    return norm.weight is not None and norm.bias is not None and norm.weight.shape == norm.bias.shape == x.shape[1:2]
+    if not is_plain(nn.LayerNorm, norm) or norm.weight is None or norm.bias is None:
+        return False
+    return norm.weight.shape == norm.bias.shape == x.shape[1:2]
 
 
 def _fit(x, weight, bias):

@@ -8,10 +8,9 @@ import torch
 from operator_checks import scans_run_by
 from torch import nn
 from torch.nn import functional as F
-from torch.nn.utils import prune
 
 from dpmambair_basicsr.archs import DPMambaIR, VmambaIR
-from dpmambair_basicsr.archs.blocks import EFFN, LayerNorm, silu_depthwise
+from dpmambair_basicsr.archs.blocks import EFFN, LayerNorm
 from dpmambair_basicsr.ops import use_backend
 from dpmambair_basicsr.ops.pixels import cpu_kernels_run, depthwise_gelu_gate, depthwise_silu, layer_norm_silu_gate
 from dpmambair_basicsr.ops.pixels import layer_norm as layer_norm_of
@@ -228,12 +227,3 @@ def test_weights_that_do_not_fit_are_refused_as_pytorch_does():
         assert torch.equal(depthwise_silu(x, large, None), F.silu(F.conv2d(x, large, padding=1, groups=32)))
         for norm in (nn.LayerNorm(32, bias=False), nn.LayerNorm(32, elementwise_affine=False)):
             assert torch.equal(layer_norm_of(norm, x), norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2))
-
-
-def test_pruned_and_hooked_convolutions_are_called():
-    conv, x = nn.Conv2d(32, 32, 3, padding=1, groups=32), torch.rand(1, 32, 4, 4)
-    with torch.no_grad():
-        prune.l1_unstructured(conv, 'weight', amount=0.5)
-        conv.weight_orig.mul_(2)
-        assert torch.equal(silu_depthwise(conv, x), F.silu(conv(x)))
-        assert torch.equal(conv.weight, conv.weight_orig * conv.weight_mask)

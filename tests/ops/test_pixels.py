@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from dpmambair_basicsr.archs import DPMambaIR, VmambaIR
-from dpmambair_basicsr.archs.blocks import EFFN, LayerNorm, silu_depthwise
+from dpmambair_basicsr.archs.blocks import EFFN, LayerNorm, norm_and_gate, silu_depthwise
 from dpmambair_basicsr.ops import use_backend
 from dpmambair_basicsr.ops.pixels import (
     MAX_CHANNELS,
@@ -282,7 +282,7 @@ class Gates(nn.Module):
         self.norm, self.ffn = LayerNorm(channels), EFFN(channels, 1.6, bias=bias)
 
     def forward(self, x):
-        return self.ffn(self.norm.and_gate(silu_depthwise(self.conv, x), x))
+        return self.ffn(norm_and_gate(self.norm, silu_depthwise(self.conv, x), x))
 
 
 FUSED = {'layer_norm_cuda', 'depthwise_silu_cuda', 'depthwise_gelu_gate_cuda'}

@@ -3,7 +3,7 @@
 from dpmambair_basicsr.archs.blocks.checks import one_of
 from dpmambair_basicsr.archs.blocks.effn import EFFN
 from dpmambair_basicsr.archs.blocks.image_mean import ImageMean, MeansOverTiles
-from dpmambair_basicsr.archs.blocks.layer_norm import LayerNorm
+from dpmambair_basicsr.archs.blocks.layer_norm import LayerNorm, norm_and_gate
 from dpmambair_basicsr.archs.blocks.planar_scan import PlanarScan, directional_scan, log_uniform_delta_bias
 from dpmambair_basicsr.archs.blocks.split_conv import convolve_depthwise, convolve_halves, silu_depthwise
 from dpmambair_basicsr.archs.blocks.unet import UNet
@@ -19,6 +19,7 @@ __all__ = [
     'convolve_halves',
     'directional_scan',
     'log_uniform_delta_bias',
+    'norm_and_gate',
     'one_of',
     'silu_depthwise',
 ]

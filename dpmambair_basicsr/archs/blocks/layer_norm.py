@@ -1,6 +1,7 @@
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from dpmambair_basicsr.ops.pixels import layer_norm, layer_norm_silu_gate
+from dpmambair_basicsr.ops.pixels import is_plain, layer_norm, layer_norm_silu_gate
 
 
 class LayerNorm(nn.Module):
@@ -21,6 +22,7 @@ class LayerNorm(nn.Module):
         # and the channels_last result lets the convolutions that follow stay in their fast layout.
         return layer_norm(self.body, x)
 
-    def and_gate(self, x: Tensor, gate: Tensor) -> Tensor:
-        """`self(x) * silu(gate)`, (b, c, h, w) each."""
-        return layer_norm_silu_gate(self.body, x, gate)
+
+def norm_and_gate(norm: LayerNorm, x: Tensor, gate: Tensor) -> Tensor:
+    """`norm(x) * silu(gate)`, (b, c, h, w) each."""
+    return layer_norm_silu_gate(norm.body, x, gate) if is_plain(LayerNorm, norm) else norm(x) * F.silu(gate)

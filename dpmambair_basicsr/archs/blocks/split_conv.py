@@ -1,7 +1,7 @@
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dpmambair_basicsr.ops.pixels import depthwise_conv, depthwise_gelu_gate, depthwise_silu, kernels_run
+from dpmambair_basicsr.ops.pixels import depthwise_conv, depthwise_gelu_gate, depthwise_silu, is_plain, kernels_run
 
 
 def convolve_halves(conv: nn.Conv2d, x: Tensor, width: int | None = None) -> tuple[Tensor, Tensor]:
@@ -11,9 +11,11 @@ def convolve_halves(conv: nn.Conv2d, x: Tensor, width: int | None = None) -> tup
     several times slower.
 
     Args:
-        conv: ungrouped.
+        conv: ungrouped; any module that gives such channels may stand for it if there is no width.
         width: c, at least half of conv's output channels; the rest is zeros. Default: half of them.
     """
+    if width is None and not is_plain(nn.Conv2d, conv):
+        return conv(x).chunk(2, dim=1)
     one, other = (
         F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation)
         for weight, bias in parameter_halves(conv, width or conv.out_channels // 2)
@@ -34,21 +36,16 @@ def gate_depthwise(conv: nn.Conv2d, gate: Tensor, value: Tensor) -> Tensor:
 
 def silu_depthwise(conv: nn.Conv2d, x: Tensor) -> Tensor:
     """`F.silu(conv(x))` of a depthwise 3x3 convolution that keeps the size."""
-    return depthwise_silu(x, conv.weight, conv.bias) if is_plain(conv) else F.silu(conv(x))
+    return depthwise_silu(x, conv.weight, conv.bias) if _is_plain(conv) else F.silu(conv(x))
 
 
 def convolve_depthwise(conv: nn.Conv2d, x: Tensor) -> Tensor:
     """`conv(x)` of a depthwise 3x3 convolution that keeps the size."""
-    return depthwise_conv(x, conv.weight, conv.bias) if kernels_run(x) and is_plain(conv) else conv(x)
+    return depthwise_conv(x, conv.weight, conv.bias) if kernels_run(x) and _is_plain(conv) else conv(x)
 
 
-def is_plain(conv: nn.Module) -> bool:
-    """Whether weight and bias are all of the module: pruning, LoRA and the like replace it or hook into its call."""
-    return (
-        type(conv) is nn.Conv2d
-        and conv.padding_mode == 'zeros'
-        and not (conv._forward_hooks or conv._forward_pre_hooks)
-    )
+def _is_plain(conv):
+    return is_plain(nn.Conv2d, conv) and conv.padding_mode == 'zeros'
 
 
 def parameter_halves(conv: nn.Conv2d, width: int) -> list[tuple[Tensor, Tensor | None]]:
