@@ -78,7 +78,8 @@ def test_any_size_is_accepted_in_other_dtypes(dtype):
 
 
 def test_any_size_is_accepted_by_a_compiled_network():
-    net = VmambaIR(**NETWORKS['x4'][1]).eval().requires_grad_(False)
+    options = NETWORKS['x4'][1] | {'num_blocks': [0, 0, 0, 1], 'num_refinement_blocks': 0}  # each takes seconds
+    net = VmambaIR(**options).eval().requires_grad_(False)
     compiled = torch.compile(net, backend='eager', dynamic=True)
     for size in (16, 24), (13, 21), (7, 3):
         image = torch.rand(1, 3, *size)
