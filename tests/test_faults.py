@@ -91,6 +91,15 @@ def test_wrong_options_are_one_report_and_nothing_is_created(opt, tmp_path):
     assert not (tmp_path / 'experiments').exists()
 
 
+@pytest.mark.parametrize('phase', ['train', 'val'])
+def test_pairs_of_another_scale_are_refused_before_anything_is_created(phase, opt, tmp_path):
+    opt['datasets'][phase] |= forked.write_images(tmp_path / phase)
+    write_image(tmp_path / phase / 'gt/0.png', (24, 28, 3))
+    message = refused(opt, tmp_path, 'sizes do not match')
+    assert f'datasets.{phase}: item 0: sizes do not match at scale 1: lq ' in message
+    assert not (tmp_path / 'experiments').exists()
+
+
 LOADERS = [(2, None, False), (2, None, True), (1, 'cpu', False), (0, 'cpu', False)]
 
 

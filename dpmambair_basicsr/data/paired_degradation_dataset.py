@@ -1,5 +1,6 @@
 from typing import Any
 
+import numpy as np
 from torch.utils.data import Dataset
 
 from dpmambair_basicsr.data.dataset_options import CLEAN, CROPS, TEMPLATE, complete_options
@@ -72,7 +73,8 @@ class PairedDegradationDataset(ProgressiveBatches, Dataset):
     def __len__(self):
         return len(self.paths)
 
-    def __getitem__(self, index):
+    def read_pair(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """LQ and GT as they are stored, GT cropped to scale times the size of LQ; ValueError if the sizes differ."""
         scale, paths = self.opt['scale'], self.paths[index]
         lq = self.images.read(paths['lq_path'], 'lq', index)
         gt = self.images.read(paths['gt_path'], 'gt', index)
@@ -83,8 +85,11 @@ class PairedDegradationDataset(ProgressiveBatches, Dataset):
                 f'item {index}: sizes do not match at scale {scale}: lq {paths["lq_path"]} is '
                 f'{lq.shape[1]}x{lq.shape[0]}, gt {paths["gt_path"]} is {gt.shape[1]}x{gt.shape[0]} (width x height)'
             )
-        gt = gt[:height, :width]
+        return lq, gt[:height, :width]
 
+    def __getitem__(self, index):
+        scale, paths = self.opt['scale'], self.paths[index]
+        lq, gt = self.read_pair(index)
         if self.opt['phase'] == 'train':
             from basicsr.data.transforms import paired_random_crop
 

@@ -89,6 +89,8 @@ def check_by_dry_run(opt: dict, model: Any, reported: list[str]) -> list[str]:
                     f'datasets.{phase}: no labels, which network_g needs; not of a known degradation{names}'
                 )
             attempt('network_g.num_degradations', check_labels, phase, dataset, networks['network_g'])
+        if dataset is not None:
+            attempt(f'datasets.{phase}', check_pairs, dataset)
         if phase == 'train' and dataset is not None:
             attempt('datasets.train', check_batches, opt, len(dataset))
             attempt('datasets.train.gt_size', check_crop, dataset)
@@ -202,16 +204,24 @@ def check_labels(phase: str, dataset: Any, net: Any) -> None:
         )
 
 
-def check_crop(dataset) -> None:
-    """Raises ValueError if the first image, or the first of a part, is smaller than the crops; others are not checked.
+def parts_on_disk(dataset) -> list:
+    """A set's parts, or itself; not those of lmdb: no database may be open when the loader's workers are forked."""
+    return [part for part in getattr(dataset, 'datasets', [dataset]) if part.opt['io_backend']['type'] == 'disk']
 
-    Not for lmdb: a database must not be open when the loader's workers are forked.
-    """
-    for part in getattr(dataset, 'datasets', [dataset]):
-        if part.opt['io_backend']['type'] == 'disk':
-            path = part.paths[0]
-            path = path['gt_path'] if isinstance(path, dict) else path
-            fit_crop(part.images.read(path, 'gt', 0), part.opt['gt_size'], part.opt['pad_small'], path, 0)
+
+def check_pairs(dataset) -> None:
+    """Raises ValueError if the first pair, or the first of a part, has sizes that differ; others are not checked."""
+    for part in parts_on_disk(dataset):
+        if hasattr(part, 'read_pair'):
+            part.read_pair(0)
+
+
+def check_crop(dataset) -> None:
+    """Raises ValueError if the first image, or the first of a part, is smaller than the crops; others are unchecked."""
+    for part in parts_on_disk(dataset):
+        path = part.paths[0]
+        path = path['gt_path'] if isinstance(path, dict) else path
+        fit_crop(part.images.read(path, 'gt', 0), part.opt['gt_size'], part.opt['pad_small'], path, 0)
 
 
 def check_crop_size(opt: dict, net: torch.nn.Module) -> None:
