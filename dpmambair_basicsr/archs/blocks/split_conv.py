@@ -4,17 +4,17 @@ from torch.nn import functional as F
 from dpmambair_basicsr.ops.pixels import depthwise_conv, depthwise_gelu_gate, depthwise_silu, is_plain, kernels_run
 
 
-def convolve_halves(conv: nn.Conv2d, x: Tensor, width: int | None = None) -> tuple[Tensor, Tensor]:
+def convolve_halves(conv: nn.Module, x: Tensor, width: int | None = None) -> tuple[Tensor, Tensor]:
     """The two halves of conv's output channels, (b, c, h, w) each, computed separately.
 
     The halves of a single channels_last result would be strided views, on which the following elementwise functions run
     several times slower.
 
     Args:
-        conv: ungrouped; any module that gives such channels may stand for it if there is no width.
-        width: c, at least half of conv's output channels; the rest is zeros. Default: half of them.
+        conv: an ungrouped convolution, or any module in its place.
+        width: c, at least half of conv's output channels; the rest is zeros; then conv has to be plain. Default: half.
     """
-    if width is None and not is_plain(nn.Conv2d, conv):
+    if not isinstance(conv, nn.Conv2d) or (width is None and not is_plain(nn.Conv2d, conv)):
         return conv(x).chunk(2, dim=1)
     one, other = (
         F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation)
