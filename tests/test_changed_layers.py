@@ -64,6 +64,47 @@ def test_every_layer_is_called(net, hook, gradients):
         assert called == {name for name, _ in watched}
 
 
+def test_hooks_of_all_modules_see_every_layer(net):
+    called = set()
+    hook = nn.modules.module.register_module_forward_hook(lambda layer, *_: called.add(layer) and None)
+    try:
+        with torch.no_grad():
+            net(torch.rand(1, 3, 16, 24))
+    finally:
+        hook.remove()
+    assert called >= {layer for _, layer in layers(net, (nn.Conv2d, nn.Linear, nn.LayerNorm, LayerNorm))}
+
+
+@pytest.mark.parametrize('gradients', [False, True])
+def test_convolutions_with_other_settings_are_called(net, gradients):
+    """Pointwise ones become 3x3 ones around the same weights; depthwise ones 5x5, with a border and without one."""
+    changed, image = copy.deepcopy(net), torch.rand(1, 3, 16, 24)
+    with torch.no_grad():
+        for name, conv in layers(net, nn.Conv2d):
+            wide = nn.Conv2d(conv.in_channels, conv.out_channels, 5, padding=2, groups=conv.groups)
+            nn.init.zeros_(wide.weight)
+            nn.init.zeros_(wide.bias)
+            margin = (5 - conv.kernel_size[0]) // 2
+            wide.weight[:, :, margin : 5 - margin, margin : 5 - margin] = conv.weight
+            if conv.bias is not None:
+                wide.bias.copy_(conv.bias)
+            changed.set_submodule(name, wide)
+    with torch.set_grad_enabled(gradients):
+        assert_close(changed(image), net(image))
+
+
+@pytest.mark.parametrize('net', ['Restormer', 'NAFNet'], indirect=True)
+@pytest.mark.parametrize('gradients', [False, True])
+def test_settings_of_convolutions_are_obeyed(net, gradients):
+    """Of an image that repeats itself, circular padding gives a result that does, too; scans would not."""
+    for _, conv in layers(net, nn.Conv2d):
+        conv.padding_mode = 'circular'
+        conv._reversed_padding_repeated_twice = [conv.padding[0]] * 4
+    tile = torch.rand(1, 3, 16, 24)
+    with torch.set_grad_enabled(gradients):
+        assert_close(net(tile.repeat(1, 1, 2, 2)), net(tile).repeat(1, 1, 2, 2))
+
+
 class Doubled(nn.Module):
     def __init__(self, layer):
         super().__init__()

@@ -72,6 +72,27 @@ def test_other_shapes_and_backends_are_recorded_anew_but_not_a_single_image():
     assert ON_GPU or [len(tape.recordings) for tape in recorders] == [0, 0, 0, 1, 1]
 
 
+def test_changed_and_hooked_networks_are_not_replayed_as_they_were():
+    taped, plain, recorders = networks('VmambaIR')
+    image, block, called = torch.rand(1, 3, 16, 64), plain.net.encoder_level1[0], []
+    first = restored(taped, image, one_pass=True)
+    block.ffn.project_out = torch.nn.Conv2d(*block.ffn.project_out.weight.shape[1::-1], 1, device=DEVICE)
+    second = restored(taped, image, one_pass=True)
+    assert torch.equal(second, restored(plain, image, one_pass=True)) and not torch.equal(second, first)
+    plain.net.to(torch.float64).to(torch.float32)  # other memory, the same values
+    block.ffn.project_out.weight.data.mul_(2)
+    assert torch.equal(restored(taped, image, one_pass=True), restored(plain, image, one_pass=True))
+    assert ON_GPU or [len(tape.recordings) for tape in recorders] == [1, 1, 1]
+    hook = block.register_forward_hook(lambda *_: called.append(1))
+    restored(taped, image, one_pass=True)
+    seen = len(called)
+    restored(plain, image, one_pass=True)
+    assert len(called) == 2 * seen > 2 * WARM_UP
+    hook.remove()
+    restored(taped, image, one_pass=True)
+    assert len(called) == 2 * seen and (ON_GPU or recorders[-1].recordings[-1].replays > 3)
+
+
 @pytest.mark.skipif(ON_GPU, reason='on a GPU such a network is another')
 @pytest.mark.parametrize('fault', ['waits', 'varies'])
 def test_a_network_that_cannot_be_recorded_is_called_and_the_log_says_so(fault, caplog, monkeypatch):

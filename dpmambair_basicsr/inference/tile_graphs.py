@@ -6,7 +6,7 @@ from collections.abc import Callable
 from threading import Lock
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dpmambair_basicsr.archs.blocks import ImageMean, MeansOverTiles
 from dpmambair_basicsr.ops.cuda_graphs import CudaGraphs, Recorder, RecordingError, Replayed
@@ -21,7 +21,7 @@ class TileGraphs:
 
     The graphs of a shape are forgotten, with their memory, when a tile of another comes. A graph is used only where its
     first replay gives the bits that the function gives; otherwise the log says so once, and the function is called.
-    Several threads may share one.
+    Several threads may share one. `look_at` the network before each image.
 
     Args:
         function: (image, embedding or None) -> a tensor, all on one device; its ImageMeans may be shared over tiles.
@@ -31,7 +31,8 @@ class TileGraphs:
     def __init__(self, function: Callable[[Tensor, Tensor | None], Tensor], make_recorder: Callable[[], Recorder]):
         self.function, self.make_recorder = function, make_recorder
         self.lock = Lock()
-        self.failed = False
+        self.failed = self.hooked = False
+        self.parts: list = []
         self.forget()
 
     @classmethod
@@ -40,6 +41,13 @@ class TileGraphs:
         wanted = device.type == 'cuda' and os.environ.get(VARIABLE) != '0'
         return cls(function, lambda: CudaGraphs(device)) if wanted else None
 
+    def look_at(self, net: nn.Module) -> None:
+        """Have a network recorded anew whose layers were replaced or moved, and called while it has hooks."""
+        modules = list(net.modules())
+        with self.lock:
+            self.hooked = any(module._forward_hooks or module._forward_pre_hooks for module in modules)
+            self.parts = [*modules, *(parameter.data_ptr() for parameter in net.parameters())]
+
     def forget(self) -> None:
         self.setting: tuple | None = None
         self.calls: dict[bool | None, Replayed] = {}
@@ -47,7 +55,7 @@ class TileGraphs:
     def __call__(self, image: Tensor, embedding: Tensor | None, means: MeansOverTiles | None) -> Tensor:
         """The function's result, on the CPU, in the context of `means`."""
         with self.lock:
-            if not self.failed:
+            if not (self.failed or self.hooked):
                 try:
                     return self.replay(image, embedding, means)
                 except RecordingError as error:
@@ -57,7 +65,7 @@ class TileGraphs:
             return call(self.function, image, embedding, means).cpu()
 
     def replay(self, image: Tensor, embedding: Tensor | None, means: MeansOverTiles | None) -> Tensor:
-        setting = image.shape, backend_in_force()
+        setting = image.shape, backend_in_force(), self.parts
         if setting != self.setting:
             self.forget()
             self.setting, self.recorder = setting, self.make_recorder()

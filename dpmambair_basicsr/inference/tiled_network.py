@@ -69,6 +69,8 @@ class TiledNetwork:
         Raises:
             ValueError: a tile smaller than the stride, a negative overlap, context for a network without `embed`.
         """
+        if self.graphs is not None:
+            self.graphs.look_at(self.net)
         scale, (h, w) = self.scale, image.shape[2:]
         padded = pad_to_multiple(image, self.stride)  # here, so that all tiles share the grid of the whole image
         rows, columns = (

@@ -8,6 +8,7 @@ write the image once for all steps of a function. Where another backend is asked
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.module import _has_any_global_hook
 
 from dpmambair_basicsr.ops.selective_scan.backend import backend_in_force, get_backend
 from dpmambair_basicsr.ops.selective_scan.operators import is_traced
@@ -121,9 +122,12 @@ def is_plain(kind: type[nn.Module], *modules: nn.Module) -> bool:
 
     Pruning, LoRA, offloading, counters and the like replace a module, hook into its call, or give it another `forward`.
     """
+    if _has_any_global_hook():
+        return False
     for module in modules:
-        hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
-        if type(module) is not kind or hooks or module._backward_pre_hooks or 'forward' in module.__dict__:
+        if type(module) is not kind or 'forward' in module.__dict__ or '_conv_forward' in module.__dict__:
+            return False
+        if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
             return False
     return True
 

@@ -90,10 +90,11 @@ def check_by_dry_run(opt: dict, model: Any, reported: list[str]) -> list[str]:
                 )
             attempt('network_g.num_degradations', check_labels, phase, dataset, networks['network_g'])
         if dataset is not None:
-            attempt(f'datasets.{phase}', check_pairs, dataset)
-        if phase == 'train' and dataset is not None:
-            attempt('datasets.train', check_batches, opt, len(dataset))
-            attempt('datasets.train.gt_size', check_crop, dataset)
+            fit = attempt(f'datasets.{phase}', check_pairs, dataset)
+            if phase == 'train':
+                attempt('datasets.train', check_batches, opt, len(dataset))
+            if phase == 'train' and fit:
+                attempt('datasets.train.gt_size', check_crop, dataset)
     if networks.get('network_g') is not None:
         attempt('val.tile', check_tile, opt, networks['network_g'])
         if opt['is_train']:
@@ -209,11 +210,12 @@ def parts_on_disk(dataset) -> list:
     return [part for part in getattr(dataset, 'datasets', [dataset]) if part.opt['io_backend']['type'] == 'disk']
 
 
-def check_pairs(dataset) -> None:
-    """Raises ValueError if the first pair, or the first of a part, has sizes that differ; others are not checked."""
+def check_pairs(dataset) -> bool:
+    """Raises ValueError if the first pair, or the first of a part, has sizes that differ; otherwise True."""
     for part in parts_on_disk(dataset):
         if hasattr(part, 'read_pair'):
             part.read_pair(0)
+    return True
 
 
 def check_crop(dataset) -> None:

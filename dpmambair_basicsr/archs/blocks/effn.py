@@ -2,8 +2,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dpmambair_basicsr.archs.blocks.split_conv import convolve_halves, gate_depthwise
-from dpmambair_basicsr.ops.pixels import is_plain
+from dpmambair_basicsr.archs.blocks.split_conv import convolve_halves, gate_depthwise, is_depthwise, is_pointwise
 
 # On a CPU, a channels_last depthwise convolution of 127 or 255 channels takes twice as long as one of 128 or 256.
 CHANNELS_MULTIPLE = 8
@@ -28,7 +27,7 @@ class EFFN(nn.Module):
         self.project_out = nn.Conv2d(hidden, channels, 1, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        if not is_plain(nn.Conv2d, self.project_in, self.dwconv, self.project_out):
+        if not (is_pointwise(self.project_in) and is_depthwise(self.dwconv) and is_pointwise(self.project_out)):
             gate, value = self.dwconv(self.project_in(x)).chunk(2, dim=1)
             return self.project_out(F.gelu(gate) * value)
         hidden = self.project_out.in_channels

@@ -3,6 +3,10 @@ from torch.nn import functional as F
 
 from dpmambair_basicsr.ops.pixels import depthwise_conv, depthwise_gelu_gate, depthwise_silu, is_plain, kernels_run
 
+COMMON = {'stride': (1, 1), 'dilation': (1, 1), 'padding_mode': 'zeros'}
+POINTWISE = {**COMMON, 'kernel_size': (1, 1), 'padding': (0, 0), 'groups': 1}
+DEPTHWISE = {**COMMON, 'kernel_size': (3, 3), 'padding': (1, 1)}
+
 
 def convolve_halves(conv: nn.Module, x: Tensor, width: int | None = None) -> tuple[Tensor, Tensor]:
     """The two halves of conv's output channels, (b, c, h, w) each, computed separately.
@@ -11,15 +15,13 @@ def convolve_halves(conv: nn.Module, x: Tensor, width: int | None = None) -> tup
     several times slower.
 
     Args:
-        conv: an ungrouped convolution, or any module in its place.
+        conv: a 1x1 convolution, or any module in its place.
         width: c, at least half of conv's output channels; the rest is zeros; then conv has to be plain. Default: half.
     """
-    if not isinstance(conv, nn.Conv2d) or (width is None and not is_plain(nn.Conv2d, conv)):
+    if not isinstance(conv, nn.Conv2d) or (width is None and not is_pointwise(conv)):
         return conv(x).chunk(2, dim=1)
-    one, other = (
-        F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation)
-        for weight, bias in parameter_halves(conv, width or conv.out_channels // 2)
-    )
+    parameters = parameter_halves(conv, width or conv.out_channels // 2)
+    one, other = (F.conv2d(x, weight, bias) for weight, bias in parameters)
     return one, other
 
 
@@ -36,16 +38,24 @@ def gate_depthwise(conv: nn.Conv2d, gate: Tensor, value: Tensor) -> Tensor:
 
 def silu_depthwise(conv: nn.Conv2d, x: Tensor) -> Tensor:
     """`F.silu(conv(x))` of a depthwise 3x3 convolution that keeps the size."""
-    return depthwise_silu(x, conv.weight, conv.bias) if _is_plain(conv) else F.silu(conv(x))
+    return depthwise_silu(x, conv.weight, conv.bias) if is_depthwise(conv) else F.silu(conv(x))
 
 
 def convolve_depthwise(conv: nn.Conv2d, x: Tensor) -> Tensor:
     """`conv(x)` of a depthwise 3x3 convolution that keeps the size."""
-    return depthwise_conv(x, conv.weight, conv.bias) if kernels_run(x) and _is_plain(conv) else conv(x)
+    return depthwise_conv(x, conv.weight, conv.bias) if kernels_run(x) and is_depthwise(conv) else conv(x)
 
 
-def _is_plain(conv):
-    return is_plain(nn.Conv2d, conv) and conv.padding_mode == 'zeros'
+def is_pointwise(conv: nn.Module) -> bool:
+    """Whether it is a plain 1x1 convolution, see `is_plain`."""
+    return is_plain(nn.Conv2d, conv) and all(getattr(conv, name) == value for name, value in POINTWISE.items())
+
+
+def is_depthwise(conv: nn.Module) -> bool:
+    """Whether it is a plain depthwise 3x3 convolution that keeps the size, with zeros around the image."""
+    if not (is_plain(nn.Conv2d, conv) and all(getattr(conv, name) == value for name, value in DEPTHWISE.items())):
+        return False
+    return conv.groups == conv.in_channels == conv.out_channels
 
 
 def parameter_halves(conv: nn.Conv2d, width: int) -> list[tuple[Tensor, Tensor | None]]:
