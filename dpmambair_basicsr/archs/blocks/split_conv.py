@@ -1,3 +1,5 @@
+from typing import Any
+
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -48,14 +50,16 @@ def convolve_depthwise(conv: nn.Conv2d, x: Tensor) -> Tensor:
 
 def is_pointwise(conv: nn.Module) -> bool:
     """Whether it is a plain 1x1 convolution, see `is_plain`."""
-    return is_plain(nn.Conv2d, conv) and all(getattr(conv, name) == value for name, value in POINTWISE.items())
+    return is_plain(nn.Conv2d, conv) and has(conv, **POINTWISE)
 
 
 def is_depthwise(conv: nn.Module) -> bool:
     """Whether it is a plain depthwise 3x3 convolution that keeps the size, with zeros around the image."""
-    if not (is_plain(nn.Conv2d, conv) and all(getattr(conv, name) == value for name, value in DEPTHWISE.items())):
-        return False
-    return conv.groups == conv.in_channels == conv.out_channels
+    return is_plain(nn.Conv2d, conv) and has(conv, **DEPTHWISE, groups=conv.in_channels, out_channels=conv.in_channels)
+
+
+def has(conv: nn.Module, **settings: Any) -> bool:
+    return all(getattr(conv, name) == value for name, value in settings.items())
 
 
 def parameter_halves(conv: nn.Conv2d, width: int) -> list[tuple[Tensor, Tensor | None]]:
