@@ -3,8 +3,6 @@
 On the CPU, new memory is full of NaN, and sizes are tiny.
 """
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from operator_checks import assert_compiles_without_a_graph_break, assert_passes_opcheck, scans_run_by
@@ -88,7 +86,10 @@ def torch_norm(x, weight, bias):
 
 
 def norm_gate_of(x, weight, bias, gate):
-    return layer_norm_silu_gate(SimpleNamespace(weight=weight, bias=bias, eps=1e-5), x, gate)
+    norm = nn.LayerNorm(len(weight))
+    del norm.weight, norm.bias
+    norm.weight, norm.bias = weight, bias  # not parameters: they have gradients with respect to the test's tensors
+    return layer_norm_silu_gate(norm, x, gate)
 
 
 def torch_norm_gate(x, weight, bias, gate):
