@@ -1,13 +1,10 @@
-from typing import Any
-
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dpmambair_basicsr.ops.pixels import depthwise_conv, depthwise_gelu_gate, depthwise_silu, is_plain, kernels_run
 
-COMMON = {'stride': (1, 1), 'dilation': (1, 1), 'padding_mode': 'zeros'}
-POINTWISE = {**COMMON, 'kernel_size': (1, 1), 'padding': (0, 0), 'groups': 1}
-DEPTHWISE = {**COMMON, 'kernel_size': (3, 3), 'padding': (1, 1)}
+POINTWISE = (1, 1), (0, 0), (1, 1), (1, 1), 'zeros'  # see `settings`
+DEPTHWISE = (3, 3), (1, 1), (1, 1), (1, 1), 'zeros'
 
 
 def convolve_halves(conv: nn.Module, x: Tensor, width: int | None = None) -> tuple[Tensor, Tensor]:
@@ -48,18 +45,22 @@ def convolve_depthwise(conv: nn.Conv2d, x: Tensor) -> Tensor:
     return depthwise_conv(x, conv.weight, conv.bias) if kernels_run(x) and is_depthwise(conv) else conv(x)
 
 
-def is_pointwise(conv: nn.Module) -> bool:
+def is_pointwise(conv: nn.Conv2d) -> bool:
     """Whether it is a plain 1x1 convolution, see `is_plain`."""
-    return is_plain(nn.Conv2d, conv) and has(conv, **POINTWISE)
+    return is_plain(nn.Conv2d, conv) and conv.groups == 1 and settings(conv) == POINTWISE
 
 
-def is_depthwise(conv: nn.Module) -> bool:
+def is_depthwise(conv: nn.Conv2d) -> bool:
     """Whether it is a plain depthwise 3x3 convolution that keeps the size, with zeros around the image."""
-    return is_plain(nn.Conv2d, conv) and has(conv, **DEPTHWISE, groups=conv.in_channels, out_channels=conv.in_channels)
+    return (
+        is_plain(nn.Conv2d, conv)
+        and conv.groups == conv.in_channels == conv.out_channels
+        and settings(conv) == DEPTHWISE
+    )
 
 
-def has(conv: nn.Module, **settings: Any) -> bool:
-    return all(getattr(conv, name) == value for name, value in settings.items())
+def settings(conv: nn.Conv2d) -> tuple:
+    return conv.kernel_size, conv.padding, conv.stride, conv.dilation, conv.padding_mode
 
 
 def parameter_halves(conv: nn.Conv2d, width: int) -> list[tuple[Tensor, Tensor | None]]:
