@@ -42,11 +42,12 @@ class TileGraphs:
         return cls(function, lambda: CudaGraphs(device)) if wanted else None
 
     def look_at(self, net: nn.Module) -> None:
-        """Have a network recorded anew whose layers were replaced or moved, and called while it has hooks."""
+        """Record a network anew if layers or a `forward` were replaced or moved, and call it while it has hooks."""
         modules = list(net.modules())
         with self.lock:
             self.hooked = any(module._forward_hooks or module._forward_pre_hooks for module in modules)
-            self.parts = [*modules, *(parameter.data_ptr() for parameter in net.parameters())]
+            forwards = [vars(module).get('forward') for module in modules]
+            self.parts = [*modules, *forwards, *(parameter.data_ptr() for parameter in net.parameters())]
 
     def forget(self) -> None:
         self.setting: tuple | None = None
