@@ -46,3 +46,8 @@ def test_one_pair_has_no_interval_and_decides_nothing():
 def test_values_without_a_partner_are_refused():
     with pytest.raises(ValueError):
         paired_difference([1.0, 2.0], [1.0])
+
+
+def test_values_that_are_not_finite_decide_nothing():
+    difference = paired_difference([math.inf, 30.0], [20.0, 20.0])
+    assert difference.sign == 0 and math.isnan(difference.mean) and math.isnan(spread([math.inf, 30.0]))

@@ -23,11 +23,12 @@ from dpmambair_basicsr import archs
 from dpmambair_basicsr.evidence import verify
 from dpmambair_basicsr.evidence.jobs import Command, failure, run_jobs
 from dpmambair_basicsr.evidence.study import filled, find_options, read_study, with_iterations
+from dpmambair_basicsr.evidence.study import trial as commands_of_trial
 from dpmambair_basicsr.files.errors import InputError, OptionError
 from dpmambair_basicsr.files.option_files import read_options
 from dpmambair_basicsr.option_checks.structure import apply_forced
 from dpmambair_basicsr.results.run import Run, SetResult
-from dpmambair_basicsr.results.study_table import Trial, tabulate, to_csv, to_json, to_markdown
+from dpmambair_basicsr.results.study_table import Trial, tabulate, to_csv, to_json, to_markdown, write_table
 
 SHIPPED = sorted((PACKAGE_PARENT / 'options' / 'studies').glob('*.yml'))
 OPTIONS = """
@@ -110,6 +111,8 @@ def write(folder: Path, study: dict) -> Path:
         ('train.options', 'nowhere.yml', 'train.options: nowhere.yml: no such option file here or in the package'),
         ('test.force_yml', ['name={sede}'], 'test.force_yml: {sede} must be one of seed, iterations'),
         ('variants.small', {'forced': []}, "variants.small: unknown 'forced'"),
+        ('variants', {'small': {}, 4: {}}, 'variants: 4 must be text: write it in quotes'),
+        ('variants', {'small': {}, False: {}}, 'variants: False must be text: write it in quotes'),
         ('variants.a=b', {}, 'variants.a=b: must not have a =, as --force_yml cannot'),
         ('variants.a/b', {}, "variants.a/b: must be one name, without / \\ and control characters, not 'a/b'"),
     ],
@@ -194,6 +197,16 @@ def test_a_study_with_one_seed_has_no_interval_and_valid_json():
     assert difference == {'mean': 1.0, 'low': None, 'high': None}
 
 
+def test_a_perfect_result_is_infinite_and_the_table_is_written(tmp_path):
+    trials = [trial('a', 0, math.inf), trial('b', 0, 40.0), trial('a', 1, 41.0), trial('b', 1, 42.0)]
+    table = tabulate('study', 'a', ['a', 'b'], 4, trials)
+    write_table(table, tmp_path)
+    text = (tmp_path / 'study.md').read_text()
+    assert re.search(r'\| a +\|.* inf \|', text) and re.search(r'\| b +\|.* 41.000 ± 1.414 \| +\(not finite\) \|', text)
+    first, second = json.loads((tmp_path / 'study.json').read_text())['rows']
+    assert first['mean'] is None and second['difference'] == {'mean': None, 'low': None, 'high': None}
+
+
 def test_trials_on_different_images_are_not_in_one_table():
     with pytest.raises(InputError, match='a/0 and b/0 have different test images'):
         tabulate('study', 'a', ['a', 'b'], 2, [trial('a', 0, 20.0), trial('b', 0, 21.0, {'a': '1'})])
@@ -218,6 +231,15 @@ def start_study(folder: Path) -> subprocess.Popen:
     command = [sys.executable, '-m', 'dpmambair_basicsr', 'study', 'study.yml', '--jobs', '2']
     with open(folder / 'log.txt', 'ab') as log:
         return subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log, start_new_session=True)
+
+
+@pytest.mark.parametrize('name', ['{seed}', '{b}'])
+def test_braces_in_names_stay(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    study = read_study(write(tmp_path, copy.deepcopy(STUDY) | {'baseline': name, 'variants': {name: {}}}))
+    train, test = commands_of_trial(study, Path(f'{name}s'), name, 3)
+    assert train.result == Path(f'{name}s/trials/{name}/seed_3/train/models/net_g_latest.pth')
+    assert f'path:pretrain_network_g={train.result}' in test.record['force_yml']
 
 
 @pytest.fixture(scope='module')
@@ -297,6 +319,25 @@ def test_wrong_options_of_all_variants_are_reported_before_anything_starts(study
         'variants.large, train: network_g.num_fea: unknown key, did you mean num_feat?',
     ]
     assert not list((study / 'studies/wrong').rglob('output.txt'))
+
+
+def test_tests_that_cannot_share_a_table_are_reported_before_anything_starts(study):
+    other = yaml.safe_load((study / 'test.yml').read_text())
+    other['val']['metrics']['psnr']['crop_border'] = 2
+    del other['datasets']['test_2']
+    (study / 'other.yml').write_text(yaml.safe_dump(other))
+    del other['val']['metrics']
+    (study / 'without.yml').write_text(yaml.safe_dump(other))
+    variants = {'small': {}, 'large': {'test': 'other.yml'}, 'third': {'test': 'without.yml'}}
+    (study / 'tests.yml').write_text(yaml.safe_dump(STUDY | {'name': 'tests', 'variants': variants}, sort_keys=False))
+    result = warm_python('-m', 'dpmambair_basicsr', 'study', 'tests.yml', cwd=study)
+    assert result.returncode == 1
+    assert [line.strip() for line in result.stdout.splitlines()][-3:] == [
+        'variants.large, test: val.metrics: must be those of variants.small, test',
+        'variants.large, test: the names of datasets: must be those of variants.small, test',
+        'variants.third, test: val.metrics: required, as a study compares them',
+    ]
+    assert not (study / 'studies/tests/trials').exists()
 
 
 def test_a_failed_command_is_one_line_with_its_last_output(tmp_path):

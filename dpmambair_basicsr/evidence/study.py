@@ -228,14 +228,12 @@ def run_study(study: Study, folder: Path, jobs: int | None) -> StudyTable:
 
 
 def check_options(study: Study, folder: Path, slots: list[str]) -> None:
-    """Raise OptionError with all problems in the options of the commands left, before the first one starts."""
+    """Raise OptionError with all problems in the options, before the first command starts."""
     seed = study.seeds[0]
     jobs = {f'before.{name}': [before(study, folder, name, seed)] for name in study.before}
     jobs |= {f'variants.{name}': trial(study, folder, name, seed) for name in study.variants}
-    left = {
-        f'{name}, {command.module}': command for name, job in jobs.items() for command in job if not command.is_done
-    }
-    problems = call(problems_of, left, slots=slots) if left else []
+    commands = {f'{name}, {command.module}': command for name, job in jobs.items() for command in job}
+    problems = call(problems_of, commands, slots=slots)
     if problems:
         raise OptionError('\n  '.join([f'{study.name}: problems in the options:', *problems]))
 
@@ -251,9 +249,12 @@ def trial(study: Study, folder: Path, variant: str, seed: int) -> Job:
     stage = Stage(own.train or study.train.options, study.train.iterations, [*study.train.force_yml, *own.force_yml])
     train = training(study, folder, place, stage, seed)
     network = [entry for entry in own.force_yml if re.match(r'network_g\b', entry)]
-    paths = [f'path:pretrain_network_g={train.result}', f'path:results_root={place / "test"}']
-    entries = [f'name={run_name(study, place)}', *study.test.force_yml, *network, *paths]
-    entries = filled(entries, study, folder, seed, study.train.iterations)
+    entries = [
+        f'name={run_name(study, place)}',
+        *filled([*study.test.force_yml, *network], study, folder, seed, study.train.iterations),
+        f'path:pretrain_network_g={train.result}',
+        f'path:results_root={place / "test"}',
+    ]
     result = place / 'test' / 'results.json'
     return [train, command('test', place, own.test or study.test.options, entries, result)]
 

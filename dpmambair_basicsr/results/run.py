@@ -233,6 +233,9 @@ def converted(value, kind, place: str) -> Any:
     if origin is list:
         return [converted(part, parts[0], f'{place}[{index}]') for index, part in enumerate(value)]
     if origin is dict and parts:
+        for name in value:
+            if not isinstance(name, parts[0]):
+                raise ValueError(f'{place}: {name!r} must be text: write it in quotes')
         return {name: converted(part, parts[1], f'{place}.{name}') for name, part in value.items()}
     return value
 

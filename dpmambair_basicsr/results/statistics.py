@@ -10,7 +10,10 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True)
 class Difference:
-    """Mean of paired differences, and the bounds of its two-sided t confidence interval; NaN for a single pair."""
+    """Mean of paired differences, and the bounds of its two-sided t confidence interval.
+
+    The bounds are NaN for a single pair, and all three if a difference is not finite, as with a PSNR of infinity.
+    """
 
     mean: float
     low: float
@@ -23,8 +26,8 @@ class Difference:
 
 
 def spread(values: Sequence[float]) -> float:
-    """The sample standard deviation (n - 1); NaN for a single value."""
-    return stdev(values) if len(values) > 1 else math.nan
+    """The sample standard deviation (n - 1); NaN for a single value, or if one is not finite."""
+    return stdev(values) if len(values) > 1 and all(map(math.isfinite, values)) else math.nan
 
 
 def paired_difference(values: Sequence[float], baseline: Sequence[float], confidence: float = CONFIDENCE) -> Difference:
@@ -36,6 +39,8 @@ def paired_difference(values: Sequence[float], baseline: Sequence[float], confid
         ValueError: the sequences differ in length, or are empty.
     """
     differences = [value - other for value, other in zip(values, baseline, strict=True)]
+    if not all(map(math.isfinite, differences)):
+        return Difference(math.nan, math.nan, math.nan)
     mean = fmean(differences)
     if len(differences) == 1:
         return Difference(mean, math.nan, math.nan)

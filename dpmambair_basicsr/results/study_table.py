@@ -82,6 +82,8 @@ class Row:
         if self.difference is None:
             return ''
         mean, low, high = (f'{value:+.{digits}f}' for value in asdict(self.difference).values())
+        if mean == '+nan':
+            return '(not finite)'
         return f'{mean} (one seed)' if low == '+nan' else f'{mean} [{low}, {high}]'
 
 
@@ -251,7 +253,7 @@ def to_csv(table: StudyTable) -> str:
 
 
 def to_json(table: StudyTable) -> str:
-    """As JSON, with the value of every seed. NaN, for a single seed, is null."""
+    """As JSON, with the value of every seed. What is not finite is null."""
     rows = [
         asdict(row) | {'mean': row.mean, 'sd': row.sd, 'values': {str(seed): row.values[seed] for seed in row.values}}
         for row in table.rows
