@@ -24,7 +24,7 @@ from dpmambair_basicsr.files.atomic import replacing
 from dpmambair_basicsr.files.codec import write_bytes
 from dpmambair_basicsr.files.errors import InputError, UserError, exit_on_error, print_any_name
 from dpmambair_basicsr.files.option_files import read_network
-from dpmambair_basicsr.files.picture_jobs import plan
+from dpmambair_basicsr.files.picture_jobs import Plan, check_folder, plan
 from dpmambair_basicsr.files.pictures import (
     FORMATS,
     Picture,
@@ -45,6 +45,7 @@ from dpmambair_basicsr.ops.selective_scan import BACKENDS
 from dpmambair_basicsr.results import restored_images
 from dpmambair_basicsr.results.restored_images import LEFT, NOT_TRIED, RESTORED, RestoredImage
 
+EXPECTED = (UserError, OSError, ValueError, MemoryError, RuntimeError, cv2.error)
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # the next picture would fail too
 
 
@@ -63,7 +64,10 @@ def main() -> int:
 def run(arguments: argparse.Namespace) -> int:
     cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # its warnings name no file
     inputs = [*arguments.inputs, *arguments.input]
-    work = plan(inputs, arguments.output, arguments.suffix, arguments.ext, arguments.recursive)
+    work = plan(inputs, arguments.output, arguments.suffix, arguments.ext, arguments.recursive, arguments.compare)
+    for record in (arguments.table, arguments.report):
+        if record is not None:
+            check_folder(record.absolute().parent)
     network = None if arguments.opt is None else read_network(arguments.opt)
     restorer = load(
         arguments.weights,
@@ -89,9 +93,14 @@ def run(arguments: argparse.Namespace) -> int:
         try:
             is_video = source.suffix.lower() in VIDEOS
             restore_any = restore_video_file if is_video else restore_file
-            image = restore_any(restorer, source, target, arguments, steering, work.folder, bar)
-        except (UserError, OSError, ValueError, MemoryError, RuntimeError, cv2.error) as error:
-            reason = ' '.join(str(error).split()) or type(error).__name__
+            image = restore_any(restorer, source, target, arguments, steering, work, bar)
+        except KeyboardInterrupt:
+            write_records(images, left, arguments)
+            raise
+        except Exception as error:  # of whatever kind: the other pictures do not depend on it
+            reason = ' '.join(str(error).split())
+            if not reason or not isinstance(error, EXPECTED):
+                reason = f'{type(error).__name__} {reason}'.strip()
             if is_out_of_memory(error) and not isinstance(error, OutOfMemory):
                 reason = f'out of memory before or after the network, where tiles do not help: {reason}'
             bar.write(f'{source}: {reason}', file=sys.stderr)
@@ -104,8 +113,7 @@ def run(arguments: argparse.Namespace) -> int:
             sys.stdout.flush()
     failed = sum(image.result is None for image in images)
     clean = sum(image.action == LEFT for image in images)
-    images += [RestoredImage(str(source), None, NOT_TRIED, 0) for source, _ in left[len(images) :]]
-    write_records(images, arguments)
+    images = write_records(images, left, arguments)
     others = f', {clean} left unchanged' if clean else ''
     others += f', {len(work.jobs) - len(left)} already done' if arguments.resume else ''
     not_tried = sum(image.action == NOT_TRIED for image in images)
@@ -187,6 +195,8 @@ def parse_arguments() -> argparse.Namespace:
         parser.error('--strength: must be from 0 to 1')
     if arguments.table is not None and arguments.table.suffix not in ('.csv', '.json'):
         parser.error('--table: must end in .csv or .json')
+    if arguments.report is not None and arguments.report.suffix.lower() not in ('.html', '.htm'):
+        parser.error('--report: must end in .html')
     if arguments.tile is not None and arguments.tile < 0 or arguments.overlap < 0:
         parser.error('--tile and --overlap: must be 0 or more')
     return arguments
@@ -223,7 +233,7 @@ def restore_file(
     target: Path,
     arguments: argparse.Namespace,
     steering: Tensor | None,
-    folder: Path,
+    work: Plan,
     bar: tqdm,
 ) -> RestoredImage:
     """Restore one picture, or all frames or pages of a file; if all are found clean, copy it.
@@ -246,11 +256,14 @@ def restore_file(
     if not clean:
         results, spreads = restore_pictures(restorer, pictures, findings, steering, arguments, bar)
     target.parent.mkdir(parents=True, exist_ok=True)
+    lost, refused = [], ''
     if arguments.compare:  # first, so that an existing result means that everything was written
-        beside = folder / 'compare' / target.relative_to(folder)
+        beside = work.beside(target)
         beside.parent.mkdir(parents=True, exist_ok=True)
-        write_pictures(beside, [*map(side_by_side, pictures, results)], timing, kind)
-    lost = []
+        try:
+            write_pictures(beside, [*map(side_by_side, pictures, results)], timing, kind)
+        except ValueError as error:
+            refused = f'not compared: {error}'
     if clean and keeps_format:
         write_bytes(target, source.read_bytes(), shared=True)
     else:
@@ -258,6 +271,7 @@ def restore_file(
     seconds = time.monotonic() - begin
     notes = [summary(restorer, pictures, arguments.tile, seconds)]
     notes += [f'left out: {", ".join(lost)}'] * bool(lost)
+    notes += [refused] * bool(refused)
     notes += [f'actually a {kind[1:]} file, and so is the result'] * (kind != target.suffix.lower())
     found_after = findings[0] if clean else find_in_result(restorer, results[0], arguments)
     return RestoredImage(
@@ -280,7 +294,7 @@ def restore_video_file(
     target: Path,
     arguments: argparse.Namespace,
     steering: Tensor | None,
-    folder: Path,
+    work: Plan,
     bar: tqdm,
 ) -> RestoredImage:
     """Restore a video, or copy it if all sampled frames are found clean. Arguments and errors as in `restore_file`."""
@@ -371,13 +385,17 @@ def found(finding: Finding | None) -> dict:
     }
 
 
-def write_records(images: list[RestoredImage], arguments: argparse.Namespace) -> None:
-    """Write the table and the report, if requested."""
+def write_records(
+    images: list[RestoredImage], jobs: list[tuple[Path, Path]], arguments: argparse.Namespace
+) -> list[RestoredImage]:
+    """Write the table and the report, if requested; returns their images, the last of which were not tried."""
+    images = images + [RestoredImage(str(source), None, NOT_TRIED, 0) for source, _ in jobs[len(images) :]]
     if arguments.table is not None:
         restored_images.write_table(arguments.table, images)
     if arguments.report is not None:
         weights = arguments.weights or SHIPPED_WEIGHTS.name
         restored_images.write_text(arguments.report, restored_images.page(images, weights))
+    return images
 
 
 def summary(restorer: Restorer, pictures: list[Picture], tile: int | None, seconds: float) -> str:

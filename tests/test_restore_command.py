@@ -1,6 +1,7 @@
 """Image files, read and written back, and the command that restores them."""
 
 import io
+import json
 
 import cv2
 import numpy as np
@@ -294,9 +295,9 @@ def test_super_resolution_supports_compare_suffix_and_an_old_checkpoint(monkeypa
 
 def test_wrong_arguments_end_with_one_line(monkeypatch, tmp_path):
     weights = identity(tmp_path, 'identity.pth', VMAMBAIR)
-    for folder in ('a', 'b', 'none'):
-        (tmp_path / folder).mkdir()
-    for name in ('a/x.png', 'b/x.png', 'a/x_2.png'):
+    for folder in ('a', 'b', 'none', 'c/compare'):
+        (tmp_path / folder).mkdir(parents=True)
+    for name in ('a/x.png', 'b/x.png', 'a/x_2.png', 'c/x.png', 'c/compare/x.png'):
         cv2.imwrite(str(tmp_path / name), photo(8, 8))
     (tmp_path / 'empty.yml').write_text('name: no network')
     monkeypatch.chdir(tmp_path)
@@ -307,6 +308,15 @@ def test_wrong_arguments_end_with_one_line(monkeypatch, tmp_path):
         ('a', 'b', '-o', 'out'): '^out/x.png: would be the result of both a/x.png and b/x.png; use -r to keep',
         ('a', '-o', 'a'): '^a/x.png: would overwrite an input',
         ('a', '-o', 'a', '--suffix', '_2'): '^a/x_2.png: would overwrite an input',
+        ('c', '-r', '-o', 'out', '--compare'): '^out/compare/x.png: would be a result and what --compare writes',
+        ('a', '-o', 'out', '--table', 'a/x.png/t.csv'): f'^{tmp_path}/a/x.png: it is a file; expected a folder$',
+        (
+            'a',
+            '-o',
+            'out',
+            '--report',
+            'empty.yml/r/r.html',
+        ): 'empty.yml/r: .*empty.yml is a file; expected a folder$',
         ('a', '-o', 'out', '--opt', 'empty.yml'): '^empty.yml: network_g: missing$',
         ('a', '-o', 'out', '-w', 'a/x.png'): '^a/x.png: not a checkpoint',
         ('a', '-o', 'out', '-w', 'missing.pth'): 'missing.pth',
@@ -315,9 +325,44 @@ def test_wrong_arguments_end_with_one_line(monkeypatch, tmp_path):
     for arguments, message in wrong.items():
         with pytest.raises(SystemExit, match=message):
             run_main(monkeypatch, '-w', weights, *arguments)
-    for arguments in ([], ['a', '--tile', '-1'], ['a', '--overlap', 'x']):
+    for arguments in ([], ['a', '--tile', '-1'], ['a', '--overlap', 'x'], ['--report', 'a/x.png', 'a/x_2.png']):
         with pytest.raises(SystemExit) as ended:
             run_main(monkeypatch, '-w', weights, '-o', 'out', *arguments)
         assert ended.value.code == 2
-    assert not (tmp_path / 'out').exists()
+    assert not (tmp_path / 'out').exists() and cv2.imread('a/x.png') is not None
     assert run_main(monkeypatch, '-w', weights, 'a', 'a/x.png', '-o', 'out') == 0, 'a picture named twice is one'
+
+
+def test_a_comparison_that_the_format_cannot_hold_costs_no_result(monkeypatch, tmp_path, capsys):
+    weights = identity(tmp_path, 'identity.pth', VMAMBAIR)
+    wide = photo(8, 8).repeat(1050, 1)
+    (tmp_path / 'wide.webp').write_bytes(cv2.imencode('.webp', wide, [cv2.IMWRITE_WEBP_QUALITY, 101])[1])
+    arguments = ('-w', weights, tmp_path / 'wide.webp', '-o', tmp_path / 'out', '--compare', '--one-pass')
+    assert run_main(monkeypatch, *arguments, '--report', tmp_path / 'r.html') == 0
+    np.testing.assert_array_equal(cv2.imread(str(tmp_path / 'out/wide.webp')), wide)
+    assert 'not compared: ' in capsys.readouterr().out and not [*(tmp_path / 'out/compare').iterdir()]
+
+
+@pytest.mark.parametrize('error', [KeyError(2), KeyboardInterrupt()], ids=['any error', 'Ctrl-C'])
+def test_what_was_done_before_an_error_is_recorded(error, monkeypatch, tmp_path, capsys):
+    weights = identity(tmp_path, 'identity.pth', VMAMBAIR)
+    for name in 'abc':
+        cv2.imwrite(str(tmp_path / f'{name}.png'), photo(8, 8))
+    cv2.imwrite(str(tmp_path / 'line.jpg'), np.zeros((1, 3000, 3), np.uint8))
+    read = restore.read_pictures
+
+    def read_or_raise(source):
+        if source.name == 'b.png':
+            raise error
+        return read(source)
+
+    monkeypatch.setattr(restore, 'read_pictures', read_or_raise)
+    arguments = ('-w', weights, tmp_path / 'line.jpg', tmp_path / '?.png', '-o', tmp_path / 'out')
+    status = run_main(monkeypatch, *arguments, '--table', tmp_path / 't.json', '--report', tmp_path / 'r.html')
+    actions = [row['action'] for row in json.loads((tmp_path / 't.json').read_text())]
+    if isinstance(error, KeyError):
+        assert status == 1 and actions == ['restored', 'restored', 'failed: KeyError 2', 'restored']
+        assert capsys.readouterr().err.count('b.png: KeyError 2') == 1
+    else:
+        assert status == 130 and actions == ['restored', 'restored', 'not tried', 'not tried']
+    assert 'line.jpg' in (tmp_path / 'r.html').read_text()

@@ -12,6 +12,7 @@ from dpmambair_basicsr.files.videos import VIDEOS
 
 RESTORED = (*EXTENSIONS, *VIDEOS)
 SUB_FOLDERS = 'sub-folders'
+COMPARE = 'compare'  # the folder, in that of the results, of pictures beside their results
 
 
 @dataclass
@@ -28,6 +29,10 @@ class Plan:
     folder: Path
     skipped: Counter = field(default_factory=Counter)
 
+    def beside(self, target: Path) -> Path:
+        """Where a picture and its result are written side by side."""
+        return self.folder / COMPARE / target.relative_to(self.folder)
+
     def skipped_summary(self) -> str:
         files = {kind: count for kind, count in self.skipped.items() if kind != SUB_FOLDERS}
         counts = ', '.join(f'{count} {kind}' for kind, count in sorted(files.items()))
@@ -38,7 +43,12 @@ class Plan:
 
 
 def plan(
-    inputs: list[str], output: Path, suffix: str = '', extension: str | None = None, recursive: bool = False
+    inputs: list[str],
+    output: Path,
+    suffix: str = '',
+    extension: str | None = None,
+    recursive: bool = False,
+    compare: bool = False,
 ) -> Plan:
     """What to restore, in the order of the arguments.
 
@@ -47,6 +57,7 @@ def plan(
         output: a folder or, for a single picture, a file with a supported extension.
         suffix: added to the names of the results.
         extension: of the results; None: the same as the picture's.
+        compare: whether pictures are written beside their results, too.
 
     Raises:
         InputError: an argument without pictures, two pictures with the same result, a result that would overwrite a
@@ -71,12 +82,16 @@ def plan(
                 reason = 'use a folder' if is_file else 'use -r to keep sub-folders, or --suffix'
                 raise InputError(f'{target}: would be the result of both {other} and {source}; {reason}')
     pictures = {source.resolve() for source in sources.values()}
-    for target in sources:
+    besides = [result.beside(target) for target, source in sources.items() if compare and source.suffix not in VIDEOS]
+    for target in [*sources, *besides]:
         if target.resolve() in pictures:
             raise InputError(f'{target}: would overwrite an input; choose another -o, or a --suffix')
+    for beside in besides:
+        if beside in sources:
+            raise InputError(f'{beside}: would be a result and what --compare writes; leave {sources[beside]} out')
     if is_file and (extension or output.suffix).lower() != output.suffix.lower():
         raise InputError(f'{output}: must have the extension of --ext {extension}')
-    check_folder(result.folder)
+    check_folder(result.folder, 'a folder or one picture')
     result.jobs = [(source, target) for target, source in sources.items()]
     return result
 
@@ -135,10 +150,10 @@ def same_file(a: Path, b: Path) -> bool:
     return a.resolve() == b.resolve()
 
 
-def check_folder(folder: Path) -> None:
+def check_folder(folder: Path, wanted: str = 'a folder') -> None:
     """Raise InputError, up front, if a path is not a folder, or cannot be created or written to."""
     there = next(part for part in (folder, *folder.absolute().parents) if os.path.lexists(part))
     if not there.is_dir():
-        raise InputError(f'{folder}: {"it" if there == folder else there} is a file; expected a folder or one picture')
+        raise InputError(f'{folder}: {"it" if there == folder else there} is a file; expected {wanted}')
     if not os.access(there, os.W_OK | os.X_OK):
         raise InputError(f'{folder}: {there} is not writable')

@@ -237,7 +237,8 @@ def read_image(file: Path) -> np.ndarray:
 def data_uri(image: np.ndarray) -> str:
     factor = MAX_SIDE / max(image.shape[:2])
     if factor < 1:
-        image = cv2.resize(image, None, fx=factor, fy=factor, interpolation=cv2.INTER_AREA)
+        size = [max(1, round(factor * side)) for side in image.shape[1::-1]]
+        image = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
     kind, data = 'png', cv2.imencode('.png', image)[1]
     if len(data) > LOSSLESS_BYTES:
         quality = [cv2.IMWRITE_JPEG_QUALITY, 92]
