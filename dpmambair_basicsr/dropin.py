@@ -170,7 +170,7 @@ def main() -> None:
     parser.add_argument('path', type=Path, help='BasicSR checkout, or project with a basicsr folder')
     parser.add_argument('--remove', action='store_true', help='delete the files that were added, and nothing else')
     arguments = parser.parse_args()
-    with exit_on_error():
+    with exit_on_error('', OSError):
         (remove if arguments.remove else install)(arguments.path)
 
 
@@ -294,7 +294,10 @@ def remove(root: Path) -> None:
 def read_record(root: Path) -> dict:
     """{'files': {path: SHA-256}, 'folders': [created ones]}, empty if nothing was installed."""
     for file in root.glob(f'*/{RECORD}'):
-        record = json.loads(file.read_text())
+        try:
+            record = json.loads(file.read_text())
+        except ValueError:
+            raise ProjectError(f'{file}: damaged; delete it, and the files that this command wrote, yourself') from None
         for name in (*record['files'], *record['folders']):
             if Path(name).is_absolute() or '..' in Path(name).parts:  # part of the project, not written by us
                 raise ProjectError(f'{file}: names {name}, which is outside the project')

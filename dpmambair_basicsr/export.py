@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.nn import functional as F
 
-from dpmambair_basicsr.files.atomic import replacing
+from dpmambair_basicsr.files.atomic import check_file, replacing
 from dpmambair_basicsr.files.errors import InputError, MissingLibraryError, UserError, exit_on_error
 from dpmambair_basicsr.files.option_files import read_network
 from dpmambair_basicsr.inference.restorer import load
@@ -44,12 +44,13 @@ def main() -> None:
     arguments = parse_arguments()
     with exit_on_error('', ValueError, OSError):
         form = choose_format(arguments)
+        check_file(arguments.output)
         network = None if arguments.opt is None else read_network(arguments.opt)
         net = load(arguments.weights, network=network, device='cpu').net
     print('tracing the network', flush=True)
     program = trace(net)
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    with exit_on_error(), replacing(arguments.output) as part:
+    with exit_on_error('', OSError), replacing(arguments.output) as part:
         print(f'writing {form}', flush=True)
         (write_onnx if form == 'onnx' else write_torch)(program, part)
         check(net, (run_onnx if form == 'onnx' else run_torch)(part))

@@ -198,7 +198,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
             '--workers', type=int, default=min(8, os.cpu_count() or 1), help='threads; default: %(default)s'
         )
     args = parser.parse_args(arguments)
-    args.subset = args.subset.read_text(encoding='utf-8').split() if getattr(args, 'subset', None) else None
+    args.subset = read_subset(parser, args.subset) if getattr(args, 'subset', None) else None
     if (args.layout or args.subset) and len(args.part) > 1:
         parser.error(f'{args.set}: --layout and --subset apply to one part; add --part {" or ".join(args.part)}')
     if args.layout:
@@ -206,6 +206,16 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     if args.workers < 1:
         parser.error(f'--workers must be at least 1, got {args.workers}')
     return args
+
+
+def read_subset(parser: argparse.ArgumentParser, file: Path) -> list[str]:
+    """The stems in the file; ends the program if it cannot be read."""
+    try:
+        return file.read_text(encoding='utf-8').split()
+    except OSError as error:
+        parser.error(f'--subset: {file}: {error.strerror}')
+    except UnicodeDecodeError:
+        parser.error(f'--subset: {file}: not text in UTF-8')
 
 
 def check_layout(parser: argparse.ArgumentParser, layout: list[str], part: Part) -> None:

@@ -20,11 +20,11 @@ import numpy as np
 from torch import Tensor
 from tqdm import tqdm
 
-from dpmambair_basicsr.files.atomic import replacing
+from dpmambair_basicsr.files.atomic import check_file, replacing
 from dpmambair_basicsr.files.codec import write_bytes
 from dpmambair_basicsr.files.errors import InputError, UserError, exit_on_error, print_any_name
 from dpmambair_basicsr.files.option_files import read_network
-from dpmambair_basicsr.files.picture_jobs import Plan, check_folder, plan
+from dpmambair_basicsr.files.picture_jobs import Plan, plan
 from dpmambair_basicsr.files.pictures import (
     FORMATS,
     Picture,
@@ -67,7 +67,7 @@ def run(arguments: argparse.Namespace) -> int:
     work = plan(inputs, arguments.output, arguments.suffix, arguments.ext, arguments.recursive, arguments.compare)
     for record in (arguments.table, arguments.report):
         if record is not None:
-            check_folder(record.absolute().parent)
+            check_file(record)
     network = None if arguments.opt is None else read_network(arguments.opt)
     restorer = load(
         arguments.weights,

@@ -183,7 +183,7 @@ def test_mistakes_end_with_one_line(folder, monkeypatch, capsys, tmp_path):
         'clean: no sub-folder contains pictures': {'--reference': 'clean'},
         'nowhere': {'--reference': 'nowhere'},
         'map.jpg: must end in .png': {'-o': tmp_path / 'map.jpg'},
-        'cannot be written: ': {'-o': tmp_path / 'text.png' / 'map.png'},
+        'text.png: it is a file; expected a folder': {'-o': tmp_path / 'text.png' / 'map.png'},
         "device: must be one of auto, cpu, cuda, mps, got 'tpu9'": {'--device': 'tpu9'},
     }
     pytest.importorskip('matplotlib')

@@ -186,6 +186,16 @@ def test_a_record_cannot_point_outside(small):
     assert outside.exists()
 
 
+def test_a_damaged_record_is_one_line_and_nothing_is_deleted(small):
+    assert dropin(small).returncode == 0
+    (small / SHIMS[0]).write_text('{"files": {')
+    before = tree(small)
+    for arguments in ([], ['--remove']):
+        result = dropin(small, *arguments)
+        assert result.returncode == 1 and result.stdout.startswith(f'{small / SHIMS[0]}: damaged; delete it')
+        assert result.stdout.count('\n') == 1 and tree(small) == before
+
+
 def test_the_literal_commands_run(checkout, tmp_path):
     """They use the checkout's BasicSR although another one is installed; our package is registered and patches it."""
     (checkout / 'basicsr/version.py').unlink()  # as in a raw clone

@@ -164,6 +164,11 @@ def test_mistakes_end_with_one_line(folder, monkeypatch, tmp_path):
         run_main(monkeypatch, folder / 'vmambair.pth', tmp_path / 'x.bin')
     with pytest.raises(SystemExit, match='text.pth: not a checkpoint'):
         run_main(monkeypatch, tmp_path / 'text.pth', tmp_path / 'x.onnx')
+    with pytest.raises(SystemExit, match='text.pth: it is a file; expected a folder'):
+        run_main(monkeypatch, folder / 'vmambair.pth', tmp_path / 'text.pth/x.pt2')
+    (tmp_path / 'x.pt2').mkdir()
+    with pytest.raises(SystemExit, match='x.pt2: is a folder; expected a file'):
+        run_main(monkeypatch, folder / 'vmambair.pth', tmp_path / 'x.pt2')
     monkeypatch.setitem(sys.modules, 'onnxscript', None)  # as if it were not installed
     with pytest.raises(SystemExit, match='ONNX needs onnxscript .*pip install onnx onnxscript onnxruntime'):
         run_main(monkeypatch, folder / 'vmambair.pth', tmp_path / 'x.onnx')

@@ -215,6 +215,7 @@ def test_alpha_figure_is_drawn_by_the_command(folder):
     {
         ('alpha', '-w', 'without.pth', '-o', 'x.png'): 'without.pth: contains no high-frequency enhancement block',
         ('alpha', '-w', 'with.pth', '-o', 'x.jpg'): 'x.jpg: must end in .png',
+        ('alpha', '-w', 'with.pth', '-o', 'with.pth/x.png'): 'with.pth: it is a file; expected a folder',
         ('alpha', '-w', 'with.pth', 'a/with.pth', '-o', 'x.png'): 'two networks are called with; write NAME=with.pth',
         ('alpha', '-w', 'with.pth', '-d', 'data', '-o', 'x.png'): '-d: required by all figures except alpha',
         ('frequency', '-w', 'with.pth', '-o', 'x.png'): '-d: required by all figures except alpha',

@@ -592,6 +592,10 @@ MISUSE = {
         'must have key, sequence',
     ),
     'names of GT alone': (['rain100h', '.', '--layout', 'a/{b}', 'b/{key}'], 'must have all names of the GT pattern'),
+    'no subset': (
+        ['snow100k', '.', '--part', 'train', '--subset', 'no.txt'],
+        '--subset: no.txt: No such file or directory',
+    ),
     'no workers': (['lol', '.', '--workers', '0'], '--workers must be at least 1'),
 }
 

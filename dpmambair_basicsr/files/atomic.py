@@ -1,10 +1,12 @@
-"""Atomic file writes, and checksums."""
+"""Atomic file writes, checks that precede them, and checksums."""
 
 import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from dpmambair_basicsr.files.errors import InputError
 
 
 @contextmanager
@@ -31,6 +33,22 @@ def replacing(file: str | Path, durable: bool = True, shared: bool = False) -> I
     if durable:
         with suppress(OSError):  # the file is in place; not every file system can sync folders
             sync(file.parent)
+
+
+def check_folder(folder: Path, wanted: str = 'a folder') -> None:
+    """Raise InputError, up front, if a path is not a folder, or cannot be created or written to."""
+    there = next(part for part in (folder, *folder.absolute().parents) if os.path.lexists(part))
+    if not there.is_dir():
+        raise InputError(f'{folder}: {"it" if there == folder else there} is a file; expected {wanted}')
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise InputError(f'{folder}: {there} is not writable')
+
+
+def check_file(file: str | Path) -> None:
+    """Raise InputError, up front, if a file cannot be created or replaced, with its folder."""
+    if Path(file).is_dir():
+        raise InputError(f'{file}: is a folder; expected a file')
+    check_folder(Path(file).parent)
 
 
 def sync(path: Path) -> None:

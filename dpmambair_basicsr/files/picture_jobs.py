@@ -6,6 +6,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from dpmambair_basicsr.files.atomic import check_folder
 from dpmambair_basicsr.files.errors import InputError
 from dpmambair_basicsr.files.pictures import EXTENSIONS, FORMATS
 from dpmambair_basicsr.files.videos import VIDEOS
@@ -148,12 +149,3 @@ def list_pictures(argument: str) -> list[Path]:
 
 def same_file(a: Path, b: Path) -> bool:
     return a.resolve() == b.resolve()
-
-
-def check_folder(folder: Path, wanted: str = 'a folder') -> None:
-    """Raise InputError, up front, if a path is not a folder, or cannot be created or written to."""
-    there = next(part for part in (folder, *folder.absolute().parents) if os.path.lexists(part))
-    if not there.is_dir():
-        raise InputError(f'{folder}: {"it" if there == folder else there} is a file; expected {wanted}')
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise InputError(f'{folder}: {there} is not writable')

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dpmambair_basicsr.files.atomic import replacing
+from dpmambair_basicsr.files.atomic import check_file, replacing
 from dpmambair_basicsr.files.errors import InputError, MissingLibraryError
 from dpmambair_basicsr.inference.degradation_classes import Classes, most_likely
 
@@ -16,11 +16,12 @@ def check_map(file: Path, method: str) -> None:
     """Check up front that the map can be drawn.
 
     Raises:
-        InputError: the file is not named .png.
+        InputError: the file is not named .png, or cannot be written.
         MissingLibraryError: matplotlib or scikit-learn is not installed.
     """
     if file.suffix.lower() != '.png':
         raise InputError(f'{file}: must end in .png')
+    check_file(file)
     for library, module in [('matplotlib', 'matplotlib'), ('scikit-learn', 'sklearn')][: 1 + (method == 'tsne')]:
         try:
             importlib.import_module(module)

@@ -5,7 +5,7 @@ import importlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from dpmambair_basicsr.files.atomic import replacing
+from dpmambair_basicsr.files.atomic import check_file, replacing
 from dpmambair_basicsr.files.errors import InputError, MissingLibraryError
 
 Row = dict[str, str | float]
@@ -32,11 +32,12 @@ def check_figure(file: Path) -> None:
     """Check up front that the figure can be drawn.
 
     Raises:
-        InputError: the file is not named .png.
+        InputError: the file is not named .png, or cannot be written.
         MissingLibraryError: matplotlib is not installed.
     """
     if file.suffix.lower() != '.png':
         raise InputError(f'{file}: must end in .png; the table is written beside it as .csv')
+    check_file(file)
     try:
         importlib.import_module('matplotlib.figure')
     except ImportError as error:
