@@ -269,6 +269,16 @@ def test_a_clean_video_is_copied(tmp_path, monkeypatch, capsys):
     status, said = command(monkeypatch, capsys, source, '-o', tmp_path / 'b.mp4')
     assert status == 0 and '1 left unchanged' in said
     assert (tmp_path / 'b.mp4').read_bytes() == source.read_bytes()
+    options = ('-o', tmp_path / 'b.mkv', '--report', tmp_path / 'page.html')
+    status, said = command(monkeypatch, capsys, source, *options)
+    assert status == 0 and '1 left unchanged' in said and 'encoded again, for .mkv' in said
+    assert (tmp_path / 'b.mkv').read_bytes()[:4] == b'\x1a\x45\xdf\xa3', 'Matroska'
+    before, after = (np.diff(streams_of(file)[0]) for file in (source, tmp_path / 'b.mkv'))
+    np.testing.assert_allclose(before, after, atol=0.002)  # Matroska starts with the sound, 21 ms before
+    assert streams_of(tmp_path / 'b.mkv')[1]
+    for was, now in zip(images_of(source), images_of(tmp_path / 'b.mkv'), strict=True):
+        assert psnr(was, now) > 40
+    assert 'left unchanged' in (tmp_path / 'page.html').read_text()
 
 
 def test_an_output_of_another_kind_is_refused_up_front(weights, tmp_path, monkeypatch, capsys):
