@@ -187,6 +187,8 @@ def test_unsupported_videos_are_refused_in_one_line(tmp_path):
     good = write_video(tmp_path / 'good.mkv', SCENES).read_bytes()
     write_video(tmp_path / 'hdr.mkv', SCENES, color_trc=16)
     (tmp_path / 'text.mp4').write_text('no video')
+    unknown = write_video(tmp_path / 'a.mp4', SCENES).read_bytes().replace(b'avc1', b'zzzz')
+    (tmp_path / 'unknown.mp4').write_bytes(unknown)
     (tmp_path / 'cut.mkv').write_bytes(good[: len(good) // 3])
     (tmp_path / 'list.mp4').write_text('#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\nhttp://127.0.0.1:9/a.ts\n')
     with av.open(str(tmp_path / 'sound.mkv'), 'w') as file:
@@ -200,6 +202,7 @@ def test_unsupported_videos_are_refused_in_one_line(tmp_path):
         'text.mp4': 'not a .mp4 video',
         'list.mp4': 'not a .mp4 video',
         'sound.mkv': 'has no video stream',
+        'unknown.mp4': 'has a video codec that this FFmpeg cannot decode',
     }
     for name, message in expected.items():
         with pytest.raises(ValueError, match=message):
@@ -218,6 +221,41 @@ def test_an_error_midway_leaves_no_file(tmp_path):
 
     with pytest.raises(MemoryError):
         rewrite(source, tmp_path / 'b.mkv', fail)
+    assert [file.name for file in tmp_path.iterdir()] == ['a.mkv']
+
+
+@pytest.mark.parametrize(
+    ('method', 'error', 'message'),
+    [
+        ('demux', 'ExternalError', 'cannot be read .why.'),
+        ('mux', 'UnknownError', 'the result cannot be written .why.'),
+        ('add_stream', 'EncoderNotFoundError', 'the result cannot be written .why.'),
+    ],
+)
+def test_any_error_of_ffmpeg_is_one_of_the_file(method, error, message, tmp_path, monkeypatch):
+    """A ValueError: the command continues with the next file."""
+    source, open_any = write_video(tmp_path / 'a.mkv', SCENES), av.open
+
+    def fail(*args, **options):
+        raise getattr(av.error, error)(1, 'why')
+
+    class Failing:
+        def __init__(self, container):
+            self.container = container
+
+        def __enter__(self):
+            self.container.__enter__()
+            return self
+
+        def __exit__(self, *error):
+            return self.container.__exit__(*error)
+
+        def __getattr__(self, name):
+            return fail if name == method else getattr(self.container, name)
+
+    monkeypatch.setattr(av, 'open', lambda *args, **options: Failing(open_any(*args, **options)))
+    with pytest.raises(ValueError, match=message):
+        rewrite(source, tmp_path / 'b.mkv', lambda frame: frame.image)
     assert [file.name for file in tmp_path.iterdir()] == ['a.mkv']
 
 

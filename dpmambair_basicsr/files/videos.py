@@ -64,6 +64,17 @@ def import_av() -> Any:
 
 
 @contextmanager
+def as_value_error(what: str) -> Iterator[None]:
+    """FFmpeg's errors, most of which derive from Exception only, become a ValueError: `what` and FFmpeg's reason."""
+    try:
+        yield
+    except import_av().error.FFmpegError as error:
+        if isinstance(error, OSError | MemoryError):
+            raise
+        raise ValueError(f'{what} ({error.strerror})') from None
+
+
+@contextmanager
 def opened(path: Path):
     """Open a video as PyAV's container.
 
@@ -73,13 +84,13 @@ def opened(path: Path):
     av = import_av()
     with ExitStack() as stack:
         file = stack.enter_context(open_regular(path))
-        try:
+        with as_value_error(f'not a {path.suffix.lower()} video'):
             container = stack.enter_context(av.open(file, format=VIDEOS[path.suffix.lower()].demuxer))
-        except av.error.FFmpegError as error:
-            raise ValueError(f'not a {path.suffix.lower()} video ({error.strerror})') from None
         if not container.streams.video:
             raise ValueError('has no video stream')
         context = container.streams.video[0].codec_context
+        if context is None:
+            raise ValueError('has a video codec that this FFmpeg cannot decode')
         if context.color_trc in HDR:
             raise ValueError(f'is HDR video ({HDR[context.color_trc]}); our networks are trained on sRGB pictures')
         if context.width * context.height > max_pixels():
@@ -94,27 +105,30 @@ def read_frames(path: Path) -> Iterator[Frame]:
         OSError, ValueError: as `opened`; a frame is damaged, interlaced or without a timestamp.
     """
     with opened(path) as container:
-        for packet in container.demux(container.streams.video[0]):
-            yield from decoded(packet)
+        stream = container.streams.video[0]
+        for packet in packets_of(container):
+            if packet.stream is stream:
+                yield from decoded(packet)
+
+
+def packets_of(container) -> Iterator[Any]:
+    with as_value_error('cannot be read'):
+        yield from container.demux()
 
 
 def decoded(packet) -> Iterator[Frame]:
-    av = import_av()
-    try:
-        frames = packet.decode()
-    except av.error.FFmpegError as error:
-        raise ValueError(f'its frames cannot be read ({error.strerror})') from None
-    for frame in frames:
-        place = 'a frame' if frame.time is None else f'the frame at {frame.time:.2f} s'
-        if frame.pts is None:
-            raise ValueError('has frames without a timestamp')
-        if frame.is_corrupt:
-            raise ValueError(f'{place} is damaged')
-        if frame.interlaced_frame:
-            raise ValueError(f'{place} is interlaced; deinterlace the video first')
-        deep = max(component.bits for component in frame.format.components) > 8
-        image = frame.to_ndarray(format='rgb48le' if deep else 'rgb24')
-        yield Frame(np.ascontiguousarray(np.rot90(image, frame.rotation // 90)), frame)
+    with as_value_error('its frames cannot be read'):
+        for frame in packet.decode():
+            place = 'a frame' if frame.time is None else f'the frame at {frame.time:.2f} s'
+            if frame.pts is None:
+                raise ValueError('has frames without a timestamp')
+            if frame.is_corrupt:
+                raise ValueError(f'{place} is damaged')
+            if frame.interlaced_frame:
+                raise ValueError(f'{place} is interlaced; deinterlace the video first')
+            deep = max(component.bits for component in frame.format.components) > 8
+            image = frame.to_ndarray(format='rgb48le' if deep else 'rgb24')
+            yield Frame(np.ascontiguousarray(np.rot90(image, frame.rotation // 90)), frame)
 
 
 class VideoWriter:
@@ -208,9 +222,14 @@ def rewrite(source: Path, target: Path, restore: Callable[[Frame], np.ndarray]) 
     """
     av = import_av()
     container = VIDEOS[target.suffix.lower()]
-    with opened(source) as film, replacing(target) as part, av.open(str(part), 'w', format=container.muxer) as result:
+    with (
+        opened(source) as film,
+        as_value_error('the result cannot be written'),
+        replacing(target) as part,
+        av.open(str(part), 'w', format=container.muxer) as result,
+    ):
         writer = VideoWriter(result, film, target)
-        for packet in film.demux():
+        for packet in packets_of(film):
             if packet.stream is not writer.stream:
                 writer.copy_packet(packet)
                 continue
