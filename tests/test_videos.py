@@ -125,6 +125,100 @@ def test_frames_are_upright(angle, tmp_path):
     assert psnr(expected, images_of(tmp_path / 'b.mp4')[0]) > 25
 
 
+CHAPTERS = [
+    {'id': 1, 'start': 0, 'end': 200, 'time_base': Fraction(1, 1000), 'metadata': {'title': 'one'}},
+    {'id': 2, 'start': 200, 'end': 480, 'time_base': Fraction(1, 1000), 'metadata': {'title': 'two'}},
+]
+
+
+def write_with_extras(path, *, chapters=(), timecode=None, data=None, cover=None, font=None):
+    plain = write_video(path.with_name(f'plain{path.suffix}'), SCENES)
+    with av.open(str(plain)) as source, av.open(str(path), 'w') as file:
+        copies = [file.add_stream_from_template(stream) for stream in source.streams]
+        file.set_chapters(list(chapters))
+        if timecode is not None:
+            copies[0].metadata['timecode'] = timecode
+        if font is not None:
+            file.add_attachment('a.ttf', 'font/ttf', font)
+        extras = []
+        if data is not None:
+            extras.append((file.add_data_stream('bin_data'), data))
+        if cover is not None:
+            picture = file.add_stream('mjpeg', pix_fmt='yuvj420p', height=48, width=64)
+            picture.disposition = av.stream.Disposition.attached_pic
+            extras.append((picture, cover))
+        for stream, content in extras:
+            packet = av.Packet(content)
+            packet.stream, packet.pts, packet.dts, packet.time_base = stream, 0, 0, Fraction(1, 1000)
+            packet.duration = 100
+            file.mux(packet)
+        for packet in source.demux():
+            if packet.size:
+                packet.stream = copies[packet.stream.index]
+                file.mux(packet)
+    plain.unlink()
+    return path
+
+
+def extras_of(path):
+    """Chapters as (title, start in seconds), timecode, covers, attachments."""
+    with av.open(str(path)) as file:
+        chapters = [(part['metadata']['title'], float(part['start'] * part['time_base'])) for part in file.chapters()]
+        covers = [stream for stream in file.streams.video if stream.disposition & av.stream.Disposition.attached_pic]
+        pictures = [bytes(packet) for packet in file.demux(covers) if packet.size] if covers else []
+        film = next(stream for stream in file.streams.video if stream not in covers)
+        tags = {name.lower(): value for name, value in film.metadata.items()}
+        fonts = [stream.data for stream in file.streams if stream.type == 'attachment']
+        return chapters, tags.get('timecode'), pictures, fonts
+
+
+@pytest.mark.parametrize(
+    ('before', 'after', 'extras', 'lost'),
+    [
+        ('a.mov', 'b.mov', {'timecode': '01:00:00:00'}, []),
+        ('a.mov', 'b.mkv', {'timecode': '01:00:00:00'}, []),
+        ('a.mp4', 'b.mp4', {'chapters': CHAPTERS}, []),
+        ('a.mkv', 'b.mkv', {'chapters': CHAPTERS}, []),
+        ('a.mkv', 'b.mov', {'chapters': CHAPTERS}, []),
+        ('a.mp4', 'b.mkv', {'chapters': CHAPTERS}, []),
+        ('a.mp4', 'b.mp4', {'data': b'telemetry'}, ['data stream 2']),
+        ('a.mp4', 'b.mp4', {'cover': cv2.imencode('.jpg', SCENES[0])[1].tobytes()}, []),
+        ('a.mp4', 'b.mkv', {'cover': cv2.imencode('.jpg', SCENES[0])[1].tobytes()}, ['cover stream 2']),
+        ('a.mp4', 'b.mov', {'cover': cv2.imencode('.jpg', SCENES[0])[1].tobytes()}, ['cover stream 2']),
+        ('a.mkv', 'b.mkv', {'font': b'letters'}, []),
+        ('a.mkv', 'b.mp4', {'font': b'letters'}, ['attachment stream 2']),
+    ],
+)
+def test_what_goes_with_a_film_is_kept_or_named(before, after, extras, lost, tmp_path):
+    source, result = write_with_extras(tmp_path / before, **extras), tmp_path / after
+    assert rewrite(source, result, lambda frame: frame.image) == lost
+    expected = (
+        [('one', 0.0), ('two', 0.2)] if 'chapters' in extras else [],
+        extras.get('timecode'),
+        [extras['cover']] if 'cover' in extras else [],
+        [extras['font']] if 'font' in extras else [],
+    )
+    had, has = extras_of(source), extras_of(result)
+    assert had == expected and has == (([], None, [], []) if lost else expected)
+    assert len(images_of(result)) == len(TIMES) and streams_of(result)[1]
+
+
+def test_a_second_film_keeps_all_its_frames(tmp_path):
+    """In Matroska, the first packets have no decoding time."""
+    with av.open(str(write_video(tmp_path / 'one.mkv', SCENES))) as one, av.open(str(tmp_path / 'a.mkv'), 'w') as file:
+        copies = [file.add_stream_from_template(one.streams.video[0]) for _ in range(2)]
+        for packet in one.demux(video=0):
+            if packet.size:
+                twin = av.Packet(bytes(packet))
+                twin.pts, twin.dts, twin.time_base = packet.pts, packet.dts, packet.time_base
+                packet.stream, twin.stream, twin.is_keyframe = *copies, packet.is_keyframe
+                file.mux([packet, twin])
+    assert rewrite(tmp_path / 'a.mkv', tmp_path / 'b.mkv', lambda frame: frame.image) == []
+    with av.open(str(tmp_path / 'b.mkv')) as file:
+        packets = [packet.stream.index for packet in file.demux() if packet.size]
+    assert packets.count(0) == packets.count(1) == len(TIMES)
+
+
 class ToMean(nn.Module):
     """Sets each pixel to the mean of the image, as provided by `ImageMean`."""
 

@@ -5,7 +5,7 @@ nothing else, whatever a file refers to.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,7 @@ VIDEOS = {
     '.mkv': Container('matroska', 'matroska'),
     '.webm': Container('matroska', 'webm', 'libvpx-vp9', {'crf': '16', 'b': '0', 'row-mt': '1'}),
 }
+ONLY_IN = {'cover': 'mp4', 'thumbnails': '', 'attachment': 'matroska'}  # muxers; others fail, or write something else
 HDR = {16: 'PQ', 18: 'HLG'}  # transfer characteristics, ITU-T H.273
 
 
@@ -86,9 +87,10 @@ def opened(path: Path):
         file = stack.enter_context(open_regular(path))
         with as_value_error(f'not a {path.suffix.lower()} video'):
             container = stack.enter_context(av.open(file, format=VIDEOS[path.suffix.lower()].demuxer))
-        if not container.streams.video:
+        stream = film_of(container)
+        if stream is None:
             raise ValueError('has no video stream')
-        context = container.streams.video[0].codec_context
+        context = stream.codec_context
         if context is None:
             raise ValueError('has a video codec that this FFmpeg cannot decode')
         if context.color_trc in HDR:
@@ -98,6 +100,18 @@ def opened(path: Path):
         yield container
 
 
+def film_of(container):
+    return next((stream for stream in container.streams.video if kind_of(stream) == 'video'), None)
+
+
+def kind_of(stream) -> str:
+    """FFmpeg's type; 'cover' or 'thumbnails' for a picture that FFmpeg shows as a video stream."""
+    picture = import_av().stream.Disposition.attached_pic
+    if stream.disposition & picture:
+        return 'cover' if stream.disposition == picture else 'thumbnails'
+    return stream.type
+
+
 def read_frames(path: Path) -> Iterator[Frame]:
     """All frames, in order.
 
@@ -105,7 +119,7 @@ def read_frames(path: Path) -> Iterator[Frame]:
         OSError, ValueError: as `opened`; a frame is damaged, interlaced or without a timestamp.
     """
     with opened(path) as container:
-        stream = container.streams.video[0]
+        stream = film_of(container)
         for packet in packets_of(container):
             if packet.stream is stream:
                 yield from decoded(packet)
@@ -139,19 +153,24 @@ class VideoWriter:
     """
 
     def __init__(self, result, source, path: Path):
-        self.result, self.stream, self.out = result, source.streams.video[0], None
+        self.result, self.stream, self.out = result, film_of(source), None
         self.container = VIDEOS[path.suffix.lower()]
         result.metadata.update(source.metadata)
+        result.set_chapters(source.chapters())
         self.copies, self.lost, self.waiting = {}, [], []
         for stream in source.streams:
             if stream is not self.stream:
                 self.copy_stream(stream)
 
     def copy_stream(self, stream) -> None:
-        try:
-            copy = self.result.add_stream_from_template(stream)
-        except (ValueError, NotImplementedError):  # the container does not support this type or codec
-            self.lost.append(f'{stream.type} stream {stream.index}')
+        kind, copy = kind_of(stream), None
+        if kind == 'data':  # see `copy_packet`
+            return
+        if ONLY_IN.get(kind, self.container.muxer) == self.container.muxer:
+            with suppress(ValueError, NotImplementedError):  # the container does not support this type or codec
+                copy = self.result.add_stream_from_template(stream)
+        if copy is None:
+            self.lost.append(f'{kind} stream {stream.index}')
             return
         copy.metadata.update(stream.metadata)
         copy.disposition = stream.disposition
@@ -190,12 +209,17 @@ class VideoWriter:
         return out
 
     def copy_packet(self, packet) -> None:
-        if packet.dts is None or packet.stream.index not in self.copies:
+        if packet.size == 0:
+            return
+        stream = packet.stream
+        if stream.type == 'data' and 'timecode' not in stream.metadata:  # chapters have no packets, see `set_chapters`
+            self.lost += [f'data stream {stream.index}'] * (f'data stream {stream.index}' not in self.lost)
+        if stream.index not in self.copies:
             return
         if self.out is None:  # streams must be added before the first packet, and the video's size is not known yet
             self.waiting.append(packet)
             return
-        packet.stream = self.copies[packet.stream.index]
+        packet.stream = self.copies[stream.index]
         self.result.mux(packet)
 
     def finish(self) -> None:
