@@ -278,12 +278,10 @@ def test_frames_of_a_shot_are_restored_as_pictures_with_its_statistics(tmp_path)
 
 
 def test_unsupported_videos_are_refused_in_one_line(tmp_path):
-    good = write_video(tmp_path / 'good.mkv', SCENES).read_bytes()
     write_video(tmp_path / 'hdr.mkv', SCENES, color_trc=16)
     (tmp_path / 'text.mp4').write_text('no video')
     unknown = write_video(tmp_path / 'a.mp4', SCENES).read_bytes().replace(b'avc1', b'zzzz')
     (tmp_path / 'unknown.mp4').write_bytes(unknown)
-    (tmp_path / 'cut.mkv').write_bytes(good[: len(good) // 3])
     (tmp_path / 'list.mp4').write_text('#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\nhttp://127.0.0.1:9/a.ts\n')
     with av.open(str(tmp_path / 'sound.mkv'), 'w') as file:
         tone = file.add_stream('aac', rate=48000)
@@ -316,6 +314,40 @@ def test_an_error_midway_leaves_no_file(tmp_path):
     with pytest.raises(MemoryError):
         rewrite(source, tmp_path / 'b.mkv', fail)
     assert [file.name for file in tmp_path.iterdir()] == ['a.mkv']
+
+
+def write_slides(path, start=0, seconds=(0, 1, 2, 7, 8, 13), sound=0):
+    """A picture at each time, in seconds after `start`, and silence of that many seconds."""
+    with av.open(str(path), 'w') as file:
+        stream = file.add_stream('libx264', rate=1, options={'g': '1', 'bf': '0'})
+        stream.height, stream.width = 48, 64
+        tone = file.add_stream('aac', rate=48000) if sound else None
+        packets = []
+        for number, second in enumerate(seconds):
+            frame = av.VideoFrame.from_ndarray(scene(number, 0, 255), format='rgb24')
+            frame.pts, frame.time_base = start + second, Fraction(1)
+            packets += stream.encode(frame)
+        packets += stream.encode(None)
+        if tone is not None:
+            part = av.AudioFrame.from_ndarray(np.zeros((1, 48000 * sound), np.float32), format='fltp', layout='mono')
+            part.sample_rate, part.pts = 48000, 0
+            packets += tone.encode(part) + tone.encode(None)
+        for packet in sorted(packets, key=lambda packet: packet.dts * packet.time_base):
+            file.mux(packet)
+    return path
+
+
+@pytest.mark.parametrize('extension', ['.mkv', '.mp4'])
+@pytest.mark.parametrize('slides', [{}, {'sound': 20}, {'sound': 2}, {'start': 100}])
+def test_a_video_that_ends_before_its_stated_duration_is_refused(extension, slides, tmp_path):
+    """Only then: neither sound of another length, nor long pauses, nor a late start make it damaged."""
+    good = write_slides(tmp_path / f'good{extension}', **slides)
+    assert len(images_of(good)) == 6
+    content, cut = good.read_bytes(), tmp_path / f'cut{extension}'
+    cut.write_bytes(content[: len(content) * 4 // 10])
+    with pytest.raises(ValueError, match='is damaged or cut off' if extension == '.mkv' else 'not a .mp4 video'):
+        rewrite(cut, tmp_path / 'result.mkv', lambda frame: frame.image)
+    assert not [*tmp_path.glob('*result*')]
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ nothing else, whatever a file refers to.
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +101,7 @@ def opened(path: Path):
         yield container
 
 
-def film_of(container):
+def film_of(container) -> Any:
     return next((stream for stream in container.streams.video if kind_of(stream) == 'video'), None)
 
 
@@ -116,7 +117,7 @@ def read_frames(path: Path) -> Iterator[Frame]:
     """All frames, in order.
 
     Raises:
-        OSError, ValueError: as `opened`; a frame is damaged, interlaced or without a timestamp.
+        OSError, ValueError: as `opened` and `packets_of`; a frame is damaged, interlaced or without a timestamp.
     """
     with opened(path) as container:
         stream = film_of(container)
@@ -126,8 +127,23 @@ def read_frames(path: Path) -> Iterator[Frame]:
 
 
 def packets_of(container) -> Iterator[Any]:
+    """All packets, in order.
+
+    Raises:
+        ValueError: they cannot be read; or they end before the video's stated duration, as in a file that is cut off.
+    """
+    film, times, end = film_of(container), [], 0.0  # in seconds
     with as_value_error('cannot be read'):
-        yield from container.demux()
+        for packet in container.demux():
+            if packet.pts is not None:
+                time = float(packet.pts * packet.time_base)
+                end = max(end, time + float((packet.duration or 0) * packet.time_base))
+                times += [time] * (packet.stream is film)
+            yield packet
+    longest = max((after - before for before, after in pairwise(sorted(times))), default=0.0)
+    duration = (container.duration or 0) / import_av().time_base
+    if end + max(longest, 1.0) < duration:  # not every container says how long the last frame is shown
+        raise ValueError(f'is damaged or cut off: it ends after {end:.2f} of {duration:.2f} s')
 
 
 def decoded(packet) -> Iterator[Frame]:
