@@ -36,7 +36,7 @@ from dpmambair_basicsr.files.pictures import (
     side_by_side,
     write_pictures,
 )
-from dpmambair_basicsr.files.videos import VIDEOS
+from dpmambair_basicsr.files.videos import VIDEOS, rewrite
 from dpmambair_basicsr.inference.degradation_classifier import Finding
 from dpmambair_basicsr.inference.memory import OutOfMemory, is_out_of_memory
 from dpmambair_basicsr.inference.restorer import OVERLAP, SHIPPED_WEIGHTS, Restorer, load
@@ -307,10 +307,13 @@ def restore_video_file(
     clean = clean and steering is None and not arguments.force
     target.parent.mkdir(parents=True, exist_ok=True)
     frames = shots[-1].end
-    if clean:
+    keeps_format = target.suffix.lower() == source.suffix.lower()
+    if clean and keeps_format:
         lost = []
         with replacing(target) as part:
             shutil.copyfile(source, part)
+    elif clean:
+        lost = rewrite(source, target, lambda frame: frame.image)
     else:
         options = {name: getattr(arguments, name) for name in ('tile', 'overlap', 'self_ensemble')}
         measure(restorer, source, shots, steering, **options)
@@ -325,6 +328,7 @@ def restore_video_file(
         )
     seconds = time.monotonic() - begin
     notes = [f'{frames} frames, {len(shots)} shot{"s" * (len(shots) > 1)}, {seconds:.1f} s']
+    notes += [f'encoded again, for {target.suffix.lower()}'] * (clean and not keeps_format)
     notes += [f'left out: {", ".join(lost)}'] * bool(lost)
     notes += ['--compare applies to pictures only'] * arguments.compare
     notes += ['--one-pass applies to pictures only: videos always take one pass over their tiles'] * arguments.one_pass

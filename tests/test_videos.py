@@ -125,6 +125,100 @@ def test_frames_are_upright(angle, tmp_path):
     assert psnr(expected, images_of(tmp_path / 'b.mp4')[0]) > 25
 
 
+CHAPTERS = [
+    {'id': 1, 'start': 0, 'end': 200, 'time_base': Fraction(1, 1000), 'metadata': {'title': 'one'}},
+    {'id': 2, 'start': 200, 'end': 480, 'time_base': Fraction(1, 1000), 'metadata': {'title': 'two'}},
+]
+
+
+def write_with_extras(path, *, chapters=(), timecode=None, data=None, cover=None, font=None):
+    plain = write_video(path.with_name(f'plain{path.suffix}'), SCENES)
+    with av.open(str(plain)) as source, av.open(str(path), 'w') as file:
+        copies = [file.add_stream_from_template(stream) for stream in source.streams]
+        file.set_chapters(list(chapters))
+        if timecode is not None:
+            copies[0].metadata['timecode'] = timecode
+        if font is not None:
+            file.add_attachment('a.ttf', 'font/ttf', font)
+        extras = []
+        if data is not None:
+            extras.append((file.add_data_stream('bin_data'), data))
+        if cover is not None:
+            picture = file.add_stream('mjpeg', pix_fmt='yuvj420p', height=48, width=64)
+            picture.disposition = av.stream.Disposition.attached_pic
+            extras.append((picture, cover))
+        for stream, content in extras:
+            packet = av.Packet(content)
+            packet.stream, packet.pts, packet.dts, packet.time_base = stream, 0, 0, Fraction(1, 1000)
+            packet.duration = 100
+            file.mux(packet)
+        for packet in source.demux():
+            if packet.size:
+                packet.stream = copies[packet.stream.index]
+                file.mux(packet)
+    plain.unlink()
+    return path
+
+
+def extras_of(path):
+    """Chapters as (title, start in seconds), timecode, covers, attachments."""
+    with av.open(str(path)) as file:
+        chapters = [(part['metadata']['title'], float(part['start'] * part['time_base'])) for part in file.chapters()]
+        covers = [stream for stream in file.streams.video if stream.disposition & av.stream.Disposition.attached_pic]
+        pictures = [bytes(packet) for packet in file.demux(covers) if packet.size] if covers else []
+        film = next(stream for stream in file.streams.video if stream not in covers)
+        tags = {name.lower(): value for name, value in film.metadata.items()}
+        fonts = [stream.data for stream in file.streams if stream.type == 'attachment']
+        return chapters, tags.get('timecode'), pictures, fonts
+
+
+@pytest.mark.parametrize(
+    ('before', 'after', 'extras', 'lost'),
+    [
+        ('a.mov', 'b.mov', {'timecode': '01:00:00:00'}, []),
+        ('a.mov', 'b.mkv', {'timecode': '01:00:00:00'}, []),
+        ('a.mp4', 'b.mp4', {'chapters': CHAPTERS}, []),
+        ('a.mkv', 'b.mkv', {'chapters': CHAPTERS}, []),
+        ('a.mkv', 'b.mov', {'chapters': CHAPTERS}, []),
+        ('a.mp4', 'b.mkv', {'chapters': CHAPTERS}, []),
+        ('a.mp4', 'b.mp4', {'data': b'telemetry'}, ['data stream 2']),
+        ('a.mp4', 'b.mp4', {'cover': cv2.imencode('.jpg', SCENES[0])[1].tobytes()}, []),
+        ('a.mp4', 'b.mkv', {'cover': cv2.imencode('.jpg', SCENES[0])[1].tobytes()}, ['cover stream 2']),
+        ('a.mp4', 'b.mov', {'cover': cv2.imencode('.jpg', SCENES[0])[1].tobytes()}, ['cover stream 2']),
+        ('a.mkv', 'b.mkv', {'font': b'letters'}, []),
+        ('a.mkv', 'b.mp4', {'font': b'letters'}, ['attachment stream 2']),
+    ],
+)
+def test_what_goes_with_a_film_is_kept_or_named(before, after, extras, lost, tmp_path):
+    source, result = write_with_extras(tmp_path / before, **extras), tmp_path / after
+    assert rewrite(source, result, lambda frame: frame.image) == lost
+    expected = (
+        [('one', 0.0), ('two', 0.2)] if 'chapters' in extras else [],
+        extras.get('timecode'),
+        [extras['cover']] if 'cover' in extras else [],
+        [extras['font']] if 'font' in extras else [],
+    )
+    had, has = extras_of(source), extras_of(result)
+    assert had == expected and has == (([], None, [], []) if lost else expected)
+    assert len(images_of(result)) == len(TIMES) and streams_of(result)[1]
+
+
+def test_a_second_film_keeps_all_its_frames(tmp_path):
+    """In Matroska, the first packets have no decoding time."""
+    with av.open(str(write_video(tmp_path / 'one.mkv', SCENES))) as one, av.open(str(tmp_path / 'a.mkv'), 'w') as file:
+        copies = [file.add_stream_from_template(one.streams.video[0]) for _ in range(2)]
+        for packet in one.demux(video=0):
+            if packet.size:
+                twin = av.Packet(bytes(packet))
+                twin.pts, twin.dts, twin.time_base = packet.pts, packet.dts, packet.time_base
+                packet.stream, twin.stream, twin.is_keyframe = *copies, packet.is_keyframe
+                file.mux([packet, twin])
+    assert rewrite(tmp_path / 'a.mkv', tmp_path / 'b.mkv', lambda frame: frame.image) == []
+    with av.open(str(tmp_path / 'b.mkv')) as file:
+        packets = [packet.stream.index for packet in file.demux() if packet.size]
+    assert packets.count(0) == packets.count(1) == len(TIMES)
+
+
 class ToMean(nn.Module):
     """Sets each pixel to the mean of the image, as provided by `ImageMean`."""
 
@@ -184,10 +278,10 @@ def test_frames_of_a_shot_are_restored_as_pictures_with_its_statistics(tmp_path)
 
 
 def test_unsupported_videos_are_refused_in_one_line(tmp_path):
-    good = write_video(tmp_path / 'good.mkv', SCENES).read_bytes()
     write_video(tmp_path / 'hdr.mkv', SCENES, color_trc=16)
     (tmp_path / 'text.mp4').write_text('no video')
-    (tmp_path / 'cut.mkv').write_bytes(good[: len(good) // 3])
+    unknown = write_video(tmp_path / 'a.mp4', SCENES).read_bytes().replace(b'avc1', b'zzzz')
+    (tmp_path / 'unknown.mp4').write_bytes(unknown)
     (tmp_path / 'list.mp4').write_text('#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\nhttp://127.0.0.1:9/a.ts\n')
     with av.open(str(tmp_path / 'sound.mkv'), 'w') as file:
         tone = file.add_stream('aac', rate=48000)
@@ -200,6 +294,7 @@ def test_unsupported_videos_are_refused_in_one_line(tmp_path):
         'text.mp4': 'not a .mp4 video',
         'list.mp4': 'not a .mp4 video',
         'sound.mkv': 'has no video stream',
+        'unknown.mp4': 'has a video codec that this FFmpeg cannot decode',
     }
     for name, message in expected.items():
         with pytest.raises(ValueError, match=message):
@@ -218,6 +313,75 @@ def test_an_error_midway_leaves_no_file(tmp_path):
 
     with pytest.raises(MemoryError):
         rewrite(source, tmp_path / 'b.mkv', fail)
+    assert [file.name for file in tmp_path.iterdir()] == ['a.mkv']
+
+
+def write_slides(path, start=0, seconds=(0, 1, 2, 7, 8, 13), sound=0):
+    """A picture at each time, in seconds after `start`, and silence of that many seconds."""
+    with av.open(str(path), 'w') as file:
+        stream = file.add_stream('libx264', rate=1, options={'g': '1', 'bf': '0'})
+        stream.height, stream.width = 48, 64
+        tone = file.add_stream('aac', rate=48000) if sound else None
+        packets = []
+        for number, second in enumerate(seconds):
+            frame = av.VideoFrame.from_ndarray(scene(number, 0, 255), format='rgb24')
+            frame.pts, frame.time_base = start + second, Fraction(1)
+            packets += stream.encode(frame)
+        packets += stream.encode(None)
+        if tone is not None:
+            part = av.AudioFrame.from_ndarray(np.zeros((1, 48000 * sound), np.float32), format='fltp', layout='mono')
+            part.sample_rate, part.pts = 48000, 0
+            packets += tone.encode(part) + tone.encode(None)
+        for packet in sorted(packets, key=lambda packet: packet.dts * packet.time_base):
+            file.mux(packet)
+    return path
+
+
+@pytest.mark.parametrize('extension', ['.mkv', '.mp4'])
+@pytest.mark.parametrize('slides', [{}, {'sound': 20}, {'sound': 2}, {'start': 100}])
+def test_a_video_that_ends_before_its_stated_duration_is_refused(extension, slides, tmp_path):
+    """Only then: neither sound of another length, nor long pauses, nor a late start make it damaged."""
+    good = write_slides(tmp_path / f'good{extension}', **slides)
+    assert len(images_of(good)) == 6
+    content, cut = good.read_bytes(), tmp_path / f'cut{extension}'
+    cut.write_bytes(content[: len(content) * 4 // 10])
+    with pytest.raises(ValueError, match='is damaged or cut off' if extension == '.mkv' else 'not a .mp4 video'):
+        rewrite(cut, tmp_path / 'result.mkv', lambda frame: frame.image)
+    assert not [*tmp_path.glob('*result*')]
+
+
+@pytest.mark.parametrize(
+    ('method', 'error', 'message'),
+    [
+        ('demux', 'ExternalError', 'cannot be read .why.'),
+        ('mux', 'UnknownError', 'the result cannot be written .why.'),
+        ('add_stream', 'EncoderNotFoundError', 'the result cannot be written .why.'),
+    ],
+)
+def test_any_error_of_ffmpeg_is_one_of_the_file(method, error, message, tmp_path, monkeypatch):
+    """A ValueError: the command continues with the next file."""
+    source, open_any = write_video(tmp_path / 'a.mkv', SCENES), av.open
+
+    def fail(*args, **options):
+        raise getattr(av.error, error)(1, 'why')
+
+    class Failing:
+        def __init__(self, container):
+            self.container = container
+
+        def __enter__(self):
+            self.container.__enter__()
+            return self
+
+        def __exit__(self, *error):
+            return self.container.__exit__(*error)
+
+        def __getattr__(self, name):
+            return fail if name == method else getattr(self.container, name)
+
+    monkeypatch.setattr(av, 'open', lambda *args, **options: Failing(open_any(*args, **options)))
+    with pytest.raises(ValueError, match=message):
+        rewrite(source, tmp_path / 'b.mkv', lambda frame: frame.image)
     assert [file.name for file in tmp_path.iterdir()] == ['a.mkv']
 
 
@@ -269,6 +433,16 @@ def test_a_clean_video_is_copied(tmp_path, monkeypatch, capsys):
     status, said = command(monkeypatch, capsys, source, '-o', tmp_path / 'b.mp4')
     assert status == 0 and '1 left unchanged' in said
     assert (tmp_path / 'b.mp4').read_bytes() == source.read_bytes()
+    options = ('-o', tmp_path / 'b.mkv', '--report', tmp_path / 'page.html')
+    status, said = command(monkeypatch, capsys, source, *options)
+    assert status == 0 and '1 left unchanged' in said and 'encoded again, for .mkv' in said
+    assert (tmp_path / 'b.mkv').read_bytes()[:4] == b'\x1a\x45\xdf\xa3', 'Matroska'
+    before, after = (np.diff(streams_of(file)[0]) for file in (source, tmp_path / 'b.mkv'))
+    np.testing.assert_allclose(before, after, atol=0.002)  # Matroska starts with the sound, 21 ms before
+    assert streams_of(tmp_path / 'b.mkv')[1]
+    for was, now in zip(images_of(source), images_of(tmp_path / 'b.mkv'), strict=True):
+        assert psnr(was, now) > 40
+    assert 'left unchanged' in (tmp_path / 'page.html').read_text()
 
 
 def test_an_output_of_another_kind_is_refused_up_front(weights, tmp_path, monkeypatch, capsys):

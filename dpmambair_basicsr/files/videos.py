@@ -5,8 +5,9 @@ nothing else, whatever a file refers to.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ VIDEOS = {
     '.mkv': Container('matroska', 'matroska'),
     '.webm': Container('matroska', 'webm', 'libvpx-vp9', {'crf': '16', 'b': '0', 'row-mt': '1'}),
 }
+ONLY_IN = {'cover': 'mp4', 'thumbnails': '', 'attachment': 'matroska'}  # muxers; others fail, or write something else
 HDR = {16: 'PQ', 18: 'HLG'}  # transfer characteristics, ITU-T H.273
 
 
@@ -64,6 +66,17 @@ def import_av() -> Any:
 
 
 @contextmanager
+def as_value_error(what: str) -> Iterator[None]:
+    """FFmpeg's errors, most of which derive from Exception only, become a ValueError: `what` and FFmpeg's reason."""
+    try:
+        yield
+    except import_av().error.FFmpegError as error:
+        if isinstance(error, OSError | MemoryError):
+            raise
+        raise ValueError(f'{what} ({error.strerror})') from None
+
+
+@contextmanager
 def opened(path: Path):
     """Open a video as PyAV's container.
 
@@ -73,13 +86,14 @@ def opened(path: Path):
     av = import_av()
     with ExitStack() as stack:
         file = stack.enter_context(open_regular(path))
-        try:
+        with as_value_error(f'not a {path.suffix.lower()} video'):
             container = stack.enter_context(av.open(file, format=VIDEOS[path.suffix.lower()].demuxer))
-        except av.error.FFmpegError as error:
-            raise ValueError(f'not a {path.suffix.lower()} video ({error.strerror})') from None
-        if not container.streams.video:
+        stream = film_of(container)
+        if stream is None:
             raise ValueError('has no video stream')
-        context = container.streams.video[0].codec_context
+        context = stream.codec_context
+        if context is None:
+            raise ValueError('has a video codec that this FFmpeg cannot decode')
         if context.color_trc in HDR:
             raise ValueError(f'is HDR video ({HDR[context.color_trc]}); our networks are trained on sRGB pictures')
         if context.width * context.height > max_pixels():
@@ -87,34 +101,64 @@ def opened(path: Path):
         yield container
 
 
+def film_of(container) -> Any:
+    return next((stream for stream in container.streams.video if kind_of(stream) == 'video'), None)
+
+
+def kind_of(stream) -> str:
+    """FFmpeg's type; 'cover' or 'thumbnails' for a picture that FFmpeg shows as a video stream."""
+    picture = import_av().stream.Disposition.attached_pic
+    if stream.disposition & picture:
+        return 'cover' if stream.disposition == picture else 'thumbnails'
+    return stream.type
+
+
 def read_frames(path: Path) -> Iterator[Frame]:
     """All frames, in order.
 
     Raises:
-        OSError, ValueError: as `opened`; a frame is damaged, interlaced or without a timestamp.
+        OSError, ValueError: as `opened` and `packets_of`; a frame is damaged, interlaced or without a timestamp.
     """
     with opened(path) as container:
-        for packet in container.demux(container.streams.video[0]):
-            yield from decoded(packet)
+        stream = film_of(container)
+        for packet in packets_of(container):
+            if packet.stream is stream:
+                yield from decoded(packet)
+
+
+def packets_of(container) -> Iterator[Any]:
+    """All packets, in order.
+
+    Raises:
+        ValueError: they cannot be read; or they end before the video's stated duration, as in a file that is cut off.
+    """
+    film, times, end = film_of(container), [], 0.0  # in seconds
+    with as_value_error('cannot be read'):
+        for packet in container.demux():
+            if packet.pts is not None:
+                time = float(packet.pts * packet.time_base)
+                end = max(end, time + float((packet.duration or 0) * packet.time_base))
+                times += [time] * (packet.stream is film)
+            yield packet
+    longest = max((after - before for before, after in pairwise(sorted(times))), default=0.0)
+    duration = (container.duration or 0) / import_av().time_base
+    if end + max(longest, 1.0) < duration:  # not every container says how long the last frame is shown
+        raise ValueError(f'is damaged or cut off: it ends after {end:.2f} of {duration:.2f} s')
 
 
 def decoded(packet) -> Iterator[Frame]:
-    av = import_av()
-    try:
-        frames = packet.decode()
-    except av.error.FFmpegError as error:
-        raise ValueError(f'its frames cannot be read ({error.strerror})') from None
-    for frame in frames:
-        place = 'a frame' if frame.time is None else f'the frame at {frame.time:.2f} s'
-        if frame.pts is None:
-            raise ValueError('has frames without a timestamp')
-        if frame.is_corrupt:
-            raise ValueError(f'{place} is damaged')
-        if frame.interlaced_frame:
-            raise ValueError(f'{place} is interlaced; deinterlace the video first')
-        deep = max(component.bits for component in frame.format.components) > 8
-        image = frame.to_ndarray(format='rgb48le' if deep else 'rgb24')
-        yield Frame(np.ascontiguousarray(np.rot90(image, frame.rotation // 90)), frame)
+    with as_value_error('its frames cannot be read'):
+        for frame in packet.decode():
+            place = 'a frame' if frame.time is None else f'the frame at {frame.time:.2f} s'
+            if frame.pts is None:
+                raise ValueError('has frames without a timestamp')
+            if frame.is_corrupt:
+                raise ValueError(f'{place} is damaged')
+            if frame.interlaced_frame:
+                raise ValueError(f'{place} is interlaced; deinterlace the video first')
+            deep = max(component.bits for component in frame.format.components) > 8
+            image = frame.to_ndarray(format='rgb48le' if deep else 'rgb24')
+            yield Frame(np.ascontiguousarray(np.rot90(image, frame.rotation // 90)), frame)
 
 
 class VideoWriter:
@@ -125,19 +169,24 @@ class VideoWriter:
     """
 
     def __init__(self, result, source, path: Path):
-        self.result, self.stream, self.out = result, source.streams.video[0], None
+        self.result, self.stream, self.out = result, film_of(source), None
         self.container = VIDEOS[path.suffix.lower()]
         result.metadata.update(source.metadata)
+        result.set_chapters(source.chapters())
         self.copies, self.lost, self.waiting = {}, [], []
         for stream in source.streams:
             if stream is not self.stream:
                 self.copy_stream(stream)
 
     def copy_stream(self, stream) -> None:
-        try:
-            copy = self.result.add_stream_from_template(stream)
-        except (ValueError, NotImplementedError):  # the container does not support this type or codec
-            self.lost.append(f'{stream.type} stream {stream.index}')
+        kind, copy = kind_of(stream), None
+        if kind == 'data':  # see `copy_packet`
+            return
+        if ONLY_IN.get(kind, self.container.muxer) == self.container.muxer:
+            with suppress(ValueError, NotImplementedError):  # the container does not support this type or codec
+                copy = self.result.add_stream_from_template(stream)
+        if copy is None:
+            self.lost.append(f'{kind} stream {stream.index}')
             return
         copy.metadata.update(stream.metadata)
         copy.disposition = stream.disposition
@@ -176,12 +225,17 @@ class VideoWriter:
         return out
 
     def copy_packet(self, packet) -> None:
-        if packet.dts is None or packet.stream.index not in self.copies:
+        if packet.size == 0:
+            return
+        stream = packet.stream
+        if stream.type == 'data' and 'timecode' not in stream.metadata:  # chapters have no packets, see `set_chapters`
+            self.lost += [f'data stream {stream.index}'] * (f'data stream {stream.index}' not in self.lost)
+        if stream.index not in self.copies:
             return
         if self.out is None:  # streams must be added before the first packet, and the video's size is not known yet
             self.waiting.append(packet)
             return
-        packet.stream = self.copies[packet.stream.index]
+        packet.stream = self.copies[stream.index]
         self.result.mux(packet)
 
     def finish(self) -> None:
@@ -208,9 +262,14 @@ def rewrite(source: Path, target: Path, restore: Callable[[Frame], np.ndarray]) 
     """
     av = import_av()
     container = VIDEOS[target.suffix.lower()]
-    with opened(source) as film, replacing(target) as part, av.open(str(part), 'w', format=container.muxer) as result:
+    with (
+        opened(source) as film,
+        as_value_error('the result cannot be written'),
+        replacing(target) as part,
+        av.open(str(part), 'w', format=container.muxer) as result,
+    ):
         writer = VideoWriter(result, film, target)
-        for packet in film.demux():
+        for packet in packets_of(film):
             if packet.stream is not writer.stream:
                 writer.copy_packet(packet)
                 continue
