@@ -60,6 +60,9 @@ def import_av() -> Any:
     try:
         import av
         import av.error
+
+        if not hasattr(av.container.OutputContainer, 'set_chapters'):
+            raise ImportError(f'PyAV {av.__version__} is too old, 16 is needed')
     except ImportError as error:
         raise MissingLibraryError(f"videos need PyAV ({error}): pip install 'dpmambair_basicsr[video]'") from error
     return av
