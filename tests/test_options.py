@@ -1,6 +1,7 @@
 """The option check names every kind of mistake with its key, and accepts valid options."""
 
 import copy
+import importlib.util
 import re
 import shutil
 import sys
@@ -300,6 +301,28 @@ def test_models_of_basicsr_pass_untouched(opt):
 
 def test_keys_of_a_foreign_dataset_are_not_checked(opt):
     opt['datasets']['val'] |= {'type': 'PairedImageDataset', 'whatever': 1}
+    assert check_options(opt) == []
+
+
+def test_keys_that_a_dataset_of_basicsr_ignores_are_named(opt):
+    train = opt['datasets']['train']
+    train |= {'type': 'PairedImageDataset', 'progressive': {'gt_sizes': [8]}, 'degradation': 'rain', 'pad_small': False}
+    opt['datasets']['val'] |= {'type': 'PairedImageDataset', 'use_hflip': True, 'gt_gamma': [0.5, 1]}
+    ignored = 'PairedImageDataset ignores it; it is for'
+    progressive, degradation, gamma = check_options(opt)
+    assert progressive.startswith(f'datasets.train.progressive: {ignored} ')
+    assert degradation == f'datasets.train.degradation: {ignored} PairedDegradationDataset'
+    assert gamma == f'datasets.val.gt_gamma: {ignored} SyntheticDegradationDataset'
+
+
+def test_a_forks_dataset_may_read_a_key_of_ours(opt, monkeypatch, tmp_path):
+    (tmp_path / 'fork_dataset.py').write_text("class ForkDataset:\n    keys = 'degradation'\n")
+    spec = importlib.util.spec_from_file_location('basicsr.data.fork_dataset', tmp_path / 'fork_dataset.py')
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setitem(sys.modules, spec.name, module)
+    monkeypatch.setitem(DATASET_REGISTRY._obj_map, 'ForkDataset', module.ForkDataset)
+    opt['datasets']['val'] |= {'type': 'ForkDataset', 'degradation': 'rain'}
     assert check_options(opt) == []
 
 

@@ -6,7 +6,10 @@ no working file fails; the other checks require knowing which keys are read: tho
 our classes declare in `option_keys`.
 """
 
+import inspect
 import re
+import sys
+from collections import defaultdict
 from collections.abc import Iterable
 from copy import deepcopy
 from fnmatch import translate
@@ -28,7 +31,7 @@ from dpmambair_basicsr.option_checks.schema import (
 )
 from dpmambair_basicsr.option_checks.structure import check_renamed
 from dpmambair_basicsr.option_checks.values import alternatives, check_numbers, check_value, will_resume
-from dpmambair_basicsr.registry import look_up, registered
+from dpmambair_basicsr.registry import is_ours, look_up, registered
 
 SECTIONS = ('', 'train', 'val', 'path', 'logger', 'logger.wandb', 'dist_params')
 LOADER = tuple(row for row in OPTIONS if row.section == 'datasets')
@@ -163,6 +166,8 @@ def check_dataset(path: str, opt: dict) -> list[str]:
     problems += check_rows(f'{path}.', opt, known, opt['phase'])
     if declared:
         problems += unknown_keys(f'{path}.', opt, {*known, 'type'} | SET_BY_BASICSR['datasets'] | REFUSED_LATER)
+    elif dataset is not None and dataset.__module__.startswith('basicsr.data.'):
+        problems += check_ignored_keys(path, opt)
     parts = opt.get('datasets')  # of a mixed dataset
     parts = parts if isinstance(parts, dict) else {}
     for name, part in {path: opt, **{f'{path}.datasets.{name}': part for name, part in parts.items()}}.items():
@@ -176,6 +181,18 @@ def check_dataset(path: str, opt: dict) -> list[str]:
         elif part and (backend or {'type': 'disk'})['type'] in ('disk', 'lmdb'):
             problems += check_files(name, part, FILES)
     return problems
+
+
+def check_ignored_keys(path: str, opt: dict) -> list[str]:
+    """Keys, in a set of one of BasicSR's types, that only our datasets read: none in the modules of `basicsr.data`."""
+    known, readers = registered('DATASET'), defaultdict(list)
+    for target in dict.fromkeys(target for target in known.values() if is_ours(target)):
+        for row in target.option_keys:
+            readers[row.name].append(target.__name__)
+    modules = {target.__module__ for target in known.values() if target.__module__.startswith('basicsr.data.')}
+    source = '\n'.join(inspect.getsource(sys.modules[name]) for name in modules)
+    ignored = [key for key in opt if key in readers and opt[key] and not re.search(rf'[\'"]{key}[\'"]', source)]
+    return [f'{path}.{key}: {opt["type"]} ignores it; it is for {" or ".join(readers[key])}' for key in ignored]
 
 
 def check_files(path: str, opt: dict, prefixes: tuple[str, ...]) -> list[str]:
