@@ -198,6 +198,12 @@ MISTAKES = {
         'missing; needs lower, or BasicSR selects the worst network as the best',
         'val.metrics.m.better',
     ),
+    'no best of NIQE': (
+        'val.metrics.m',
+        {'type': 'calculate_niqe', 'crop_border': 0},
+        'missing; needs lower, or BasicSR selects the worst network as the best',
+        'val.metrics.m.better',
+    ),
     'no iterations': ('train.total_iter', 'many', "expected number >= 1, got 'many'"),
     'no decay': ('train.ema_decay', 'high', "expected number in [0, 1], got 'high'"),
     'a large decay': ('train.ema_decay', 999, 'expected number in [0, 1], got 999'),
@@ -336,6 +342,8 @@ def test_testing_needs_no_training_options(opt):
     del opt['train'], opt['logger'], opt['datasets']['train']
     opt |= {'is_train': False, 'val': {'save_img': True, 'suffix': None}}
     assert check_options(opt) == []
+    opt['val']['metrics'] = {'niqe': {'type': 'calculate_niqe', 'crop_border': 0}}
+    assert check_options(opt) == [], 'a test selects no best network'
     del opt['val']['suffix']
     assert check_options(opt) == ['val.suffix: missing; write ~ to name the images after the experiment']
 

@@ -155,7 +155,7 @@ def check_calls(opt: dict, rows: Iterable[Option]) -> list[str]:
                 problems.append(f'{path}: expected a section, got {section[key]!r}')
             else:
                 for name, part in section[key].items():
-                    problems += check_metric(f'{path}.{name}', part)
+                    problems += check_metric(f'{path}.{name}', part, opt['is_train'])
     return problems
 
 
