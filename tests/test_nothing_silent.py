@@ -24,6 +24,7 @@ from support.forked import options as tiny_options
 
 from dpmambair_basicsr.archs import VmambaIR
 from dpmambair_basicsr.files.image_folders import list_images
+from dpmambair_basicsr.files.image_lists import list_keys, listed_names
 from dpmambair_basicsr.option_checks.migration import KEYS, TYPES
 
 NETWORK = {'type': 'VmambaIR', 'dim': 4, 'num_blocks': [1, 1, 1, 1], 'num_refinement_blocks': 1}
@@ -203,6 +204,20 @@ def test_names_of_a_list_may_have_spaces_a_byte_order_mark_and_other_extensions(
     listed('\ufeffa photo.png (16,16,3)\n', type='SyntheticDegradationDataset', degradations=['noise'])
     dataset = build_dataset(opt['datasets']['train'] | {'phase': 'train', 'dataroot_lq': None})
     assert [Path(path).name for path in dataset.paths] == ['a photo.png']
+
+
+def test_names_of_a_list_may_end_in_a_number_in_parentheses(tmp_path):
+    """As copies do; the size that follows has two or three numbers."""
+    names = ['photo (1).png', 'photo (2).png', 'photo (1, 2).png', 'grey.png', 'plain.png']
+    (tmp_path / 'list.txt').write_text(
+        'photo (1).png\nphoto (2).png (16,16,3) 1\nphoto (1, 2).png (16, 16, 3)\ngrey.png (16,16)\nplain.png\n'
+    )
+    assert listed_names(str(tmp_path / 'list.txt')) == names
+    for index, name in enumerate(names):
+        cv2.imwrite(str(tmp_path / name), np.full((8, 8, 3), index, np.uint8))
+    folder, keys = str(tmp_path / 'x.lmdb'), [Path(name).stem for name in names]
+    make_lmdb_from_imgs(str(tmp_path), folder, names, keys, map_size=2**20)
+    assert list(list_keys(folder)) == sorted(keys)
 
 
 def test_a_list_beside_lmdb_is_refused(opt, listed, finished):
