@@ -95,15 +95,22 @@ class SyntheticDegradationDataset(ProgressiveBatches, Dataset):
         if self.opt['phase'] == 'train':
             gt, lq = flip(self._random_crop([gt, lq], path, index), self.opt)
         gt, lq = to_float(gt), to_float(lq)
-        lq_path = path if len(self.kinds) == 1 else str(Path(path).with_stem(f'{Path(path).stem}_{kind}'))
         return {
             'lq': to_tensor(lq),
             'gt': to_tensor(gt),
-            'lq_path': lq_path,
+            'lq_path': self._named_after(path, kind),
             'gt_path': path,
             'degradation': kind,
             'label': DEGRADATIONS[kind].label,
         }
+
+    def lq_path(self, index: int) -> str:
+        """That of an item outside training, after which BasicSR names its output."""
+        image, kind = divmod(index, len(self.kinds))
+        return self._named_after(self.paths[image], self.kinds[kind])
+
+    def _named_after(self, path: str, kind: str) -> str:
+        return path if len(self.kinds) == 1 else str(Path(path).with_stem(f'{Path(path).stem}_{kind}'))
 
     def _random_crop(self, images, path, index):
         size = self.opt['gt_size']

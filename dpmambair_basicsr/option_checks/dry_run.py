@@ -6,7 +6,9 @@ import io
 import math
 import re
 import warnings
+from collections.abc import Iterable
 from copy import deepcopy
+from os import path as osp
 from pickle import UnpicklingError
 from typing import Any
 
@@ -79,8 +81,9 @@ def check_by_dry_run(opt: dict, model: Any, reported: list[str]) -> list[str]:
             attempt(key, check_channels, section, opt['datasets'])
     for phase, section in opt['datasets'].items():
         target = our_type('DATASET', section)
+        is_saved = is_checked and phase != 'train' and (not opt['is_train'] or (opt.get('val') or {}).get('save_img'))
         if target is None:
-            attempt(f'datasets.{phase}', check_basicsr_dataset, section, is_checked)
+            attempt(f'datasets.{phase}', check_basicsr_dataset, section, is_checked, is_saved)
         dataset = None if target is None else attempt(f'datasets.{phase}', target, deepcopy(section))
         if getattr(networks.get('network_g'), 'needs_label', False):
             if dataset is not None and not getattr(dataset, 'has_labels', True):
@@ -90,6 +93,8 @@ def check_by_dry_run(opt: dict, model: Any, reported: list[str]) -> list[str]:
                 )
             attempt('network_g.num_degradations', check_labels, phase, dataset, networks['network_g'])
         if dataset is not None:
+            if is_saved:
+                attempt(f'datasets.{phase}', check_saved_names, map(dataset.lq_path, range(len(dataset))))
             fit = attempt(f'datasets.{phase}', check_pairs, dataset)
             if phase == 'train':
                 attempt('datasets.train', check_batches, opt, len(dataset))
@@ -125,21 +130,40 @@ def check_by_dry_run(opt: dict, model: Any, reported: list[str]) -> list[str]:
     return problems
 
 
-def check_basicsr_dataset(section: dict, is_checked: bool) -> None:
+def check_basicsr_dataset(section: dict, is_checked: bool, is_saved: bool) -> None:
     """Raises what the constructor of BasicSR's own image datasets raises, or ValueError if files are missing.
 
-    Other datasets may take long to build. For BasicSR's own models, which tolerate missing files, only the pairs of
-    a list have to exist; the log names the others, see `patches.fixes`.
+    If its images are saved, their names must differ. Other datasets may take long to build. For BasicSR's own models,
+    which tolerate missing files, only the pairs of a list have to exist; the log names the others, see
+    `patches.fixes`.
     """
     target, _ = look_up(registered('DATASET'), '', section.get('type'))
     if getattr(target, '__module__', '') not in IMAGE_DATASETS:
         return
-    for folder, paths in paths_by_folder(target(deepcopy(section)), section):
+    dataset = target(deepcopy(section))
+    if is_saved:
+        check_saved_names(dataset.paths)
+    for folder, paths in paths_by_folder(dataset, section):
         missing = missing_files(folder, paths)
         if not is_checked:
             missing = [path for path in missing if path in paths and 'meta_info_file' in section]
         if missing:
             raise ValueError(f'{folder}: {some(missing)} cannot be read: broken links or missing files')
+
+
+def check_saved_names(items: Iterable[str | dict[str, str]]) -> None:
+    """Raises ValueError if two images would be saved under one name: BasicSR's, of the file without its folder.
+
+    Args:
+        items: path of the degraded image, or paths of a pair, for each image.
+    """
+    found = {}
+    for item in items:
+        path = item['lq_path'] if isinstance(item, dict) else item
+        name = osp.splitext(osp.basename(path))[0]
+        if (other := found.setdefault(name, item)) != item:
+            pair = [each['gt_path'] if isinstance(each, dict) else each for each in (other, item)]
+            raise ValueError(f'{" and ".join(pair)} would both be saved as {name}, and replace each other')
 
 
 def check_channels(section: dict, datasets: dict) -> None:
