@@ -36,7 +36,7 @@ class Registration:
 def register() -> Registration:
     """Registers our networks, datasets, losses, metrics and models, in this order, each separately. Idempotent.
 
-    Patches only the two functions that detect whether a run names one of our classes, see `patches/apply`.
+    Patches only the functions that detect whether a run names one of our classes, see `patches/apply`.
 
     Raises:
         ImportError: if there is no BasicSR, or one without a registry.
