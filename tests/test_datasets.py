@@ -1,6 +1,7 @@
 import itertools
 import json
 import logging
+import os
 import random
 import runpy
 import sys
@@ -19,7 +20,7 @@ from basicsr.utils.registry import DATASET_REGISTRY
 from support.commands import warm_python
 
 import dpmambair_basicsr  # noqa: F401  (first: it makes BasicSR importable, and registers the datasets)
-from dpmambair_basicsr.data.degradations import DEGRADATIONS, demo_strengths
+from dpmambair_basicsr.data.degradations import DEGRADATIONS, degrade, demo_strengths
 from dpmambair_basicsr.data.mixed_degradation_dataset import apportion
 
 ROOT = Path(__file__).parents[1]
@@ -380,6 +381,16 @@ def test_validation_depends_on_seed_and_name_not_on_the_other_images(tmp_path):
     assert first['lq_path'] == first['gt_path'], 'one kind: BasicSR may keep the name'
     (tmp_path / 'GT' / 'photo0.png').unlink()
     assert torch.equal(first['lq'], build_dataset(options)[0]['lq'])
+
+
+def test_the_seed_is_that_of_the_names_bytes_which_need_not_be_utf_8(tmp_path):
+    options = synthetic(tmp_path, degradations=['noise'])
+    folder = Path(options['dataroot_gt'])
+    (folder / 'photo0.png').rename(os.fsdecode(os.fsencode(folder) + b'/caf\xe9.png'))
+    for item, name in zip(build_dataset(options), (b'caf\xe9', b'photo1', b'photo2'), strict=True):
+        rng = np.random.default_rng([0, zlib.crc32(name), DEGRADATIONS['noise'].label])
+        expected = degrade(item['gt'].permute(1, 2, 0).numpy(), 'noise', rng)
+        assert np.abs(item['lq'].permute(1, 2, 0).numpy() - expected).max() <= 0.51 / 255
 
 
 def test_training_draws_crops_flips_and_kinds(tmp_path):

@@ -87,7 +87,8 @@ class SyntheticDegradationDataset(ProgressiveBatches, Dataset):
         else:
             image, kind = divmod(index, len(self.kinds))
             path, kind = self.paths[image], self.kinds[kind]
-            rng = np.random.default_rng([self.seed, zlib.crc32(Path(path).stem.encode()), DEGRADATIONS[kind].label])
+            name = Path(path).stem.encode(errors='surrogateescape')  # which need not be UTF-8
+            rng = np.random.default_rng([self.seed, zlib.crc32(name), DEGRADATIONS[kind].label])
         gt = self.images.read(path, 'gt', index)
         if self.gamma is not None and self.opt['phase'] == 'train':
             gt = to_uint8(to_float(gt) ** np.float32(np.exp(rng.uniform(*np.log(self.gamma)))))
