@@ -455,6 +455,7 @@ def test_training_noise_differs_where_the_crop_does_not(tmp_path):
         (None, 'degradations must name some of haze, rain'),
         ({'fog': 'demo'}, 'degradations, fog: not in the demo, choose from haze, rain'),
         ([], 'degradations must name some of'),
+        (['noise', 'noise', 'rain'], 'degradations, noise: listed more than once; all kinds are drawn equally often'),
         (['noise', 'fog'], "degradations, fog: unknown degradation 'fog', choose from haze"),
         ({'noise': {'sgima': 20}}, "degradations, noise: .* no parameter 'sgima', choose from sigma"),
         ({'jpeg': {'quality': [0, 20]}}, 'degradations, jpeg: quality: expected int'),

@@ -137,6 +137,8 @@ def _parse_degradations(choice: str | list | dict | None) -> dict[str, dict]:
         raise ValueError(f'degradations must name some of {", ".join(synthetic())}, or be demo, got {choice!r}')
     parameters = {}
     for kind in choice:
+        if kind in parameters:
+            raise ValueError(f'degradations, {kind}: listed more than once; all kinds are drawn equally often')
         values = (choice[kind] if isinstance(choice, dict) else None) or {}
         if values == 'demo' and kind not in demo:
             raise ValueError(f'degradations, {kind}: not in the demo, choose from {", ".join(demo)}')
