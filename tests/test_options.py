@@ -551,6 +551,18 @@ def test_a_network_that_needs_labels_is_given_some(ours):
     assert check_options(ours) == []
 
 
+def test_a_dataset_of_basicsr_has_no_labels(ours, images):
+    gt = images['dataroot_gt']
+    ours['network_g'] |= {'degradation': 'class'}
+    ours['path']['pretrain_network_e'] = None
+    val = {'name': 'v', 'type': 'PairedImageDataset', 'phase': 'val', 'scale': 1, 'io_backend': {'type': 'disk'}}
+    ours['datasets']['val'] = val | {'dataroot_gt': gt, 'dataroot_lq': gt}
+    ours['val']['metrics'] = None
+    assert check_options(ours) == ['datasets.val: no labels, which network_g needs; PairedImageDataset has none']
+    ours['network_g'] |= {'degradation': 'extractor', 'insertion': 'none'}
+    assert check_options(ours) == []
+
+
 def test_a_network_has_an_embedding_for_each_label(ours):
     highest = max(DEGRADATIONS[name].label for name in ours['datasets']['train']['datasets'])
     name = list(DEGRADATIONS)[highest]

@@ -5,6 +5,7 @@ import inspect
 import io
 import math
 import re
+import sys
 import warnings
 from collections.abc import Iterable
 from copy import deepcopy
@@ -91,6 +92,8 @@ def check_by_dry_run(opt: dict, model: Any, reported: list[str]) -> list[str]:
                 problems.append(
                     f'datasets.{phase}: no labels, which network_g needs; not of a known degradation{names}'
                 )
+            if is_checked and is_unlabelled(section):
+                problems.append(f'datasets.{phase}: no labels, which network_g needs; {section["type"]} has none')
             attempt('network_g.num_degradations', check_labels, phase, dataset, networks['network_g'])
         if dataset is not None:
             if is_saved:
@@ -217,6 +220,13 @@ def micro_batches(opt: dict) -> int:
     """`train.accum_iter`, for models that support it; BasicSR's do not."""
     model, _ = look_up(registered('MODEL'), 'model_type', opt['model_type'])
     return opt['train'].get('accum_iter', 1) if any(row.name == 'accum_iter' for row in rows_of(model)) else 1
+
+
+def is_unlabelled(section: dict) -> bool:
+    """Whether this is one of BasicSR's image datasets, which have no labels; a fork's may."""
+    target, _ = look_up(registered('DATASET'), '', section.get('type'))
+    module = getattr(target, '__module__', '')
+    return module in IMAGE_DATASETS and "'label'" not in inspect.getsource(sys.modules[module])
 
 
 def check_labels(phase: str, dataset: Any, net: Any) -> None:
