@@ -649,6 +649,16 @@ FOUND_IN_A_DRY_RUN = {
         {'type': 'LPIPSLoss', 'weights': '/no.pth'},
         'train.lpips_opt: .*/no.pth does not exist',
     ),
+    'no parts': (
+        'train.ffl_opt',
+        {'type': 'FocalFrequencyLoss', 'patch_factor': 0},
+        'train.ffl_opt: patch_factor must be at least 1, got 0',
+    ),
+    'crops that cannot be divided into parts': (
+        'train.ffl_opt',
+        {'type': 'FocalFrequencyLoss', 'patch_factor': 3},
+        'train.ffl_opt: FocalFrequencyLoss needs crops of a multiple of 3, and datasets.train has 16',
+    ),
     'no VGG weights': (
         'train.perceptual_opt',
         {'type': 'VGGPerceptualLoss', 'layer_weights': {'conv1_2': 1.0}, 'weights': '/no.pth'},

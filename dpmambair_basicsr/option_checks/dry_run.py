@@ -114,6 +114,8 @@ def check_by_dry_run(opt: dict, model: Any, reported: list[str]) -> list[str]:
             loss = our_type('LOSS', section) if key.endswith('_opt') else None
             if loss is not None and hasattr(loss, 'least_size'):
                 attempt(f'train.{key}', check_least_size, opt, section['type'], loss.least_size(section))
+            if loss is not None and hasattr(loss, 'crop_unit'):
+                attempt(f'train.{key}', check_crop_unit, opt, loss, section)
     if is_checked:
         for key, section in (opt.get('train') or {}).items():
             if key.startswith('optim_'):
@@ -282,6 +284,13 @@ def check_least_size(opt: dict, loss: str, least: int) -> None:
     """Raises ValueError if the crops are too small for a loss."""
     if small := [size for size in crop_sizes(opt) if size < least]:
         raise ValueError(f'{loss} needs crops of at least {least}, and datasets.train has {small[0]}')
+
+
+def check_crop_unit(opt: dict, loss: Any, section: dict) -> None:
+    """Raises ValueError if a loss cannot be constructed, or cannot divide the crops into parts."""
+    unit = loss.crop_unit(arguments_of(section))
+    if wrong := [size for size in crop_sizes(opt) if size % unit]:
+        raise ValueError(f'{section["type"]} needs crops of a multiple of {unit}, and datasets.train has {wrong[0]}')
 
 
 def check_tile(opt: dict, net: torch.nn.Module) -> None:
