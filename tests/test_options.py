@@ -551,6 +551,18 @@ def test_a_network_that_needs_labels_is_given_some(ours):
     assert check_options(ours) == []
 
 
+def test_the_extractor_is_validated_on_pairs(ours, images):
+    val = {'name': 'v', 'type': 'SingleImageDataset', 'phase': 'val', 'scale': 1, 'io_backend': {'type': 'disk'}}
+    ours['datasets']['val'] = val | {'dataroot_lq': images['dataroot_gt']}
+    ours['val']['metrics'] = None
+    ours |= {'model_type': 'DegradationExtractorModel', 'network_g': {'type': 'DegradationAutoencoder', **STAGE_1}}
+    ours['path']['pretrain_network_e'] = None
+    problem = 'datasets.val: DegradationExtractorModel degrades clean images, and SingleImageDataset has none'
+    assert check_options(ours) == [problem]
+    ours['datasets']['val'] |= {'type': 'PairedImageDataset', 'dataroot_gt': images['dataroot_gt']}
+    assert check_options(ours) == []
+
+
 def test_a_dataset_of_basicsr_has_no_labels(ours, images):
     gt = images['dataroot_gt']
     ours['network_g'] |= {'degradation': 'class'}

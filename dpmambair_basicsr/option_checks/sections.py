@@ -106,7 +106,7 @@ def check_sections(opt: dict, model: type) -> list[str]:
         problems.append('val.suffix: missing; write ~ to name the images after the experiment')
     if not opt['is_train'] and 'train' in opt['datasets']:
         problems.append('datasets.train: BasicSR would test random crops of it; name it test')
-    problems += check_truth(opt)
+    problems += check_truth(opt, model)
     ignored = opt['path'].get('ignore_resume_networks') or ()
     problems += [
         f'path.ignore_resume_networks: the file has no {name}'
@@ -116,10 +116,13 @@ def check_sections(opt: dict, model: type) -> list[str]:
     return problems
 
 
-def check_truth(opt: dict) -> list[str]:
-    """Metrics that need ground truth, on a dataset without it."""
+def check_truth(opt: dict, model: type) -> list[str]:
+    """Metrics that need ground truth, and a model that learns degradations from it, on a dataset without it."""
     metrics, known = (opt.get('val') or {}).get('metrics') or {}, registered('METRIC')
     without = [phase for phase, dataset in opt['datasets'].items() if dataset.get('type') == 'SingleImageDataset']
+    if getattr(model, 'learns_degradations', False):
+        needs = f'{model.__name__} degrades clean images'
+        return [f'datasets.{phase}: {needs}, and SingleImageDataset has none' for phase in without]
     compared = [
         name
         for name, metric in (metrics if isinstance(metrics, dict) else {}).items()
