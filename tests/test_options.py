@@ -671,6 +671,11 @@ FOUND_IN_A_DRY_RUN = {
         {'type': 'FocalFrequencyLoss', 'patch_factor': 3},
         'train.ffl_opt: FocalFrequencyLoss needs crops of a multiple of 3, and datasets.train has 16',
     ),
+    'a loss with the name of another': (
+        'train.pix_opt',
+        {'type': 'L1Loss'},
+        'train.pix_opt: logged as l_pix, as train.pixel_opt is; rename it',
+    ),
     'no VGG weights': (
         'train.perceptual_opt',
         {'type': 'VGGPerceptualLoss', 'layer_weights': {'conv1_2': 1.0}, 'weights': '/no.pth'},

@@ -34,6 +34,7 @@ from dpmambair_basicsr.option_checks.values import alternatives, check_numbers, 
 from dpmambair_basicsr.registry import is_ours, look_up, registered
 
 SECTIONS = ('', 'train', 'val', 'path', 'logger', 'logger.wandb', 'dist_params')
+SAME_IN_LOG = {'pix_opt': 'pixel_opt', 'percep_opt': 'perceptual_opt'}  # the log abbreviates the second
 LOADER = tuple(row for row in OPTIONS if row.section == 'datasets')
 
 
@@ -107,6 +108,12 @@ def check_sections(opt: dict, model: type) -> list[str]:
     if not opt['is_train'] and 'train' in opt['datasets']:
         problems.append('datasets.train: BasicSR would test random crops of it; name it test')
     problems += check_truth(opt, model)
+    losses = {key for key, loss in (section_of(opt, 'train') or {}).items() if loss is not None}
+    problems += [
+        f'train.{key}: logged as l_{key.removesuffix("_opt")}, as train.{other} is; rename it'
+        for key, other in SAME_IN_LOG.items()
+        if {key, other} <= losses and not hasattr(model, 'loss_keys')  # else it has but these losses
+    ]
     ignored = opt['path'].get('ignore_resume_networks') or ()
     problems += [
         f'path.ignore_resume_networks: the file has no {name}'
