@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from dpmambair_basicsr.files.errors import INSTALL_TRAINING, MissingLibraryError
 from dpmambair_basicsr.patches import apply
-from dpmambair_basicsr.registry import PREFIX, REGISTRIES, Registry
+from dpmambair_basicsr.registry import PREFIX, REGISTRIES, Registry, is_ours
 
 FOLDERS = {'ARCH': 'archs', 'DATASET': 'data', 'LOSS': 'losses', 'METRIC': 'metrics', 'MODEL': 'models'}
 
@@ -36,13 +36,11 @@ class Registration:
 def register() -> Registration:
     """Registers our networks, datasets, losses, metrics and models, in this order, each separately. Idempotent.
 
-    Patches only the two functions that detect whether a run names one of our classes, see `patches/apply`.
+    Patches only the functions that detect whether a run names one of our classes, see `patches/apply`.
 
     Raises:
         ImportError: if there is no BasicSR, or one without a registry.
     """
-    import basicsr
-
     host = importlib.import_module('basicsr.utils.registry')
     result, problems = Registration(), []
     for kind, ours in REGISTRIES.items():
@@ -53,11 +51,11 @@ def register() -> Registration:
         result.available[folder] = [PREFIX + name if name in taken else name for name in ours if name not in missing]
         result.unavailable[folder] = missing
         problems += [f'{folder}: {name} is not available ({why})' for name, why in missing.items()]
-        problems += [f'{folder}: {name} is already another class here, ours is {PREFIX}{name}' for name in taken]
+        problems += [taken_by_another(kind, name) for name in taken]
     apply.load_topics()
     apply.apply_gates()
     result.unavailable['patches'] = dict(apply.misfits)
-    say_once(list(basicsr.__path__)[0], problems)
+    say_once(basicsr_folder(), problems)
     return result
 
 
@@ -78,6 +76,33 @@ def connect(ours: Registry, host, kind: str) -> None:
         ours.missing |= dict.fromkeys(ours, f'basicsr.utils.registry has no {kind}_REGISTRY')
     else:
         ours.connect(host)
+        give_way(ours, host, kind)
+
+
+def give_way(ours: Registry, host, kind: str) -> None:
+    """From now on, a class of a project that is registered under a name of ours replaces it. Idempotent."""
+    original = host._do_register
+    if hasattr(original, 'gives_way'):
+        return
+
+    def do_register(name, target, *suffix):
+        gives_way = name in ours and is_ours(host._obj_map.get(name)) and not is_ours(target) and not any(suffix)
+        if gives_way:
+            del host._obj_map[name]
+        original(name, target, *suffix)
+        if gives_way:
+            say_once(basicsr_folder(), [taken_by_another(kind, name)])
+
+    do_register.gives_way = True
+    host._do_register = do_register
+
+
+def taken_by_another(kind: str, name: str) -> str:
+    return f'{FOLDERS[kind]}: {name} is already another class here, ours is {PREFIX}{name}'
+
+
+def basicsr_folder() -> str:
+    return list(importlib.import_module('basicsr').__path__)[0]
 
 
 def say_once(where: str, problems: list[str]) -> None:

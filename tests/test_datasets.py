@@ -1,6 +1,7 @@
 import itertools
 import json
 import logging
+import os
 import random
 import runpy
 import sys
@@ -19,7 +20,7 @@ from basicsr.utils.registry import DATASET_REGISTRY
 from support.commands import warm_python
 
 import dpmambair_basicsr  # noqa: F401  (first: it makes BasicSR importable, and registers the datasets)
-from dpmambair_basicsr.data.degradations import DEGRADATIONS, demo_strengths
+from dpmambair_basicsr.data.degradations import DEGRADATIONS, degrade, demo_strengths
 from dpmambair_basicsr.data.mixed_degradation_dataset import apportion
 
 ROOT = Path(__file__).parents[1]
@@ -382,6 +383,16 @@ def test_validation_depends_on_seed_and_name_not_on_the_other_images(tmp_path):
     assert torch.equal(first['lq'], build_dataset(options)[0]['lq'])
 
 
+def test_the_seed_is_that_of_the_names_bytes_which_need_not_be_utf_8(tmp_path):
+    options = synthetic(tmp_path, degradations=['noise'])
+    folder = Path(options['dataroot_gt'])
+    (folder / 'photo0.png').rename(os.fsdecode(os.fsencode(folder) + b'/caf\xe9.png'))
+    for item, name in zip(build_dataset(options), (b'caf\xe9', b'photo1', b'photo2'), strict=True):
+        rng = np.random.default_rng([0, zlib.crc32(name), DEGRADATIONS['noise'].label])
+        expected = degrade(item['gt'].permute(1, 2, 0).numpy(), 'noise', rng)
+        assert np.abs(item['lq'].permute(1, 2, 0).numpy() - expected).max() <= 0.51 / 255
+
+
 def test_training_draws_crops_flips_and_kinds(tmp_path):
     options = synthetic(tmp_path, phase='train', gt_size=16, use_hflip=True, use_vflip=True)
     dataset = build_dataset(
@@ -444,6 +455,7 @@ def test_training_noise_differs_where_the_crop_does_not(tmp_path):
         (None, 'degradations must name some of haze, rain'),
         ({'fog': 'demo'}, 'degradations, fog: not in the demo, choose from haze, rain'),
         ([], 'degradations must name some of'),
+        (['noise', 'noise', 'rain'], 'degradations, noise: listed more than once; all kinds are drawn equally often'),
         (['noise', 'fog'], "degradations, fog: unknown degradation 'fog', choose from haze"),
         ({'noise': {'sgima': 20}}, "degradations, noise: .* no parameter 'sgima', choose from sigma"),
         ({'jpeg': {'quality': [0, 20]}}, 'degradations, jpeg: quality: expected int'),

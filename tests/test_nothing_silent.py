@@ -24,6 +24,7 @@ from support.forked import options as tiny_options
 
 from dpmambair_basicsr.archs import VmambaIR
 from dpmambair_basicsr.files.image_folders import list_images
+from dpmambair_basicsr.files.image_lists import list_keys, listed_names
 from dpmambair_basicsr.option_checks.migration import KEYS, TYPES
 
 NETWORK = {'type': 'VmambaIR', 'dim': 4, 'num_blocks': [1, 1, 1, 1], 'num_refinement_blocks': 1}
@@ -146,6 +147,77 @@ def test_the_log_names_images_that_basicsr_would_replace_by_others(images, tmp_p
     assert any('images/gt/absent.png cannot be read' in record for record in records)
 
 
+# Names of restored images
+
+
+@pytest.fixture
+def alike(images, tmp_path):
+    """Images in two folders with the same names, a list of two of them, and lmdb with dots in the keys."""
+    folder = Path(images['dataroot_gt'])
+    for name in ('a', 'b'):
+        (folder / name).mkdir()
+        shutil.copy(folder / '0.png', folder / name)
+    (tmp_path / 'list.txt').write_text('a/0.png\nb/0.png\n')
+    (tmp_path / 'part').mkdir()
+    shutil.copy(folder / '0.png', tmp_path / 'part' / '0_0.png')
+    names = [f'{index}.png' for index in range(4)]
+    for role in ('gt', 'lq'):
+        target = str(tmp_path / f'{role}.lmdb')
+        make_lmdb_from_imgs(images[f'dataroot_{role}'], target, names, ['a.0', 'a.1', 'b.0', 'b.1'], map_size=2**20)
+    return tmp_path
+
+
+def pairs_in(root: Path, lq: str, gt: str, **more) -> dict:
+    return {'dataroot_lq': str(root / lq), 'dataroot_gt': str(root / gt), **more}
+
+
+def listed_in(root: Path, kind: str, *roles: str, **more) -> dict:
+    folders = {f'dataroot_{role}': str(root / 'images/gt') for role in roles}
+    return {'type': kind, 'meta_info_file': str(root / 'list.txt'), 'io_backend': {'type': 'disk'}} | folders | more
+
+
+LMDB = {'lq': 'lq.lmdb', 'gt': 'gt.lmdb', 'type': 'PairedDegradationDataset', 'io_backend': {'type': 'lmdb'}}
+NAMED_ALIKE = {
+    'a list': (
+        lambda root: listed_in(root, 'SingleImageDataset', 'lq'),
+        r'\S*/gt/a/0\.png and \S*/gt/b/0\.png would both be saved as 0,',
+    ),
+    'a list of clean images': (
+        lambda root: listed_in(root, 'SyntheticDegradationDataset', 'gt', degradations=['noise', 'blur']),
+        r'\S*/gt/a/0_noise\.png and \S*/gt/b/0_noise\.png would both be saved as 0_noise,',
+    ),
+    'a list of pairs': (
+        lambda root: listed_in(root, 'PairedImageDataset', 'gt', 'lq'),
+        r'\S*/gt/a/0\.png and \S*/gt/b/0\.png would both be saved as 0,',
+    ),
+    'lmdb': (lambda root: pairs_in(root, **LMDB), r'a\.0 and a\.1 would both be saved as a,'),
+    'parts': (
+        lambda root: {
+            'type': 'MixedDegradationDataset',
+            'datasets': {'x': pairs_in(root, 'part', 'part'), 'x_0': pairs_in(root, 'images/lq', 'images/gt')},
+        },
+        r'\S*/part/x_0_0\.png and \S*/lq/x_0_0\.png would both be saved as x_0_0,',
+    ),
+}
+
+
+@pytest.mark.parametrize('case', NAMED_ALIKE)
+def test_images_that_would_replace_each_other_are_named(case, opt, alike, finished):
+    dataset, message = NAMED_ALIKE[case]
+    test = test_options(opt)
+    test['datasets']['test'] = {'name': 'set', **dataset(alike)}
+    del test['val']['metrics']
+    assert re.search(f'datasets.test: {message}', refused(test, finished, pipelines.test))
+
+
+def test_a_training_that_saves_no_images_needs_no_unique_names(opt, alike, finished):
+    opt['datasets']['val'] |= pairs_in(alike, **LMDB)
+    opt['val'] |= {'save_img': True}
+    assert 'datasets.val: a.0 and a.1 would both be saved as a, ' in refused(opt, finished)
+    opt['val'] |= {'save_img': False}
+    pipelines.train(write_options(opt, finished / 'options.yml'), cwd=finished)
+
+
 # Lists of images
 
 
@@ -203,6 +275,20 @@ def test_names_of_a_list_may_have_spaces_a_byte_order_mark_and_other_extensions(
     listed('\ufeffa photo.png (16,16,3)\n', type='SyntheticDegradationDataset', degradations=['noise'])
     dataset = build_dataset(opt['datasets']['train'] | {'phase': 'train', 'dataroot_lq': None})
     assert [Path(path).name for path in dataset.paths] == ['a photo.png']
+
+
+def test_names_of_a_list_may_end_in_a_number_in_parentheses(tmp_path):
+    """As copies do; the size that follows has two or three numbers."""
+    names = ['photo (1).png', 'photo (2).png', 'photo (1, 2).png', 'grey.png', 'plain.png']
+    (tmp_path / 'list.txt').write_text(
+        'photo (1).png\nphoto (2).png (16,16,3) 1\nphoto (1, 2).png (16, 16, 3)\ngrey.png (16,16)\nplain.png\n'
+    )
+    assert listed_names(str(tmp_path / 'list.txt')) == names
+    for index, name in enumerate(names):
+        cv2.imwrite(str(tmp_path / name), np.full((8, 8, 3), index, np.uint8))
+    folder, keys = str(tmp_path / 'x.lmdb'), [Path(name).stem for name in names]
+    make_lmdb_from_imgs(str(tmp_path), folder, names, keys, map_size=2**20)
+    assert list(list_keys(folder)) == sorted(keys)
 
 
 def test_a_list_beside_lmdb_is_refused(opt, listed, finished):

@@ -1,6 +1,7 @@
 """The option check names every kind of mistake with its key, and accepts valid options."""
 
 import copy
+import importlib.util
 import re
 import shutil
 import sys
@@ -197,6 +198,12 @@ MISTAKES = {
         'missing; needs lower, or BasicSR selects the worst network as the best',
         'val.metrics.m.better',
     ),
+    'no best of NIQE': (
+        'val.metrics.m',
+        {'type': 'calculate_niqe', 'crop_border': 0},
+        'missing; needs lower, or BasicSR selects the worst network as the best',
+        'val.metrics.m.better',
+    ),
     'no iterations': ('train.total_iter', 'many', "expected number >= 1, got 'many'"),
     'no decay': ('train.ema_decay', 'high', "expected number in [0, 1], got 'high'"),
     'a large decay': ('train.ema_decay', 999, 'expected number in [0, 1], got 999'),
@@ -303,6 +310,28 @@ def test_keys_of_a_foreign_dataset_are_not_checked(opt):
     assert check_options(opt) == []
 
 
+def test_keys_that_a_dataset_of_basicsr_ignores_are_named(opt):
+    train = opt['datasets']['train']
+    train |= {'type': 'PairedImageDataset', 'progressive': {'gt_sizes': [8]}, 'degradation': 'rain', 'pad_small': False}
+    opt['datasets']['val'] |= {'type': 'PairedImageDataset', 'use_hflip': True, 'gt_gamma': [0.5, 1]}
+    ignored = 'PairedImageDataset ignores it; it is for'
+    progressive, degradation, gamma = check_options(opt)
+    assert progressive.startswith(f'datasets.train.progressive: {ignored} ')
+    assert degradation == f'datasets.train.degradation: {ignored} PairedDegradationDataset'
+    assert gamma == f'datasets.val.gt_gamma: {ignored} SyntheticDegradationDataset'
+
+
+def test_a_forks_dataset_may_read_a_key_of_ours(opt, monkeypatch, tmp_path):
+    (tmp_path / 'fork_dataset.py').write_text("class ForkDataset:\n    keys = 'degradation'\n")
+    spec = importlib.util.spec_from_file_location('basicsr.data.fork_dataset', tmp_path / 'fork_dataset.py')
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setitem(sys.modules, spec.name, module)
+    monkeypatch.setitem(DATASET_REGISTRY._obj_map, 'ForkDataset', module.ForkDataset)
+    opt['datasets']['val'] |= {'type': 'ForkDataset', 'degradation': 'rain'}
+    assert check_options(opt) == []
+
+
 def test_our_schedulers_are_known(opt):
     scheduler = {'type': 'CosineAnnealingRestartCyclicLR', 'periods': [5], 'restart_weights': [1], 'eta_mins': [0]}
     opt['train']['scheduler'] = scheduler
@@ -313,6 +342,8 @@ def test_testing_needs_no_training_options(opt):
     del opt['train'], opt['logger'], opt['datasets']['train']
     opt |= {'is_train': False, 'val': {'save_img': True, 'suffix': None}}
     assert check_options(opt) == []
+    opt['val']['metrics'] = {'niqe': {'type': 'calculate_niqe', 'crop_border': 0}}
+    assert check_options(opt) == [], 'a test selects no best network'
     del opt['val']['suffix']
     assert check_options(opt) == ['val.suffix: missing; write ~ to name the images after the experiment']
 
@@ -520,6 +551,30 @@ def test_a_network_that_needs_labels_is_given_some(ours):
     assert check_options(ours) == []
 
 
+def test_the_extractor_is_validated_on_pairs(ours, images):
+    val = {'name': 'v', 'type': 'SingleImageDataset', 'phase': 'val', 'scale': 1, 'io_backend': {'type': 'disk'}}
+    ours['datasets']['val'] = val | {'dataroot_lq': images['dataroot_gt']}
+    ours['val']['metrics'] = None
+    ours |= {'model_type': 'DegradationExtractorModel', 'network_g': {'type': 'DegradationAutoencoder', **STAGE_1}}
+    ours['path']['pretrain_network_e'] = None
+    problem = 'datasets.val: DegradationExtractorModel degrades clean images, and SingleImageDataset has none'
+    assert check_options(ours) == [problem]
+    ours['datasets']['val'] |= {'type': 'PairedImageDataset', 'dataroot_gt': images['dataroot_gt']}
+    assert check_options(ours) == []
+
+
+def test_a_dataset_of_basicsr_has_no_labels(ours, images):
+    gt = images['dataroot_gt']
+    ours['network_g'] |= {'degradation': 'class'}
+    ours['path']['pretrain_network_e'] = None
+    val = {'name': 'v', 'type': 'PairedImageDataset', 'phase': 'val', 'scale': 1, 'io_backend': {'type': 'disk'}}
+    ours['datasets']['val'] = val | {'dataroot_gt': gt, 'dataroot_lq': gt}
+    ours['val']['metrics'] = None
+    assert check_options(ours) == ['datasets.val: no labels, which network_g needs; PairedImageDataset has none']
+    ours['network_g'] |= {'degradation': 'extractor', 'insertion': 'none'}
+    assert check_options(ours) == []
+
+
 def test_a_network_has_an_embedding_for_each_label(ours):
     highest = max(DEGRADATIONS[name].label for name in ours['datasets']['train']['datasets'])
     name = list(DEGRADATIONS)[highest]
@@ -605,6 +660,21 @@ FOUND_IN_A_DRY_RUN = {
         'train.lpips_opt',
         {'type': 'LPIPSLoss', 'weights': '/no.pth'},
         'train.lpips_opt: .*/no.pth does not exist',
+    ),
+    'no parts': (
+        'train.ffl_opt',
+        {'type': 'FocalFrequencyLoss', 'patch_factor': 0},
+        'train.ffl_opt: patch_factor must be at least 1, got 0',
+    ),
+    'crops that cannot be divided into parts': (
+        'train.ffl_opt',
+        {'type': 'FocalFrequencyLoss', 'patch_factor': 3},
+        'train.ffl_opt: FocalFrequencyLoss needs crops of a multiple of 3, and datasets.train has 16',
+    ),
+    'a loss with the name of another': (
+        'train.pix_opt',
+        {'type': 'L1Loss'},
+        'train.pix_opt: logged as l_pix, as train.pixel_opt is; rename it',
     ),
     'no VGG weights': (
         'train.perceptual_opt',

@@ -73,6 +73,8 @@ def test_focal_frequency_is_computed_in_fp32_and_patches_must_fit():
     assert focal_frequency(half, images(1, dtype=torch.float32)).dtype == torch.float32
     with pytest.raises(ValueError, match=r'^patch_factor: 5 does not divide the sides of \(2, 3, 12, 18\)'):
         focal_frequency(images(0), images(1), patch_factor=5)
+    with pytest.raises(ValueError, match='^patch_factor must be at least 1, got 0'):
+        build_loss({'type': 'FocalFrequencyLoss', 'patch_factor': 0})
 
 
 # --- MS-SSIM

@@ -39,7 +39,7 @@ from dpmambair_basicsr.training import output, signals
 from dpmambair_basicsr.training import run as training_run
 
 apply.load_topics()
-GATE = 'models_of_ours'  # decides when patches are applied; fixes nothing
+GATE = 'models_of_ours'  # only decides when patches are applied; fixes nothing
 REGRESSIONS = {}
 
 
@@ -231,7 +231,7 @@ def niqe_large_enough(niqe, tmp_path, monkeypatch):
 
 
 @regression
-def paths_inside_their_folder(build_dataset, tmp_path, monkeypatch):
+def datasets_of_ours(build_dataset, tmp_path, monkeypatch):
     images = write_images(tmp_path / 'images')
     (tmp_path / 'list.txt').write_text('../outside.png\n')
     opt = {'name': 'x', 'type': 'PairedImageDataset', 'phase': 'train', 'scale': 4, 'io_backend': {'type': 'disk'}}

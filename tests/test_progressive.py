@@ -46,6 +46,43 @@ logger: {print_freq: 1, save_checkpoint_freq: 5, use_tb_logger: false}
 """
 
 
+OWN_LOOP = """
+import sys
+import torch
+import yaml
+from basicsr.data import build_dataloader, build_dataset
+from basicsr.data.data_sampler import EnlargedSampler
+from basicsr.models import build_model
+
+def train():
+    opt = yaml.safe_load(open('options.yml'))
+    dataset = build_dataset(opt['datasets']['train'])
+    sampler = EnlargedSampler(dataset, 1, 0)
+    loader = build_dataloader(dataset, opt['datasets']['train'], num_gpu=0, sampler=sampler, seed=0)
+    done, epoch = 0, 0
+    if len(sys.argv) > 1:
+        state = torch.load(f'training_states/{sys.argv[1]}.state')
+        done, epoch = state['iter'], state['epoch']
+        opt['path']['pretrain_network_g'] = f'models/net_g_{done}.pth'
+    model = build_model(opt)
+    if done:
+        model.resume_training(state)
+    while done < 14:
+        sampler.set_epoch(epoch)
+        for batch in loader:
+            done += 1
+            if done > 14:
+                break
+            model.update_learning_rate(done, warmup_iter=-1)
+            model.feed_data(batch)
+            print('TRACE', done, batch['gt'].shape[2], batch['gt'].shape[0])
+            model.optimize_parameters(done)
+            if done == 5:
+                model.save(epoch, done)
+        epoch += 1
+"""
+
+
 @MODEL_REGISTRY.register()
 class TracingModel(RestorationModel):
     """Records (iteration, crop size, batch size)."""
@@ -182,6 +219,34 @@ def epochs(dataset_options, count, done=0):
         for batch in loader:
             done += 1
             yield batch
+
+
+def test_a_loader_that_does_not_know_the_iteration_is_refused(options):
+    train_set = {'phase': 'train', 'scale': 1} | options['datasets']['train']
+    dataset = build_dataset(train_set)
+    for sampler in (None, EnlargedSampler(dataset, 1, 0)):
+        with pytest.raises(RuntimeError, match='progressive: the phase follows the training iteration'):
+            next(iter(torch.utils.data.DataLoader(dataset, 4, sampler=sampler)))
+    with pytest.raises(RuntimeError, match='progressive: the phase follows the training iteration'):
+        next(iter(build_dataloader(dataset, train_set, num_gpu=0, sampler=None, seed=0)))
+
+
+def test_a_programs_own_loop_follows_the_schedule_also_after_a_resume(options, tmp_path):
+    """In BasicSR's order: the dataset, its sampler and loader, then the model."""
+    options['train'] |= {'total_iter': 14, 'scheduler': {'type': 'MultiStepLR', 'milestones': [10]}}
+    options |= {'model_type': 'RestorationModel', 'is_train': True, 'dist': False, 'rank': 0, 'world_size': 1}
+    options['datasets']['train'] |= {'phase': 'train', 'scale': 1}
+    options['path'] |= {key: str(tmp_path / key) for key in ('models', 'training_states', 'experiments_root')}
+    for folder in ('models', 'training_states'):
+        (tmp_path / folder).mkdir()
+    (tmp_path / 'options.yml').write_text(yaml.safe_dump(options))
+    (tmp_path / 'loop.py').write_text(OWN_LOOP)
+    (tmp_path / 'program.py').write_text('import dpmambair_basicsr, loop\nloop.train()\n')
+    for arguments, first in ((), 1), (('5',), 6):
+        result = warm_python('program.py', *arguments, cwd=tmp_path)
+        assert result.returncode == 0, result.stdout
+        trace = [tuple(map(int, line.split())) for line in re.findall(r'TRACE (.*)', result.stdout)]
+        assert trace == schedule(first, 14)
 
 
 def test_all_images_are_used_although_batches_are_small(options):

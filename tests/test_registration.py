@@ -130,6 +130,32 @@ assert ARCH_REGISTRY.get('dpmambair_VmambaIR') is ARCH_REGISTRY.get('VmambaIR')
 assert set(result.available['losses']) >= {'FFTLoss', 'dpmambair_PSNRLoss', 'dpmambair_LPIPSLoss', 'VGGPerceptualLoss'}
 assert set(result.unavailable['patches']) == {'seeding'}, result.unavailable  # the sampler has another name here
 """,
+    'with losses registered later': """
+import sys, warnings; sys.path.insert(0, 'in_archs')
+import dpmambair_basicsr, basicsr
+from basicsr.utils.registry import LOSS_REGISTRY, METRIC_REGISTRY
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter('always', RuntimeWarning)
+    class FFTLoss: pass
+    LOSS_REGISTRY.register(FFTLoss)
+    @METRIC_REGISTRY.register()
+    def calculate_lpips(img, img2): pass
+    result = dpmambair_basicsr.register()
+said = [str(warning.message) for warning in caught if 'dpmambair' in str(warning.message)]
+assert len(said) == 2 and 'losses: FFTLoss is already another class here, ours is dpmambair_FFTLoss' in said[0], said
+assert LOSS_REGISTRY.get('FFTLoss') is FFTLoss and METRIC_REGISTRY.get('calculate_lpips') is calculate_lpips
+assert LOSS_REGISTRY.get('dpmambair_FFTLoss') is dpmambair_basicsr.losses.FFTLoss
+assert 'dpmambair_FFTLoss' in result.available['losses'] and 'FFTLoss' not in result.available['losses']
+for name in ('FFTLoss', 'dpmambair_FFTLoss', 'L1Loss'):
+    try:
+        LOSS_REGISTRY.register(type(name, (), {}))
+    except AssertionError as error:
+        assert 'already registered' in str(error)
+    else:
+        raise SystemExit(f'{name} has been replaced')
+LOSS_REGISTRY.register(type('PSNRLoss', (), {}), suffix='mine')
+assert LOSS_REGISTRY.get('PSNRLoss') is dpmambair_basicsr.losses.PSNRLoss
+""",
     'without registry': """
 import sys; sys.path.insert(0, 'without_registry')
 import dpmambair_basicsr, basicsr.models

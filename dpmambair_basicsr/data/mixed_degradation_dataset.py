@@ -138,9 +138,14 @@ class MixedDegradationDataset(ProgressiveBatches, Dataset):
         if not self.has_labels:
             item.pop('label', None)
         if self.opt['phase'] != 'train':
-            path = Path(item['lq_path'])
-            item['lq_path'] = str(path.with_name(f'{self.names[task]}_{path.name}'))
+            item['lq_path'] = self.lq_path(index)
         return item
+
+    def lq_path(self, index: int) -> str:
+        """That of an item outside training, after which BasicSR names its output."""
+        task, start = self.locate(index)
+        path = Path(self.datasets[task].lq_path(index - start))
+        return str(path.with_name(f'{self.names[task]}_{path.name}'))
 
 
 def apportion(total: int, weights: Sequence[float]) -> list[int]:

@@ -73,6 +73,10 @@ class PairedDegradationDataset(ProgressiveBatches, Dataset):
     def __len__(self):
         return len(self.paths)
 
+    def lq_path(self, index: int) -> str:
+        """That of an item, after which BasicSR names its output."""
+        return self.paths[index]['lq_path']
+
     def read_pair(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """LQ and GT as they are stored, GT cropped to scale times the size of LQ; ValueError if the sizes differ."""
         scale, paths = self.opt['scale'], self.paths[index]

@@ -18,6 +18,11 @@ from typing import NamedTuple
 
 from dpmambair_basicsr.data.item_seeds import item
 
+NO_ITERATION = (
+    'progressive: the phase follows the training iteration, which only a loader of basicsr.data.build_dataloader with '
+    "BasicSR's EnlargedSampler knows, built after the dataset; use these, or remove progressive"
+)
+
 
 @dataclass(frozen=True)
 class Phases:
@@ -111,10 +116,15 @@ class ProgressiveBatches:
         """The items of a batch, fewer than requested in phases of smaller batches.
 
         The selection is random and differs between epochs, like the sampler's order.
+
+        Raises:
+            RuntimeError: `progressive` with another sampler than BasicSR's.
         """
         if self.phases is None:
             return [item(self, index) for index in draws]
         first = draws[0]
+        if not isinstance(first, Draw):
+            raise RuntimeError(NO_ITERATION)
         gt_size, batch_size = self.phases.at(first.done + first.position // len(draws) + 1)
         # Without a distributed launcher the loader's batch is for all GPUs.
         used = batch_size * len(draws) // self.opt['batch_size_per_gpu']
@@ -134,8 +144,17 @@ def with_gt_size(dataset, gt_size: int):
     return view
 
 
-def accompany(dataset, indices: Iterable[int], done: int) -> Iterator[int | Draw]:
-    """Replaces the indices that BasicSR's sampler yields by a Draw each, for a progressive dataset."""
+def accompany(dataset, indices: Iterable[int], done: int | None) -> Iterator[int | Draw]:
+    """Replaces the indices that BasicSR's sampler yields by a Draw each, for a progressive dataset.
+
+    Args:
+        done: training iterations so far; None if the sampler does not know.
+
+    Raises:
+        RuntimeError: a progressive dataset, and the sampler does not know.
+    """
     if getattr(dataset, 'phases', None) is None:
         return iter(indices)
+    if done is None:
+        raise RuntimeError(NO_ITERATION)
     return (Draw(index, position, done) for position, index in enumerate(indices))

@@ -87,7 +87,8 @@ class SyntheticDegradationDataset(ProgressiveBatches, Dataset):
         else:
             image, kind = divmod(index, len(self.kinds))
             path, kind = self.paths[image], self.kinds[kind]
-            rng = np.random.default_rng([self.seed, zlib.crc32(Path(path).stem.encode()), DEGRADATIONS[kind].label])
+            name = Path(path).stem.encode(errors='surrogateescape')  # which need not be UTF-8
+            rng = np.random.default_rng([self.seed, zlib.crc32(name), DEGRADATIONS[kind].label])
         gt = self.images.read(path, 'gt', index)
         if self.gamma is not None and self.opt['phase'] == 'train':
             gt = to_uint8(to_float(gt) ** np.float32(np.exp(rng.uniform(*np.log(self.gamma)))))
@@ -95,15 +96,22 @@ class SyntheticDegradationDataset(ProgressiveBatches, Dataset):
         if self.opt['phase'] == 'train':
             gt, lq = flip(self._random_crop([gt, lq], path, index), self.opt)
         gt, lq = to_float(gt), to_float(lq)
-        lq_path = path if len(self.kinds) == 1 else str(Path(path).with_stem(f'{Path(path).stem}_{kind}'))
         return {
             'lq': to_tensor(lq),
             'gt': to_tensor(gt),
-            'lq_path': lq_path,
+            'lq_path': self._named_after(path, kind),
             'gt_path': path,
             'degradation': kind,
             'label': DEGRADATIONS[kind].label,
         }
+
+    def lq_path(self, index: int) -> str:
+        """That of an item outside training, after which BasicSR names its output."""
+        image, kind = divmod(index, len(self.kinds))
+        return self._named_after(self.paths[image], self.kinds[kind])
+
+    def _named_after(self, path: str, kind: str) -> str:
+        return path if len(self.kinds) == 1 else str(Path(path).with_stem(f'{Path(path).stem}_{kind}'))
 
     def _random_crop(self, images, path, index):
         size = self.opt['gt_size']
@@ -129,6 +137,8 @@ def _parse_degradations(choice: str | list | dict | None) -> dict[str, dict]:
         raise ValueError(f'degradations must name some of {", ".join(synthetic())}, or be demo, got {choice!r}')
     parameters = {}
     for kind in choice:
+        if kind in parameters:
+            raise ValueError(f'degradations, {kind}: listed more than once; all kinds are drawn equally often')
         values = (choice[kind] if isinstance(choice, dict) else None) or {}
         if values == 'demo' and kind not in demo:
             raise ValueError(f'degradations, {kind}: not in the demo, choose from {", ".join(demo)}')

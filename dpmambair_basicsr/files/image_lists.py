@@ -22,7 +22,7 @@ def listed_names(file: str) -> list[str]:
         lines = Path(file).read_text(encoding='utf-8-sig').splitlines()
     except UnicodeDecodeError as error:
         raise ValueError(f'{file}: not text in UTF-8: {error.reason}') from None
-    names = [re.sub(r'\s+\(\d+(,\s*\d+)*\).*$', '', line).strip() for line in lines]
+    names = [re.sub(r'\s+\(\d+(,\s*\d+){1,2}\)(\s.*)?$', '', line).strip() for line in lines]
     return [name for name in names if name]
 
 

@@ -42,11 +42,21 @@ class FocalFrequencyLoss(nn.Module):
         loss_weight: weight of the loss.
         alpha: larger values focus more on the worst frequencies.
         patch_factor: number of parts into which height and width are split, each with its own spectrum.
+
+    Raises:
+        ValueError: `patch_factor` is less than 1, or does not divide the sides of the images.
     """
 
     def __init__(self, loss_weight: float = 1.0, alpha: float = 1.0, patch_factor: int = 1):
+        if patch_factor < 1:
+            raise ValueError(f'patch_factor must be at least 1, got {patch_factor}')
         super().__init__()
         self.loss_weight, self.alpha, self.patch_factor = loss_weight, alpha, patch_factor
+
+    @classmethod
+    def crop_unit(cls, arguments: dict) -> int:
+        """What the size of crops must be a multiple of; `arguments` as in the option file."""
+        return cls(**arguments).patch_factor
 
     def forward(self, pred: Tensor, target: Tensor) -> Tensor:
         return self.loss_weight * focal_frequency(pred, target, self.alpha, self.patch_factor)

@@ -93,7 +93,8 @@ def known_to_basicsr(target, call: Call) -> set[str]:
     return {'better'} if has_any and not call.open_ended else set()
 
 
-def check_metric(path: str, opt) -> list[str]:
+def check_metric(path: str, opt, is_train: bool = True) -> list[str]:
+    """Also whether `better` is given where the best network would be the worst without it, as for BasicSR's NIQE."""
     call = CALLS['METRIC']
     problems = check_call(path, opt, call)
     if problems:
@@ -102,8 +103,11 @@ def check_metric(path: str, opt) -> list[str]:
     if is_iqa(target):
         return check_iqa(path, arguments_of(opt))
     better = inspect.signature(target).parameters.get('better')
-    if better is not None and 'better' not in opt:
-        problems = [f'{path}.better: missing; needs {better.default}, or BasicSR selects the worst network as the best']
+    needed = None if better is None else better.default
+    if is_train and getattr(target, '__module__', '') == 'basicsr.metrics.niqe':
+        needed = 'lower'
+    if needed is not None and 'better' not in opt:
+        problems = [f'{path}.better: missing; needs {needed}, or BasicSR selects the worst network as the best']
     elif opt.get('better', 'higher') not in ('higher', 'lower'):
         problems = [f'{path}.better: must be one of higher, lower, got {opt["better"]!r}']
     return problems

@@ -5,8 +5,11 @@ import inspect
 import io
 import math
 import re
+import sys
 import warnings
+from collections.abc import Iterable
 from copy import deepcopy
+from os import path as osp
 from pickle import UnpicklingError
 from typing import Any
 
@@ -79,8 +82,9 @@ def check_by_dry_run(opt: dict, model: Any, reported: list[str]) -> list[str]:
             attempt(key, check_channels, section, opt['datasets'])
     for phase, section in opt['datasets'].items():
         target = our_type('DATASET', section)
+        is_saved = is_checked and phase != 'train' and (not opt['is_train'] or (opt.get('val') or {}).get('save_img'))
         if target is None:
-            attempt(f'datasets.{phase}', check_basicsr_dataset, section, is_checked)
+            attempt(f'datasets.{phase}', check_basicsr_dataset, section, is_checked, is_saved)
         dataset = None if target is None else attempt(f'datasets.{phase}', target, deepcopy(section))
         if getattr(networks.get('network_g'), 'needs_label', False):
             if dataset is not None and not getattr(dataset, 'has_labels', True):
@@ -88,8 +92,12 @@ def check_by_dry_run(opt: dict, model: Any, reported: list[str]) -> list[str]:
                 problems.append(
                     f'datasets.{phase}: no labels, which network_g needs; not of a known degradation{names}'
                 )
+            if is_checked and is_unlabelled(section):
+                problems.append(f'datasets.{phase}: no labels, which network_g needs; {section["type"]} has none')
             attempt('network_g.num_degradations', check_labels, phase, dataset, networks['network_g'])
         if dataset is not None:
+            if is_saved:
+                attempt(f'datasets.{phase}', check_saved_names, map(dataset.lq_path, range(len(dataset))))
             fit = attempt(f'datasets.{phase}', check_pairs, dataset)
             if phase == 'train':
                 attempt('datasets.train', check_batches, opt, len(dataset))
@@ -106,6 +114,8 @@ def check_by_dry_run(opt: dict, model: Any, reported: list[str]) -> list[str]:
             loss = our_type('LOSS', section) if key.endswith('_opt') else None
             if loss is not None and hasattr(loss, 'least_size'):
                 attempt(f'train.{key}', check_least_size, opt, section['type'], loss.least_size(section))
+            if loss is not None and hasattr(loss, 'crop_unit'):
+                attempt(f'train.{key}', check_crop_unit, opt, loss, section)
     if is_checked:
         for key, section in (opt.get('train') or {}).items():
             if key.startswith('optim_'):
@@ -125,21 +135,40 @@ def check_by_dry_run(opt: dict, model: Any, reported: list[str]) -> list[str]:
     return problems
 
 
-def check_basicsr_dataset(section: dict, is_checked: bool) -> None:
+def check_basicsr_dataset(section: dict, is_checked: bool, is_saved: bool) -> None:
     """Raises what the constructor of BasicSR's own image datasets raises, or ValueError if files are missing.
 
-    Other datasets may take long to build. For BasicSR's own models, which tolerate missing files, only the pairs of
-    a list have to exist; the log names the others, see `patches.fixes`.
+    If its images are saved, their names must differ. Other datasets may take long to build. For BasicSR's own models,
+    which tolerate missing files, only the pairs of a list have to exist; the log names the others, see
+    `patches.fixes`.
     """
     target, _ = look_up(registered('DATASET'), '', section.get('type'))
     if getattr(target, '__module__', '') not in IMAGE_DATASETS:
         return
-    for folder, paths in paths_by_folder(target(deepcopy(section)), section):
+    dataset = target(deepcopy(section))
+    if is_saved:
+        check_saved_names(dataset.paths)
+    for folder, paths in paths_by_folder(dataset, section):
         missing = missing_files(folder, paths)
         if not is_checked:
             missing = [path for path in missing if path in paths and 'meta_info_file' in section]
         if missing:
             raise ValueError(f'{folder}: {some(missing)} cannot be read: broken links or missing files')
+
+
+def check_saved_names(items: Iterable[str | dict[str, str]]) -> None:
+    """Raises ValueError if two images would be saved under one name: BasicSR's, of the file without its folder.
+
+    Args:
+        items: path of the degraded image, or paths of a pair, for each image.
+    """
+    found = {}
+    for item in items:
+        path = item['lq_path'] if isinstance(item, dict) else item
+        name = osp.splitext(osp.basename(path))[0]
+        if (other := found.setdefault(name, item)) != item:
+            pair = [each['gt_path'] if isinstance(each, dict) else each for each in (other, item)]
+            raise ValueError(f'{" and ".join(pair)} would both be saved as {name}, and replace each other')
 
 
 def check_channels(section: dict, datasets: dict) -> None:
@@ -195,6 +224,13 @@ def micro_batches(opt: dict) -> int:
     return opt['train'].get('accum_iter', 1) if any(row.name == 'accum_iter' for row in rows_of(model)) else 1
 
 
+def is_unlabelled(section: dict) -> bool:
+    """Whether this is one of BasicSR's image datasets, which have no labels; a fork's may."""
+    target, _ = look_up(registered('DATASET'), '', section.get('type'))
+    module = getattr(target, '__module__', '')
+    return module in IMAGE_DATASETS and "'label'" not in inspect.getsource(sys.modules[module])
+
+
 def check_labels(phase: str, dataset: Any, net: Any) -> None:
     """Raises ValueError if the network has no embedding for a label of the dataset."""
     label = max(getattr(dataset, 'labels', ()), default=-1)
@@ -248,6 +284,13 @@ def check_least_size(opt: dict, loss: str, least: int) -> None:
     """Raises ValueError if the crops are too small for a loss."""
     if small := [size for size in crop_sizes(opt) if size < least]:
         raise ValueError(f'{loss} needs crops of at least {least}, and datasets.train has {small[0]}')
+
+
+def check_crop_unit(opt: dict, loss: Any, section: dict) -> None:
+    """Raises ValueError if a loss cannot be constructed, or cannot divide the crops into parts."""
+    unit = loss.crop_unit(arguments_of(section))
+    if wrong := [size for size in crop_sizes(opt) if size % unit]:
+        raise ValueError(f'{section["type"]} needs crops of a multiple of {unit}, and datasets.train has {wrong[0]}')
 
 
 def check_tile(opt: dict, net: torch.nn.Module) -> None:

@@ -6,7 +6,10 @@ no working file fails; the other checks require knowing which keys are read: tho
 our classes declare in `option_keys`.
 """
 
+import inspect
 import re
+import sys
+from collections import defaultdict
 from collections.abc import Iterable
 from copy import deepcopy
 from fnmatch import translate
@@ -28,9 +31,10 @@ from dpmambair_basicsr.option_checks.schema import (
 )
 from dpmambair_basicsr.option_checks.structure import check_renamed
 from dpmambair_basicsr.option_checks.values import alternatives, check_numbers, check_value, will_resume
-from dpmambair_basicsr.registry import look_up, registered
+from dpmambair_basicsr.registry import is_ours, look_up, registered
 
 SECTIONS = ('', 'train', 'val', 'path', 'logger', 'logger.wandb', 'dist_params')
+SAME_IN_LOG = {'pix_opt': 'pixel_opt', 'percep_opt': 'perceptual_opt'}  # the log abbreviates the second
 LOADER = tuple(row for row in OPTIONS if row.section == 'datasets')
 
 
@@ -103,7 +107,13 @@ def check_sections(opt: dict, model: type) -> list[str]:
         problems.append('val.suffix: missing; write ~ to name the images after the experiment')
     if not opt['is_train'] and 'train' in opt['datasets']:
         problems.append('datasets.train: BasicSR would test random crops of it; name it test')
-    problems += check_truth(opt)
+    problems += check_truth(opt, model)
+    losses = {key for key, loss in (section_of(opt, 'train') or {}).items() if loss is not None}
+    problems += [
+        f'train.{key}: logged as l_{key.removesuffix("_opt")}, as train.{other} is; rename it'
+        for key, other in SAME_IN_LOG.items()
+        if {key, other} <= losses and not hasattr(model, 'loss_keys')  # else it has but these losses
+    ]
     ignored = opt['path'].get('ignore_resume_networks') or ()
     problems += [
         f'path.ignore_resume_networks: the file has no {name}'
@@ -113,10 +123,13 @@ def check_sections(opt: dict, model: type) -> list[str]:
     return problems
 
 
-def check_truth(opt: dict) -> list[str]:
-    """Metrics that need ground truth, on a dataset without it."""
+def check_truth(opt: dict, model: type) -> list[str]:
+    """Metrics that need ground truth, and a model that learns degradations from it, on a dataset without it."""
     metrics, known = (opt.get('val') or {}).get('metrics') or {}, registered('METRIC')
     without = [phase for phase, dataset in opt['datasets'].items() if dataset.get('type') == 'SingleImageDataset']
+    if getattr(model, 'learns_degradations', False):
+        needs = f'{model.__name__} degrades clean images'
+        return [f'datasets.{phase}: {needs}, and SingleImageDataset has none' for phase in without]
     compared = [
         name
         for name, metric in (metrics if isinstance(metrics, dict) else {}).items()
@@ -152,7 +165,7 @@ def check_calls(opt: dict, rows: Iterable[Option]) -> list[str]:
                 problems.append(f'{path}: expected a section, got {section[key]!r}')
             else:
                 for name, part in section[key].items():
-                    problems += check_metric(f'{path}.{name}', part)
+                    problems += check_metric(f'{path}.{name}', part, opt['is_train'])
     return problems
 
 
@@ -163,6 +176,8 @@ def check_dataset(path: str, opt: dict) -> list[str]:
     problems += check_rows(f'{path}.', opt, known, opt['phase'])
     if declared:
         problems += unknown_keys(f'{path}.', opt, {*known, 'type'} | SET_BY_BASICSR['datasets'] | REFUSED_LATER)
+    elif dataset is not None and dataset.__module__.startswith('basicsr.data.'):
+        problems += check_ignored_keys(path, opt)
     parts = opt.get('datasets')  # of a mixed dataset
     parts = parts if isinstance(parts, dict) else {}
     for name, part in {path: opt, **{f'{path}.datasets.{name}': part for name, part in parts.items()}}.items():
@@ -176,6 +191,18 @@ def check_dataset(path: str, opt: dict) -> list[str]:
         elif part and (backend or {'type': 'disk'})['type'] in ('disk', 'lmdb'):
             problems += check_files(name, part, FILES)
     return problems
+
+
+def check_ignored_keys(path: str, opt: dict) -> list[str]:
+    """Keys, in a set of one of BasicSR's types, that only our datasets read: none in the modules of `basicsr.data`."""
+    known, readers = registered('DATASET'), defaultdict(list)
+    for target in dict.fromkeys(target for target in known.values() if is_ours(target)):
+        for row in target.option_keys:
+            readers[row.name].append(target.__name__)
+    modules = {target.__module__ for target in known.values() if target.__module__.startswith('basicsr.data.')}
+    source = '\n'.join(inspect.getsource(sys.modules[name]) for name in modules)
+    ignored = [key for key in opt if key in readers and opt[key] and not re.search(rf'[\'"]{key}[\'"]', source)]
+    return [f'{path}.{key}: {opt["type"]} ignores it; it is for {" or ".join(readers[key])}' for key in ignored]
 
 
 def check_files(path: str, opt: dict, prefixes: tuple[str, ...]) -> list[str]:

@@ -4,8 +4,9 @@ BasicSR's files are never edited: single functions are replaced once BasicSR is 
 a replacement is valid wherever the function exists, functions missing in a fork are skipped, and a topic incompatible
 with a fork does not affect the others.
 
-When: our commands apply all of them at once. Otherwise the two gates below apply them as soon as a run names one of our
-classes: in its option file, or as a model in `build_model`. Any other run is bit-identical to one without this package.
+When: our commands apply all of them at once. Otherwise the gates below apply them as soon as a run names one of our
+classes: in its option file, in `build_dataset` or in `build_model`. Any other run is bit-identical to one without this
+package.
 """
 
 import difflib
@@ -112,9 +113,26 @@ def options_that_name_ours(original):
     return parse_options
 
 
+@replaces('basicsr.data', 'build_dataset')
+def datasets_of_ours(original):
+    """The gate for programs with their own loop, which build a dataset, then its loader and the model."""
+
+    def build_dataset(dataset_opt):
+        if not (applied or is_ours(REGISTRIES['DATASET'].known().get(dataset_opt['type']))):
+            return original(dataset_opt)
+        apply_patches(sys._getframe(1).f_globals)
+        if 'fixes' in misfits:
+            return original(dataset_opt)
+        from dpmambair_basicsr.patches.fixes import paths_inside_their_folder
+
+        return paths_inside_their_folder(original)(dataset_opt)
+
+    return build_dataset
+
+
 @replaces('basicsr.models', 'build_model')
 def models_of_ours(original):
-    """The gate for programs with their own loop."""
+    """The gate for programs with their own loop, and their own datasets."""
 
     def build_model(opt):
         if is_ours(REGISTRIES['MODEL'].known().get(opt['model_type'])):

@@ -121,7 +121,6 @@ def niqe_large_enough(original):
     return niqe
 
 
-@replaces('basicsr.data', 'build_dataset')
 def paths_inside_their_folder(original):
     """Rejects an image list with files outside the folder of the images.
 

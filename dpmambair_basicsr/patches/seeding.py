@@ -92,6 +92,6 @@ def seeded_order(original):
                 for place, index in enumerate(order)
             ]
             order = order[-(-self.run.items_used_before(self.epoch) // processes) :]
-        return accompany(self.dataset, order, done=self.run.iteration if hasattr(self, 'run') else 0)
+        return accompany(self.dataset, order, done=self.run.iteration if hasattr(self, 'run') else None)
 
     return indices
