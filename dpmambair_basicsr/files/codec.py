@@ -9,6 +9,7 @@ import cv2
 import numpy as np
 
 from dpmambair_basicsr.files.atomic import replacing
+from dpmambair_basicsr.files.full_range import full_range
 
 MAX_PIXELS = 2**28  # 1.7 GB while an 8-bit image is decoded; enough for 200-megapixel cameras
 MAX_PIXELS_VARIABLE = 'DPMAMBAIR_MAX_PIXELS'
@@ -65,14 +66,15 @@ def decode(content: bytes | None, flags: int = cv2.IMREAD_COLOR | cv2.IMREAD_ANY
     """The image as decoded by OpenCV's `decoder`, in BGR; None if it is not an image, truncated, or empty.
 
     Raises:
-        ValueError: see `check_size`.
+        ValueError: see `check_size` and `full_range`.
     """
     if not content or check_size(content) is None:
         return None
     try:
-        return decoder(np.frombuffer(content, np.uint8), flags=flags)
+        pixels = decoder(np.frombuffer(content, np.uint8), flags=flags)
     except cv2.error:  # more pixels than OPENCV_IO_MAX_IMAGE_PIXELS
         return None
+    return pixels if pixels is None else full_range(pixels, content)
 
 
 def write_image(path: str | Path, image: np.ndarray, parameters: list[int] | None = None, durable: bool = True) -> None:

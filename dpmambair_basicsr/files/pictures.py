@@ -15,6 +15,7 @@ import numpy as np
 
 from dpmambair_basicsr.files import animations, tiff
 from dpmambair_basicsr.files.animations import Animation, Timing
+from dpmambair_basicsr.files.avif import is_avif
 from dpmambair_basicsr.files.codec import check_size, decode, max_pixels, write_bytes
 from dpmambair_basicsr.files.containers import (
     PROFILE_TAG,
@@ -165,10 +166,15 @@ def read_pictures(path: Path) -> tuple[list[Picture], Timing | None]:
 
 
 def read_one(content: bytes) -> Picture:
-    pixels, kinds, data = decode(content, cv2.IMREAD_UNCHANGED, cv2.imdecodeWithMetadata) or (None, (), ())
-    pixels = check_pixels(pixels, content)
-    metadata = {kind: np.asarray(part).reshape(-1) for kind, part in zip(kinds, data, strict=True)}
-    if content[4:12] == b'ftypavif':
+    metadata = {}
+
+    def decoder(part: np.ndarray, flags: int) -> np.ndarray | None:
+        pixels, kinds, data = cv2.imdecodeWithMetadata(part, flags=flags)
+        metadata.update((kind, np.asarray(own).reshape(-1)) for kind, own in zip(kinds, data, strict=True))
+        return pixels
+
+    pixels = check_pixels(decode(content, cv2.IMREAD_UNCHANGED, decoder), content)
+    if is_avif(content):
         metadata |= by_pillow(content)
     return upright(pixels, metadata, read_extras(content))
 

@@ -1,0 +1,46 @@
+"""OpenCV returns the values of unusual depths as stored, or shifted: white would be grey or nearly black."""
+
+import re
+
+import numpy as np
+
+from dpmambair_basicsr.files import avif
+
+PNM = re.compile(rb'P([2356])' + 3 * rb'(?:\s|#[^\n\r]*[\n\r])+(\d+)')  # kind, width, height, highest value
+JPEG2000, CODESTREAM = b'\0\0\0\x0cjP  ', b'\xff\x4f\xff\x51'
+CHANNELS = 42  # offset of their depths in CODESTREAM; the number of channels is before
+
+
+def full_range(pixels: np.ndarray, content: bytes) -> np.ndarray:
+    """OpenCV's pixels of a file, with white as 255 or 65535; not for TIFF.
+
+    Raises:
+        ValueError: white is unknown.
+    """
+    return scaled(pixels, white(pixels, content)) if pixels.dtype in (np.uint8, np.uint16) else pixels
+
+
+def scaled(pixels: np.ndarray, white: int) -> np.ndarray:
+    """uint8 or uint16 in [0, white] scaled to the whole range of their type."""
+    top = np.iinfo(pixels.dtype).max
+    if white == top:
+        return pixels
+    values = np.arange(top + 1, dtype=np.int64).clip(max=white)
+    return ((values * top + white // 2) // white).astype(pixels.dtype)[pixels]
+
+
+def white(pixels: np.ndarray, content: bytes) -> int:
+    top = int(np.iinfo(pixels.dtype).max)
+    if header := PNM.match(content):
+        kind, _, _, stated = map(int, header.groups())
+        return top if kind < 5 and stated < 256 else min(stated, top)  # OpenCV scales bytes that are text
+    bits = {top.bit_length()}
+    if top > 255 and avif.is_avif(content):
+        bits = {avif.depth(content)}
+    elif top > 255 and content.startswith((JPEG2000, CODESTREAM)):
+        start = content.find(CODESTREAM)
+        end = start + CHANNELS + 3 * int.from_bytes(content[start + CHANNELS - 2 : start + CHANNELS], 'big')
+        bits = {(stated & 127) + 1 for stated in content[start + CHANNELS : end : 3]}
+    if len(bits) > 1 or None in bits:
+        raise ValueError(f'has {"channels of different" if len(bits) > 1 else "an unknown number of"} bits')
+    return 2 ** bits.pop() - 1

@@ -1,0 +1,107 @@
+"""Pixels of unusual files have the right values, in restored pictures and in datasets, or the file is refused."""
+
+import cv2
+import numpy as np
+import pytest
+
+from dpmambair_basicsr.files import avif
+from dpmambair_basicsr.files.full_range import full_range
+from dpmambair_basicsr.files.images import ImageReader
+from dpmambair_basicsr.files.pictures import read_picture
+
+
+def by_restore(file):
+    return read_picture(file).image
+
+
+def by_datasets(file):
+    return ImageReader({'type': 'disk'}, {'lq': str(file.parent)}).read(str(file), 'lq', 0)
+
+
+READERS = pytest.mark.parametrize('read', [by_restore, by_datasets])
+
+
+def ramp(white, channels, dtype=None):
+    """All shades from 0 to white, in 64 rows; the last channel is reversed."""
+    values = np.linspace(0, white, 64).round().astype(dtype or (np.uint8 if white < 256 else np.uint16))
+    image = np.repeat(np.tile(values, (64, 1))[..., None], channels, 2)
+    image[..., -1] = image[:, ::-1, -1] if channels > 1 else image[..., -1]
+    return image
+
+
+def full(image, white):
+    """(H, W, 3), with white as the maximum of its type."""
+    top = 255 if white < 256 else 65535
+    return np.repeat((image.astype(int) * top * 2 + white) // (2 * white), 3 // image.shape[2], 2)
+
+
+@READERS
+@pytest.mark.parametrize('channels', [1, 3])
+@pytest.mark.parametrize('bits', [8, 10, 12])
+def test_avif_of_every_depth_fills_the_range(bits, channels, read, tmp_path):
+    white = 2**bits - 1
+    image = ramp(white, channels)
+    parameters = [cv2.IMWRITE_AVIF_DEPTH, bits, cv2.IMWRITE_AVIF_QUALITY, 100]
+    cv2.imwrite(str(tmp_path / 'a.avif'), image[..., ::-1], parameters)
+    result = read(tmp_path / 'a.avif')
+    assert result.dtype == (np.uint8 if bits == 8 else np.uint16)
+    np.testing.assert_array_equal(result, full(image, white))
+
+
+def test_avif_that_states_its_depth_only_once_is_read_and_without_any_refused(tmp_path):
+    content = cv2.imencode('.avif', ramp(1023, 3), [cv2.IMWRITE_AVIF_DEPTH, 10])[1].tobytes()
+    (tmp_path / 'a.avif').write_bytes(content)
+    (tmp_path / 'b.avif').write_bytes(content.replace(b'pixi', b'free'))
+    expected = read_picture(tmp_path / 'a.avif').image
+    np.testing.assert_array_equal(read_picture(tmp_path / 'b.avif').image, expected)
+    assert avif.depth(content.replace(b'pixi', b'free').replace(b'av1C', b'free')) is None
+    with pytest.raises(ValueError, match='^has an unknown number of bits$'):
+        full_range(expected, content.replace(b'pixi', b'free').replace(b'av1C', b'free'))
+
+
+@READERS
+@pytest.mark.parametrize('white', [1, 15, 100, 255, 256, 1023, 4095, 65535])
+@pytest.mark.parametrize('kind', [2, 3, 5, 6])
+def test_pnm_of_every_maximum_fills_the_range(kind, white, read, tmp_path):
+    image = ramp(white, 1 if kind in (2, 5) else 3)
+    header = f'P{kind}\n# 1 2 3\n64 # a comment\n64\n#\n{white}\n'.encode()
+    text = ' '.join(map(str, image.ravel())).encode() + b'\n'
+    data = image.astype('>u2' if white > 255 else 'u1').tobytes()
+    (tmp_path / 'a.ppm').write_bytes(header + (text if kind < 4 else data))
+    result = read(tmp_path / 'a.ppm')
+    assert result.dtype == (np.uint8 if white < 256 else np.uint16)
+    np.testing.assert_allclose(result, full(image, white), atol=kind < 4)  # OpenCV rounds down in text
+
+
+def test_pnm_values_above_its_maximum_are_white(tmp_path):
+    (tmp_path / 'a.pgm').write_bytes(b'P5 3 1 15\n\x20\x0f\x08')
+    assert read_picture(tmp_path / 'a.pgm').image[0, :, 0].tolist() == [255, 255, 136]
+
+
+def jpeg2000(image, *bits):
+    """A lossless file with `bits` per channel: one of 16, with the depths in its header replaced."""
+    offset = (32768 - 2 ** (np.array(bits) - 1)).astype(np.uint16)
+    pixels, parameters = (image + offset)[..., ::-1], [cv2.IMWRITE_JPEG2000_COMPRESSION_X1000, 1000]
+    content = bytearray(cv2.imencode('.jp2', pixels, parameters)[1])
+    channels = content.find(b'\xff\x4f\xff\x51') + 42
+    content[channels : channels + 3 * len(bits) : 3] = bytes(depth - 1 for depth in bits)
+    content[content.find(b'ihdr') + 14] = bits[0] - 1 if len(set(bits)) == 1 else 255
+    return bytes(content)
+
+
+@READERS
+@pytest.mark.parametrize('channels', [1, 3])
+@pytest.mark.parametrize('bits', [9, 10, 12, 14, 16])
+def test_jpeg_2000_of_every_depth_fills_the_range(bits, channels, read, tmp_path):
+    image = ramp(2**bits - 1, channels)
+    (tmp_path / 'a.jp2').write_bytes(jpeg2000(image, *[bits] * channels))
+    result = read(tmp_path / 'a.jp2')
+    assert result.dtype == np.uint16
+    np.testing.assert_array_equal(result, full(image, 2**bits - 1))
+
+
+@READERS
+def test_jpeg_2000_of_several_depths_is_refused(read, tmp_path):
+    (tmp_path / 'a.jp2').write_bytes(jpeg2000(ramp(255, 3, np.uint16), 16, 10, 12))
+    with pytest.raises(ValueError, match='channels of different bits$'):
+        read(tmp_path / 'a.jp2')
