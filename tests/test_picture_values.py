@@ -1,13 +1,17 @@
 """Pixels of unusual files have the right values, in restored pictures and in datasets, or the file is refused."""
 
+import struct
+
 import cv2
 import numpy as np
 import pytest
+import tifffile
 
 from dpmambair_basicsr.files import avif
 from dpmambair_basicsr.files.full_range import full_range
+from dpmambair_basicsr.files.ifd import Tag, write_ifd
 from dpmambair_basicsr.files.images import ImageReader
-from dpmambair_basicsr.files.pictures import read_picture
+from dpmambair_basicsr.files.pictures import read_picture, read_pictures
 
 
 def by_restore(file):
@@ -105,3 +109,57 @@ def test_jpeg_2000_of_several_depths_is_refused(read, tmp_path):
     (tmp_path / 'a.jp2').write_bytes(jpeg2000(ramp(255, 3, np.uint16), 16, 10, 12))
     with pytest.raises(ValueError, match='channels of different bits$'):
         read(tmp_path / 'a.jp2')
+
+
+def tiff(image, bits, photometric):
+    """A file with packed channels of `bits`; rows must end at whole bytes."""
+    text = ''.join(f'{value:0{bits}b}' for value in image.ravel().tolist())
+    data = image.tobytes() if bits == 16 else int(text, 2).to_bytes(len(text) // 8, 'big')
+    height, width, channels = image.shape
+    shorts = {256: [width], 257: [height], 258: [bits] * channels, 259: [1], 262: [photometric], 277: [channels]}
+    ifd = {number: Tag(3, struct.pack(f'<{len(values)}H', *values)) for number, values in shorts.items()}
+    ifd |= {
+        273: Tag(4, struct.pack('<I', 8)),
+        278: Tag(4, struct.pack('<I', height)),
+        279: Tag(4, struct.pack('<I', len(data))),
+    }
+    return b'II*\0' + struct.pack('<I', 8 + len(data)) + data + write_ifd(ifd, 8 + len(data))
+
+
+@READERS
+@pytest.mark.parametrize('photometric', [0, 1, 2])
+@pytest.mark.parametrize('bits', [8, 10, 12, 14, 16])
+def test_tiff_of_every_depth_fills_the_range_or_is_refused(bits, photometric, read, tmp_path):
+    white = 2**bits - 1
+    image = ramp(white, 3 if photometric == 2 else 1)
+    (tmp_path / 'a.tif').write_bytes(tiff(white - image if photometric == 0 else image, bits, photometric))
+    if bits in (10, 14) or (bits == 12 and photometric != 1):
+        with pytest.raises(ValueError, match='truncated'):
+            read(tmp_path / 'a.tif')
+        return
+    result = read(tmp_path / 'a.tif')
+    assert result.dtype == (np.uint8 if bits == 8 else np.uint16)
+    np.testing.assert_array_equal(result, full(image, white))
+
+
+@READERS
+@pytest.mark.parametrize('compression', [None, 'deflate'])
+@pytest.mark.parametrize('dtype', [np.uint8, np.uint16])
+def test_tiff_of_separate_channels_is_right_or_refused(dtype, compression, read, tmp_path):
+    image = np.random.default_rng(0).integers(0, np.iinfo(dtype).max, (6, 8, 3), dtype, endpoint=True)
+    planes = np.ascontiguousarray(np.moveaxis(image, -1, 0))
+    options = {'planarconfig': 'separate', 'compression': compression}
+    tifffile.imwrite(tmp_path / 'a.tif', planes, photometric='rgb', metadata=None, **options)
+    if dtype == np.uint8:
+        np.testing.assert_array_equal(read(tmp_path / 'a.tif'), image)
+    else:
+        with pytest.raises(ValueError, match='is a TIFF file of separate channels with more than 8 bits'):
+            read(tmp_path / 'a.tif')
+
+
+def test_a_later_page_of_separate_channels_is_refused(tmp_path):
+    with tifffile.TiffWriter(tmp_path / 'a.tif') as file:
+        file.write(np.zeros((6, 8), np.uint16), photometric='minisblack')
+        file.write(np.zeros((3, 6, 8), np.uint16), photometric='rgb', planarconfig='separate')
+    with pytest.raises(ValueError, match='is a TIFF file of separate channels with more than 8 bits'):
+        read_pictures(tmp_path / 'a.tif')

@@ -8,8 +8,11 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from dpmambair_basicsr.files import tiff
 from dpmambair_basicsr.files.atomic import replacing
+from dpmambair_basicsr.files.containers import TIFF
 from dpmambair_basicsr.files.full_range import full_range
+from dpmambair_basicsr.files.ifd import Ifd, read_ifds
 
 MAX_PIXELS = 2**28  # 1.7 GB while an 8-bit image is decoded; enough for 200-megapixel cameras
 MAX_PIXELS_VARIABLE = 'DPMAMBAIR_MAX_PIXELS'
@@ -62,19 +65,32 @@ def image_size(content: bytes) -> tuple[int, int] | None:
     return None
 
 
-def decode(content: bytes | None, flags: int = cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH, decoder=cv2.imdecode):
+def decode(
+    content: bytes | None,
+    flags: int = cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH,
+    decoder=cv2.imdecode,
+    ifd: Ifd | None = None,
+):
     """The image as decoded by OpenCV's `decoder`, in BGR; None if it is not an image, truncated, or empty.
 
+    Args:
+        ifd: of the page that is decoded, in a TIFF file; None: of the first.
+
     Raises:
-        ValueError: see `check_size` and `full_range`.
+        ValueError: see `check_size`, `full_range` and `tiff.check_planes`.
     """
     if not content or check_size(content) is None:
         return None
+    if content.startswith(TIFF):
+        ifd = ifd or (read_ifds(content, 1) or [{}])[0]
+        tiff.check_planes(ifd)
     try:
         pixels = decoder(np.frombuffer(content, np.uint8), flags=flags)
     except cv2.error:  # more pixels than OPENCV_IO_MAX_IMAGE_PIXELS
         return None
-    return pixels if pixels is None else full_range(pixels, content)
+    if pixels is None:
+        return None
+    return full_range(pixels, content) if ifd is None else tiff.straight(pixels, ifd)
 
 
 def write_image(path: str | Path, image: np.ndarray, parameters: list[int] | None = None, durable: bool = True) -> None:

@@ -37,7 +37,7 @@ def value_size(kind: int) -> int:
     return np.dtype(NUMBERS[kind]).itemsize * (2 if kind in RATIONALS else 1)
 
 
-def read_ifds(content: bytes) -> list[Ifd]:
+def read_ifds(content: bytes, most: int = MOST_LISTS) -> list[Ifd]:
     """The chain of lists in a TIFF or BigTIFF file, or in EXIF data. Damaged parts are skipped."""
     order = {b'II': '<', b'MM': '>'}.get(content[:2])
     if order is None:
@@ -45,7 +45,7 @@ def read_ifds(content: bytes) -> list[Ifd]:
     reader, ifds, seen = _Reader(content, order), [], set()
     try:
         offset = reader.unpack(reader.offset, 8 if reader.big else 4)[0]
-        while offset and offset not in seen and len(ifds) < MOST_LISTS:
+        while offset and offset not in seen and len(ifds) < most:
             seen.add(offset)
             ifd, offset = reader.ifd(offset)
             ifds.append(ifd)

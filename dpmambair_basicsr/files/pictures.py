@@ -240,8 +240,8 @@ def read_page(content: bytes, number: int, ifd: Ifd) -> Picture:
     if tiff.needs_pillow(ifd):
         pixels, cmyk = tiff.decode_by_pillow(content, number)
     else:
-        pixels = decode(content, cv2.IMREAD_UNCHANGED, lambda part, flags: tiff.decode_page(part, number, flags))
-        pixels = tiff.straight(check_pixels(pixels, content), ifd)
+        pixels = decode(content, cv2.IMREAD_UNCHANGED, lambda part, flags: tiff.decode_page(part, number, flags), ifd)
+        pixels = check_pixels(pixels, content)
     extras, exif = tiff_extras(ifd), exif_of_tags(tiff_extras(ifd).tags)
     found = {XMP: ifd.get(XMP_TAG), PROFILE: ifd.get(PROFILE_TAG)}
     metadata = {kind: np.frombuffer(tag.data, np.uint8) for kind, tag in found.items() if tag is not None}
