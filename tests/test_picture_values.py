@@ -11,7 +11,7 @@ from dpmambair_basicsr.files import avif
 from dpmambair_basicsr.files.full_range import full_range
 from dpmambair_basicsr.files.ifd import Tag, write_ifd
 from dpmambair_basicsr.files.images import ImageReader
-from dpmambair_basicsr.files.pictures import read_picture, read_pictures
+from dpmambair_basicsr.files.pictures import read_picture, read_pictures, write_picture
 
 
 def by_restore(file):
@@ -163,3 +163,36 @@ def test_a_later_page_of_separate_channels_is_refused(tmp_path):
         file.write(np.zeros((3, 6, 8), np.uint16), photometric='rgb', planarconfig='separate')
     with pytest.raises(ValueError, match='is a TIFF file of separate channels with more than 8 bits'):
         read_pictures(tmp_path / 'a.tif')
+
+
+@READERS
+@pytest.mark.parametrize('name', ['a.ras', 'a.sr'])
+def test_a_grey_sun_raster_that_we_write_is_lossless(name, read, tmp_path):
+    image = ramp(255, 1)
+    cv2.imwrite(str(tmp_path / 'a.png'), image)
+    picture = read_picture(tmp_path / 'a.png')
+    assert write_picture(tmp_path / name, picture) == [] and picture.grey
+    np.testing.assert_array_equal(read(tmp_path / name), full(image, 255))
+    assert read_picture(tmp_path / name).grey
+
+
+@READERS
+@pytest.mark.parametrize(
+    ('depth', 'palette', 'data', 'expected'),
+    [
+        (8, b'', b'\0\x32\xc8\xff', [[0] * 3, [50] * 3, [200] * 3, [255] * 3]),
+        (1, b'', b'\x60\0', [[255] * 3, [0] * 3, [0] * 3, [255] * 3]),  # 1 is black
+        (8, b'\x0a\x14\x1e\x28\x32\x3c', b'\0\1\1\0', [[10, 30, 50], [20, 40, 60], [20, 40, 60], [10, 30, 50]]),
+        (24, b'', bytes(range(12)), [[2, 1, 0], [5, 4, 3], [8, 7, 6], [11, 10, 9]]),
+    ],
+)
+def test_sun_rasters_have_their_colours(depth, palette, data, expected, read, tmp_path):
+    header = struct.pack('>IIIIIIII', 0x59A66A95, 4, 1, depth, len(data), 1, bool(palette), len(palette))
+    (tmp_path / 'a.ras').write_bytes(header + palette + data)
+    assert read(tmp_path / 'a.ras')[0].tolist() == expected
+
+
+def test_a_damaged_sun_raster_is_refused(tmp_path):
+    (tmp_path / 'a.ras').write_bytes(struct.pack('>IIIIII', 0x59A66A95, 4, 1, 8, 4, 1))
+    with pytest.raises(ValueError, match='truncated'):
+        read_picture(tmp_path / 'a.ras')

@@ -18,6 +18,7 @@ MAX_PIXELS = 2**28  # 1.7 GB while an 8-bit image is decoded; enough for 200-meg
 MAX_PIXELS_VARIABLE = 'DPMAMBAIR_MAX_PIXELS'
 PNG = b'\x89PNG\r\n\x1a\n'
 FORMATS = ('JPEG', 'BMP', 'TIFF', 'WEBP', 'PPM', 'GIF', 'JPEG2000', 'AVIF', 'SUN')  # read by OpenCV; PIL's names
+SUN = b'\x59\xa6\x6a\x95'
 TILE_SIZE = (322, 323)  # TIFF tags
 
 
@@ -85,12 +86,23 @@ def decode(
         ifd = ifd or (read_ifds(content, 1) or [{}])[0]
         tiff.check_planes(ifd)
     try:
-        pixels = decoder(np.frombuffer(content, np.uint8), flags=flags)
+        pixels = decoder(np.frombuffer(with_palette(content), np.uint8), flags=flags)
     except cv2.error:  # more pixels than OPENCV_IO_MAX_IMAGE_PIXELS
         return None
     if pixels is None:
         return None
     return full_range(pixels, content) if ifd is None else tiff.straight(pixels, ifd)
+
+
+def with_palette(content: bytes) -> bytes:
+    """A Sun raster of 1 or 8 bits with a palette of greys if it has none, for which OpenCV reads black; or any file."""
+    if not content.startswith(SUN):
+        return content
+    (depth,), colours = struct.unpack_from('>I', content, 12), struct.unpack_from('>II', content, 24)
+    palette = {1: b'\xff\0', 8: bytes(range(256))}.get(depth)
+    if palette is None or colours != (0, 0):
+        return content
+    return content[:24] + struct.pack('>II', 1, 3 * len(palette)) + 3 * palette + content[32:]
 
 
 def write_image(path: str | Path, image: np.ndarray, parameters: list[int] | None = None, durable: bool = True) -> None:
