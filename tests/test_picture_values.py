@@ -6,8 +6,10 @@ import cv2
 import numpy as np
 import pytest
 import tifffile
+from PIL import Image, ImageOps
 
 from dpmambair_basicsr.files import avif
+from dpmambair_basicsr.files.exif import Exif
 from dpmambair_basicsr.files.full_range import full_range
 from dpmambair_basicsr.files.ifd import Tag, write_ifd
 from dpmambair_basicsr.files.images import ImageReader
@@ -196,3 +198,39 @@ def test_a_damaged_sun_raster_is_refused(tmp_path):
     (tmp_path / 'a.ras').write_bytes(struct.pack('>IIIIII', 0x59A66A95, 4, 1, 8, 4, 1))
     with pytest.raises(ValueError, match='truncated'):
         read_picture(tmp_path / 'a.ras')
+
+
+@READERS
+@pytest.mark.parametrize('orientation', range(1, 9))
+def test_avif_is_turned_upright(orientation, read, tmp_path):
+    """Pillow writes the orientation as properties of the picture, and not into the EXIF data."""
+    exif = Image.Exif()
+    exif[274], exif[0x010E] = orientation, 'described'
+    exif.get_ifd(0x8769).update({0xA002: 64, 0xA003: 48})
+    Image.fromarray(ramp(255, 3)[:48]).save(tmp_path / 'a.avif', quality=100, exif=exif)
+    with Image.open(tmp_path / 'a.avif') as image:
+        expected = np.asarray(ImageOps.exif_transpose(image))
+        assert image.getexif().get(274, 1) == orientation
+    np.testing.assert_array_equal(read(tmp_path / 'a.avif'), expected)
+    write_picture(tmp_path / 'b.avif', read_picture(tmp_path / 'a.avif'))
+    with Image.open(tmp_path / 'b.avif') as image:
+        assert image.getexif().get(274, 1) == 1 and image.getexif()[0x010E] == 'described'
+        assert image.info['exif'].startswith(b'MM\0*'), 'no prefix, which only JPEG files have'
+        sizes = image.getexif().get_ifd(0x8769)
+        assert image.size == expected.shape[1::-1] == (sizes[0xA002], sizes[0xA003])
+
+
+@READERS
+@pytest.mark.parametrize('turned', [True, False])
+def test_exif_data_of_avif_does_not_turn_it(turned, read, tmp_path):
+    """OpenCV writes the orientation of EXIF data twice, of which HEIF makes readers ignore that in EXIF data."""
+    exif, image = Image.Exif(), ramp(255, 3)[:48]
+    exif[274] = 6
+    parts = [cv2.IMAGE_METADATA_EXIF], [np.frombuffer(exif.tobytes()[6:], np.uint8)]
+    parameters = [cv2.IMWRITE_AVIF_QUALITY, 100]
+    content = cv2.imencodeWithMetadata('.avif', image[..., ::-1], *parts, parameters)[1].tobytes()
+    assert content.count(b'irot\3') == 1
+    (tmp_path / 'a.avif').write_bytes(content if turned else content.replace(b'irot\3', b'irot\0'))
+    np.testing.assert_array_equal(read(tmp_path / 'a.avif'), np.rot90(image, -1) if turned else image)
+    picture = read_picture(tmp_path / 'a.avif')
+    assert Exif(picture.data(cv2.IMAGE_METADATA_EXIF)).upright() == 1

@@ -8,7 +8,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from dpmambair_basicsr.files import tiff
+from dpmambair_basicsr.files import avif, tiff
 from dpmambair_basicsr.files.atomic import replacing
 from dpmambair_basicsr.files.containers import TIFF
 from dpmambair_basicsr.files.full_range import full_range
@@ -18,6 +18,16 @@ MAX_PIXELS = 2**28  # 1.7 GB while an 8-bit image is decoded; enough for 200-meg
 MAX_PIXELS_VARIABLE = 'DPMAMBAIR_MAX_PIXELS'
 PNG = b'\x89PNG\r\n\x1a\n'
 FORMATS = ('JPEG', 'BMP', 'TIFF', 'WEBP', 'PPM', 'GIF', 'JPEG2000', 'AVIF', 'SUN')  # read by OpenCV; PIL's names
+# EXIF orientation -> how to rotate the pixels: (transpose first, then flip rows, then flip columns).
+UPRIGHT = {
+    2: (False, False, True),
+    3: (False, True, True),
+    4: (False, True, False),
+    5: (True, False, False),
+    6: (True, False, True),
+    7: (True, True, True),
+    8: (True, True, False),
+}
 SUN = b'\x59\xa6\x6a\x95'
 TILE_SIZE = (322, 323)  # TIFF tags
 
@@ -74,6 +84,8 @@ def decode(
 ):
     """The image as decoded by OpenCV's `decoder`, in BGR; None if it is not an image, truncated, or empty.
 
+    It is upright, except with cv2.IMREAD_UNCHANGED.
+
     Args:
         ifd: of the page that is decoded, in a TIFF file; None: of the first.
 
@@ -85,13 +97,24 @@ def decode(
     if content.startswith(TIFF):
         ifd = ifd or (read_ifds(content, 1) or [{}])[0]
         tiff.check_planes(ifd)
+    turned = avif.is_avif(content) and flags != cv2.IMREAD_UNCHANGED
+    if turned:
+        flags |= cv2.IMREAD_IGNORE_ORIENTATION  # that of EXIF data
     try:
         pixels = decoder(np.frombuffer(with_palette(content), np.uint8), flags=flags)
     except cv2.error:  # more pixels than OPENCV_IO_MAX_IMAGE_PIXELS
         return None
     if pixels is None:
         return None
-    return full_range(pixels, content) if ifd is None else tiff.straight(pixels, ifd)
+    pixels = full_range(pixels, content) if ifd is None else tiff.straight(pixels, ifd)
+    return turn_upright(pixels, avif.orientation(content)) if turned else pixels
+
+
+def turn_upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    transpose, rows, columns = UPRIGHT.get(orientation, (False, False, False))
+    if transpose:
+        pixels = pixels.swapaxes(0, 1)
+    return np.ascontiguousarray(pixels[:: -1 if rows else 1, :: -1 if columns else 1])
 
 
 def with_palette(content: bytes) -> bytes:

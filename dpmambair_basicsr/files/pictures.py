@@ -13,10 +13,9 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from dpmambair_basicsr.files import animations, tiff
+from dpmambair_basicsr.files import animations, avif, tiff
 from dpmambair_basicsr.files.animations import Animation, Timing
-from dpmambair_basicsr.files.avif import is_avif
-from dpmambair_basicsr.files.codec import check_size, decode, max_pixels, write_bytes
+from dpmambair_basicsr.files.codec import check_size, decode, max_pixels, turn_upright, write_bytes
 from dpmambair_basicsr.files.containers import (
     PROFILE_TAG,
     TIFF,
@@ -88,16 +87,6 @@ FORMATS = {
 EXTENSIONS = (*FORMATS, '.gif', '.pbm')  # of files that can be read
 # Format of a file by its first bytes, for files with a wrong extension.
 SIGNATURES = {b'\x89PNG\r\n\x1a\n': '.png', b'\xff\xd8\xff': '.jpg', b'BM': '.bmp', **dict.fromkeys(TIFF, '.tif')}
-# EXIF orientation -> how to rotate the pixels: (transpose first, then flip rows, then flip columns).
-UPRIGHT = {
-    2: (False, False, True),
-    3: (False, True, True),
-    4: (False, True, False),
-    5: (True, False, False),
-    6: (True, False, True),
-    7: (True, True, True),
-    8: (True, True, False),
-}
 REDUCED = 1  # bit of TIFF's NewSubfileType: a smaller version of another page
 
 
@@ -174,9 +163,11 @@ def read_one(content: bytes) -> Picture:
         return pixels
 
     pixels = check_pixels(decode(content, cv2.IMREAD_UNCHANGED, decoder), content)
-    if is_avif(content):
+    orientation = None
+    if avif.is_avif(content):
         metadata |= by_pillow(content)
-    return upright(pixels, metadata, read_extras(content))
+        orientation = avif.orientation(content)
+    return upright(pixels, metadata, read_extras(content), orientation)
 
 
 def by_pillow(content: bytes) -> dict[int, np.ndarray]:
@@ -197,16 +188,19 @@ def check_pixels(pixels: np.ndarray | None, content: bytes) -> np.ndarray:
     return pixels
 
 
-def upright(pixels: np.ndarray, metadata: dict[int, np.ndarray], extras: Extras) -> Picture:
-    """A picture from OpenCV's pixels, rotated according to their EXIF data."""
+def upright(
+    pixels: np.ndarray, metadata: dict[int, np.ndarray], extras: Extras, orientation: int | None = None
+) -> Picture:
+    """A picture from OpenCV's pixels, rotated according to `orientation` or, if None, their EXIF data."""
     metadata = dict(metadata)
+    exif = Exif(metadata[EXIF].tobytes().removeprefix(b'Exif\0\0') if EXIF in metadata else b'')
+    stated = exif.upright()
+    turned = turn_upright(pixels, stated if orientation is None else orientation)
     if EXIF in metadata:
-        exif = Exif(metadata[EXIF].tobytes())
-        turned = turn_upright(pixels, exif.upright())
         metadata[EXIF] = np.frombuffer(bytes(exif.data), np.uint8)
         if turned.shape != pixels.shape:
             metadata[EXIF] = resized_exif(metadata[EXIF], *turned.shape[:2])
-        pixels = turned
+    pixels = turned
     if XMP in metadata:
         metadata[XMP] = np.frombuffer(upright_xmp(metadata[XMP].tobytes()), np.uint8)
     grey = pixels.ndim == 2
@@ -255,8 +249,6 @@ def read_page(content: bytes, number: int, ifd: Ifd) -> Picture:
 
 def frames_of(animation: Animation, content: bytes) -> list[Picture]:
     found = {EXIF: animation.exif, XMP: animation.xmp, PROFILE: animation.profile}
-    if animation.exif is not None:
-        found[EXIF] = animation.exif.removeprefix(b'Exif\0\0')
     metadata = {kind: np.frombuffer(data, np.uint8) for kind, data in found.items() if data}
     convert = {3: cv2.COLOR_RGB2BGR, 4: cv2.COLOR_RGBA2BGRA}
     extras = read_extras(content)
@@ -375,13 +367,6 @@ def format_of(path: Path) -> str:
     found = next((extension for signature, extension in SIGNATURES.items() if start.startswith(signature)), None)
     by_name = path.suffix.lower()
     return by_name if found is None or FORMATS.get(by_name) is FORMATS[found] else found
-
-
-def turn_upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
-    transpose, rows, columns = UPRIGHT.get(orientation, (False, False, False))
-    if transpose:
-        pixels = pixels.swapaxes(0, 1)
-    return np.ascontiguousarray(pixels[:: -1 if rows else 1, :: -1 if columns else 1])
 
 
 def restored_picture(picture: Picture, image: np.ndarray) -> Picture:
