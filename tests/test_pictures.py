@@ -431,6 +431,66 @@ def test_animations_keep_every_frame_and_their_timing(name, options, alpha, tmp_
         np.testing.assert_array_equal(np.asarray(frame)[..., 3], before[..., 3])
 
 
+@pytest.mark.parametrize('target', ['b.png', 'b.webp'])
+@pytest.mark.parametrize('name', ['a.png', 'a.gif'])
+def test_grey_animations_with_a_transparent_shade_keep_it(name, target, tmp_path):
+    shades = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    shades = [shades, shades.T, 255 - shades]
+    first, *rest = (Image.fromarray(np.ascontiguousarray(image)) for image in shades)
+    options = {'disposal': 2} if name == 'a.gif' else {}
+    first.save(tmp_path / name, save_all=True, append_images=rest, duration=[50, 70, 90], transparency=7, **options)
+    found, timing = read_pictures(tmp_path / name)
+    assert not any(picture.grey for picture in found) and timing.durations == (50, 70, 90)
+    assert write_pictures(tmp_path / target, found, timing) == []
+    with Image.open(tmp_path / target) as image:
+        for frame, before in zip(ImageSequence.Iterator(image), shades, strict=True):
+            after = np.asarray(frame.convert('RGBA'))
+            np.testing.assert_array_equal(after[..., 3], np.where(before == 7, 0, 255))
+            np.testing.assert_array_equal(after[before != 7][:, :3], np.repeat(before[before != 7][:, None], 3, 1))
+
+
+@pytest.mark.parametrize('disposal', [0, 1, 2])
+def test_grey_gifs_of_changing_parts_have_right_frames(disposal, tmp_path):
+    frames = [np.arange(256, dtype=np.uint8).reshape(16, 16)]  # all shades: their palette is the identity
+    for seed in range(3):
+        frames.append(frames[-1].copy())
+        frames[-1][4 * seed : 4 * seed + 6, 5:9] = noise(6, 4, seed=seed)
+    first, *rest = map(Image.fromarray, frames)
+    options = {'duration': [10, 20, 30, 40], 'disposal': disposal, 'loop': 3}
+    first.save(tmp_path / 'a.gif', save_all=True, append_images=rest, **options)
+    found, timing = read_pictures(tmp_path / 'a.gif')
+    assert timing.durations == (10, 20, 30, 40) and timing.loop == 3
+    for picture, frame in zip(found, frames, strict=True):
+        assert picture.grey
+        np.testing.assert_array_equal(picture.image, np.repeat(frame[..., None], 3, 2))
+
+
+def test_animations_with_grey_and_alpha_keep_both(tmp_path):
+    pixels = [noise(24, 32, 2, seed=seed) for seed in range(3)]
+    first, *rest = (Image.fromarray(image, 'LA') for image in pixels)
+    first.save(tmp_path / 'a.png', save_all=True, append_images=rest, duration=100)
+    found, timing = read_pictures(tmp_path / 'a.png')
+    assert write_pictures(tmp_path / 'b.png', found, timing) == []
+    with Image.open(tmp_path / 'b.png') as image:
+        for frame, before in zip(ImageSequence.Iterator(image), pixels, strict=True):
+            after, seen = np.asarray(frame.convert('RGBA')), before[..., 1] > 0
+            np.testing.assert_array_equal(after[..., 3], before[..., 1])
+            np.testing.assert_array_equal(after[seen][:, :3], np.repeat(before[seen][:, :1], 3, 1))
+
+
+def test_a_gif_that_begins_grey_keeps_the_colours_of_later_frames(tmp_path):
+    grey = Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16))
+    coloured = Image.fromarray(smooth(16, 16)).quantize(64)
+    for name, second in ('colours.gif', coloured), ('grey.gif', grey.rotate(90)), ('palette.gif', grey.quantize(9)):
+        grey.save(tmp_path / name, save_all=True, append_images=[second], duration=100)
+        found, timing = read_pictures(tmp_path / name)
+        assert write_pictures(tmp_path / 'a.png', found, timing) == []
+        with Image.open(tmp_path / 'a.png') as image:
+            assert image.mode == ('RGB' if name == 'colours.gif' else 'L')
+            image.seek(1)
+            np.testing.assert_array_equal(np.asarray(image.convert('RGB')), np.asarray(second.convert('RGB')))
+
+
 def test_pages_keep_their_own_metadata(tmp_path):
     pages = [noise(6, 8, 3, dtype=np.uint16), noise(5, 4), noise(7, 3, 4, seed=2)]
     with tifffile.TiffWriter(tmp_path / 'a.tif') as file:
