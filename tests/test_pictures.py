@@ -431,6 +431,27 @@ def test_animations_keep_every_frame_and_their_timing(name, options, alpha, tmp_
         np.testing.assert_array_equal(np.asarray(frame)[..., 3], before[..., 3])
 
 
+@pytest.mark.parametrize('number', [2, 4])
+def test_delays_after_a_default_image_belong_to_the_same_frames(number, tmp_path):
+    first, *rest = frames(number=number)
+    durations = [100, 250, 40][: number - 1]
+    options = {'save_all': True, 'append_images': rest, 'default_image': True, 'duration': durations}
+    first.save(tmp_path / 'a.png', **options)
+    found, timing = read_pictures(tmp_path / 'a.png')
+    assert write_pictures(tmp_path / 'b.png', found, timing) == []
+    for name in 'a.png', 'b.png':
+        with Image.open(tmp_path / name) as image:
+            assert image.info['default_image'] and image.n_frames == number
+            shown = [(np.asarray(frame), frame.info.get('duration')) for frame in ImageSequence.Iterator(image)]
+        assert [duration for _, duration in shown[1:]] == durations, name
+        for (pixels, _), frame in zip(shown, [first, *rest], strict=True):
+            np.testing.assert_array_equal(pixels, np.asarray(frame))
+    assert write_pictures(tmp_path / 'b.webp', found, timing) == []
+    with Image.open(tmp_path / 'b.webp') as image:
+        assert getattr(image, 'n_frames', 1) == number - 1, 'programs that show WebP show its animations'
+        np.testing.assert_array_equal(np.asarray(image), np.asarray(rest[0]))
+
+
 @pytest.mark.parametrize('target', ['b.png', 'b.webp'])
 @pytest.mark.parametrize('name', ['a.png', 'a.gif'])
 def test_grey_animations_with_a_transparent_shade_keep_it(name, target, tmp_path):

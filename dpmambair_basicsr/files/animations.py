@@ -127,8 +127,12 @@ def encode_animation(extension: str, animation: Animation) -> bytes:
     first, *rest = (Image.fromarray(frame) for frame in animation.frames)
     timing, stream = animation.timing, io.BytesIO()
     options = OPTIONS[kind] | {'duration': list(timing.durations), 'loop': timing.loop}
-    if kind == 'PNG':
-        options['default_image'] = timing.default_image
+    if timing.default_image:
+        options['duration'] = list(timing.durations[1:])
+        if kind == 'PNG':
+            options['default_image'] = True
+        else:
+            first, *rest = rest
     kept = {'exif': animation.exif, 'icc_profile': animation.profile, 'xmp': animation.xmp if kind == 'WEBP' else None}
     options |= {name: value for name, value in kept.items() if value is not None}
     first.save(stream, kind, save_all=True, append_images=rest, **options)
