@@ -21,7 +21,9 @@ from support.commands import PACKAGE_PARENT, run, warm_python
 import dpmambair_basicsr
 from dpmambair_basicsr import restore as command
 from dpmambair_basicsr.archs import VmambaIR
-from dpmambair_basicsr.files import pictures
+from dpmambair_basicsr.files import pictures, tiff
+from dpmambair_basicsr.files.containers import Resolution, png_chunk
+from dpmambair_basicsr.files.ifd import Tag
 from dpmambair_basicsr.files.pictures import (
     read_picture,
     read_pictures,
@@ -229,6 +231,45 @@ def test_png_keeps_resolution_text_time_and_colours(tmp_path):
     assert again(path, tmp_path / 'c.jpg') == ['text and colour chunks']
     with Image.open(tmp_path / 'c.jpg') as image:
         assert image.info['dpi'] == (300, 200)
+
+
+RATIO = struct.pack('<II', 300, 1)
+
+
+@pytest.mark.parametrize('target', ['b.tif', 'b.png', 'b.jpg', 'b.bmp'])
+@pytest.mark.parametrize(
+    ('kind', 'value', 'unit', 'dpi'),
+    [
+        (5, RATIO, b'', 300),  # the default unit is the inch
+        (5, RATIO, None, 300),
+        (5, RATIO, b'\2\0', 300),
+        (12, struct.pack('<d', np.inf), b'\2\0', None),
+        (12, struct.pack('<d', np.nan), b'\2\0', None),
+        (5, struct.pack('<II', 2**32 - 1, 1), b'\2\0', None),
+        (5, struct.pack('<II', 300, 0), b'\2\0', None),
+        (5, b'', b'\2\0', None),
+    ],
+)
+def test_meaningless_resolutions_are_ignored(kind, value, unit, dpi, target, tmp_path):
+    tags = {282: Tag(kind, value), 283: Tag(kind, value)} | ({} if unit is None else {296: Tag(3, unit)})
+    (tmp_path / 'a.tif').write_bytes(tiff.encode([(noise(6, 8, 3), tags)]))
+    picture = read_picture(tmp_path / 'a.tif')
+    assert picture.extras.resolution == (None if dpi is None else Resolution(dpi, dpi, 0.0254))
+    write_picture(tmp_path / target, picture)
+    read_picture(tmp_path / target)
+    if dpi is not None:
+        with Image.open(tmp_path / target) as image:
+            assert [round(part) for part in image.info['dpi']] == [dpi, dpi]
+
+
+def test_a_resolution_of_a_png_beyond_its_limit_is_ignored(tmp_path):
+    content = encoded(Image.fromarray(noise(6, 8, 3)), 'png', dpi=(300, 300))
+    for x in (0, 2**32 - 1):
+        chunk = png_chunk(b'pHYs', struct.pack('>IIB', x, x, 1))
+        place = content.index(b'pHYs') - 4
+        (tmp_path / 'a.png').write_bytes(content[:place] + chunk + content[place + len(chunk) :])
+        assert again(tmp_path / 'a.png', tmp_path / 'b.bmp') == []
+        assert read_picture(tmp_path / 'b.bmp').extras.resolution is None
 
 
 def test_exif_data_that_is_text_in_a_png_is_exif_data_once(tmp_path):

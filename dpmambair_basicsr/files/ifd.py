@@ -33,6 +33,11 @@ class Tag:
 Ifd = dict[int, Tag]
 
 
+def first(ifd: Ifd, number: int, default: int) -> int:
+    """The first number of a tag; the default without any."""
+    return ifd[number].numbers()[0] if number in ifd and ifd[number].data else default
+
+
 def value_size(kind: int) -> int:
     return np.dtype(NUMBERS[kind]).itemsize * (2 if kind in RATIONALS else 1)
 

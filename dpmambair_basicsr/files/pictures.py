@@ -31,7 +31,7 @@ from dpmambair_basicsr.files.containers import (
     upright_xmp,
 )
 from dpmambair_basicsr.files.exif import Exif
-from dpmambair_basicsr.files.ifd import Ifd, read_ifds
+from dpmambair_basicsr.files.ifd import Ifd, first, read_ifds
 from dpmambair_basicsr.files.regular import open_regular
 
 EXIF, XMP, PROFILE = cv2.IMAGE_METADATA_EXIF, cv2.IMAGE_METADATA_XMP, cv2.IMAGE_METADATA_ICCP
@@ -215,10 +215,10 @@ def upright(
 def read_pages(content: bytes) -> list[Picture]:
     """Read the pages of a TIFF file, without their smaller versions."""
     ifds = read_ifds(content)
-    numbers = [number for number, ifd in enumerate(ifds) if number == 0 or not tiff.first(ifd, 254, 0) & REDUCED]
+    numbers = [number for number, ifd in enumerate(ifds) if number == 0 or not first(ifd, 254, 0) & REDUCED]
     if not ifds:
         raise ValueError('not a picture, or truncated')
-    pixels = sum(tiff.first(ifds[number], 256, 0) * tiff.first(ifds[number], 257, 0) for number in numbers)
+    pixels = sum(first(ifds[number], 256, 0) * first(ifds[number], 257, 0) for number in numbers)
     if len(numbers) > 1 and pixels > max_pixels():
         raise ValueError(f'has {len(numbers)} pages of {pixels} pixels, together more than max_pixels, {max_pixels()}')
     pictures = [read_page(content, number, ifds[number]) for number in numbers]
