@@ -7,6 +7,7 @@ import signal
 import struct
 import subprocess
 import sys
+import zlib
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 
@@ -425,6 +426,30 @@ def test_hidden_colours_do_not_bleed_into_visible_edges(name, tmp_path):
         'otherwise it shows nothing'
     )
     np.testing.assert_array_equal(result.image[alpha == 0], colours[alpha == 0])
+
+
+@pytest.mark.parametrize('bits', [1, 2, 4, 8, 16])
+def test_the_transparent_shade_of_a_grey_png_is_kept_as_alpha(bits, tmp_path):
+    white, rows = 2**bits - 1, np.arange(256).reshape(16, 16) % 2**bits
+    packed = ''.join(f'{value:0{bits}b}' for value in rows.ravel())
+    width = len(packed) // 8 // 16
+    data = int(packed, 2).to_bytes(width * 16, 'big')
+    header = struct.pack('>IIBBBBB', 16, 16, bits, 0, 0, 0, 0)
+    idat = zlib.compress(b''.join(b'\0' + data[at : at + width] for at in range(0, len(data), width)))
+    shade = min(7, white)
+    chunks = {b'IHDR': header, b'tRNS': struct.pack('>H', shade), b'IDAT': idat, b'IEND': b''}
+    content = b'\x89PNG\r\n\x1a\n' + b''.join(png_chunk(name, part) for name, part in chunks.items())
+    (tmp_path / 'a.png').write_bytes(content)
+    picture = read_picture(tmp_path / 'a.png')
+    top = 65535 if bits == 16 else 255
+    np.testing.assert_array_equal(picture.image, np.repeat((rows * (top // white))[..., None], 3, 2))
+    np.testing.assert_array_equal(picture.alpha, np.where(rows == shade, 0, top))
+    for name in 'b.png', 'b.tif':
+        assert write_picture(tmp_path / name, picture) == []
+        after = read_picture(tmp_path / name)
+        np.testing.assert_array_equal(np.dstack([after.image, after.alpha]), np.dstack([picture.image, picture.alpha]))
+    with pytest.raises(ValueError, match='does not support its alpha channel'):
+        write_picture(tmp_path / 'b.bmp', picture)
 
 
 def test_a_fully_transparent_picture_is_left_unchanged(tmp_path):

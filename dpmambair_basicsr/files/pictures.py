@@ -24,6 +24,7 @@ from dpmambair_basicsr.files.containers import (
     Extras,
     add_extras,
     exif_of_tags,
+    png_chunks,
     read_extras,
     resized_tags,
     tiff_extras,
@@ -162,7 +163,7 @@ def read_one(content: bytes) -> Picture:
         metadata.update((kind, np.asarray(own).reshape(-1)) for kind, own in zip(kinds, data, strict=True))
         return pixels
 
-    pixels = check_pixels(decode(content, cv2.IMREAD_UNCHANGED, decoder), content)
+    pixels = with_hidden_shade(check_pixels(decode(content, cv2.IMREAD_UNCHANGED, decoder), content), content)
     orientation = None
     if avif.is_avif(content):
         metadata |= by_pillow(content)
@@ -178,6 +179,17 @@ def by_pillow(content: bytes) -> dict[int, np.ndarray]:
         found = {XMP: image.info.get('xmp'), PROFILE: image.info.get('icc_profile')}
         return {kind: np.frombuffer(data, np.uint8) for kind, data in found.items() if data}
     return {}
+
+
+def with_hidden_shade(pixels: np.ndarray, content: bytes) -> np.ndarray:
+    """OpenCV's pixels, with the alpha that it drops: that of a grey PNG with a transparent shade."""
+    chunks = png_chunks(content) if content[12:16] == b'IHDR' and pixels.ndim == 2 else ()
+    shade = next((chunk[8:10] for name, chunk in chunks if name == b'tRNS'), None)
+    if shade is None:
+        return pixels
+    white, top = 2 ** content[24] - 1, np.iinfo(pixels.dtype).max
+    hidden = pixels == (int.from_bytes(shade, 'big') & white) * (top // white)
+    return np.dstack([pixels, pixels, pixels, np.where(hidden, 0, top).astype(pixels.dtype)])
 
 
 def check_pixels(pixels: np.ndarray | None, content: bytes) -> np.ndarray:
