@@ -54,15 +54,14 @@ def test_avif_of_every_depth_fills_the_range(bits, channels, read, tmp_path):
     np.testing.assert_array_equal(result, full(image, white))
 
 
-def test_avif_that_states_its_depth_only_once_is_read_and_without_any_refused(tmp_path):
+def test_avif_without_a_depth_is_refused():
     content = cv2.imencode('.avif', ramp(1023, 3), [cv2.IMWRITE_AVIF_DEPTH, 10])[1].tobytes()
-    (tmp_path / 'a.avif').write_bytes(content)
-    (tmp_path / 'b.avif').write_bytes(content.replace(b'pixi', b'free'))
-    expected = read_picture(tmp_path / 'a.avif').image
-    np.testing.assert_array_equal(read_picture(tmp_path / 'b.avif').image, expected)
-    assert avif.depth(content.replace(b'pixi', b'free').replace(b'av1C', b'free')) is None
+    no_pixi, no_av1 = content.replace(b'pixi', b'free'), content.replace(b'av1C', b'free')
+    assert [avif.depth(part) for part in (content, no_pixi, no_av1)] == [10, 10, 10]
+    for length in range(12, content.find(b'mdat')):  # damaged ones
+        assert avif.depth(content[:length]) in (10, None) and avif.orientation(content[:length]) == 1
     with pytest.raises(ValueError, match='^has an unknown number of bits$'):
-        full_range(expected, content.replace(b'pixi', b'free').replace(b'av1C', b'free'))
+        full_range(ramp(1023, 3), no_pixi.replace(b'av1C', b'free'))
 
 
 @READERS
@@ -165,6 +164,21 @@ def test_a_later_page_of_separate_channels_is_refused(tmp_path):
         file.write(np.zeros((3, 6, 8), np.uint16), photometric='rgb', planarconfig='separate')
     with pytest.raises(ValueError, match='is a TIFF file of separate channels with more than 8 bits'):
         read_pictures(tmp_path / 'a.tif')
+
+
+@READERS
+@pytest.mark.parametrize(
+    ('masks', 'bits'), [((), (5, 5, 5)), ((0x7C00, 0x3E0, 0x1F), (5, 5, 5)), ((0xF800, 0x7E0, 0x1F), (5, 6, 5))]
+)
+def test_bmp_of_16_bits_fills_the_range(masks, bits, read, tmp_path):
+    values = [np.linspace(0, 2**depth - 1, 64).round().astype(int) for depth in bits]
+    red, green, blue = values[0], values[1][::-1], values[2]
+    data = (red << (bits[1] + 5) | green << 5 | blue).astype('<u2').tobytes()
+    header = struct.pack('<IiiHHIIiiII', 40, 64, 1, 1, 16, 3 if masks else 0, len(data), 0, 0, 0, 0)
+    header += struct.pack(f'<{len(masks)}I', *masks)
+    (tmp_path / 'a.bmp').write_bytes(b'BM' + struct.pack('<IHHI', 0, 0, 0, 14 + len(header)) + header + data)
+    expected = np.stack([red * 255 / 31, green * 255 / (2 ** bits[1] - 1), blue * 255 / 31], 1).round()
+    np.testing.assert_array_equal(read(tmp_path / 'a.bmp')[0], expected)
 
 
 @READERS

@@ -6,9 +6,9 @@ The boxes are those of ISO/IEC 14496-12 and 23008-12 (HEIF). EXIF data has no sa
 import struct
 from collections.abc import Iterator
 
-# (quarter turns anticlockwise, axis of the mirror that follows, if any) -> orientation, as in EXIF data.
+# (quarter turns anticlockwise, axis of the mirror that follows or -1) -> orientation, as in EXIF data.
 ORIENTATIONS = {(0, 0): 4, (0, 1): 2, (1, 0): 5, (1, 1): 7, (2, 0): 2, (2, 1): 4, (3, 0): 7, (3, 1): 5}
-ORIENTATIONS |= {(0, None): 1, (1, None): 8, (2, None): 3, (3, None): 6}
+ORIENTATIONS |= {(0, -1): 1, (1, -1): 8, (2, -1): 3, (3, -1): 6}
 
 
 def is_avif(content: bytes) -> bool:
@@ -18,10 +18,10 @@ def is_avif(content: bytes) -> bool:
 
 def depth(content: bytes) -> int | None:
     """Bits per channel; None if not stated."""
-    own, all_properties = properties(content)
-    if len(own.get(b'pixi', b'')) > 5:
+    own, of_all = properties(content)
+    if b'av1C' not in own and len(own.get(b'pixi', b'')) > 5:  # a picture in tiles
         return own[b'pixi'][5]
-    config = own.get(b'av1C') or all_properties.get(b'av1C', b'')  # a picture in tiles has it at its tiles
+    config = own.get(b'av1C') or of_all.get(b'av1C', b'')
     return None if len(config) < 3 else 8 if not config[2] & 0x40 else 12 if config[2] & 0x20 else 10
 
 
@@ -29,7 +29,7 @@ def orientation(content: bytes) -> int:
     """How the decoded pixels are to be turned, as in EXIF data."""
     own, _ = properties(content)
     turns, mirror = own.get(b'irot'), own.get(b'imir')
-    return ORIENTATIONS[turns[0] & 3 if turns else 0, mirror[0] & 1 if mirror else None]
+    return ORIENTATIONS[turns[0] & 3 if turns else 0, mirror[0] & 1 if mirror else -1]
 
 
 def properties(content: bytes) -> tuple[dict[bytes, bytes], dict[bytes, bytes]]:

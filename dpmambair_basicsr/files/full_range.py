@@ -6,6 +6,7 @@ import numpy as np
 
 from dpmambair_basicsr.files import avif
 
+BMP, GREEN = b'BM', b'\xe0\x07'  # the mask of 6 bits
 PNM = re.compile(rb'P([2356])' + 3 * rb'(?:\s|#[^\n\r]*[\n\r])+(\d+)')  # kind, width, height, highest value
 JPEG2000, CODESTREAM = b'\0\0\0\x0cjP  ', b'\xff\x4f\xff\x51'
 CHANNELS = 42  # offset of their depths in CODESTREAM; the number of channels is before
@@ -17,7 +18,12 @@ def full_range(pixels: np.ndarray, content: bytes) -> np.ndarray:
     Raises:
         ValueError: white is unknown.
     """
-    return scaled(pixels, white(pixels, content)) if pixels.dtype in (np.uint8, np.uint16) else pixels
+    if pixels.dtype not in (np.uint8, np.uint16):
+        return pixels
+    if content.startswith(BMP) and content[14] == 40 and content[28] == 16:  # 5 bits, or 5, 6 and 5
+        six = content[30] == 3 and content[58:60] == GREEN
+        return np.dstack([scaled(pixels[..., at], 252 if six and at == 1 else 248) for at in range(3)])
+    return scaled(pixels, white(pixels, content))
 
 
 def scaled(pixels: np.ndarray, white: int) -> np.ndarray:
@@ -34,13 +40,16 @@ def white(pixels: np.ndarray, content: bytes) -> int:
     if header := PNM.match(content):
         kind, _, _, stated = map(int, header.groups())
         return top if kind < 5 and stated < 256 else min(stated, top)  # OpenCV scales bytes that are text
-    bits = {top.bit_length()}
     if top > 255 and avif.is_avif(content):
-        bits = {avif.depth(content)}
-    elif top > 255 and content.startswith((JPEG2000, CODESTREAM)):
-        start = content.find(CODESTREAM)
-        end = start + CHANNELS + 3 * int.from_bytes(content[start + CHANNELS - 2 : start + CHANNELS], 'big')
-        bits = {(stated & 127) + 1 for stated in content[start + CHANNELS : end : 3]}
-    if len(bits) > 1 or None in bits:
-        raise ValueError(f'has {"channels of different" if len(bits) > 1 else "an unknown number of"} bits')
-    return 2 ** bits.pop() - 1
+        depth = avif.depth(content)
+        if not depth:
+            raise ValueError('has an unknown number of bits')
+        return 2**depth - 1
+    if top > 255 and content.startswith((JPEG2000, CODESTREAM)):
+        start = content.find(CODESTREAM) + CHANNELS
+        end = start + 3 * int.from_bytes(content[start - 2 : start], 'big')
+        depths = {(stated & 127) + 1 for stated in content[start:end:3]}
+        if len(depths) > 1:
+            raise ValueError('has channels of different bits')
+        return 2 ** depths.pop() - 1
+    return top
