@@ -8,7 +8,7 @@ import pytest
 import tifffile
 from PIL import Image, ImageOps
 
-from dpmambair_basicsr.files import avif
+from dpmambair_basicsr.files import avif, tiff
 from dpmambair_basicsr.files.exif import Exif
 from dpmambair_basicsr.files.full_range import full_range
 from dpmambair_basicsr.files.ifd import Tag, write_ifd
@@ -112,7 +112,7 @@ def test_jpeg_2000_of_several_depths_is_refused(read, tmp_path):
         read(tmp_path / 'a.jp2')
 
 
-def tiff(image, bits, photometric):
+def packed_tiff(image, bits, photometric):
     """A file with packed channels of `bits`; rows must end at whole bytes."""
     text = ''.join(f'{value:0{bits}b}' for value in image.ravel().tolist())
     data = image.tobytes() if bits == 16 else int(text, 2).to_bytes(len(text) // 8, 'big')
@@ -133,7 +133,7 @@ def tiff(image, bits, photometric):
 def test_tiff_of_every_depth_fills_the_range_or_is_refused(bits, photometric, read, tmp_path):
     white = 2**bits - 1
     image = ramp(white, 3 if photometric == 2 else 1)
-    (tmp_path / 'a.tif').write_bytes(tiff(white - image if photometric == 0 else image, bits, photometric))
+    (tmp_path / 'a.tif').write_bytes(packed_tiff(white - image if photometric == 0 else image, bits, photometric))
     if bits in (10, 14) or (bits == 12 and photometric != 1):
         with pytest.raises(ValueError, match='truncated'):
             read(tmp_path / 'a.tif')
@@ -248,3 +248,11 @@ def test_exif_data_of_avif_does_not_turn_it(turned, read, tmp_path):
     np.testing.assert_array_equal(read(tmp_path / 'a.avif'), np.rot90(image, -1) if turned else image)
     picture = read_picture(tmp_path / 'a.avif')
     assert Exif(picture.data(cv2.IMAGE_METADATA_EXIF)).upright() == 1
+
+
+@READERS
+def test_a_tiff_tag_that_points_beyond_every_file_is_ignored(read, tmp_path):
+    image = ramp(255, 3)
+    content = tiff.encode([(image[..., ::-1], {0x8769: Tag(16, struct.pack('<Q', 2**63))})])
+    (tmp_path / 'a.tif').write_bytes(content)
+    np.testing.assert_array_equal(read(tmp_path / 'a.tif'), image)

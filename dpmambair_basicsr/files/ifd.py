@@ -54,7 +54,7 @@ def read_ifds(content: bytes, most: int = MOST_LISTS) -> list[Ifd]:
             seen.add(offset)
             ifd, offset = reader.ifd(offset)
             ifds.append(ifd)
-    except struct.error:
+    except (struct.error, OverflowError):
         pass
     return ifds
 
@@ -95,7 +95,7 @@ class _Reader:
         if number in SUB_IFDS and len(numbers) == 1 and depth < 2:
             try:
                 tags, _ = self.ifd(int(numbers[0]), depth + 1)
-            except struct.error:
+            except (struct.error, OverflowError):
                 tags = {}
         return Tag(kind, numbers.astype(f'<{NUMBERS[kind]}').tobytes(), tags)
 
