@@ -7,6 +7,7 @@ import signal
 import struct
 import subprocess
 import sys
+import zlib
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 
@@ -21,7 +22,9 @@ from support.commands import PACKAGE_PARENT, run, warm_python
 import dpmambair_basicsr
 from dpmambair_basicsr import restore as command
 from dpmambair_basicsr.archs import VmambaIR
-from dpmambair_basicsr.files import pictures
+from dpmambair_basicsr.files import pictures, tiff
+from dpmambair_basicsr.files.containers import Resolution, png_chunk
+from dpmambair_basicsr.files.ifd import Tag
 from dpmambair_basicsr.files.pictures import (
     read_picture,
     read_pictures,
@@ -231,6 +234,45 @@ def test_png_keeps_resolution_text_time_and_colours(tmp_path):
         assert image.info['dpi'] == (300, 200)
 
 
+RATIO = struct.pack('<II', 300, 1)
+
+
+@pytest.mark.parametrize('target', ['b.tif', 'b.png', 'b.jpg', 'b.bmp'])
+@pytest.mark.parametrize(
+    ('kind', 'value', 'unit', 'dpi'),
+    [
+        (5, RATIO, b'', 300),  # the default unit is the inch
+        (5, RATIO, None, 300),
+        (5, RATIO, b'\2\0', 300),
+        (12, struct.pack('<d', np.inf), b'\2\0', None),
+        (12, struct.pack('<d', np.nan), b'\2\0', None),
+        (5, struct.pack('<II', 2**32 - 1, 1), b'\2\0', None),
+        (5, struct.pack('<II', 300, 0), b'\2\0', None),
+        (5, b'', b'\2\0', None),
+    ],
+)
+def test_meaningless_resolutions_are_ignored(kind, value, unit, dpi, target, tmp_path):
+    tags = {282: Tag(kind, value), 283: Tag(kind, value)} | ({} if unit is None else {296: Tag(3, unit)})
+    (tmp_path / 'a.tif').write_bytes(tiff.encode([(noise(6, 8, 3), tags)]))
+    picture = read_picture(tmp_path / 'a.tif')
+    assert picture.extras.resolution == (None if dpi is None else Resolution(dpi, dpi, 0.0254))
+    write_picture(tmp_path / target, picture)
+    read_picture(tmp_path / target)
+    if dpi is not None:
+        with Image.open(tmp_path / target) as image:
+            assert [round(part) for part in image.info['dpi']] == [dpi, dpi]
+
+
+def test_a_resolution_of_a_png_beyond_its_limit_is_ignored(tmp_path):
+    content = encoded(Image.fromarray(noise(6, 8, 3)), 'png', dpi=(300, 300))
+    for x in (0, 2**32 - 1):
+        chunk = png_chunk(b'pHYs', struct.pack('>IIB', x, x, 1))
+        place = content.index(b'pHYs') - 4
+        (tmp_path / 'a.png').write_bytes(content[:place] + chunk + content[place + len(chunk) :])
+        assert again(tmp_path / 'a.png', tmp_path / 'b.bmp') == []
+        assert read_picture(tmp_path / 'b.bmp').extras.resolution is None
+
+
 def test_exif_data_that_is_text_in_a_png_is_exif_data_once(tmp_path):
     """As ImageMagick writes it; its orientation would rotate the result a second time."""
     exif = Image.Exif()
@@ -386,6 +428,30 @@ def test_hidden_colours_do_not_bleed_into_visible_edges(name, tmp_path):
     np.testing.assert_array_equal(result.image[alpha == 0], colours[alpha == 0])
 
 
+@pytest.mark.parametrize('bits', [1, 2, 4, 8, 16])
+def test_the_transparent_shade_of_a_grey_png_is_kept_as_alpha(bits, tmp_path):
+    white, rows = 2**bits - 1, np.arange(256).reshape(16, 16) % 2**bits
+    packed = ''.join(f'{value:0{bits}b}' for value in rows.ravel())
+    width = len(packed) // 8 // 16
+    data = int(packed, 2).to_bytes(width * 16, 'big')
+    header = struct.pack('>IIBBBBB', 16, 16, bits, 0, 0, 0, 0)
+    idat = zlib.compress(b''.join(b'\0' + data[at : at + width] for at in range(0, len(data), width)))
+    shade = min(7, white)
+    chunks = {b'IHDR': header, b'tRNS': struct.pack('>H', shade), b'IDAT': idat, b'IEND': b''}
+    content = b'\x89PNG\r\n\x1a\n' + b''.join(png_chunk(name, part) for name, part in chunks.items())
+    (tmp_path / 'a.png').write_bytes(content)
+    picture = read_picture(tmp_path / 'a.png')
+    top = 65535 if bits == 16 else 255
+    np.testing.assert_array_equal(picture.image, np.repeat((rows * (top // white))[..., None], 3, 2))
+    np.testing.assert_array_equal(picture.alpha, np.where(rows == shade, 0, top))
+    for name in 'b.png', 'b.tif':
+        assert write_picture(tmp_path / name, picture) == []
+        after = read_picture(tmp_path / name)
+        np.testing.assert_array_equal(np.dstack([after.image, after.alpha]), np.dstack([picture.image, picture.alpha]))
+    with pytest.raises(ValueError, match='does not support its alpha channel'):
+        write_picture(tmp_path / 'b.bmp', picture)
+
+
 def test_a_fully_transparent_picture_is_left_unchanged(tmp_path):
     pixels = np.dstack([noise(6, 8, 3), np.zeros((6, 8), np.uint8)])
     Image.fromarray(pixels).save(tmp_path / 'a.png')
@@ -429,6 +495,87 @@ def test_animations_keep_every_frame_and_their_timing(name, options, alpha, tmp_
         seen = before[..., 3] > 0
         np.testing.assert_array_equal(np.asarray(frame)[seen][:, :3], 255 - before[seen][:, :3])
         np.testing.assert_array_equal(np.asarray(frame)[..., 3], before[..., 3])
+
+
+@pytest.mark.parametrize('number', [2, 4])
+def test_delays_after_a_default_image_belong_to_the_same_frames(number, tmp_path):
+    first, *rest = frames(number=number)
+    durations = [100, 250, 40][: number - 1]
+    options = {'save_all': True, 'append_images': rest, 'default_image': True, 'duration': durations}
+    first.save(tmp_path / 'a.png', **options)
+    found, timing = read_pictures(tmp_path / 'a.png')
+    assert write_pictures(tmp_path / 'b.png', found, timing) == []
+    for name in 'a.png', 'b.png':
+        with Image.open(tmp_path / name) as image:
+            assert image.info['default_image'] and image.n_frames == number
+            shown = [(np.asarray(frame), frame.info.get('duration')) for frame in ImageSequence.Iterator(image)]
+        assert [duration for _, duration in shown[1:]] == durations, name
+        for (pixels, _), frame in zip(shown, [first, *rest], strict=True):
+            np.testing.assert_array_equal(pixels, np.asarray(frame))
+    assert write_pictures(tmp_path / 'b.webp', found, timing) == []
+    with Image.open(tmp_path / 'b.webp') as image:
+        assert getattr(image, 'n_frames', 1) == number - 1, 'programs that show WebP show its animations'
+        np.testing.assert_array_equal(np.asarray(image), np.asarray(rest[0]))
+
+
+@pytest.mark.parametrize('target', ['b.png', 'b.webp'])
+@pytest.mark.parametrize('name', ['a.png', 'a.gif'])
+def test_grey_animations_with_a_transparent_shade_keep_it(name, target, tmp_path):
+    shades = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    shades = [shades, shades.T, 255 - shades]
+    first, *rest = (Image.fromarray(np.ascontiguousarray(image)) for image in shades)
+    options = {'disposal': 2} if name == 'a.gif' else {}
+    first.save(tmp_path / name, save_all=True, append_images=rest, duration=[50, 70, 90], transparency=7, **options)
+    found, timing = read_pictures(tmp_path / name)
+    assert not any(picture.grey for picture in found) and timing.durations == (50, 70, 90)
+    assert write_pictures(tmp_path / target, found, timing) == []
+    with Image.open(tmp_path / target) as image:
+        for frame, before in zip(ImageSequence.Iterator(image), shades, strict=True):
+            after = np.asarray(frame.convert('RGBA'))
+            np.testing.assert_array_equal(after[..., 3], np.where(before == 7, 0, 255))
+            np.testing.assert_array_equal(after[before != 7][:, :3], np.repeat(before[before != 7][:, None], 3, 1))
+
+
+@pytest.mark.parametrize('disposal', [0, 1, 2])
+def test_grey_gifs_of_changing_parts_have_right_frames(disposal, tmp_path):
+    frames = [np.arange(256, dtype=np.uint8).reshape(16, 16)]  # all shades: their palette is the identity
+    for seed in range(3):
+        frames.append(frames[-1].copy())
+        frames[-1][4 * seed : 4 * seed + 6, 5:9] = noise(6, 4, seed=seed)
+    first, *rest = map(Image.fromarray, frames)
+    options = {'duration': [10, 20, 30, 40], 'disposal': disposal, 'loop': 3}
+    first.save(tmp_path / 'a.gif', save_all=True, append_images=rest, **options)
+    found, timing = read_pictures(tmp_path / 'a.gif')
+    assert timing.durations == (10, 20, 30, 40) and timing.loop == 3
+    for picture, frame in zip(found, frames, strict=True):
+        assert picture.grey
+        np.testing.assert_array_equal(picture.image, np.repeat(frame[..., None], 3, 2))
+
+
+def test_animations_with_grey_and_alpha_keep_both(tmp_path):
+    pixels = [noise(24, 32, 2, seed=seed) for seed in range(3)]
+    first, *rest = (Image.fromarray(image, 'LA') for image in pixels)
+    first.save(tmp_path / 'a.png', save_all=True, append_images=rest, duration=100)
+    found, timing = read_pictures(tmp_path / 'a.png')
+    assert write_pictures(tmp_path / 'b.png', found, timing) == []
+    with Image.open(tmp_path / 'b.png') as image:
+        for frame, before in zip(ImageSequence.Iterator(image), pixels, strict=True):
+            after, seen = np.asarray(frame.convert('RGBA')), before[..., 1] > 0
+            np.testing.assert_array_equal(after[..., 3], before[..., 1])
+            np.testing.assert_array_equal(after[seen][:, :3], np.repeat(before[seen][:, :1], 3, 1))
+
+
+def test_a_gif_that_begins_grey_keeps_the_colours_of_later_frames(tmp_path):
+    grey = Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16))
+    coloured = Image.fromarray(smooth(16, 16)).quantize(64)
+    for name, second in ('colours.gif', coloured), ('grey.gif', grey.rotate(90)), ('palette.gif', grey.quantize(9)):
+        grey.save(tmp_path / name, save_all=True, append_images=[second], duration=100)
+        found, timing = read_pictures(tmp_path / name)
+        assert write_pictures(tmp_path / 'a.png', found, timing) == []
+        with Image.open(tmp_path / 'a.png') as image:
+            assert image.mode == ('RGB' if name == 'colours.gif' else 'L')
+            image.seek(1)
+            np.testing.assert_array_equal(np.asarray(image.convert('RGB')), np.asarray(second.convert('RGB')))
 
 
 def test_pages_keep_their_own_metadata(tmp_path):

@@ -4,6 +4,7 @@ import io
 import struct
 from dataclasses import dataclass
 
+import cv2
 import numpy as np
 
 from dpmambair_basicsr.files.codec import max_pixels
@@ -33,7 +34,7 @@ class Animation:
     """
     Attributes:
         frames: (H, W, 3) RGB or (H, W, 4) RGBA, uint8, full frames.
-        grey: whether they are grey in the file.
+        grey: whether all are grey, without alpha, in the file.
         exif, xmp, profile: as stored in the file.
     """
 
@@ -61,19 +62,42 @@ def read_animation(content: bytes) -> Animation | None:
             if count == 1:
                 return None
             check(content, count, *image.size)
-            mode = 'RGBA' if image.has_transparency_data else 'RGB'
-            grey, frames, durations = image.mode in GREY, [], []
-            for index in range(count):
-                image.seek(index)
-                image.load()
-                frames.append(np.asarray(image.convert(mode)))
-                durations.append(float(image.info.get('duration') or 0))
+            frames, durations = by_opencv(content) if (image.format, image.mode) == ('GIF', 'L') else by_pillow(image)
+            if len(frames) != count:
+                raise EOFError
+            grey = image.mode in GREY and all(is_grey(frame) for frame in frames)
             loop = image.info.get('loop', 0 if image.format != 'GIF' else 1)
             timing = Timing(tuple(durations), loop, bool(image.info.get('default_image')))
             exif, xmp, profile = (image.info.get(name) for name in ('exif', 'xmp', 'icc_profile'))
-    except (OSError, SyntaxError, EOFError, struct.error):
+    except (OSError, SyntaxError, EOFError, struct.error, cv2.error):
         raise ValueError('is a truncated or damaged animation') from None
     return Animation(frames, grey, timing, exif, xmp, profile)
+
+
+def by_pillow(image) -> tuple[list[np.ndarray], list[float]]:
+    """Frames and durations."""
+    mode = 'RGBA' if image.has_transparency_data else 'RGB'
+    frames, durations = [], []
+    for index in range(image.n_frames):
+        image.seek(index)
+        image.load()
+        frames.append(np.asarray(image.convert(mode)))
+        durations.append(float(image.info.get('duration') or 0))
+    return frames, durations
+
+
+def by_opencv(content: bytes) -> tuple[list[np.ndarray], list[float]]:
+    """Frames and durations of a GIF whose first palette is grey, where Pillow ignores transparency and the others."""
+    _, animation = cv2.imdecodeanimation(np.frombuffer(content, np.uint8))
+    convert = {3: cv2.COLOR_BGR2RGBA, 4: cv2.COLOR_BGRA2RGBA}
+    frames = [cv2.cvtColor(frame, convert[frame.shape[2]]) for frame in animation.frames]
+    if all((frame[..., 3] == 255).all() for frame in frames):
+        frames = [np.ascontiguousarray(frame[..., :3]) for frame in frames]
+    return frames, [float(duration) for duration in animation.durations]
+
+
+def is_grey(frame: np.ndarray) -> bool:
+    return frame.shape[2] == 3 and bool((frame == frame[..., :1]).all())
 
 
 def may_be_animated(content: bytes) -> bool:
@@ -103,8 +127,12 @@ def encode_animation(extension: str, animation: Animation) -> bytes:
     first, *rest = (Image.fromarray(frame) for frame in animation.frames)
     timing, stream = animation.timing, io.BytesIO()
     options = OPTIONS[kind] | {'duration': list(timing.durations), 'loop': timing.loop}
-    if kind == 'PNG':
-        options['default_image'] = timing.default_image
+    if timing.default_image:
+        options['duration'] = list(timing.durations[1:])
+        if kind == 'PNG':
+            options['default_image'] = True
+        else:
+            first, *rest = rest
     kept = {'exif': animation.exif, 'icc_profile': animation.profile, 'xmp': animation.xmp if kind == 'WEBP' else None}
     options |= {name: value for name, value in kept.items() if value is not None}
     first.save(stream, kind, save_all=True, append_images=rest, **options)

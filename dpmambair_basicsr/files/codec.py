@@ -8,12 +8,27 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from dpmambair_basicsr.files import avif, tiff
 from dpmambair_basicsr.files.atomic import replacing
+from dpmambair_basicsr.files.containers import TIFF
+from dpmambair_basicsr.files.full_range import full_range
+from dpmambair_basicsr.files.ifd import Ifd, read_ifds
 
 MAX_PIXELS = 2**28  # 1.7 GB while an 8-bit image is decoded; enough for 200-megapixel cameras
 MAX_PIXELS_VARIABLE = 'DPMAMBAIR_MAX_PIXELS'
 PNG = b'\x89PNG\r\n\x1a\n'
 FORMATS = ('JPEG', 'BMP', 'TIFF', 'WEBP', 'PPM', 'GIF', 'JPEG2000', 'AVIF', 'SUN')  # read by OpenCV; PIL's names
+# EXIF orientation -> how to rotate the pixels: (transpose first, then flip rows, then flip columns).
+UPRIGHT = {
+    2: (False, False, True),
+    3: (False, True, True),
+    4: (False, True, False),
+    5: (True, False, False),
+    6: (True, False, True),
+    7: (True, True, True),
+    8: (True, True, False),
+}
+SUN = b'\x59\xa6\x6a\x95'
 TILE_SIZE = (322, 323)  # TIFF tags
 
 
@@ -61,18 +76,56 @@ def image_size(content: bytes) -> tuple[int, int] | None:
     return None
 
 
-def decode(content: bytes | None, flags: int = cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH, decoder=cv2.imdecode):
+def decode(
+    content: bytes | None,
+    flags: int = cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH,
+    decoder=cv2.imdecode,
+    ifd: Ifd | None = None,
+):
     """The image as decoded by OpenCV's `decoder`, in BGR; None if it is not an image, truncated, or empty.
 
+    It is upright, except with cv2.IMREAD_UNCHANGED.
+
+    Args:
+        ifd: of the page that is decoded, in a TIFF file; None: of the first.
+
     Raises:
-        ValueError: see `check_size`.
+        ValueError: see `check_size`, `full_range` and `tiff.check_planes`.
     """
     if not content or check_size(content) is None:
         return None
+    if content.startswith(TIFF):
+        ifd = ifd or (read_ifds(content, 1) or [{}])[0]
+        tiff.check_planes(ifd)
+    turned = avif.is_avif(content) and flags != cv2.IMREAD_UNCHANGED
+    if turned:
+        flags |= cv2.IMREAD_IGNORE_ORIENTATION  # that of EXIF data
     try:
-        return decoder(np.frombuffer(content, np.uint8), flags=flags)
+        pixels = decoder(np.frombuffer(with_palette(content), np.uint8), flags=flags)
     except cv2.error:  # more pixels than OPENCV_IO_MAX_IMAGE_PIXELS
         return None
+    if pixels is None:
+        return None
+    pixels = full_range(pixels, content) if ifd is None else tiff.straight(pixels, ifd)
+    return turn_upright(pixels, avif.orientation(content)) if turned else pixels
+
+
+def turn_upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    transpose, rows, columns = UPRIGHT.get(orientation, (False, False, False))
+    if transpose:
+        pixels = pixels.swapaxes(0, 1)
+    return np.ascontiguousarray(pixels[:: -1 if rows else 1, :: -1 if columns else 1])
+
+
+def with_palette(content: bytes) -> bytes:
+    """A Sun raster of 1 or 8 bits with a palette of greys if it has none, for which OpenCV reads black; or any file."""
+    if not content.startswith(SUN):
+        return content
+    (depth,), colours = struct.unpack_from('>I', content, 12), struct.unpack_from('>II', content, 24)
+    palette = {1: b'\xff\0', 8: bytes(range(256))}.get(depth)
+    if palette is None or colours != (0, 0):
+        return content
+    return content[:24] + struct.pack('>II', 1, 3 * len(palette)) + 3 * palette + content[32:]
 
 
 def write_image(path: str | Path, image: np.ndarray, parameters: list[int] | None = None, durable: bool = True) -> None:

@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
-from dpmambair_basicsr.files.ifd import Ifd, Tag, read_ifds, write_ifd
+from dpmambair_basicsr.files.ifd import Ifd, Tag, first, read_ifds, write_ifd
 
 PNG, JPEG, BMP, TIFF = b'\x89PNG\r\n\x1a\n', b'\xff\xd8\xff', b'BM', (b'II*\0', b'MM\0*', b'II+\0', b'MM\0+')
 PNG_START = 33  # bytes of signature and IHDR
@@ -20,6 +20,7 @@ OPENCVS_TEXTS = (b'XML:com.adobe.xmp', b'Raw profile type exif', b'Raw profile t
 OPENCVS_SEGMENTS = (b'Exif\0', b'http://ns.adobe.com/xap/1.0/\0', b'ICC_PROFILE\0')
 METRE = {1: 0.0254, 2: 0.01}  # units of JFIF
 TIFF_METRE = {2: 0.0254, 3: 0.01}
+MOST_PER_METRE = 2**31 - 1
 JPEG_NAMES = {2: 'further pictures (MPF)', 11: 'content credentials'}
 JFIF_DENSITY = 13  # offset in OpenCV's JPEG files
 BMP_DENSITY = 38
@@ -44,6 +45,12 @@ class Resolution:
     def per(self, unit: float) -> tuple[int, int]:
         factor = 1 if self.unit is None else unit / self.unit
         return round(self.x * factor), round(self.y * factor)
+
+
+def resolution_of(x: float, y: float, unit: float | None) -> Resolution | None:
+    """None if it is meaningless: zero, infinite, or more than PNG and BMP can state."""
+    most = MOST_PER_METRE * (1 if unit is None else unit)
+    return Resolution(x, y, unit) if 0 < x <= most and 0 < y <= most else None
 
 
 @dataclass(frozen=True)
@@ -72,7 +79,7 @@ def read_extras(content: bytes) -> Extras:
     if content.startswith(BMP) and len(content) >= BMP_DENSITY + 8:
         x, y = struct.unpack_from('<ii', content, BMP_DENSITY)
         profile = ('colour profile',) * (content[14] >= 124 and content[70:74] in (b'LINK', b'DEBM'))
-        return Extras(Resolution(x, y, 1) if x > 0 and y > 0 else None, left_out=profile)
+        return Extras(resolution_of(x, y, 1), left_out=profile)
     if content.startswith(TIFF):
         return tiff_extras((read_ifds(content) or [{}])[0])
     return Extras()
@@ -84,7 +91,7 @@ def png_extras(content: bytes) -> Extras:
         data = chunk[8:-4]
         if name == b'pHYs' and len(data) == 9:
             x, y, unit = struct.unpack('>IIB', data)
-            resolution = Resolution(x, y, 1 if unit == 1 else None)
+            resolution = resolution_of(x, y, 1 if unit == 1 else None)
         elif name in PNG_COLOURS or (name in PNG_TEXTS and data.partition(b'\0')[0] not in OPENCVS_TEXTS):
             kept.append(chunk)
     return Extras(resolution, chunks=tuple(kept))
@@ -109,8 +116,8 @@ def jpeg_extras(content: bytes) -> Extras:
         data, number = segment[4:], marker - 0xE0
         if marker == 0xE0 and data.startswith(b'JFIF\0') and len(data) >= 12:
             unit, x, y = struct.unpack_from('>BHH', data, 7)
-            if x and y and (unit, x, y) != (0, 1, 1):
-                resolution = Resolution(x, y, METRE.get(unit))
+            if (unit, x, y) != (0, 1, 1):
+                resolution = resolution_of(x, y, METRE.get(unit))
         elif marker == 0xFE:
             kept.append(segment)
         elif data.startswith(b'Photoshop 3.0\0'):
@@ -143,12 +150,9 @@ def tiff_extras(ifd: Ifd) -> Extras:
 
 
 def tiff_resolution(ifd: Ifd) -> Resolution | None:
-    if X_RESOLUTION not in ifd or Y_RESOLUTION not in ifd:
-        return None
-    ratios = [(*ifd[number].numbers(), 1, 1)[:2] for number in (X_RESOLUTION, Y_RESOLUTION)]
-    x, y = (a / b if b else 0 for a, b in ratios)
-    unit = ifd[RESOLUTION_UNIT].numbers()[0] if RESOLUTION_UNIT in ifd else 2
-    return Resolution(x, y, TIFF_METRE.get(unit)) if x > 0 and y > 0 else None
+    ratios = [(*ifd[number].numbers(), 1)[:2] if number in ifd else () for number in (X_RESOLUTION, Y_RESOLUTION)]
+    x, y = (ratio[0] / ratio[1] if len(ratio) == 2 and ratio[1] else 0 for ratio in ratios)
+    return resolution_of(x, y, TIFF_METRE.get(first(ifd, RESOLUTION_UNIT, 2)))
 
 
 def exif_of_tags(tags: Ifd) -> bytes | None:

@@ -33,11 +33,16 @@ class Tag:
 Ifd = dict[int, Tag]
 
 
+def first(ifd: Ifd, number: int, default: int) -> int:
+    """The first number of a tag; the default without any."""
+    return ifd[number].numbers()[0] if number in ifd and ifd[number].data else default
+
+
 def value_size(kind: int) -> int:
     return np.dtype(NUMBERS[kind]).itemsize * (2 if kind in RATIONALS else 1)
 
 
-def read_ifds(content: bytes) -> list[Ifd]:
+def read_ifds(content: bytes, most: int = MOST_LISTS) -> list[Ifd]:
     """The chain of lists in a TIFF or BigTIFF file, or in EXIF data. Damaged parts are skipped."""
     order = {b'II': '<', b'MM': '>'}.get(content[:2])
     if order is None:
@@ -45,11 +50,11 @@ def read_ifds(content: bytes) -> list[Ifd]:
     reader, ifds, seen = _Reader(content, order), [], set()
     try:
         offset = reader.unpack(reader.offset, 8 if reader.big else 4)[0]
-        while offset and offset not in seen and len(ifds) < MOST_LISTS:
+        while offset and offset not in seen and len(ifds) < most:
             seen.add(offset)
             ifd, offset = reader.ifd(offset)
             ifds.append(ifd)
-    except struct.error:
+    except (struct.error, OverflowError):
         pass
     return ifds
 
@@ -90,7 +95,7 @@ class _Reader:
         if number in SUB_IFDS and len(numbers) == 1 and depth < 2:
             try:
                 tags, _ = self.ifd(int(numbers[0]), depth + 1)
-            except struct.error:
+            except (struct.error, OverflowError):
                 tags = {}
         return Tag(kind, numbers.astype(f'<{NUMBERS[kind]}').tobytes(), tags)
 

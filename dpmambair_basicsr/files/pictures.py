@@ -13,9 +13,9 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from dpmambair_basicsr.files import animations, tiff
+from dpmambair_basicsr.files import animations, avif, tiff
 from dpmambair_basicsr.files.animations import Animation, Timing
-from dpmambair_basicsr.files.codec import check_size, decode, max_pixels, write_bytes
+from dpmambair_basicsr.files.codec import check_size, decode, max_pixels, turn_upright, write_bytes
 from dpmambair_basicsr.files.containers import (
     PROFILE_TAG,
     TIFF,
@@ -24,6 +24,7 @@ from dpmambair_basicsr.files.containers import (
     Extras,
     add_extras,
     exif_of_tags,
+    png_chunks,
     read_extras,
     resized_tags,
     tiff_extras,
@@ -31,7 +32,7 @@ from dpmambair_basicsr.files.containers import (
     upright_xmp,
 )
 from dpmambair_basicsr.files.exif import Exif
-from dpmambair_basicsr.files.ifd import Ifd, read_ifds
+from dpmambair_basicsr.files.ifd import Ifd, first, read_ifds
 from dpmambair_basicsr.files.regular import open_regular
 
 EXIF, XMP, PROFILE = cv2.IMAGE_METADATA_EXIF, cv2.IMAGE_METADATA_XMP, cv2.IMAGE_METADATA_ICCP
@@ -87,16 +88,6 @@ FORMATS = {
 EXTENSIONS = (*FORMATS, '.gif', '.pbm')  # of files that can be read
 # Format of a file by its first bytes, for files with a wrong extension.
 SIGNATURES = {b'\x89PNG\r\n\x1a\n': '.png', b'\xff\xd8\xff': '.jpg', b'BM': '.bmp', **dict.fromkeys(TIFF, '.tif')}
-# EXIF orientation -> how to rotate the pixels: (transpose first, then flip rows, then flip columns).
-UPRIGHT = {
-    2: (False, False, True),
-    3: (False, True, True),
-    4: (False, True, False),
-    5: (True, False, False),
-    6: (True, False, True),
-    7: (True, True, True),
-    8: (True, True, False),
-}
 REDUCED = 1  # bit of TIFF's NewSubfileType: a smaller version of another page
 
 
@@ -165,12 +156,19 @@ def read_pictures(path: Path) -> tuple[list[Picture], Timing | None]:
 
 
 def read_one(content: bytes) -> Picture:
-    pixels, kinds, data = decode(content, cv2.IMREAD_UNCHANGED, cv2.imdecodeWithMetadata) or (None, (), ())
-    pixels = check_pixels(pixels, content)
-    metadata = {kind: np.asarray(part).reshape(-1) for kind, part in zip(kinds, data, strict=True)}
-    if content[4:12] == b'ftypavif':
+    metadata = {}
+
+    def decoder(part: np.ndarray, flags: int) -> np.ndarray | None:
+        pixels, kinds, data = cv2.imdecodeWithMetadata(part, flags=flags)
+        metadata.update((kind, np.asarray(own).reshape(-1)) for kind, own in zip(kinds, data, strict=True))
+        return pixels
+
+    pixels = with_hidden_shade(check_pixels(decode(content, cv2.IMREAD_UNCHANGED, decoder), content), content)
+    orientation = None
+    if avif.is_avif(content):
         metadata |= by_pillow(content)
-    return upright(pixels, metadata, read_extras(content))
+        orientation = avif.orientation(content)
+    return upright(pixels, metadata, read_extras(content), orientation)
 
 
 def by_pillow(content: bytes) -> dict[int, np.ndarray]:
@@ -183,6 +181,17 @@ def by_pillow(content: bytes) -> dict[int, np.ndarray]:
     return {}
 
 
+def with_hidden_shade(pixels: np.ndarray, content: bytes) -> np.ndarray:
+    """OpenCV's pixels, with the alpha that it drops: that of a grey PNG with a transparent shade."""
+    chunks = png_chunks(content) if content[12:16] == b'IHDR' and pixels.ndim == 2 else ()
+    shade = next((chunk[8:10] for name, chunk in chunks if name == b'tRNS'), None)
+    if shade is None:
+        return pixels
+    white, top = 2 ** content[24] - 1, np.iinfo(pixels.dtype).max
+    hidden = pixels == (int.from_bytes(shade, 'big') & white) * (top // white)
+    return np.dstack([pixels, pixels, pixels, np.where(hidden, 0, top).astype(pixels.dtype)])
+
+
 def check_pixels(pixels: np.ndarray | None, content: bytes) -> np.ndarray:
     if pixels is None:
         raise ValueError('not a picture, or truncated' if content else 'is empty')
@@ -191,16 +200,19 @@ def check_pixels(pixels: np.ndarray | None, content: bytes) -> np.ndarray:
     return pixels
 
 
-def upright(pixels: np.ndarray, metadata: dict[int, np.ndarray], extras: Extras) -> Picture:
-    """A picture from OpenCV's pixels, rotated according to their EXIF data."""
+def upright(
+    pixels: np.ndarray, metadata: dict[int, np.ndarray], extras: Extras, orientation: int | None = None
+) -> Picture:
+    """A picture from OpenCV's pixels, rotated according to `orientation` or, if None, their EXIF data."""
     metadata = dict(metadata)
+    exif = Exif(metadata[EXIF].tobytes().removeprefix(b'Exif\0\0') if EXIF in metadata else b'')
+    stated = exif.upright()
+    turned = turn_upright(pixels, stated if orientation is None else orientation)
     if EXIF in metadata:
-        exif = Exif(metadata[EXIF].tobytes())
-        turned = turn_upright(pixels, exif.upright())
         metadata[EXIF] = np.frombuffer(bytes(exif.data), np.uint8)
         if turned.shape != pixels.shape:
             metadata[EXIF] = resized_exif(metadata[EXIF], *turned.shape[:2])
-        pixels = turned
+    pixels = turned
     if XMP in metadata:
         metadata[XMP] = np.frombuffer(upright_xmp(metadata[XMP].tobytes()), np.uint8)
     grey = pixels.ndim == 2
@@ -215,10 +227,10 @@ def upright(pixels: np.ndarray, metadata: dict[int, np.ndarray], extras: Extras)
 def read_pages(content: bytes) -> list[Picture]:
     """Read the pages of a TIFF file, without their smaller versions."""
     ifds = read_ifds(content)
-    numbers = [number for number, ifd in enumerate(ifds) if number == 0 or not tiff.first(ifd, 254, 0) & REDUCED]
+    numbers = [number for number, ifd in enumerate(ifds) if number == 0 or not first(ifd, 254, 0) & REDUCED]
     if not ifds:
         raise ValueError('not a picture, or truncated')
-    pixels = sum(tiff.first(ifds[number], 256, 0) * tiff.first(ifds[number], 257, 0) for number in numbers)
+    pixels = sum(first(ifds[number], 256, 0) * first(ifds[number], 257, 0) for number in numbers)
     if len(numbers) > 1 and pixels > max_pixels():
         raise ValueError(f'has {len(numbers)} pages of {pixels} pixels, together more than max_pixels, {max_pixels()}')
     pictures = [read_page(content, number, ifds[number]) for number in numbers]
@@ -234,8 +246,8 @@ def read_page(content: bytes, number: int, ifd: Ifd) -> Picture:
     if tiff.needs_pillow(ifd):
         pixels, cmyk = tiff.decode_by_pillow(content, number)
     else:
-        pixels = decode(content, cv2.IMREAD_UNCHANGED, lambda part, flags: tiff.decode_page(part, number, flags))
-        pixels = tiff.straight(check_pixels(pixels, content), ifd)
+        pixels = decode(content, cv2.IMREAD_UNCHANGED, lambda part, flags: tiff.decode_page(part, number, flags), ifd)
+        pixels = check_pixels(pixels, content)
     extras, exif = tiff_extras(ifd), exif_of_tags(tiff_extras(ifd).tags)
     found = {XMP: ifd.get(XMP_TAG), PROFILE: ifd.get(PROFILE_TAG)}
     metadata = {kind: np.frombuffer(tag.data, np.uint8) for kind, tag in found.items() if tag is not None}
@@ -249,8 +261,6 @@ def read_page(content: bytes, number: int, ifd: Ifd) -> Picture:
 
 def frames_of(animation: Animation, content: bytes) -> list[Picture]:
     found = {EXIF: animation.exif, XMP: animation.xmp, PROFILE: animation.profile}
-    if animation.exif is not None:
-        found[EXIF] = animation.exif.removeprefix(b'Exif\0\0')
     metadata = {kind: np.frombuffer(data, np.uint8) for kind, data in found.items() if data}
     convert = {3: cv2.COLOR_RGB2BGR, 4: cv2.COLOR_RGBA2BGRA}
     extras = read_extras(content)
@@ -369,13 +379,6 @@ def format_of(path: Path) -> str:
     found = next((extension for signature, extension in SIGNATURES.items() if start.startswith(signature)), None)
     by_name = path.suffix.lower()
     return by_name if found is None or FORMATS.get(by_name) is FORMATS[found] else found
-
-
-def turn_upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
-    transpose, rows, columns = UPRIGHT.get(orientation, (False, False, False))
-    if transpose:
-        pixels = pixels.swapaxes(0, 1)
-    return np.ascontiguousarray(pixels[:: -1 if rows else 1, :: -1 if columns else 1])
 
 
 def restored_picture(picture: Picture, image: np.ndarray) -> Picture:

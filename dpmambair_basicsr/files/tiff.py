@@ -9,9 +9,10 @@ import struct
 import cv2
 import numpy as np
 
-from dpmambair_basicsr.files.ifd import Ifd, Tag, read_ifds, write_ifd
+from dpmambair_basicsr.files.full_range import scaled
+from dpmambair_basicsr.files.ifd import Ifd, Tag, first, read_ifds, write_ifd
 
-SAMPLES, BITS, PHOTOMETRIC, EXTRA_SAMPLES, STRIPS = 277, 258, 262, 338, 273
+SAMPLES, BITS, PHOTOMETRIC, EXTRA_SAMPLES, STRIPS, PLANES = 277, 258, 262, 338, 273, 284
 CMYK, WHITE_IS_ZERO = 5, 0
 ASSOCIATED, UNASSOCIATED = 1, 2  # alpha: colours multiplied by it, or not
 LARGEST = 2**32
@@ -35,8 +36,10 @@ def needs_pillow(ifd: Ifd) -> bool:
     return samples == 4 and bits == 8 and EXTRA_SAMPLES in ifd
 
 
-def first(ifd: Ifd, number: int, default: int) -> int:
-    return ifd[number].numbers()[0] if number in ifd and ifd[number].data else default
+def check_planes(ifd: Ifd) -> None:
+    """Raise ValueError if OpenCV would mix up the channels."""
+    if first(ifd, PLANES, 1) == 2 and first(ifd, SAMPLES, 1) > 1 and first(ifd, BITS, 1) > 8:
+        raise ValueError('is a TIFF file of separate channels with more than 8 bits; expected interleaved channels')
 
 
 def decode_page(content: np.ndarray, page: int, flags: int) -> np.ndarray | None:
@@ -48,9 +51,15 @@ def decode_page(content: np.ndarray, page: int, flags: int) -> np.ndarray | None
 
 
 def straight(pixels: np.ndarray, ifd: Ifd) -> np.ndarray:
-    """OpenCV's pixels, with black as 0 and straight alpha; OpenCV returns 16-bit pixels as stored."""
+    """OpenCV's pixels, in the full range, with black as 0 and straight alpha.
+
+    OpenCV returns 16-bit pixels as stored, and 10, 12 and 14 bits as the highest ones of 16.
+    """
     if pixels.dtype != np.uint16:
         return pixels
+    bits = first(ifd, BITS, 16)
+    if bits in (10, 12, 14):
+        pixels = scaled(pixels, 65536 - 2 ** (16 - bits))
     if first(ifd, PHOTOMETRIC, 1) == WHITE_IS_ZERO:
         return 65535 - pixels
     if pixels.ndim == 3 and pixels.shape[2] == 4 and first(ifd, EXTRA_SAMPLES, UNASSOCIATED) == ASSOCIATED:
