@@ -59,6 +59,7 @@ class Frame:
 def import_av() -> Any:
     try:
         import av
+        import av.container
         import av.error
 
         if not hasattr(av.container.OutputContainer, 'set_chapters'):
