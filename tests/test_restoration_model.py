@@ -4,8 +4,11 @@ import copy
 import re
 from fnmatch import fnmatchcase
 
+import cv2
+import numpy as np
 import pytest
 import torch
+from basicsr.data import build_dataloader, build_dataset
 from basicsr.models import build_model
 from basicsr.utils import get_root_logger
 from basicsr.utils.registry import LOSS_REGISTRY, MODEL_REGISTRY
@@ -13,6 +16,7 @@ from torch.nn.utils import parameters_to_vector
 
 import dpmambair_basicsr  # noqa: F401  (first: it makes BasicSR importable)
 from dpmambair_basicsr.archs import DegradationAutoencoder, DPMambaIR
+from dpmambair_basicsr.files.errors import OptionError
 
 EXTRACTOR = {'embed_dim': 8, 'extractor_channels': [4, 4]}
 NETWORK = {
@@ -270,6 +274,52 @@ def test_the_label_reaches_the_network():
     model.feed_data({'lq': model.lq, 'gt': model.gt})
     with pytest.raises(ValueError, match="degradation: 'class' needs a label"):
         model.test()
+
+
+# Validation without ground truth
+
+
+class Images:
+    """A logger like TensorBoard's, of images only."""
+
+    def __init__(self):
+        self.shown = {}
+
+    def add_image(self, name, image, _):
+        self.shown[name] = image
+
+
+def validate_without_gt(model, folder):
+    """The images of one such validation, after an iteration of training."""
+    (folder / 'real').mkdir()
+    cv2.imwrite(str(folder / 'real/0.png'), np.full((16, 20, 3), 128, np.uint8))
+    opt = {'name': 'real', 'type': 'SingleImageDataset', 'dataroot_lq': str(folder / 'real')}
+    dataset = build_dataset(opt | {'io_backend': {'type': 'disk'}, 'phase': 'val'})
+    model.optimize_parameters(1)
+    model.opt['val'], images = {}, Images()
+    model.nondist_validation(build_dataloader(dataset, dataset.opt), 1, images, False)
+    return images.shown
+
+
+@pytest.mark.parametrize('batch', [1, 2])
+@pytest.mark.parametrize('make', [options, lambda *arguments: gan_options(options(*arguments))], ids=['plain', 'GAN'])
+def test_without_ground_truth_none_of_an_earlier_batch_is_shown(make, batch, tmp_path):
+    model = build_model(make(VMAMBAIR))
+    data = {'lq': torch.rand(batch, 3, 16, 16), 'gt': torch.rand(batch, 3, 16, 16)}
+    model.feed_data(data)
+    images = validate_without_gt(model, tmp_path)
+    assert images['real/0'].shape == (3, 16, 2 * 20), 'input and output'
+    torch.testing.assert_close(images['real/0'][..., :20], torch.full((3, 16, 20), 128 / 255))
+    model.feed_data(data)
+    assert torch.equal(model.gt, data['gt'])
+
+
+def test_stage_1_names_a_set_without_ground_truth(tmp_path):
+    opt = options({'type': 'DegradationAutoencoder', **EXTRACTOR, 'channels': 4, 'num_fusion_blocks': 1})
+    model = build_model(opt | {'model_type': 'DegradationExtractorModel'})
+    model.feed_data({'lq': torch.rand(2, 3, 16, 16), 'gt': torch.rand(2, 3, 16, 16)})
+    with pytest.raises(OptionError, match='^dataset real has no GT, from which DegradationExtractorModel predicts'):
+        validate_without_gt(model, tmp_path)
 
 
 # Sources of the degradation extractor

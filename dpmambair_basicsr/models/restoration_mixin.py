@@ -123,7 +123,9 @@ class RestorationMixin(SRModel):
         return super().model_to_device(net)
 
     def feed_data(self, data: dict) -> None:
-        """`lq`, `gt` (b, 3, h, w) in [0, 1]; `label` (b,) if the dataset provides it."""
+        """`lq`, `gt` (b, 3, h, w) in [0, 1], `label` (b,); `gt` and `label` only if the dataset provides them."""
+        if 'gt' not in data:  # BasicSR keeps that of an earlier batch
+            self.__dict__.pop('gt', None)
         super().feed_data(data)
         self.monitor.note_items(data)
         self.label = data['label'].to(self.device) if 'label' in data else None
