@@ -11,7 +11,7 @@ import torch
 from basicsr.data import build_dataloader, build_dataset
 from basicsr.models import build_model
 from basicsr.utils import get_root_logger
-from basicsr.utils.registry import LOSS_REGISTRY, MODEL_REGISTRY
+from basicsr.utils.registry import ARCH_REGISTRY, LOSS_REGISTRY, MODEL_REGISTRY
 from torch.nn.utils import parameters_to_vector
 
 import dpmambair_basicsr  # noqa: F401  (first: it makes BasicSR importable)
@@ -177,6 +177,40 @@ def test_the_frozen_extractor_does_not_drift_in_the_average(stage_1):
     assert not torch.equal(vector(model.net_g_ema.output), before)
     for name, value in model.net_g.extractor.state_dict().items():
         assert torch.equal(model.net_g_ema.extractor.state_dict()[name], value), name
+
+
+@ARCH_REGISTRY.register()
+class Normalised(torch.nn.Sequential):
+    """Has batch normalization, and a buffer that is not saved, of the last image's size."""
+
+    def __init__(self):
+        super().__init__(torch.nn.Conv2d(3, 3, 3, padding=1), torch.nn.BatchNorm2d(3))
+        self.register_buffer('mask', torch.zeros(1), persistent=False)
+
+    def forward(self, image):
+        self.mask = torch.ones_like(image)
+        return super().forward(image)
+
+
+@pytest.mark.parametrize('make', [options, lambda *arguments, **train: gan_options(options(*arguments, **train))])
+def test_the_average_has_the_buffers_of_the_network(make):
+    torch.manual_seed(0)
+    model = build_model(make({'type': 'Normalised'}, ema_decay=0.5))
+    with torch.no_grad():
+        model.net_g[1].running_mean += 1
+        model.model_ema(0)
+    assert torch.equal(model.net_g_ema[1].running_mean, torch.ones(3))
+    model.feed_data({'lq': torch.rand(1, 3, 8, 8)})
+    model.test()
+    for iteration in range(1, 4):
+        model.feed_data({'lq': torch.rand(2, 3, 16, 16) + 3, 'gt': torch.rand(2, 3, 16, 16)})
+        model.optimize_parameters(iteration)
+    own, average = model.net_g[1], model.net_g_ema[1]
+    for name, value in own.named_buffers():
+        copied = average.get_buffer(name)
+        assert torch.equal(copied, value) and copied.data_ptr() != value.data_ptr(), name
+    assert average.num_batches_tracked == 3
+    assert not torch.equal(model.net_g_ema[0].weight, model.net_g[0].weight), 'parameters are averaged'
 
 
 @pytest.mark.parametrize(('periods', 'works'), [([8], False), ([3, 6], True), ([10], True)])

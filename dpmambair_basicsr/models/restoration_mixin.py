@@ -218,14 +218,23 @@ class RestorationMixin(SRModel):
         super().optimize_parameters(current_iter)
 
     def model_ema(self, decay: float = 0.999) -> None:
-        """As BasicSR's, but copies frozen parameters: rounding would shift them (1.7e-4 in 100000 steps at 0.9999)."""
+        """As BasicSR's, but copies frozen parameters: rounding would shift them (1.7e-4 in 100000 steps at 0.9999).
+
+        It also copies the buffers that are saved, such as the statistics of batch normalization.
+        """
         if not self.accumulation.is_last:
             return
         super().model_ema(decay)
-        own = dict(self.get_bare_model(self.net_g).named_parameters())
+        net = self.get_bare_model(self.net_g)
+        own = dict(net.named_parameters())
         for name, parameter in self.net_g_ema.named_parameters():
             if not own[name].requires_grad:
                 parameter.data.copy_(own[name].data)
+        if buffers := dict(net.named_buffers()):
+            average = self.net_g_ema.state_dict()
+            for name, buffer in buffers.items():
+                if name in average:
+                    average[name].copy_(buffer)
 
     def get_current_log(self) -> dict:
         """Called by BasicSR every `logger.print_freq` iterations; networks may add values by `values_to_log`."""
