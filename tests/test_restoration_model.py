@@ -16,7 +16,8 @@ from torch.nn.utils import parameters_to_vector
 
 import dpmambair_basicsr  # noqa: F401  (first: it makes BasicSR importable)
 from dpmambair_basicsr.archs import DegradationAutoencoder, DPMambaIR
-from dpmambair_basicsr.files.errors import OptionError
+from dpmambair_basicsr.files.errors import CheckpointError, OptionError
+from dpmambair_basicsr.training.optimizers import describe_optimizers
 
 EXTRACTOR = {'embed_dim': 8, 'extractor_channels': [4, 4]}
 NETWORK = {
@@ -269,10 +270,90 @@ def test_patterns_that_freeze_nothing_or_everything_are_refused(patterns, messag
         build(VMAMBAIR, freeze=patterns)
 
 
-def test_a_state_of_other_trained_parameters_is_refused():
-    state = {'iter': 3, 'epoch': 0, 'optimizers': [build(VMAMBAIR).optimizer_g.state_dict()], 'schedulers': [{}]}
-    model = build(VMAMBAIR, freeze=['output.*'])
-    with pytest.raises(ValueError, match=r'of iteration 3 has an optimizer of \d+ parameters, now .* train\.freeze'):
+def state_of(model):
+    model.feed_data({'lq': torch.rand(2, 3, 16, 16), 'gt': torch.rand(2, 3, 16, 16)})
+    model.optimize_parameters(1)
+    parts = {name: [part.state_dict() for part in getattr(model, name)] for name in ('optimizers', 'schedulers')}
+    return {'iter': 3, 'epoch': 0, **parts, 'trained': describe_optimizers(model)}
+
+
+def trained_by(kind, **rest):
+    return {'optim_g': {'type': kind, 'lr': 1e-3, **rest}}
+
+
+NORM_1, NORM_2 = ('encoder_level1.0.norm1.body', 'encoder_level1.0.norm2.body')
+# Options of the state, options that continue it; what is reported with and without the record of the optimizers, the
+# latter as BasicSR and earlier versions save it. None: it is not noticed, or allowed.
+OTHERS = {
+    'other parameters': (
+        {'freeze': [f'{NORM_1}.weight']},
+        {'freeze': [f'{NORM_1}.bias']},
+        rf'no longer trained: net_g\.{NORM_1}\.bias; not trained before: net_g\.{NORM_1}\.weight\.',
+        None,
+    ),
+    'fewer': (
+        {},
+        {'freeze': ['output.*']},
+        r'no longer trained: net_g\.output\.weight\.',
+        r'its optimizer has (\d+) parameters, now (?!\1)\d+ are trained\.',
+    ),
+    'of other shapes': (
+        {'freeze': ['reduce_chan_level2.*']},
+        {'freeze': ['reduce_chan_level3.*']},
+        r'no longer trained: net_g\.reduce_chan_level3.weight; not trained before: net_g\.reduce_chan_level2',
+        r'a parameter of its optimizer is \(.*\), now \(.*\)\.',
+    ),
+    'SGD': (
+        trained_by('Adam'),
+        trained_by('SGD', momentum=0.9),
+        r'its optimizer is Adam, now SGD\.',
+        r'its optimizer has no dampening, momentum, nesterov, and is thus not SGD\.',
+    ),
+    'RMSprop': (
+        trained_by('Adam'),
+        trained_by('RMSprop'),
+        r'its optimizer is Adam, now RMSprop\.',
+        r'its optimizer has no alpha, centered, momentum, and is thus not RMSprop\.',
+    ),
+    'AdamW': (trained_by('Adam'), trained_by('AdamW'), r'its optimizer is Adam, now AdamW\.', None),
+    'the same': (trained_by('Adam'), trained_by('Adam', weight_decay=0.5), None, None),
+}
+
+
+@pytest.mark.parametrize('recorded', [True, False])
+@pytest.mark.parametrize('kind', OTHERS)
+def test_a_state_of_other_optimizers_is_refused(kind, recorded, tmp_path):
+    before, now, *reports = OTHERS[kind]
+    state = state_of(build_model(options(VMAMBAIR, **before)))
+    model = build_model(options(VMAMBAIR, {'models': str(tmp_path)}, **now))
+    if not recorded:
+        del state['trained']
+    report = reports[0 if recorded else 1]
+    if report is None:
+        model.resume_training(state)
+        return
+    weights = vector(model.net_g)
+    with pytest.raises(CheckpointError, match=f'^the training state of iteration 3: {report}') as error:
+        model.resume_training(state)
+    assert re.search(
+        r'To resume, .* train\.freeze and the types of train\.optim_\* must be unchanged', str(error.value)
+    )
+    assert torch.equal(vector(model.net_g), weights) and not model.optimizer_g.state
+
+
+def test_a_state_of_another_model_is_refused():
+    state, model = state_of(build_model(gan_options(options(VMAMBAIR)))), build_model(options(VMAMBAIR))
+    message = '^the training state of iteration 3: the number of its optimizers is 2, and 1 for RestorationModel'
+    with pytest.raises(CheckpointError, match=message):
+        model.resume_training(state)
+    # SRModel has one group, and decays what DPMambaIR marks.
+    network = {'type': 'DPMambaIR', **NETWORK, 'insertion': 'none'}
+    state = state_of(build_model(options(dict(network)) | {'model_type': 'SRModel'}))
+    model = build_model(options(dict(network)))
+    with pytest.raises(CheckpointError, match='the parameters of its optimizer are in other groups'):
+        model.resume_training(state)
+    del state['trained']
+    with pytest.raises(CheckpointError, match=r'its optimizer has (\d+) parameters, now \d+ \+ \d+ are trained'):
         model.resume_training(state)
 
 
