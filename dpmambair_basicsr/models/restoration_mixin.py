@@ -32,7 +32,7 @@ from dpmambair_basicsr.models.gradient_accumulation import GradientAccumulation
 from dpmambair_basicsr.models.graphed_step import GraphedStep, apply_capturable
 from dpmambair_basicsr.models.precision import Precision
 from dpmambair_basicsr.models.step_guard import StepGuard
-from dpmambair_basicsr.models.validation_monitor import ValidationMonitor
+from dpmambair_basicsr.models.validation_monitor import ValidationMonitor, folder_of_set
 from dpmambair_basicsr.ops.selective_scan.backend import set_default_backend
 from dpmambair_basicsr.registry import arguments_of, make_without_storage, our_type
 from dpmambair_basicsr.results.run import SetResult, mean
@@ -262,7 +262,11 @@ class RestorationMixin(SRModel):
         self.output = self.evaluation.restore(net, self.network_inputs(), self.lq_path)
 
     def nondist_validation(self, dataloader, current_iter: int | str, tb_logger, save_img: bool) -> None:
-        with self.monitor.watching(dataloader, tb_logger, current_iter), self.evaluation.explained(self):
+        with (
+            self.monitor.watching(dataloader, tb_logger, current_iter),
+            self.evaluation.explained(self),
+            folder_of_set(self.opt, dataloader.dataset.opt['name']),
+        ):
             super().nondist_validation(dataloader, current_iter, tb_logger, save_img)
         averages = self.monitor.finish_set(getattr(self, 'metric_results', {}), tb_logger, current_iter)
         if averages is not None:
