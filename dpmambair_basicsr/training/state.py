@@ -108,10 +108,14 @@ def suffix_of(model) -> str:
 
 
 def write_alone(content: dict, file: Path) -> None:
-    """`write`, then deletes the .pth file that a .safetensors file replaces, which would be read first."""
+    """`write`, then deletes the file of the other format that this one replaces.
+
+    Where both exist, the .pth file is the training's, and the .safetensors file is a conversion, the user's.
+    """
+    replaced = network_file(file.parent, file.stem)
     write(content, file)
-    if file.suffix != '.pth':
-        file.with_suffix('.pth').unlink(missing_ok=True)
+    if replaced != file:
+        replaced.unlink(missing_ok=True)
 
 
 def network_file(folder: str | Path, label: str) -> Path:
@@ -178,7 +182,7 @@ def write_main_state(model, epoch: int, iteration: int, pool: dict) -> None:
     write(state, state_file(model.opt, iteration))
     keep = model.opt.get('logger', {}).get('keep_last')
     if keep is not None:
-        remove_older(model.opt, iteration, keep, suffix_of(model))
+        remove_older(model.opt, iteration, keep)
 
 
 def plain(best: dict) -> dict:
@@ -192,7 +196,7 @@ def plain(best: dict) -> dict:
     }
 
 
-def remove_older(opt: dict, iteration: int, keep: int, suffix: str = '.pth') -> None:
+def remove_older(opt: dict, iteration: int, keep: int) -> None:
     """Deletes the checkpoints that have a training state, except the last `keep` up to this iteration, states first."""
     folder = Path(opt['path']['training_states'])
     iterations = sorted(int(file.stem) for file in folder.glob('*.state') if file.stem.isdecimal())
@@ -200,8 +204,7 @@ def remove_older(opt: dict, iteration: int, keep: int, suffix: str = '.pth') -> 
     for old in [number for number in iterations if number <= iteration][:-keep]:
         state_file(opt, old).unlink()
         for network in networks:
-            for ending in {'.pth', suffix}:
-                Path(opt['path']['models'], f'net_{network}_{old}{ending}').unlink(missing_ok=True)
+            network_file(opt['path']['models'], f'net_{network}_{old}').unlink(missing_ok=True)
         for pool in folder.glob(pool_file(opt, old, '*').name):
             pool.unlink()
 
