@@ -191,6 +191,12 @@ def test_keep_last_must_be_a_number(images, tmp_path):
     assert run.status() == 1 and 'logger.keep_last: expected int >= 1' in run.log()
 
 
+def test_a_gradient_clipped_to_nothing_is_refused_before_the_start(images, tmp_path):
+    run = Training(changed(forked.options(images), {'train.grad_clip_norm': 0}), tmp_path)
+    assert run.status() == 1 and 'train.grad_clip_norm: must be above 0' in run.log().splitlines()[-1]
+    assert not (tmp_path / 'experiments').exists()
+
+
 def test_a_broken_pair_is_skipped(images, tmp_path):
     opt = forked.options(images)
     train(changed(opt, {'train.total_iter': 8}), tmp_path)

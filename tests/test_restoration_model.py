@@ -168,6 +168,12 @@ def test_the_gradient_is_clipped(limit):
     assert step > 0.1 if limit is None else step == pytest.approx(limit, rel=1e-3)
 
 
+@pytest.mark.parametrize('limit', [0, 0.0, -1])
+def test_a_gradient_clipped_to_nothing_is_refused(limit):
+    with pytest.raises(ValueError, match=r'^train\.grad_clip_norm: must be above 0'):
+        build(grad_clip_norm=limit)
+
+
 def test_the_frozen_extractor_does_not_drift_in_the_average(stage_1):
     model = build({'type': 'DPMambaIR', **NETWORK}, {'pretrain_network_e': stage_1[0]}, ema_decay=0.9999)
     before = vector(model.net_g_ema.output)

@@ -102,6 +102,9 @@ class RestorationMixin(SRModel):
         Called by the option checks before anything is created, and by the model itself for programs without them.
         """
         Precision.check_options(opt, cls.__name__, cls.scales_loss)
+        limit = opt['train'].get('grad_clip_norm')
+        if limit is not None and limit <= 0:
+            raise ValueError(f'train.grad_clip_norm: must be above 0, got {limit}; write ~ for no limit')
         if opt['train'].get('batch_augment'):
             BatchAugment.check_options(opt, cls.learns_degradations or needs_label(opt['network_g']))
         if (opt.get('logger') or {}).get('save_format') == 'safetensors':
