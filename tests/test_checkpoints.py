@@ -146,6 +146,20 @@ def test_a_finished_training_can_be_extended(images, tmp_path):
     assert 'iter:       7, lr:(7.000e-03,)' in log and 'iter:      12,' in log
 
 
+def test_a_training_of_other_parameters_does_not_continue(images, tmp_path):
+    opt = changed(forked.options(images), {'train.freeze': ['body.0.bias'], 'train.total_iter': 4})
+    train(opt, tmp_path)
+    before = files(tmp_path)
+    run = Training(changed(opt, {'train.freeze': ['body.2.bias'], 'train.total_iter': 8}), tmp_path, '--auto_resume')
+    assert run.status() == 1
+    names = 'no longer trained: net_g.body.2.bias; not trained before: net_g.body.0.bias.'
+    last = run.log().splitlines()[-1]
+    assert last.startswith(f'dpmambair_basicsr.train: {tmp_path / RUN}/training_states/4.state: {names}')
+    assert 'Traceback' not in run.log() and files(tmp_path) == before
+    log = train(changed(opt, {'train.total_iter': 8}), tmp_path, '--auto_resume')
+    assert 'iter:       8,' in log
+
+
 def test_metrics_may_change(images, tmp_path):
     opt = forked.options(images)
     train(changed(opt, {'train.total_iter': 4}), tmp_path)
@@ -175,6 +189,12 @@ def test_only_the_last_are_kept(images, tmp_path):
 def test_keep_last_must_be_a_number(images, tmp_path):
     run = Training(changed(forked.options(images), {'logger.keep_last': 0}), tmp_path)
     assert run.status() == 1 and 'logger.keep_last: expected int >= 1' in run.log()
+
+
+def test_a_gradient_clipped_to_nothing_is_refused_before_the_start(images, tmp_path):
+    run = Training(changed(forked.options(images), {'train.grad_clip_norm': 0}), tmp_path)
+    assert run.status() == 1 and 'train.grad_clip_norm: must be above 0' in run.log().splitlines()[-1]
+    assert not (tmp_path / 'experiments').exists()
 
 
 def test_a_broken_pair_is_skipped(images, tmp_path):
@@ -224,7 +244,7 @@ def test_a_state_of_basicsr_resumes(images, tmp_path):
     train(changed(opt, {'train.total_iter': 4}), tmp_path)
     file = tmp_path / RUN / 'training_states/4.state'
     state = torch.load(file, weights_only=True)
-    del state['exact']
+    del state['exact'], state['trained']
     torch.save(state, file)
     log = train(opt, tmp_path, '--auto_resume')
     assert 'its epoch and the best metrics start over' in log and 'iter:      10,' in log

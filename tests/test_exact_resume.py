@@ -140,6 +140,21 @@ def test_a_resume_may_change_the_format_of_the_networks(formats, images, tmp_pat
     )
 
 
+@pytest.mark.parametrize('formats', [('pth', 'safetensors'), ('safetensors', 'pth')])
+def test_a_changed_format_leaves_no_files_of_the_other(formats, images, tmp_path):
+    opt = {'train.total_iter': 4, 'logger.keep_last': 2}
+    before, after = (changed(forked.options(images), opt | {'logger.save_format': suffix}) for suffix in formats)
+    train(before, tmp_path)
+    models = tmp_path / 'experiments/run/models'
+    kept = ['2', '4', 'best', 'latest']
+    assert {file.name for file in models.iterdir()} == {f'net_g_{name}.{formats[0]}' for name in kept}
+    best = read_checkpoint(str(models / f'net_g_best.{formats[0]}'))['best']
+    train(changed(after, {'train.total_iter': 8}), tmp_path, '--auto_resume')
+    kept = ['6', '8', 'best', 'latest']
+    assert {file.name for file in models.iterdir()} == {f'net_g_{name}.{formats[1]}' for name in kept}
+    assert read_checkpoint(str(models / f'net_g_best.{formats[1]}'))['best']['iter'] > best['iter'], 'it was replaced'
+
+
 def test_a_network_converted_beside_its_checkpoint_is_neither_resumed_from_nor_removed(images, tmp_path):
     """net_g_3.safetensors, of the average alone, is the user's."""
     opt = changed(forked.options(images), {'train.total_iter': TOTAL, 'logger.save_checkpoint_freq': 1})

@@ -17,6 +17,7 @@ from support.pipelines import write_pairs
 from dpmambair_basicsr import load
 from dpmambair_basicsr.inference.memory import OutOfMemory
 from dpmambair_basicsr.inference.restorer import Restorer
+from dpmambair_basicsr.models.validation_monitor import folder_of_set
 
 SMALL = {'num_blocks': [1, 1, 1, 1], 'num_refinement_blocks': 1, 'd_state': 2}
 VMAMBAIR = {'type': 'VmambaIR', 'dim': 4, **SMALL}
@@ -143,6 +144,28 @@ def test_training_and_testing_save_the_images_that_restore_gives(tmp_path):
     pipelines.test(write(opt, tmp_path / 'test.yml'), cwd=tmp_path)
     for file in ('experiments/run/visualization/00/00_3.png', 'results/run/visualization/set/00_run.png'):
         np.testing.assert_array_equal(cv2.imread(str(tmp_path / file))[..., ::-1], restored)
+
+
+def test_validation_images_of_several_sets_are_in_a_folder_each(tmp_path):
+    opt = options(tmp_path)
+    opt['datasets']['val_2'] = opt['datasets']['val'] | write_pairs(tmp_path / 'other', [(30, 40)]) | {'name': 'other'}
+    pipelines.train(write(opt, tmp_path / 'train.yml'), cwd=tmp_path)
+    folder, network = tmp_path / 'experiments/run', load(tmp_path / 'experiments/run/models/net_g_3.pth')
+    folders = {str(path.parent.relative_to(folder / 'visualization')) for path in folder.rglob('*.png')}
+    assert folders == {'set/00', 'other/00'}
+    for phase, name in (('val', 'set'), ('val_2', 'other')):
+        restored = network.restore(cv2.imread(opt['datasets'][phase]['dataroot_lq'] + '/00.png')[..., ::-1])
+        saved = cv2.imread(str(folder / f'visualization/{name}/00/00_3.png'))[..., ::-1]
+        np.testing.assert_array_equal(saved, restored)
+
+
+def test_the_folder_of_images_is_as_before_after_a_failed_validation():
+    sets = {phase: {'name': phase} for phase in ('train', 'val_1', 'val_2')}
+    opt = {'is_train': True, 'datasets': sets, 'path': {'visualization': 'a'}}
+    with pytest.raises(KeyError), folder_of_set(opt, 'val_1'):
+        assert opt['path'] == {'visualization': 'a/val_1'}
+        raise KeyError
+    assert opt['path'] == {'visualization': 'a'}
 
 
 # Out of memory

@@ -1,5 +1,6 @@
 from torch import Tensor
 
+from dpmambair_basicsr.files.errors import OptionError
 from dpmambair_basicsr.models.restoration_model import RestorationModel
 from dpmambair_basicsr.registry import MODEL_REGISTRY
 
@@ -16,6 +17,10 @@ class DegradationExtractorModel(RestorationModel):
     batch_names = (*RestorationModel.batch_names, 'clean')
 
     def feed_data(self, data: dict) -> None:
+        if 'gt' not in data:
+            current = self.monitor.current
+            where = 'the batch' if current is None else f'dataset {current.name}'
+            raise OptionError(f'{where} has no GT, from which {type(self).__name__} predicts the degraded image')
         super().feed_data(data)
         self.clean = self.gt
         self.gt = self.lq

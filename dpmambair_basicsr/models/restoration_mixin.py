@@ -32,7 +32,7 @@ from dpmambair_basicsr.models.gradient_accumulation import GradientAccumulation
 from dpmambair_basicsr.models.graphed_step import GraphedStep, apply_capturable
 from dpmambair_basicsr.models.precision import Precision
 from dpmambair_basicsr.models.step_guard import StepGuard
-from dpmambair_basicsr.models.validation_monitor import ValidationMonitor
+from dpmambair_basicsr.models.validation_monitor import ValidationMonitor, folder_of_set
 from dpmambair_basicsr.ops.selective_scan.backend import set_default_backend
 from dpmambair_basicsr.registry import arguments_of, make_without_storage, our_type
 from dpmambair_basicsr.results.run import SetResult, mean
@@ -102,6 +102,9 @@ class RestorationMixin(SRModel):
         Called by the option checks before anything is created, and by the model itself for programs without them.
         """
         Precision.check_options(opt, cls.__name__, cls.scales_loss)
+        limit = opt['train'].get('grad_clip_norm')
+        if limit is not None and limit <= 0:
+            raise ValueError(f'train.grad_clip_norm: must be above 0, got {limit}; write ~ for no limit')
         if opt['train'].get('batch_augment'):
             BatchAugment.check_options(opt, cls.learns_degradations or needs_label(opt['network_g']))
         if (opt.get('logger') or {}).get('save_format') == 'safetensors':
@@ -123,7 +126,9 @@ class RestorationMixin(SRModel):
         return super().model_to_device(net)
 
     def feed_data(self, data: dict) -> None:
-        """`lq`, `gt` (b, 3, h, w) in [0, 1]; `label` (b,) if the dataset provides it."""
+        """`lq`, `gt` (b, 3, h, w) in [0, 1], `label` (b,); `gt` and `label` only if the dataset provides them."""
+        if 'gt' not in data:  # BasicSR keeps that of an earlier batch
+            self.__dict__.pop('gt', None)
         super().feed_data(data)
         self.monitor.note_items(data)
         self.label = data['label'].to(self.device) if 'label' in data else None
@@ -216,14 +221,23 @@ class RestorationMixin(SRModel):
         super().optimize_parameters(current_iter)
 
     def model_ema(self, decay: float = 0.999) -> None:
-        """As BasicSR's, but copies frozen parameters: rounding would shift them (1.7e-4 in 100000 steps at 0.9999)."""
+        """As BasicSR's, but copies frozen parameters: rounding would shift them (1.7e-4 in 100000 steps at 0.9999).
+
+        It also copies the buffers that are saved, such as the statistics of batch normalization.
+        """
         if not self.accumulation.is_last:
             return
         super().model_ema(decay)
-        own = dict(self.get_bare_model(self.net_g).named_parameters())
+        net = self.get_bare_model(self.net_g)
+        own = dict(net.named_parameters())
         for name, parameter in self.net_g_ema.named_parameters():
             if not own[name].requires_grad:
                 parameter.data.copy_(own[name].data)
+        if buffers := dict(net.named_buffers()):
+            average = self.net_g_ema.state_dict()
+            for name, buffer in buffers.items():
+                if name in average:
+                    average[name].copy_(buffer)
 
     def get_current_log(self) -> dict:
         """Called by BasicSR every `logger.print_freq` iterations; networks may add values by `values_to_log`."""
@@ -251,7 +265,11 @@ class RestorationMixin(SRModel):
         self.output = self.evaluation.restore(net, self.network_inputs(), self.lq_path)
 
     def nondist_validation(self, dataloader, current_iter: int | str, tb_logger, save_img: bool) -> None:
-        with self.monitor.watching(dataloader, tb_logger, current_iter), self.evaluation.explained(self):
+        with (
+            self.monitor.watching(dataloader, tb_logger, current_iter),
+            self.evaluation.explained(self),
+            folder_of_set(self.opt, dataloader.dataset.opt['name']),
+        ):
             super().nondist_validation(dataloader, current_iter, tb_logger, save_img)
         averages = self.monitor.finish_set(getattr(self, 'metric_results', {}), tb_logger, current_iter)
         if averages is not None:

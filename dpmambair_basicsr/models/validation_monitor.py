@@ -204,6 +204,23 @@ class ValidationMonitor:
         get_root_logger().info(f'Results of {run.name}\n\n{to_markdown(run)}')
 
 
+@contextmanager
+def folder_of_set(opt: dict, name: str) -> Iterator[None]:
+    """In training with several validation sets: saves their images below the set's name, as a test does.
+
+    BasicSR's names are the images' alone, so those of one set would replace those of another.
+    """
+    paths, folder = opt['path'], opt['path'].get('visualization')
+    if folder is None or not opt['is_train'] or len(validated_sets(opt)) == 1:
+        yield
+        return
+    paths['visualization'] = os.path.join(folder, name)
+    try:
+        yield
+    finally:
+        paths['visualization'] = folder
+
+
 def measured_pair(image: Tensor, visuals: dict[str, Tensor]) -> dict:
     """The arguments of a metric: 8-bit images, the second only with a ground truth."""
     return {'img': tensor2img([image])} | ({'img2': tensor2img([visuals['gt']])} if 'gt' in visuals else {})

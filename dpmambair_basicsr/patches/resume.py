@@ -17,7 +17,8 @@ from dpmambair_basicsr.files.checkpoints import SAFETENSORS, read_checkpoint, re
 from dpmambair_basicsr.files.errors import CheckpointError, exit_on_error
 from dpmambair_basicsr.patches.registry import replaces
 from dpmambair_basicsr.training import run as training_run
-from dpmambair_basicsr.training.state import NETWORK_SUFFIXES, check_optimizers, keep_schedule, network_file, restore
+from dpmambair_basicsr.training.optimizers import check_optimizers
+from dpmambair_basicsr.training.state import NETWORK_SUFFIXES, keep_schedule, network_file, restore
 
 
 def load_resume_state(opt: dict) -> dict | None:
@@ -161,11 +162,14 @@ def exact_continuation(original):
         its schedulers ignore changed options: with a longer `total_iter`, CosineAnnealingRestartLR ends with a
         TypeError however long `periods` are.
     Remove once: BasicSR's states include what `training/state.py` adds, and exclude the options of schedulers.
+
+    Raises:
+        CheckpointError: naming the file, if the state is of other optimizers.
     """
 
     def resume_training(self, resume_state):
         schedules = [dict(vars(scheduler)) for scheduler in self.schedulers]
-        check_optimizers(self.optimizers, resume_state)
+        check_optimizers(self, resume_state)
         original(self, resume_state)
         for scheduler, schedule in zip(self.schedulers, schedules, strict=True):
             keep_schedule(scheduler, schedule)

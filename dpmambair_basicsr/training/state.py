@@ -3,7 +3,8 @@
 The networks of an iteration are written first and its state last, each atomically, so an existing state implies its
 networks. `patches/checkpoints` replaces BasicSR's functions by these.
 
-A state is one of BasicSR's, and readable by it, with an additional entry `exact`:
+A state is one of BasicSR's, and readable by it, with two additional entries: `trained`, see `training/optimizers`, and
+`exact`:
     seed: manual_seed of the run;
     items: number of indices of the interrupted epoch used by all processes together;
     best: BasicSR's best value of each metric, by dataset;
@@ -20,13 +21,13 @@ import torch
 from basicsr.utils import get_root_logger
 from basicsr.utils.dist_util import get_dist_info
 from torch import Tensor, nn
-from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from dpmambair_basicsr.files import lock
 from dpmambair_basicsr.files.atomic import replacing
 from dpmambair_basicsr.files.checkpoints import SAFETENSORS, encode_safetensors, read_checkpoint
 from dpmambair_basicsr.training import run as training_run
+from dpmambair_basicsr.training.optimizers import describe_optimizers
 
 ATTEMPTS = 3  # as in BasicSR
 NETWORK_SUFFIXES = '.pth', SAFETENSORS
@@ -107,10 +108,14 @@ def suffix_of(model) -> str:
 
 
 def write_alone(content: dict, file: Path) -> None:
-    """`write`, then deletes the .pth file that a .safetensors file replaces, which would be read first."""
+    """`write`, then deletes the file of the other format that this one replaces.
+
+    Where both exist, the .pth file is the training's, and the .safetensors file is a conversion, the user's.
+    """
+    replaced = network_file(file.parent, file.stem)
     write(content, file)
-    if file.suffix != '.pth':
-        file.with_suffix('.pth').unlink(missing_ok=True)
+    if replaced != file:
+        replaced.unlink(missing_ok=True)
 
 
 def network_file(folder: str | Path, label: str) -> Path:
@@ -163,6 +168,7 @@ def write_main_state(model, epoch: int, iteration: int, pool: dict) -> None:
         'iter': iteration,
         'optimizers': [optimizer.state_dict() for optimizer in model.optimizers],
         'schedulers': [scheduler.state_dict() for scheduler in model.schedulers],
+        'trained': describe_optimizers(model),
     }
     if run is not None:
         state['exact'] = {
@@ -176,7 +182,7 @@ def write_main_state(model, epoch: int, iteration: int, pool: dict) -> None:
     write(state, state_file(model.opt, iteration))
     keep = model.opt.get('logger', {}).get('keep_last')
     if keep is not None:
-        remove_older(model.opt, iteration, keep, suffix_of(model))
+        remove_older(model.opt, iteration, keep)
 
 
 def plain(best: dict) -> dict:
@@ -190,7 +196,7 @@ def plain(best: dict) -> dict:
     }
 
 
-def remove_older(opt: dict, iteration: int, keep: int, suffix: str = '.pth') -> None:
+def remove_older(opt: dict, iteration: int, keep: int) -> None:
     """Deletes the checkpoints that have a training state, except the last `keep` up to this iteration, states first."""
     folder = Path(opt['path']['training_states'])
     iterations = sorted(int(file.stem) for file in folder.glob('*.state') if file.stem.isdecimal())
@@ -198,22 +204,9 @@ def remove_older(opt: dict, iteration: int, keep: int, suffix: str = '.pth') -> 
     for old in [number for number in iterations if number <= iteration][:-keep]:
         state_file(opt, old).unlink()
         for network in networks:
-            for ending in {'.pth', suffix}:
-                Path(opt['path']['models'], f'net_{network}_{old}{ending}').unlink(missing_ok=True)
+            network_file(opt['path']['models'], f'net_{network}_{old}').unlink(missing_ok=True)
         for pool in folder.glob(pool_file(opt, old, '*').name):
             pool.unlink()
-
-
-def check_optimizers(optimizers: list[Optimizer], state: dict) -> None:
-    """Raises ValueError if the optimizers of a state have other parameters; torch names neither file nor option."""
-    for own, saved in zip(optimizers, state['optimizers'], strict=True):
-        counts = [sum(len(group['params']) for group in groups) for groups in (own.param_groups, saved['param_groups'])]
-        if counts[0] != counts[1]:
-            raise ValueError(
-                f'The training state of iteration {state["iter"]} has an optimizer of {counts[1]} parameters, now '
-                f'{counts[0]} are trained: to resume, network_* and train.freeze must be unchanged; to continue '
-                'with others, start a new run from the checkpoint (path.pretrain_network_g)'
-            )
 
 
 def keep_schedule(scheduler: LRScheduler, before: dict) -> None:

@@ -29,10 +29,12 @@ class Tape:
 
     def record(self, function):
         recording = Recording()
-        with recording:
-            results = function()
-        for tensor, before in recording.before.values():
-            tensor.copy_(before)
+        try:
+            with recording:
+                results = function()
+        finally:
+            for tensor, before in recording.before.values():
+                tensor.copy_(before)
         self.recordings.append(recording)
 
         def replay():
