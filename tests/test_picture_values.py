@@ -158,6 +158,19 @@ def test_tiff_of_separate_channels_is_right_or_refused(dtype, compression, read,
             read(tmp_path / 'a.tif')
 
 
+@READERS
+@pytest.mark.parametrize('alpha', ['unassalpha', 'assocalpha'])
+def test_tiff_with_alpha_keeps_its_colours(alpha, read, tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 9, 4), dtype=np.uint8)
+    pixels[..., 3] |= 128
+    stored = pixels.copy()
+    if alpha == 'assocalpha':
+        stored[..., :3] = np.round(pixels[..., :3] * (pixels[..., 3:] / 255))
+    tifffile.imwrite(tmp_path / 'a.tif', stored, photometric='rgb', extrasamples=[alpha])
+    difference = np.abs(np.int32(read(tmp_path / 'a.tif')) - pixels[..., :3])
+    assert difference.max() <= (2 if alpha == 'assocalpha' else 0)
+
+
 def test_a_later_page_of_separate_channels_is_refused(tmp_path):
     with tifffile.TiffWriter(tmp_path / 'a.tif') as file:
         file.write(np.zeros((6, 8), np.uint16), photometric='minisblack')

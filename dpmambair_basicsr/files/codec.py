@@ -97,6 +97,8 @@ def decode(
     if content.startswith(TIFF):
         ifd = ifd or (read_ifds(content, 1) or [{}])[0]
         tiff.check_planes(ifd)
+        if flags != cv2.IMREAD_UNCHANGED and tiff.multiplies_alpha(ifd):
+            return np.ascontiguousarray(tiff.decode_by_pillow(content)[0][..., :3])
     turned = avif.is_avif(content) and flags != cv2.IMREAD_UNCHANGED
     if turned:
         flags |= cv2.IMREAD_IGNORE_ORIENTATION  # that of EXIF data

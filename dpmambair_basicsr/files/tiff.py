@@ -33,7 +33,12 @@ def needs_pillow(ifd: Ifd) -> bool:
         return True
     if samples == 4 and extra not in (ASSOCIATED, UNASSOCIATED) or samples > 4:
         raise ValueError(f'has {samples} channels; only red, green, blue and alpha are supported')
-    return samples == 4 and bits == 8 and EXTRA_SAMPLES in ifd
+    return multiplies_alpha(ifd)
+
+
+def multiplies_alpha(ifd: Ifd) -> bool:
+    """Whether OpenCV returns colours multiplied by alpha."""
+    return first(ifd, SAMPLES, 1) == 4 and first(ifd, BITS, 1) == 8 and EXTRA_SAMPLES in ifd
 
 
 def check_planes(ifd: Ifd) -> None:
