@@ -59,5 +59,6 @@ def option_problems(name: str, opt: dict, forced: list[str]) -> list[str]:
         return problems
     model, problems = find(registered('MODEL'), 'model_type', opt['model_type'])
     if hasattr(model, 'option_keys'):
-        problems += check_sections(opt | {'is_train': is_train}, model) + check_calls(opt, rows_of(model))
+        opt = opt | {'is_train': is_train}
+        problems += check_sections(opt, model) + check_calls(opt, rows_of(model))
     return problems

@@ -90,7 +90,7 @@ def test_activations_are_accurate_over_the_whole_range(function, exact):
     result, truth = function(x), exact(x.double())
     assert ((result - truth).abs() <= 1.5e-6 * truth.abs() + 1e-9).all()
     special = torch.tensor([0.0, float('inf'), float('nan'), 1e30, -1e30, *[1.0] * 11])
-    result, truth = function(special), exact(special)
+    result, truth = function(special), exact(special.double()).float()  # in float32, PyTorch's gelu(inf) may be NaN
     torch.testing.assert_close(result, truth, equal_nan=True, atol=1e-7, rtol=1e-6)
 
 
