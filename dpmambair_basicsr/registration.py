@@ -85,11 +85,12 @@ def give_way(ours: Registry, host, kind: str) -> None:
     if hasattr(original, 'gives_way'):
         return
 
-    def do_register(name, target, *suffix):
-        gives_way = name in ours and is_ours(host._obj_map.get(name)) and not is_ours(target) and not any(suffix)
+    def do_register(name, target, *suffix, **named):
+        has_suffix = any((*suffix, *named.values()))
+        gives_way = name in ours and is_ours(host._obj_map.get(name)) and not is_ours(target) and not has_suffix
         if gives_way:
             del host._obj_map[name]
-        original(name, target, *suffix)
+        original(name, target, *suffix, **named)
         if gives_way:
             say_once(basicsr_folder(), [taken_by_another(kind, name)])
 

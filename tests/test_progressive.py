@@ -236,6 +236,7 @@ def test_a_programs_own_loop_follows_the_schedule_also_after_a_resume(options, t
     options['train'] |= {'total_iter': 14, 'scheduler': {'type': 'MultiStepLR', 'milestones': [10]}}
     options |= {'model_type': 'RestorationModel', 'is_train': True, 'dist': False, 'rank': 0, 'world_size': 1}
     options['datasets']['train'] |= {'phase': 'train', 'scale': 1}
+    options['val'] = {'save_img': False}  # when to validate is the program's affair
     options['path'] |= {key: str(tmp_path / key) for key in ('models', 'training_states', 'experiments_root')}
     for folder in ('models', 'training_states'):
         (tmp_path / folder).mkdir()

@@ -188,14 +188,15 @@ def test_the_frozen_extractor_does_not_drift_in_the_average(stage_1):
 
 @ARCH_REGISTRY.register()
 class Normalised(torch.nn.Sequential):
-    """Has batch normalization, and a buffer that is not saved, of the last image's size."""
+    """Has batch normalization, and two buffers of the last image's size, one of which is not saved."""
 
     def __init__(self):
         super().__init__(torch.nn.Conv2d(3, 3, 3, padding=1), torch.nn.BatchNorm2d(3))
         self.register_buffer('mask', torch.zeros(1), persistent=False)
+        self.register_buffer('saved_mask', torch.zeros(1))
 
     def forward(self, image):
-        self.mask = torch.ones_like(image)
+        self.mask = self.saved_mask = torch.ones_like(image)
         return super().forward(image)
 
 

@@ -323,12 +323,15 @@ def test_wrong_options_of_all_variants_are_reported_before_anything_starts(study
 
 def test_tests_that_cannot_share_a_table_are_reported_before_anything_starts(study):
     other = yaml.safe_load((study / 'test.yml').read_text())
+    other['datasets'] = {'test_1': other['datasets']['test_2'], 'test_2': other['datasets']['test_1']}
+    (study / 'order.yml').write_text(yaml.safe_dump(other))
+    del other['datasets']['test_1']
     other['val']['metrics']['psnr']['crop_border'] = 2
-    del other['datasets']['test_2']
     (study / 'other.yml').write_text(yaml.safe_dump(other))
     del other['val']['metrics']
     (study / 'without.yml').write_text(yaml.safe_dump(other))
-    variants = {'small': {}, 'large': {'test': 'other.yml'}, 'third': {'test': 'without.yml'}}
+    files = {'large': 'other.yml', 'third': 'without.yml', 'fourth': 'order.yml'}
+    variants = {'small': {}} | {name: {'test': file} for name, file in files.items()}
     (study / 'tests.yml').write_text(yaml.safe_dump(STUDY | {'name': 'tests', 'variants': variants}, sort_keys=False))
     result = warm_python('-m', 'dpmambair_basicsr', 'study', 'tests.yml', cwd=study)
     assert result.returncode == 1

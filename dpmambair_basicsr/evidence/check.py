@@ -6,15 +6,23 @@ from dpmambair_basicsr.results.run import settings_of
 
 
 def problems_of(commands: dict[str, Command]) -> list[str]:
-    """The problems of all commands, each once, after the name of the first command that has it."""
-    found, measures = {}, {}
+    """The problems of all commands, each once, after the name of the first command that has it.
+
+    Of those that are done only whether the others' results can share a table with theirs.
+    """
+    from dpmambair_basicsr import registration
+    from dpmambair_basicsr.option_checks.structure import add_sections, apply_forced
+
+    found, first = {}, None
     for name, command in commands.items():
-        file = command.arguments[command.arguments.index('-opt') + 1]
-        opt = read_options(file)
-        problems = option_problems(command.module, opt, command.record['force_yml'])
+        registration.pipeline(command.module)
+        opt = read_options(command.arguments[command.arguments.index('-opt') + 1])
+        problems = apply_forced(opt, add_sections(opt, command.record['force_yml']))
+        if not command.is_done:
+            problems = problems or option_problems(command.module, opt)
         if command.module == 'test' and not problems:
-            measures[name] = measure_of(opt)
-            problems = measure_problems(measures)
+            first = first or (name, measure_of(opt))
+            problems = measure_problems(measure_of(opt), *first)
         for problem in problems:
             found.setdefault(problem, name)
     return [f'{name}: {problem}' for problem, name in found.items()]
@@ -25,37 +33,32 @@ def measure_of(opt: dict) -> dict[str, object]:
     metrics = (opt.get('val') or {}).get('metrics') or {}
     return {
         'val.metrics': {name: settings_of(metric) for name, metric in metrics.items()},
-        'the names of datasets': [data['name'] for data in opt['datasets'].values()],
+        'the names of datasets': sorted(data['name'] for data in opt['datasets'].values()),
     }
 
 
-def measure_problems(measures: dict[str, dict]) -> list[str]:
-    """Problems of the last one: it has no metrics, or its results cannot share a table with those of the first."""
-    (first, wanted), (_, own) = next(iter(measures.items())), [*measures.items()][-1]
+def measure_problems(own: dict, name: str, wanted: dict) -> list[str]:
+    """Problems of a test without metrics, or whose results cannot share a table with those of the test `name`."""
     if not own['val.metrics']:
         return ['val.metrics: required, as a study compares them']
-    return [f'{what}: must be those of {first}' for what in own if own[what] != wanted[what]]
+    return [f'{what}: must be those of {name}' for what in own if own[what] != wanted[what]]
 
 
-def option_problems(name: str, opt: dict, forced: list[str]) -> list[str]:
+def option_problems(name: str, opt: dict) -> list[str]:
     """Problems of the options of `train` or `test` that do not depend on which files exist.
 
     Args:
         name: 'train' or 'test'.
-        opt: the content of an option file; changed by `forced`.
-        forced: entries of `--force_yml`.
+        opt: the content of an option file, after `--force_yml`.
     """
-    from dpmambair_basicsr import registration
     from dpmambair_basicsr.option_checks.migration import find
     from dpmambair_basicsr.option_checks.schema import rows_of
     from dpmambair_basicsr.option_checks.sections import check_calls, check_sections
-    from dpmambair_basicsr.option_checks.structure import add_sections, apply_forced, check_structure
+    from dpmambair_basicsr.option_checks.structure import check_structure
     from dpmambair_basicsr.registry import registered
 
-    registration.pipeline(name)
     is_train = name == 'train'
-    problems = apply_forced(opt, add_sections(opt, forced)) or check_structure(opt, is_train)
-    if problems:
+    if problems := check_structure(opt, is_train):
         return problems
     model, problems = find(registered('MODEL'), 'model_type', opt['model_type'])
     if hasattr(model, 'option_keys'):

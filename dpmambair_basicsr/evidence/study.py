@@ -228,12 +228,13 @@ def run_study(study: Study, folder: Path, jobs: int | None) -> StudyTable:
 
 
 def check_options(study: Study, folder: Path, slots: list[str]) -> None:
-    """Raise OptionError with all problems in the options, before the first command starts."""
+    """Raise OptionError with all problems in the options of the commands left, before the first one starts."""
     seed = study.seeds[0]
     jobs = {f'before.{name}': [before(study, folder, name, seed)] for name in study.before}
     jobs |= {f'variants.{name}': trial(study, folder, name, seed) for name in study.variants}
     commands = {f'{name}, {command.module}': command for name, job in jobs.items() for command in job}
-    problems = call(problems_of, commands, slots=slots)
+    is_over = all(command.is_done for command in commands.values())
+    problems = [] if is_over else call(problems_of, commands, slots=slots)
     if problems:
         raise OptionError('\n  '.join([f'{study.name}: problems in the options:', *problems]))
 

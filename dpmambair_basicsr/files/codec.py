@@ -87,6 +87,7 @@ def decode(
     It is upright, except with cv2.IMREAD_UNCHANGED.
 
     Args:
+        flags: IMREAD_COLOR, with or without IMREAD_ANYDEPTH, or IMREAD_UNCHANGED.
         ifd: of the page that is decoded, in a TIFF file; None: of the first.
 
     Raises:

@@ -83,7 +83,8 @@ def plan(
                 reason = 'use a folder' if is_file else 'use -r to keep sub-folders, or --suffix'
                 raise InputError(f'{target}: would be the result of both {other} and {source}; {reason}')
     pictures = {source.resolve() for source in sources.values()}
-    besides = [result.beside(target) for target, source in sources.items() if compare and source.suffix not in VIDEOS]
+    pairs = sources.items() if compare else ()
+    besides = [result.beside(target) for target, source in pairs if source.suffix.lower() not in VIDEOS]
     for target in [*sources, *besides]:
         if target.resolve() in pictures:
             raise InputError(f'{target}: would overwrite an input; choose another -o, or a --suffix')

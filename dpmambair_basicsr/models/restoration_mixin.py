@@ -236,7 +236,7 @@ class RestorationMixin(SRModel):
         if buffers := dict(net.named_buffers()):
             average = self.net_g_ema.state_dict()
             for name, buffer in buffers.items():
-                if name in average:
+                if name in average and average[name].shape == buffer.shape:  # else one that depends on the input
                     average[name].copy_(buffer)
 
     def get_current_log(self) -> dict:

@@ -157,7 +157,7 @@ def check_basicsr_dataset(section: dict, is_checked: bool, is_saved: bool) -> No
 
 
 def check_saved_names(items: Iterable[str | dict[str, str]]) -> None:
-    """Raises ValueError if two images would be saved under one name: BasicSR's, of the file without its folder.
+    """Raises ValueError if two images have one name, of the file without its folder, as BasicSR names what it saves.
 
     Args:
         items: path of the degraded image, or paths of a pair, for each image.
@@ -168,7 +168,7 @@ def check_saved_names(items: Iterable[str | dict[str, str]]) -> None:
         name = osp.splitext(osp.basename(path))[0]
         if (other := found.setdefault(name, item)) != item:
             pair = [each['gt_path'] if isinstance(each, dict) else each for each in (other, item)]
-            raise ValueError(f'{" and ".join(pair)} would both be saved as {name}, and replace each other')
+            raise ValueError(f'{" and ".join(pair)} are both {name} in the results, and would replace each other')
 
 
 def check_channels(section: dict, datasets: dict) -> None:

@@ -58,7 +58,8 @@ def whole_states(original):
             release_output()
         else:
             if run is not None:
-                run.sets_to_validate = len(run.val_loaders) if val and current_iter % val['val_freq'] == 0 else 0
+                frequency = (val or {}).get('val_freq')  # None in a program with its own loop
+                run.sets_to_validate = len(run.val_loaders) if frequency and current_iter % frequency == 0 else 0
             write_state(self, epoch, current_iter)
 
     return save_training_state
