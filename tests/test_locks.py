@@ -39,7 +39,8 @@ def refusal(run, holder):
     """The only line that a refused training writes."""
     assert run.status() == 1, run.log()
     lines = [line for line in run.log().splitlines() if 'is using this folder' in line]
-    assert len(lines) == 1 and f'process {holder.process.pid} on ' in lines[0] and 'Traceback' not in run.log()
+    assert len(lines) == 1, run.log()
+    assert f'process {holder.process.pid} on ' in lines[0] and 'Traceback' not in run.log()
     return lines[0]
 
 

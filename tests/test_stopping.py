@@ -68,7 +68,8 @@ def as_timeout(run: Training) -> None:
 def twice(run: Training) -> None:
     os.kill(run.process.pid, signal.SIGINT)
     time.sleep(10 ** random.uniform(-5, -1.3))
-    os.kill(run.process.pid, signal.SIGINT)
+    with suppress(ProcessLookupError):  # it may have ended
+        os.kill(run.process.pid, signal.SIGINT)
 
 
 def close_terminal(run: Training) -> None:
@@ -171,5 +172,7 @@ def test_a_stop_of_a_program_under_tee_is_saved(way, _, opt, tmp_path):
     program, number, stop, status = PROGRAMS[way]
     with training(program, opt, tmp_path) as (run, log):
         stop(run.pid, number)
-        assert run.wait(timeout=250) == status, log.read_text()
+        ended = run.wait(timeout=250)
+        # A signal that arrives while Python shuts down ends the process itself, which shells report alike.
+        assert (128 - ended if ended < 0 else ended) == status, log.read_text()
     check_saved(tmp_path, number)

@@ -142,8 +142,10 @@ def stock_options(images: dict[str, str]) -> dict:
 
 
 def write_options(opt: dict, file: Path) -> Path:
-    file.write_text(yaml.safe_dump(opt, sort_keys=False))
-    return file
+    """Replaces the file at once: another process of the same training may be reading it."""
+    part = file.with_name(f'{file.name}.part')
+    part.write_text(yaml.safe_dump(opt, sort_keys=False))
+    return part.replace(file)
 
 
 def basicsr_source(folder: Path) -> Path:
