@@ -7,6 +7,7 @@ same processes repeatedly. So further signals within SAME_REQUEST seconds belong
 the program immediately, by the signal's previous handler.
 """
 
+import atexit
 import os
 import signal
 import sys
@@ -35,6 +36,8 @@ class StoppedBySignal(SystemExit):
 
     def __init__(self, number: int):
         super().__init__(128 + number)
+        if hasattr(signal, 'pthread_sigmask'):  # Python resets handlers while it shuts down: a repetition would end it
+            atexit.register(signal.pthread_sigmask, signal.SIG_BLOCK, SIGNALS)
 
 
 def listen() -> None:
