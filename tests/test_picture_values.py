@@ -14,6 +14,7 @@ from dpmambair_basicsr.files.full_range import full_range
 from dpmambair_basicsr.files.ifd import Tag, write_ifd
 from dpmambair_basicsr.files.images import ImageReader
 from dpmambair_basicsr.files.pictures import read_picture, read_pictures, write_picture
+from dpmambair_basicsr.results.page import read_image as by_pages
 
 
 def by_restore(file):
@@ -156,6 +157,17 @@ def test_tiff_of_separate_channels_is_right_or_refused(dtype, compression, read,
     else:
         with pytest.raises(ValueError, match='is a TIFF file of separate channels with more than 8 bits'):
             read(tmp_path / 'a.tif')
+
+
+@pytest.mark.parametrize(('name', 'white'), [('a.pgm', 1023), ('a.png', 65535), ('a.png', 255)])
+def test_pages_show_the_full_range(name, white, tmp_path):
+    image = ramp(white, 1)
+    if name == 'a.pgm':
+        (tmp_path / name).write_bytes(b'P5 64 64 1023\n' + image.astype('>u2').tobytes())
+    else:
+        cv2.imwrite(str(tmp_path / name), image)
+    expected = np.round(image / white * 255)
+    np.testing.assert_allclose(by_pages(tmp_path / name), np.repeat(expected, 3, 2), atol=1)
 
 
 @READERS

@@ -226,12 +226,12 @@ def read_image(file: Path) -> np.ndarray:
     """(H, W, 3) BGR uint8."""
     try:
         with open_regular(file) as stream:
-            image = decode(stream.read(), cv2.IMREAD_COLOR)
+            image = decode(stream.read())
     except ValueError as error:
         raise ValueError(f'{file}: {error}') from None
-    if image is None:
-        raise ValueError(f'{file}: not an image')
-    return image
+    if image is None or image.dtype not in (np.uint8, np.uint16):
+        raise ValueError(f'{file}: not an image of 8 or 16 bits')
+    return image if image.dtype == np.uint8 else np.round(image / 257).astype(np.uint8)
 
 
 def data_uri(image: np.ndarray) -> str:
